@@ -1,0 +1,513 @@
+"""ViC-MAE (arXiv:2303.12001): contrastive masked autoencoding of images and video, in the order of the paper's section 3.
+
+    model = ViCMAE(embed_dim=1024, depth=24, num_heads=16)                  # ViT-L, the official code's numbers
+    outputs = model({"views": views, "noise": noise})                       # (B, 2, 3, 224, 224), (B, 2, 196)
+    losses = model.loss(outputs, batch)                                     # total, reconstruction, contrastive
+
+Two views of one sample, two frames of a video or two crops of an image, pass one encoder, each with its own random mask.
+Both are reconstructed, and the means of their visible tokens attract each other while all other samples repel them.
+
+Shapes, here and in every other file:
+    B samples   V views of a sample   T frames of a clip   N patches of a view   K patches kept visible   D width
+    P numbers of a patch (patch_size * patch_size * 3)     C classes             H, W pixels
+A tensor named mask has 1 where a patch is removed.
+"""
+
+import argparse
+import os
+import pickle
+import re
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+import torch.nn.functional as F
+from composer import ComposerModel
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+def sincos_positions(dim: int, grid: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions of a square grid, a zero row for CLS first -> (1, 1 + grid * grid, dim).
+
+    The first half of the width encodes the column, the second the row; each half is sines, then cosines, of the
+    coordinate at dim / 4 frequencies from 1 down to 1/10000. Source: MAE, as kept in ViC-MAE's checkpoints.
+    """
+    frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
+    row, column = np.divmod(np.arange(grid * grid), grid)
+    angles = [np.outer(coordinate, frequencies) for coordinate in (column, row)]
+    table = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)  # (N, D)
+    return torch.from_numpy(np.concatenate([np.zeros((1, dim)), table])).float()[None]
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut (B, 3, H, W) into patches, row by row, each as (row, column, channel) -> (B, N, P)."""
+    B, _, H, W = images.shape
+    h, w, p = H // patch_size, W // patch_size, patch_size
+    x = images.reshape(B, 3, h, p, w, p).permute(0, 2, 4, 3, 5, 1)  # (B, h, w, p, p, 3)
+    return x.reshape(B, h * w, p * p * 3)
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """Inverse of patchify for square images: (B, N, P) -> (B, 3, H, W)."""
+    B, N, _ = patches.shape
+    h, p = round(N**0.5), patch_size
+    x = patches.reshape(B, h, h, p, p, 3).permute(0, 5, 1, 3, 2, 4)  # (B, 3, h, p, w, p)
+    return x.reshape(B, 3, h * p, h * p)
+
+
+def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the visible patches: those with the smallest noise.
+
+    Args:
+        noise: (B, N) uniform random numbers, the only source of randomness.
+        mask_ratio: fraction of patches removed, in (0, 1).
+
+    Returns:
+        ids_keep (B, K), in the order of their noise; ids_restore (B, N), which puts [kept, removed] back in place;
+        mask (B, N), 1 = removed.
+    """
+    N = noise.shape[1]
+    K = int(N * (1 - mask_ratio))
+    ids_shuffle = noise.argsort(dim=1, stable=True)  # (B, N)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    return ids_shuffle[:, :K], ids_restore, (ids_restore >= K).float()
+
+
+def take(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Rows of (B, N, D) by (B, K) indices -> (B, K, D)."""
+    return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for every Linear; LayerNorms begin as the identity. Source: MAE."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class Encoder(nn.Module):
+    """A ViT that is given only the visible patches of an image, or of a clip as joint space-time tubelets.
+
+    Args:
+        img_size, patch_size: pixels; the first a multiple of the second.
+        embed_dim, depth, num_heads: D, blocks, heads.
+        num_frames, tubelet_size: frames of a clip and of one of its patches; 1 for images.
+        drop_path: stochastic depth rate of the last block, rising linearly from 0.
+        learn_positions: whether the spatial positions are trained (fine-tuning) or fixed (pre-training).
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        num_frames: int = 1,
+        tubelet_size: int = 1,
+        drop_path: float = 0.0,
+        learn_positions: bool = False,
+    ):
+        super().__init__()
+        if img_size % patch_size:
+            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+        if embed_dim % num_heads or embed_dim % 4:
+            raise ValueError(f"embed_dim {embed_dim} must be a multiple of num_heads {num_heads} and of 4")
+        if num_frames % tubelet_size:
+            raise ValueError(f"num_frames {num_frames} is not a multiple of tubelet_size {tubelet_size}")
+        self.grid = img_size // patch_size
+        self.steps = num_frames // tubelet_size
+        self.num_patches = self.steps * self.grid**2
+        if num_frames == 1:
+            proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+        else:
+            kernel = (tubelet_size, patch_size, patch_size)
+            proj = nn.Conv3d(3, embed_dim, kernel, kernel)
+            self.temporal_embed = nn.Parameter(torch.zeros(1, self.steps, embed_dim))
+        self.patch_embed = nn.ModuleDict({"proj": proj})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.grid), requires_grad=learn_positions)
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate) for rate in rates
+        )
+        self.norm = LayerNorm(embed_dim)
+        self.apply(init_weights)
+        nn.init.xavier_uniform_(proj.weight.view(embed_dim, -1))
+        nn.init.zeros_(proj.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def forward(self, x: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Encode (B, 3, H, W), or (B, T, 3, H, W) if num_frames > 1, with all patches or those of ids_keep (B, K).
+
+        Returns the tokens after the final norm, CLS first: (B, 1 + N, D) or (B, 1 + K, D).
+        """
+        positions = self.pos_embed[:, 1:]  # (1, N, D)
+        if x.ndim == 5:
+            x = x.transpose(1, 2)  # (B, 3, T, H, W)
+            positions = (self.temporal_embed[:, :, None] + positions[:, None]).flatten(1, 2)  # (1, N, D), time outermost
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + positions  # (B, N, D)
+        if ids_keep is not None:
+            x = take(x, ids_keep)  # (B, K, D)
+        cls = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + K, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """A narrow ViT that predicts every patch from the visible tokens and a learned token in place of the rest."""
+
+    def __init__(self, encoder_dim: int, grid: int, patch_size: int, embed_dim: int, depth: int, num_heads: int):
+        super().__init__()
+        if embed_dim % num_heads or embed_dim % 4:
+            raise ValueError(f"decoder_embed_dim {embed_dim} must be a multiple of its heads {num_heads} and of 4")
+        self.embed = nn.Linear(encoder_dim, embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_positions(embed_dim, grid), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
+        )
+        self.norm = LayerNorm(embed_dim)
+        self.pred = nn.Linear(embed_dim, patch_size**2 * 3)
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, tokens: Tensor, ids_restore: Tensor) -> Tensor:
+        """Visible tokens with CLS (B, 1 + K, D) and ids_restore (B, N) -> pred (B, N, P)."""
+        x = self.embed(tokens)
+        B, L, D = x.shape
+        masked = self.mask_token.expand(B, ids_restore.shape[1] + 1 - L, D).to(x.dtype)
+        patches = take(torch.cat([x[:, 1:], masked], dim=1), ids_restore)  # (B, N, D)
+        x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed  # (B, 1 + N, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x)[:, 1:])  # (B, N, P)
+
+
+class Projector(nn.Sequential):
+    """The contrastive head, D - hidden - hidden - out, with BatchNorm and ReLU between."""
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int):
+        super().__init__(
+            nn.Linear(dim, hidden_dim),
+            nn.BatchNorm1d(hidden_dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.BatchNorm1d(hidden_dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden_dim, out_dim),
+        )
+        self.apply(init_weights)
+
+
+def pool(tokens: Tensor, kind: str) -> Tensor:
+    """(B, 1 + N, D) -> (B, D): "mean" of the patches without CLS, or "cls"."""
+    return tokens[:, 0] if kind == "cls" else tokens[:, 1:].mean(dim=1)
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Concatenate x over the ranks along dimension 0, with gradient; x itself where there is one rank."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    return torch.cat(torch.distributed.nn.functional.all_gather(x.contiguous()))
+
+
+def reconstruction_loss(pred: Tensor, images: Tensor, mask: Tensor, patch_size: int, norm_pix_loss: bool) -> Tensor:
+    """Mean squared error over the removed patches, in fp32.
+
+    Args:
+        pred: (B, N, P).
+        images: (B, 3, H, W), the input itself.
+        mask: (B, N), 1 = removed.
+        norm_pix_loss: normalise each target patch by its own mean and unbiased variance.
+    """
+    target = patchify(images.float(), patch_size)
+    if norm_pix_loss:
+        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        target = (target - mean) / (var + 1e-6).sqrt()
+    error = (pred.float() - target).square().mean(dim=-1)  # (B, N)
+    return (error * mask).sum() / mask.sum()
+
+
+def info_nce(projections: Tensor, temperature: float) -> Tensor:
+    """NT-Xent over all views of all samples, in fp32: each view must find its partner among the other 2B - 1.
+
+    Args:
+        projections: (B, 2, out), of the whole global batch; normalised here.
+        temperature: divides the cosine similarities, > 0.
+
+    Deviation: the official labels lack the rank's offset, and its loss is exp, sum and log; here the samples of all
+    ranks are one batch before the labels are made, and the loss is a cross-entropy.
+    """
+    with torch.autocast(projections.device.type, enabled=False):
+        z = F.normalize(projections.float(), dim=-1).transpose(0, 1).flatten(0, 1)  # (2B, out), view 1 first
+        logits = z @ z.T / temperature  # (2B, 2B)
+        logits.fill_diagonal_(float("-inf"))
+        labels = torch.arange(len(z), device=z.device).roll(len(z) // 2)
+        return F.cross_entropy(logits, labels)
+
+
+class ViCMAE(ComposerModel):
+    """The encoder, the decoder and the projector, with the loss that trains them (paper section 3; `code` preset).
+
+    Args:
+        img_size, patch_size: pixels.
+        embed_dim, depth, num_heads: of the encoder. S 384/12/6, B 768/12/12, L 1024/24/16, H 1280/32/16 (patch 14).
+        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder. 512/8/16; S 256/8/8.
+        projector_hidden_dim, projector_out_dim: of the contrastive head.
+        mask_ratio: fraction of patches removed from each view, in (0, 1).
+        temperature: of InfoNCE, > 0.
+        weight_contrast, weight_recon: of the two terms in the total.
+        norm_pix_loss: whether the target of a patch is normalised by its own mean and variance.
+
+    Raises:
+        ValueError: sizes that do not divide, or a mask_ratio that keeps no patch or removes none.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        projector_hidden_dim: int = 4096,
+        projector_out_dim: int = 128,
+        mask_ratio: float = 0.5,
+        temperature: float = 0.1,
+        weight_contrast: float = 0.03,
+        weight_recon: float = 0.97,
+        norm_pix_loss: bool = True,
+    ):
+        super().__init__()
+        self.encoder = Encoder(img_size, patch_size, embed_dim, depth, num_heads)
+        N = self.encoder.num_patches
+        if not 0 < int(N * (1 - mask_ratio)) < N:
+            raise ValueError(f"mask_ratio {mask_ratio} must keep and remove at least one of {N} patches")
+        if temperature <= 0:
+            raise ValueError(f"temperature {temperature} must be positive")
+        self.decoder = Decoder(
+            embed_dim, self.encoder.grid, patch_size, decoder_embed_dim, decoder_depth, decoder_num_heads
+        )
+        self.projector = Projector(embed_dim, projector_hidden_dim, projector_out_dim)
+        self.patch_size = patch_size
+        self.mask_ratio = mask_ratio
+        self.temperature = temperature
+        self.weight_contrast = weight_contrast
+        self.weight_recon = weight_recon
+        self.norm_pix_loss = norm_pix_loss
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Reconstruct both views and project the means of their visible tokens.
+
+        Args:
+            batch: `views` (B, V, 3, H, W), normalised; `noise` (B, V, N), uniform.
+
+        Returns:
+            pred (B, V, N, P); mask (B, V, N), 1 = removed; features (B, V, D), pooled; projections (B of all ranks, V, out).
+        """
+        shape = batch["views"].shape[:2]  # (B, V)
+        ids_keep, ids_restore, mask = random_masking(batch["noise"].flatten(0, 1), self.mask_ratio)
+        tokens = self.encoder(batch["views"].flatten(0, 1), ids_keep)  # (B * V, 1 + K, D)
+        pred = self.decoder(tokens, ids_restore)  # (B * V, N, P)
+        features = pool(tokens, "mean").unflatten(0, shape)  # (B, V, D)
+        # Deviation: the official projector sees one GPU's samples. Gathered first, its BatchNorm spans the global batch,
+        # one view at a time as there, and the result does not depend on the number of ranks.
+        projections = torch.stack([self.projector(view) for view in all_gather(features).unbind(1)], dim=1)
+        return {
+            "pred": pred.unflatten(0, shape),
+            "mask": mask.unflatten(0, shape),
+            "features": features,
+            "projections": projections,
+        }
+
+    def loss(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """total = weight_recon * reconstruction + weight_contrast * contrastive, all scalars."""
+        pred, views, mask = (x.flatten(0, 1) for x in (outputs["pred"], batch["views"], outputs["mask"]))
+        reconstruction = reconstruction_loss(pred, views, mask, self.patch_size, self.norm_pix_loss)
+        contrastive = info_nce(outputs["projections"], self.temperature)
+        total = self.weight_recon * reconstruction + self.weight_contrast * contrastive
+        return {"total": total, "reconstruction": reconstruction.detach(), "contrastive": contrastive.detach()}
+
+
+class Classifier(ComposerModel):
+    """The encoder on whole images or clips, pooled, with a linear head (transfer, paper section 4).
+
+    Args:
+        num_classes: C.
+        img_size, patch_size, embed_dim, depth, num_heads: of the encoder, as pre-trained.
+        num_frames: 1 for images; T for clips, then tubelets of `tubelet_size` frames and learned temporal positions that
+            begin at zero (source: mae_st's way of adapting a 2-D encoder).
+        pool: "cls", or "mean" over the patches; both after the final norm.
+        drop_path: stochastic depth rate of the last block, in [0, 1).
+        dropout: before the head, in [0, 1).
+        head_init_std: of the head's weights.
+        freeze: linear probe: the encoder is fixed, and an affine-free BatchNorm stands before the head (source: MAE).
+
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        img_size: int = 224,
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        num_frames: int = 1,
+        tubelet_size: int = 2,
+        pool: str = "mean",
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        head_init_std: float = 2e-5,
+        freeze: bool = False,
+    ):
+        super().__init__()
+        if pool not in ("mean", "cls"):
+            raise ValueError(f"pool {pool!r} must be mean or cls")
+        tubelet = tubelet_size if num_frames > 1 else 1
+        self.encoder = Encoder(
+            img_size, patch_size, embed_dim, depth, num_heads, num_frames, tubelet, drop_path, learn_positions=True
+        )
+        self.neck = nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6) if freeze else nn.Dropout(dropout)
+        self.head = nn.Linear(embed_dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=head_init_std)
+        nn.init.zeros_(self.head.bias)
+        self.pool = pool
+        self.freeze = freeze
+        if freeze:
+            self.encoder.requires_grad_(False)
+        self.metrics = nn.ModuleDict(
+            {
+                f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro", sync_on_compute=True)
+                for k in (1, 5)
+            }
+        )
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """For timm's layer decay: embedding and positions are layer 0, block b is b + 1, norm and head come last."""
+        return {"stem": r"encoder\.(cls_token|pos_embed|temporal_embed|patch_embed)", "blocks": r"encoder\.blocks\.(\d+)"}
+
+    def train(self, mode: bool = True) -> "Classifier":
+        super().train(mode)
+        if self.freeze:
+            self.encoder.eval()
+        return self
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """`inputs` (B, V, T, 3, H, W), normalised; T = 1 for images -> logits of every view (B, V, C)."""
+        x = batch["inputs"]
+        shape = x.shape[:2]
+        x = x.flatten(0, 1)  # (B * V, T, 3, H, W)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
+            tokens = self.encoder(x if x.shape[1] > 1 else x.squeeze(1))
+        return self.head(self.neck(pool(tokens, self.pool))).unflatten(0, shape)
+
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy of every view with `target`, (B,) labels or (B, C) mixed ones, in fp32."""
+        target = batch["target"].repeat_interleave(outputs.shape[1], dim=0)
+        return F.cross_entropy(outputs.flatten(0, 1).float(), target)
+
+    def eval_forward(self, batch: dict[str, Tensor], outputs: Tensor | None = None) -> Tensor:
+        """Class probabilities (B, C), the softmax averaged over the views."""
+        return (self(batch) if outputs is None else outputs).float().softmax(dim=-1).mean(dim=1)
+
+    def get_metrics(self, is_train: bool = False) -> dict[str, MulticlassAccuracy]:
+        return {} if is_train else dict(self.metrics)
+
+    def update_metric(self, batch: dict[str, Tensor], outputs: Tensor, metric: MulticlassAccuracy) -> None:
+        metric.update(outputs, batch["target"])
+
+
+def read_checkpoint(path: str) -> dict[str, Tensor]:
+    """The weights in a file, by our names.
+
+    Reads Composer's checkpoints, the official files of ViC-MAE and MAE ({"model": ...}, whole or encoder alone) and bare
+    state dicts, as .pt, .pth or .safetensors. Nothing but tensors and plain values is unpickled.
+
+    Raises:
+        ValueError: the file is missing or is no such checkpoint.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"checkpoint {path} does not exist")
+    try:
+        if path.endswith(".safetensors"):
+            state = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace, *COMPOSER_GLOBALS]):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} is no checkpoint that can be read safely: {reason}") from error
+    for key in ("state", "model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    weights = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    if not any("blocks.0." in key for key in weights):
+        raise ValueError(f"{path} holds no ViT (no key named blocks.0.*)")
+    return {our_name(key): value for key, value in weights.items()}
+
+
+def our_name(key: str) -> str:
+    """A parameter's name in this file for its name in the official ones; our own names stay as they are."""
+    key = key.removeprefix("module.")
+    key = re.sub(r"^decoder_(embed|pos_embed|blocks|norm|pred)", r"decoder.\1", key)
+    key = re.sub(r"^mask_token", "decoder.mask_token", key)
+    return re.sub(r"^(?=(cls_token|pos_embed|patch_embed|blocks|norm)\b)", "encoder.", key)
+
+
+def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[str, list[str]]:
+    """Fill a ViCMAE or a Classifier from a checkpoint file or from a state dict in our or the official names.
+
+    The encoder must be there whole; a decoder, projector or head is filled if it is. A 2-D patch embedding is inflated to
+    tubelets (repeated over the frames and divided by their number); positions are interpolated to another grid.
+
+    Returns:
+        Names by what became of them: `loaded`, `resized` (loaded after inflation or interpolation), `missing` (stay as they
+        were), `unused` (in the source alone).
+
+    Raises:
+        ValueError: no checkpoint, an encoder that is not whole, or of another size.
+    """
+    name = source if isinstance(source, str) else "the state dict"
+    found = read_checkpoint(source) if isinstance(source, str) else {our_name(k): v for k, v in source.items()}
+    own = module.state_dict()
+    report = {"loaded": [], "resized": [], "missing": [key for key in own if key not in found], "unused": []}
+    filled = {}
+    for key, value in found.items():
+        if key not in own:
+            report["unused"].append(key)
+            continue
+        shape = own[key].shape
+        if key.endswith("patch_embed.proj.weight") and value.ndim == 4 and len(shape) == 5:
+            value = value[:, :, None].expand(-1, -1, shape[2], -1, -1) / shape[2]
+            report["resized"].append(key)
+        elif key.endswith("pos_embed") and value.shape[2] == shape[2] and value.shape[1] != shape[1]:
+            value = resample_abs_pos_embed(value, [round((shape[1] - 1) ** 0.5)] * 2)
+            report["resized"].append(key)
+        if value.shape != shape:
+            raise ValueError(
+                f"{name}: {key} is {tuple(value.shape)} but the model's is {tuple(shape)}; set the model's sizes as trained"
+            )
+        filled[key] = value
+        report["loaded"].append(key)
+    absent = [key for key in report["missing"] if key.startswith("encoder.") and "temporal_embed" not in key]
+    if absent:
+        raise ValueError(f"{name} lacks {len(absent)} weights of the encoder, {absent[0]} first; set the model's depth as trained")
+    module.load_state_dict(filled, strict=False)
+    return report
