@@ -380,13 +380,15 @@ def demo(out: str, workers: int = 0, garments: int = 600) -> None:
         ValueError: `out` holds something else.
     """
     raw = Path(out, "raw")
+    targets = [(f"{split}_{kind}", raw / split / kind, kind) for split in ("train", "test") for kind in EXTENSIONS]
+    if all(os.path.exists(os.path.join(out, name, "index.json")) for name, _, _ in targets):
+        return
     if not raw.exists():
         if os.path.exists(out) and any(path.name != "raw.tmp" for path in Path(out).iterdir()):
             raise ValueError(f"OUT {out} exists and is not the demonstration; choose another OUT")
         draw_demo(raw, garments, workers or os.cpu_count())
-    for split in ("train", "test"):
-        for kind in ("videos", "images"):
-            convert(str(raw / split / kind), os.path.join(out, f"{split}_{kind}"), Recipe(kind), workers)
+    for name, source, kind in targets:
+        convert(str(source), os.path.join(out, name), Recipe(kind), workers)
 
 
 # Looking at a data set

@@ -123,6 +123,7 @@ class Encoder(nn.Module):
             raise ValueError(f"embed_dim {embed_dim} must be a multiple of num_heads {num_heads} and of 4")
         if num_frames % tubelet_size:
             raise ValueError(f"num_frames {num_frames} is not a multiple of tubelet_size {tubelet_size}")
+        self.img_size = img_size
         self.grid = img_size // patch_size
         self.steps = num_frames // tubelet_size
         self.num_patches = self.steps * self.grid**2
@@ -153,7 +154,9 @@ class Encoder(nn.Module):
         positions = self.pos_embed[:, 1:]  # (1, N, D)
         if x.ndim == 5:
             x = x.transpose(1, 2)  # (B, 3, T, H, W)
-            positions = (self.temporal_embed[:, :, None] + positions[:, None]).flatten(1, 2)  # (1, N, D), time outermost
+            positions = (self.temporal_embed[:, :, None] + positions[:, None]).flatten(
+                1, 2
+            )  # (1, N, D), time outermost
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + positions  # (B, N, D)
         if ids_keep is not None:
             x = take(x, ids_keep)  # (B, K, D)
@@ -394,14 +397,19 @@ class Classifier(ComposerModel):
             self.encoder.requires_grad_(False)
         self.metrics = nn.ModuleDict(
             {
-                f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro", sync_on_compute=True)
+                f"top{k}": MulticlassAccuracy(
+                    num_classes, top_k=min(k, num_classes), average="micro", sync_on_compute=True
+                )
                 for k in (1, 5)
             }
         )
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """For timm's layer decay: embedding and positions are layer 0, block b is b + 1, norm and head come last."""
-        return {"stem": r"encoder\.(cls_token|pos_embed|temporal_embed|patch_embed)", "blocks": r"encoder\.blocks\.(\d+)"}
+        return {
+            "stem": r"encoder\.(cls_token|pos_embed|temporal_embed|patch_embed)",
+            "blocks": r"encoder\.blocks\.(\d+)",
+        }
 
     def train(self, mode: bool = True) -> "Classifier":
         super().train(mode)
@@ -449,7 +457,7 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
         if path.endswith(".safetensors"):
             state = load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace, *COMPOSER_GLOBALS]):
+            with torch.serialization.safe_globals([argparse.Namespace]):
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -508,6 +516,8 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[
         report["loaded"].append(key)
     absent = [key for key in report["missing"] if key.startswith("encoder.") and "temporal_embed" not in key]
     if absent:
-        raise ValueError(f"{name} lacks {len(absent)} weights of the encoder, {absent[0]} first; set the model's depth as trained")
+        raise ValueError(
+            f"{name} lacks {len(absent)} weights of the encoder, {absent[0]} first; set the model's depth as trained"
+        )
     module.load_state_dict(filled, strict=False)
     return report

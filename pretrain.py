@@ -1,0 +1,741 @@
+"""Pre-train ViC-MAE on streams of video clips and images (paper sections 3 and 4.1).
+
+    composer pretrain.py yamls/demo.yaml                                    # a laptop: makes its data, 5 min
+    composer -n 8 pretrain.py yamls/vitl.yaml                               # 8 GPUs
+    composer pretrain.py yamls/vitl.yaml yamls/paper.yaml seed=1            # files merge left to right, then key=value
+
+The signature of `pretrain` is the schema of its YAML files: each block is the keyword arguments of one callable. All of a
+run is in runs/{run_name}/: config.yaml, checkpoints/, metrics.jsonl, result.json, loss.png, reconstructions.png.
+
+Everything random about a sample is a function of (seed, epoch, sample), drawn in the data workers. The device then applies
+what was drawn to the whole batch at once.
+"""
+
+import difflib
+import inspect
+import json
+import math
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import composer.algorithms
+import composer.callbacks
+import composer.loggers
+import numpy as np
+import torch
+import torch.nn.functional as F
+from composer import Callback, Logger, State, Trainer
+from composer.core import DataSpec
+from composer.loggers import LoggerDestination
+from composer.optim import CosineAnnealingWithWarmupScheduler
+from composer.trainer.trainer import get_device
+from composer.utils import dist, reproducibility
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from streaming import LocalDataset, Stream, StreamingDataset
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import normalize, resized_crop
+from torchvision.utils import make_grid, save_image
+from yaml import YAMLError
+
+import data_prep
+from model import ViCMAE, patchify, pool, random_masking, unpatchify
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, of pixels in 0..1 [code]
+
+
+def load_config(arguments: list[str], stage: Callable) -> dict[str, Any]:
+    """Merge YAML files left to right, then key=value, into keyword arguments of `stage`, checked against its signature.
+
+    Raises:
+        ValueError: a file is missing or no YAML; a key is unknown, missing or of the wrong type. Names file and key.
+    """
+    sources = {}
+    for argument in arguments:
+        if not argument.endswith((".yaml", ".yml")) and "=" not in argument:
+            raise ValueError(f"{argument!r} is neither a .yaml file nor key=value")
+        try:
+            load = (
+                OmegaConf.load if argument.endswith((".yaml", ".yml")) else lambda text: OmegaConf.from_dotlist([text])
+            )
+            sources[argument] = load(argument)
+        except (OSError, YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(f"{argument}: {' '.join(str(error).split())}") from error
+    try:
+        config = OmegaConf.to_container(OmegaConf.merge(*sources.values()), resolve=True)
+        return check(config, Annotated[dict, stage], "")
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ValueError(f"{' '.join(arguments)}: {' '.join(str(error).split())}") from error
+    except LookupError as error:
+        key, complaint = error.args
+        named = [name for name, part in sources.items() if OmegaConf.select(part, key.split("[")[0]) is not None]
+        raise ValueError(f"{named[-1] if named else ' '.join(arguments)}: {key} {complaint}") from None
+
+
+def check(value: Any, hint: Any, where: str) -> Any:
+    """A value of YAML as its annotation says.
+
+    Annotated[dict, callable] is a block of its keyword arguments; where it has keyword-only parameters, those are the
+    YAML's and the program gives the others, as it does those named after the callable. Annotated[dict, (classes)] has such a block under the name of each.
+
+    Raises:
+        LookupError: (dotted key, complaint).
+    """
+    block = next((h for h in (hint, *typing.get_args(hint)) if typing.get_origin(h) is Annotated), None)
+    if block and typing.get_origin(hint) is list and isinstance(value, list):
+        return [check(entry, block, f"{where}[{number}]") for number, entry in enumerate(value)]
+    if not block or (value is None and block is not hint):
+        try:
+            return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        except ValidationError as error:
+            raise LookupError(where, f"is {value!r}: {error.errors()[0]['msg'].lower()}") from None
+    target, *given = block.__metadata__
+    if isinstance(target, tuple):
+        hints, required = {made.__name__: Annotated[dict, made] for made in target}, []
+        value = {name: arguments or {} for name, arguments in value.items()} if isinstance(value, dict) else value
+    else:
+        parameters = inspect.signature(target).parameters.values()
+        parameters = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given] or list(parameters)
+        resolved = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+        hints = {p.name: resolved.get(p.name, Any) for p in parameters}
+        required = [p.name for p in parameters if p.default is p.empty]
+    if not isinstance(value, dict):
+        raise LookupError(where, f"is {value!r}; it must be a block with keys such as {', '.join(list(hints)[:3])}")
+    inside = f"{where}." if where else ""
+    for key in [*value, *required]:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
+            raise LookupError(f"{inside}{key}", f"is not a key here; the nearest is {near[0] if near else 'none'}")
+        if key not in value:
+            raise LookupError(f"{inside}{key}", "is missing")
+    return {key: check(entry, hints[key], f"{inside}{key}") for key, entry in value.items()}
+
+
+PARAMETERS = ("flip", "brightness", "contrast", "saturation", "hue", "grey", "blur_sigma", "solarise")
+BLUR_KERNEL = (9, 5)  # pixels, height and width [code]
+SOLARISE_FROM = 128 / 255  # [code]
+LUMA = (0.2989, 0.587, 0.114)  # torchvision's
+
+
+@dataclass(frozen=True)
+class ViewRecipe:
+    """How the views of one kind of sample are drawn; the defaults are the official code's.
+
+    Args:
+        crop_scale, crop_ratio: of RandomResizedCrop: area as a fraction of the frame, width / height.
+        flip, jitter, grey: probabilities.
+        brightness, contrast, saturation, hue: half-ranges of the jitter, as of torchvision's ColorJitter.
+        blur, solarise: probabilities for view 1 and view 2.
+        blur_sigma: range in pixels.
+    """
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grey: float = 0.2
+    blur: tuple[float, float] = (1.0, 0.0)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarise: tuple[float, float] = (0.0, 0.2)
+
+    def draw(self, rng: np.random.Generator, view: int) -> np.ndarray:
+        """The numbers of PARAMETERS for view 0 or 1 -> (A,) float32; whatever is off is at its neutral value."""
+        chance, amount = rng.random(5), rng.uniform(-1, 1, 5)  # always as many, so that no choice moves another
+        jitter = amount[:4] * (self.brightness, self.contrast, self.saturation, self.hue) * (chance[1] < self.jitter)
+        sigma = np.interp(amount[4], (-1, 1), self.blur_sigma) * (chance[3] < self.blur[view])
+        flip, grey, solarise = chance[0] < self.flip, chance[2] < self.grey, chance[4] < self.solarise[view]
+        return np.array([flip, *(1 + jitter[:3]), jitter[3], grey, sigma, solarise], np.float32)
+
+
+def draw_crop(rng: np.random.Generator, height: int, width: int, scale: tuple, ratio: tuple) -> tuple[int, ...]:
+    """(top, left, height, width), drawn as torchvision's RandomResizedCrop does, with its central crop to fall back on."""
+    for area, log_ratio in zip(rng.uniform(*scale, 10), rng.uniform(*np.log(ratio), 10), strict=True):
+        w = round(math.sqrt(height * width * area * math.exp(log_ratio)))
+        h = round(math.sqrt(height * width * area / math.exp(log_ratio)))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def crop_and_scale(frame: np.ndarray, box: tuple[int, ...], size: int) -> Tensor:
+    """The box (top, left, height, width) of (H, W, 3) uint8, scaled -> (3, size, size) uint8."""
+    pixels = torch.from_numpy(frame).permute(2, 0, 1)
+    return resized_crop(pixels, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
+
+
+FrameGap = int | Literal["any", "distant"]
+
+
+def draw_frame_pair(rng: np.random.Generator, count: int, frame_gap: FrameGap, sections: int) -> tuple[int, int]:
+    """Indices of two frames of a clip of `count`.
+
+    "any": two different ones at random [code]. "distant": one at random from each of `sections` equal parts, two of those
+    [paper]. A number: that many stored frames apart, or as many as the clip allows.
+    """
+    if count == 1:
+        return 0, 0
+    if frame_gap == "distant":
+        edges = np.linspace(0, count, min(sections, count) + 1).astype(int)
+        pair = rng.integers(edges[:-1], edges[1:])[rng.permutation(len(edges) - 1)[:2]]
+    elif frame_gap == "any":
+        pair = rng.choice(count, 2, replace=False)
+    else:
+        gap = min(frame_gap, count - 1)
+        pair = rng.integers(count - gap) + rng.permutation([0, gap])
+    return int(pair[0]), int(pair[1])
+
+
+class PairOfViews:
+    """A stored sample and a generator -> `views` uint8 (2, 3, H, W), `augment` (2, A), `noise` (2, N).
+
+    Args:
+        video, image: how the views of clips and of images are drawn.
+        frame_gap, sections: see draw_frame_pair.
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        num_patches: int,
+        *,
+        video: Annotated[dict, ViewRecipe] | None = None,
+        image: Annotated[dict, ViewRecipe] | None = None,
+        frame_gap: FrameGap = "any",
+        sections: int = 2,
+    ):
+        self.img_size = img_size
+        self.num_patches = num_patches
+        self.video = ViewRecipe(**video or {})
+        self.image = ViewRecipe(**image or {})
+        self.frame_gap = frame_gap
+        self.sections = sections
+
+    def __call__(self, sample: dict, rng: np.random.Generator) -> dict[str, Tensor]:
+        count = len(sample["ends"])
+        recipe = self.video if count > 1 else self.image
+        pair = draw_frame_pair(rng, count, self.frame_gap, self.sections)
+        frames = {index: data_prep.decode_frame(sample, index) for index in set(pair)}  # an image is decoded once
+        views, augment = [], []
+        for view, frame in enumerate(frames[index] for index in pair):
+            box = draw_crop(rng, *frame.shape[:2], recipe.crop_scale, recipe.crop_ratio)
+            views.append(crop_and_scale(frame, box, self.img_size))
+            augment.append(recipe.draw(rng, view))
+        noise = rng.random((2, self.num_patches), np.float32)
+        return {"views": torch.stack(views), "augment": np.stack(augment), "noise": noise}
+
+
+class KeyedStream(StreamingDataset):
+    """Streams of samples, each given to `transform` with a generator of its own, seeded by (seed, epoch, sample).
+
+    The n-th occurrence of a sample that its stream repeats within an epoch counts as sample + n * num_samples, in the order
+    of the epoch's list before it is shuffled. That list depends on seed and epoch alone, so the keys are the same for any
+    number of workers and ranks and after a resume.
+    """
+
+    transform: Callable[[dict, np.random.Generator], dict]
+
+    def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        units, samples = super().resample_streams(epoch, stream_id)
+        order = samples.argsort(kind="stable")
+        _, first, counts = np.unique(samples[order], return_index=True, return_counts=True)
+        samples[order] += (np.arange(len(samples)) - np.repeat(first, counts)) * self.num_samples
+        return units, samples
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
+        work = super()._get_work(epoch, sample_in_epoch)
+        self._keys = [(self.shuffle_seed, epoch, int(key)) for key in work if key != -1]
+        return np.where(work == -1, -1, work % self.num_samples)
+
+    def __iter__(self) -> Iterator[dict]:
+        for number, sample in enumerate(super().__iter__()):
+            yield self.transform(sample, np.random.default_rng(self._keys[number]))
+
+
+def open_stream(*, path: str, proportion: float | None = None, cache: str | None = None) -> Stream:
+    """One data set of a mix.
+
+    Args:
+        path: folder, or s3:// address, of a data set of data_prep.py.
+        proportion: share of the epoch; without it in every stream, each sample is seen once an epoch.
+        cache: local folder for what is fetched from s3://.
+
+    Raises:
+        ValueError: no such data set.
+    """
+    if "://" in path:
+        return Stream(remote=path, local=cache, proportion=proportion)
+    data_prep.read_classes(path)
+    return Stream(local=path, proportion=proportion)
+
+
+def share(total: int, key: str) -> int:
+    """This rank's part of a global number of samples, which must be a multiple of the number of ranks."""
+    if total < 1 or total % dist.get_world_size():
+        raise ValueError(f"{key} {total} is not a multiple of the number of ranks, {dist.get_world_size()}")
+    return total // dist.get_world_size()
+
+
+def load_stream(
+    transform: Callable[[dict, np.random.Generator], dict],
+    on_device: Callable[[dict], dict],
+    seed: int,
+    patch_size: int,
+    *,
+    streams: list[Annotated[dict, open_stream]],
+    global_train_batch_size: int,
+    global_micro_batch_size: int | None = None,
+    num_workers: int = 8,
+    num_canonical_nodes: int = 1,
+    epoch_size: int | None = None,
+    make_demo: str | None = None,
+) -> tuple[DataSpec, int | None]:
+    """This rank's loader and its share of a micro-batch. The last, incomplete batch of an epoch is left out.
+
+    Args:
+        transform: run in the workers on each sample, with a generator of its own.
+        on_device: run on each micro-batch.
+        streams: data sets to mix at random.
+        global_train_batch_size: samples of an optimiser step, over all ranks.
+        global_micro_batch_size: samples of a forward pass, over all ranks; the whole batch if not given.
+        num_workers: processes of each rank; 0 to read in the training process.
+        num_canonical_nodes: fixes the order of samples; divides, or is divided by, the number of machines.
+        epoch_size: samples of an epoch; all streams once if not given.
+        make_demo: folder in which the demonstration's data is made if it is not there.
+
+    Raises:
+        ValueError: data that is missing, frames smaller than a patch, a batch that does not divide or that no epoch fills.
+    """
+    batch_size = share(global_train_batch_size, "data.global_train_batch_size")
+    micro_size = share(global_micro_batch_size, "data.global_micro_batch_size") if global_micro_batch_size else None
+    if make_demo and dist.get_local_rank() == 0:
+        data_prep.demo(make_demo)
+    dist.barrier()
+    opened = [open_stream(**stream) for stream in streams]
+    for path in (stream.local for stream in opened if not stream.remote):
+        height, width = data_prep.decode_frame(LocalDataset(path)[0], 0).shape[:2]
+        if min(height, width) < patch_size:
+            raise ValueError(f"{path}: frames of {width}x{height} are smaller than model.patch_size {patch_size}")
+    dataset = KeyedStream(
+        streams=opened,
+        batch_size=batch_size,
+        shuffle=True,
+        shuffle_seed=seed,
+        num_canonical_nodes=num_canonical_nodes,
+        epoch_size=epoch_size,
+    )
+    if dataset.epoch_size < global_train_batch_size:
+        raise ValueError(
+            f"data.global_train_batch_size {global_train_batch_size} is more than an epoch's {dataset.epoch_size} samples"
+        )
+    dataset.transform = transform
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        num_workers=num_workers,
+        drop_last=True,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+    )
+    return DataSpec(loader, microbatch_transforms=on_device), micro_size
+
+
+def augment_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`views` uint8 (B, V, 3, H, W) and `augment` (B, V, A) -> `views` augmented and normalised; `noise` as it is."""
+    views = augment_views(batch["views"].flatten(0, 1), batch["augment"].flatten(0, 1))
+    return {"views": normalize(views, MEAN, STD).view(batch["views"].shape), "noise": batch["noise"]}
+
+
+def augment_views(views: Tensor, parameters: Tensor) -> Tensor:
+    """Flip, jitter, grey, blur and solarise uint8 (B, 3, H, W), each by its row of (B, A) -> float (B, 3, H, W) in 0..1.
+
+    Deviation: brightness, contrast, saturation, hue and grey are one affine map of the colours, clamped once at the end,
+    where torchvision rounds and clamps after each and draws their order (which without clamping makes no difference). Hue
+    turns in YIQ, not in HSV.
+    """
+    flip, brightness, contrast, saturation, hue, grey, sigma, solarise = parameters.float().unbind(1)
+    x = views.float() / 255
+    x = torch.where(flip.bool()[:, None, None, None], x.flip(3), x)
+
+    luma, zero, one = x.new_tensor(LUMA), torch.zeros_like(hue), torch.ones_like(hue)
+    to_yiq = torch.stack([luma, x.new_tensor([0.5959, -0.2746, -0.3213]), x.new_tensor([0.2115, -0.5227, 0.3112])])
+    cos, sin = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
+    turn = torch.stack([one, zero, zero, zero, cos, sin, zero, -sin, cos], dim=1).view(-1, 3, 3)
+    keep = (saturation * (1 - grey))[:, None, None]  # of the colour; the rest becomes luma
+    colour = keep * torch.eye(3, device=x.device) + (1 - keep) * luma.expand(3, 3)
+    colour = colour @ torch.linalg.inv(to_yiq) @ turn @ to_yiq * (brightness * contrast)[:, None, None]  # (B, 3, 3)
+    offset = (1 - contrast) * brightness * (x.mean(dim=(2, 3)) @ luma)  # (B,)
+    x = torch.baddbmm(offset[:, None, None].expand(-1, 3, 1), colour, x.flatten(2)).view_as(x).clamp(0, 1)
+
+    blurred = sigma > 0
+    if blurred.any():
+        x[blurred] = gaussian_blur(x[blurred], sigma[blurred])
+    return torch.where(solarise.bool()[:, None, None, None] & (x >= SOLARISE_FROM), 1 - x, x)
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Blur (B, 3, H, W), each with its own sigma (B,) in pixels, over BLUR_KERNEL, reflecting at the edges."""
+    for axis, size in ((2, BLUR_KERNEL[0]), (3, BLUR_KERNEL[1])):
+        half = size // 2
+        weights = torch.exp(-0.5 * (torch.arange(-half, half + 1, device=x.device) / sigma[:, None]) ** 2)  # (B, size)
+        weights = (weights / weights.sum(dim=1, keepdim=True))[:, :, None, None, None]
+        padded = F.pad(x, (0, 0, half, half) if axis == 2 else (half, half, 0, 0), mode="reflect")
+        x = sum(padded.narrow(axis, shift, x.shape[axis]) * weights[:, shift] for shift in range(size))
+    return x
+
+
+def build_optimizer(
+    model: nn.Module,
+    global_train_batch_size: int,
+    *,
+    base_lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    weight_decay: float = 0.05,
+    layer_decay: float | None = None,
+) -> torch.optim.AdamW:
+    """AdamW with no decay on biases, norms and other 1-D parameters.
+
+    Args:
+        base_lr: for 256 samples; lr = base_lr * batch / 256.
+        layer_decay: lr of a layer relative to the next (source: BEiT, as timm has it); None for one lr.
+
+    Raises:
+        ValueError: a number that is out of range.
+    """
+    if base_lr <= 0 or weight_decay < 0:
+        raise ValueError(f"optimizer.base_lr {base_lr} must be positive, weight_decay {weight_decay} not negative")
+    lr = base_lr * global_train_batch_size / 256
+    if layer_decay is None:
+        groups = param_groups_weight_decay(model, weight_decay)
+    else:
+        no_decay = ("*pos_embed", "*cls_token", "*temporal_embed")
+        groups = param_groups_layer_decay(model, weight_decay, no_decay, layer_decay=layer_decay)
+    for group in groups:
+        group["lr"] = lr * group.pop("lr_scale", 1.0)
+    grouped = sorted(id(parameter) for group in groups for parameter in group["params"])
+    trainable = sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    assert grouped == trainable, "the groups must hold every trainable parameter exactly once"
+    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+
+
+class JsonLines(LoggerDestination):
+    """One JSON object a step in a file: whatever was logged during it, with `step` and `epoch`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.line: dict[str, float] = {}
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.line |= {key: float(value) for key, value in metrics.items()}
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self.line and dist.get_global_rank() == 0:
+            line = {"step": state.timestamp.batch.value, "epoch": state.timestamp.epoch.value} | self.line
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.line = {}
+
+    eval_end = fit_end = batch_end
+
+
+@dataclass(frozen=True)
+class EvalViews(Dataset):
+    """Views of every sample of some data sets, without chance: `inputs` uint8 (V, T, 3, H, W), `target`.
+
+    Args:
+        paths: data sets of data_prep.py.
+        img_size: pixels.
+        num_frames: T: the clip is cut into T equal sections, and a frame taken from each.
+        temporal_views: in how many ways the frame is taken.
+        spatial_views: square crops along the longer side; 1 is the centre.
+        crop_pct: side of the crop as a fraction of the shorter side, in (0, 1].
+
+    V = temporal_views * spatial_views.
+    """
+
+    paths: list[str]
+    img_size: int
+    num_frames: int = 1
+    temporal_views: int = 1
+    spatial_views: int = 1
+    crop_pct: float = 0.875
+
+    def __post_init__(self):
+        object.__setattr__(self, "data", ConcatDataset([LocalDataset(path) for path in self.paths]))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        sample = self.data[number]
+        count, views = len(sample["ends"]), []
+        for offset in (np.arange(self.temporal_views) + 0.5) / self.temporal_views:
+            picked = ((np.arange(self.num_frames) + offset) * count / self.num_frames).astype(int).tolist()
+            frames = {index: data_prep.decode_frame(sample, index) for index in set(picked)}
+            height, width = frames[picked[0]].shape[:2]
+            side = max(1, round(min(height, width) * self.crop_pct))
+            for place in np.linspace(0, 1, self.spatial_views) if self.spatial_views > 1 else [0.5]:
+                down, right = (place, 0.5) if height > width else (0.5, place)
+                box = (round((height - side) * down), round((width - side) * right), side, side)
+                views.append(torch.stack([crop_and_scale(frames[index], box, self.img_size) for index in picked]))
+        return {"inputs": torch.stack(views), "target": torch.tensor(sample["label"])}
+
+
+def common_classes(paths: list[str]) -> list[str]:
+    """The class names of all of these data sets.
+
+    Raises:
+        ValueError: a data set that is missing, has no labels, or has other classes than the first.
+    """
+    first = data_prep.read_classes(paths[0])
+    for path in paths:
+        if not data_prep.read_classes(path):
+            raise ValueError(f"{path} has no labels, which are needed here; convert it from a folder per class")
+        if data_prep.read_classes(path) != first:
+            raise ValueError(f"{path} has other classes than {paths[0]}")
+    return first
+
+
+@torch.no_grad()
+def embed(encoder: nn.Module, data: EvalViews, batch_size: int = 256, num_workers: int = 0) -> tuple[Tensor, Tensor]:
+    """Pooled features of every sample, the mean over its views, and its label -> (n, D), (n,); the same on all ranks."""
+    device, training = next(encoder.parameters()).device, encoder.training
+    rank, ranks = dist.get_global_rank(), dist.get_world_size()
+    mine = [number % len(data) for number in range(rank, math.ceil(len(data) / ranks) * ranks, ranks)]
+    encoder.eval()
+    features, labels = [], []
+    for batch in DataLoader(Subset(data, mine), batch_size, num_workers=num_workers):
+        inputs = normalize(batch["inputs"].to(device).float() / 255, MEAN, STD)  # (B, V, T, 3, H, W)
+        tokens = encoder(inputs.flatten(0, 1) if encoder.steps > 1 else inputs.flatten(0, 2))
+        features.append(pool(tokens, "mean").unflatten(0, (len(inputs), -1)).mean(dim=1).cpu())  # (B, D)
+        labels.append(batch["target"])
+    encoder.train(training)
+    gathered = dist.all_gather_object((torch.cat(features), torch.cat(labels)))
+    features, labels = (torch.stack(parts, dim=1).flatten(0, 1)[: len(data)] for parts in zip(*gathered, strict=True))
+    return features, labels
+
+
+def knn_accuracy(bank: tuple, queries: tuple, k: int = 20, temperature: float = 0.07) -> float:
+    """Fraction of queries whose k nearest of the bank by cosine, weighted by exp(cosine / temperature), vote right.
+
+    Args:
+        bank, queries: features (n, D) and labels (n,).
+
+    Source: Wu et al. 2018, with DINO's numbers.
+    """
+    (features, labels), (asked, truth) = bank, queries
+    features, right = F.normalize(features, dim=1), 0
+    for chunk, answers in zip(F.normalize(asked, dim=1).split(1024), truth.split(1024), strict=True):
+        cosine, nearest = (chunk @ features.T).topk(min(k, len(features)), dim=1)  # (n, k)
+        votes = torch.zeros(len(chunk), int(labels.max()) + 1)
+        votes.scatter_add_(1, labels[nearest], (cosine / temperature).exp())
+        right += int((votes.argmax(dim=1) == answers).sum())
+    return right / len(truth)
+
+
+class KNN(Callback):
+    """Logs the k-NN accuracy of the encoder with random weights, before the first step, and after the last.
+
+    Args:
+        bank, queries: labelled data sets; a clip is represented by its middle frame.
+        crop_pct: see EvalViews.
+        num_workers: processes that read.
+
+    Raises:
+        ValueError: data sets that are missing, have no labels or have different ones.
+    """
+
+    def __init__(self, *, bank: list[str], queries: list[str], crop_pct: float = 0.875, num_workers: int = 0):
+        self.bank, self.queries = bank, queries
+        self.crop_pct = crop_pct
+        self.num_workers = num_workers
+
+    def init(self, state: State, logger: Logger) -> None:
+        common_classes([*self.bank, *self.queries])
+
+    def measure(self, name: str, state: State, logger: Logger) -> None:
+        encoder = getattr(state.model, "module", state.model).encoder  # without DDP around it
+        views = [EvalViews(paths, encoder.img_size, crop_pct=self.crop_pct) for paths in (self.bank, self.queries)]
+        accuracy = knn_accuracy(*(embed(encoder, data, num_workers=self.num_workers) for data in views))
+        logger.log_metrics({f"knn/{name}": accuracy})
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch.value == 0:
+            self.measure("random", state, logger)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self.measure("trained", state, logger)
+
+
+def draw_losses(lines: list[dict], to: Path) -> None:
+    """Draw every training loss of the lines of a metrics.jsonl against the step."""
+    names = sorted({key for line in lines for key in line if key.startswith("loss/train/")})
+    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        axis.plot(*zip(*[(line["step"], line[name]) for line in lines if name in line], strict=True), linewidth=0.8)
+        axis.set(title=name.removeprefix("loss/train/"), xlabel="step")
+    figure.savefig(to, dpi=120)
+
+
+@torch.no_grad()
+def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int = 8) -> None:
+    """Draw four rows for `count` samples of some data sets: original, masked, reconstructed, reconstructed where masked."""
+    device, size = next(model.parameters()).device, model.encoder.img_size
+    sets = [EvalViews([path], size, crop_pct=1.0) for path in paths]
+    picked = [data[number * len(data) // count]["inputs"][0, 0] for number in range(count) for data in sets][:count]
+    images = normalize(torch.stack(picked).to(device).float() / 255, MEAN, STD)  # (B, 3, H, W)
+    noise = torch.rand(count, model.encoder.num_patches, generator=torch.Generator().manual_seed(0)).to(device)
+    ids_keep, ids_restore, mask = random_masking(noise, model.mask_ratio)
+    pred = model.decoder(model.encoder(images, ids_keep), ids_restore).float()  # (B, N, P)
+    target, removed = patchify(images, model.patch_size), mask[:, :, None].bool()
+    if model.norm_pix_loss:  # the prediction is relative to its patch: give it the patch's mean and deviation back
+        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        pred = pred * (var + 1e-6).sqrt() + mean
+    rows = torch.cat([target, target.masked_fill(removed, 0.0), pred, torch.where(removed, pred, target)])
+    grey = [-m / s for m, s in zip(MEAN, STD, strict=True)]
+    pictures = normalize(unpatchify(rows, model.patch_size), grey, [1 / s for s in STD]).clamp(0, 1)
+    save_image(make_grid(F.interpolate(pictures, scale_factor=max(1, 96 // size)), nrow=count, pad_value=1.0), to)
+
+
+def start_run(run_name: str, seed: int, trainer: dict) -> Path:
+    """Join the process group, seed, and name the run's folder; exits with 0 if the run is finished already.
+
+    Comes before any StreamingDataset is made: Streaming would else make a process group of its own.
+    """
+    dist.initialize_dist(get_device(trainer.get("device")), trainer.get("dist_timeout", 300.0))
+    reproducibility.seed_all(seed)  # the same initial weights on every rank
+    run = Path("runs", run_name)
+    if (run / "result.json").exists():
+        print(f"{run} is finished, see {run}/result.json; delete it or give another run_name to run again")
+        sys.exit(0)
+    return run
+
+
+def classes_of(module: Any) -> tuple[type, ...]:
+    return tuple(made for name, made in vars(module).items() if inspect.isclass(made) and made.__name__ == name)
+
+
+ALGORITHMS = classes_of(composer.algorithms)
+CALLBACKS = (*classes_of(composer.callbacks), KNN)
+LOGGERS = classes_of(composer.loggers)
+
+
+TrainerBlock = Annotated[  # Composer's Trainer without what build_trainer gives
+    dict,
+    Trainer,
+    *("model", "optimizers", "schedulers", "train_dataloader", "eval_dataloader", "device_train_microbatch_size"),
+    *("seed", "run_name", "save_folder", "algorithms", "callbacks", "loggers"),
+]
+
+
+def build_named(classes: tuple[type, ...], block: dict[str, dict] | None) -> list:
+    """Objects of the classes named in a block, with their arguments."""
+    return [made(**block[made.__name__]) for made in classes if made.__name__ in (block or {})]
+
+
+def build_trainer(
+    run: Path,
+    config: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: DataSpec,
+    micro_size: int | None,
+    eval_dataloader: DataSpec | None = None,
+) -> Trainer:
+    """Composer's Trainer with the blocks of a stage's config; it resumes from the newest checkpoint in the run's folder."""
+    if dist.get_global_rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(config), run / "config.yaml")
+    defaults = {"save_overwrite": True, "save_num_checkpoints_to_keep": 2, "autoresume": True}
+    return Trainer(
+        **defaults | config["trainer"],
+        run_name=run.name,
+        save_folder=str(run / "checkpoints"),
+        seed=config["seed"],
+        model=model,
+        optimizers=optimizer,
+        schedulers=CosineAnnealingWithWarmupScheduler(**config["schedule"]),
+        train_dataloader=loader,
+        eval_dataloader=eval_dataloader,
+        device_train_microbatch_size=micro_size,
+        algorithms=build_named(ALGORITHMS, config["algorithms"]),
+        callbacks=build_named(CALLBACKS, config["callbacks"]),
+        loggers=[JsonLines(run / "metrics.jsonl"), *build_named(LOGGERS, config["loggers"])],
+    )
+
+
+def finish_run(run: Path) -> dict[str, float]:
+    """Draw loss.png and write result.json, the last value of everything logged, which marks the run as finished."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    draw_losses(lines, run / "loss.png")
+    result = {key: value for line in lines for key, value in line.items()}
+    data_prep.write_whole(run / "result.json", result)
+    return result
+
+
+def pretrain(
+    *,
+    run_name: str,
+    seed: int,
+    data: Annotated[dict, load_stream],
+    augment: Annotated[dict, PairOfViews],
+    model: Annotated[dict, ViCMAE],
+    optimizer: Annotated[dict, build_optimizer],
+    schedule: Annotated[dict, CosineAnnealingWithWarmupScheduler],
+    trainer: TrainerBlock,
+    algorithms: Annotated[dict, ALGORITHMS] | None = None,
+    callbacks: Annotated[dict, CALLBACKS] | None = None,
+    loggers: Annotated[dict, LOGGERS] | None = None,
+) -> Trainer:
+    """The Trainer of a pre-training run; the parameters are the blocks of its YAML files."""
+    config = locals().copy()
+    run = start_run(run_name, seed, trainer)
+    net = ViCMAE(**model)
+    pairs = PairOfViews(net.encoder.img_size, net.encoder.num_patches, **augment)
+    loader, micro_size = load_stream(pairs, augment_batch, seed, net.patch_size, **data)
+    adamw = build_optimizer(net, data["global_train_batch_size"], **optimizer)
+    return build_trainer(run, config, net, adamw, loader, micro_size)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What the user can mend, a ValueError or OSError before any long work, ends the program in one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}")
+
+
+def main() -> None:
+    with one_line_errors():
+        config = load_config(sys.argv[1:], pretrain)
+        trainer = pretrain(**config)
+    trainer.fit()
+    if dist.get_global_rank() == 0:
+        run, net = Path("runs", config["run_name"]), trainer.state.model
+        paths = [stream.local for stream in trainer.state.train_dataloader.dataset.streams]
+        draw_reconstructions(getattr(net, "module", net), paths, run / "reconstructions.png")
+        result = finish_run(run)
+        if "knn/trained" in result:
+            before, after = result.get("knn/random", math.nan), result["knn/trained"]
+            print(f"k-NN accuracy: {after:.3f} after pre-training, {before:.3f} with random weights")
+        print(f"all of the run is in {run}: reconstructions.png, loss.png, metrics.jsonl, checkpoints/")
+
+
+if __name__ == "__main__":
+    main()
