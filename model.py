@@ -14,10 +14,12 @@ A tensor named mask has 1 where a patch is removed.
 """
 
 import argparse
+import datetime
 import os
 import pickle
 import re
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -123,7 +125,7 @@ class Encoder(nn.Module):
             raise ValueError(f"embed_dim {embed_dim} must be a multiple of num_heads {num_heads} and of 4")
         if num_frames % tubelet_size:
             raise ValueError(f"num_frames {num_frames} is not a multiple of tubelet_size {tubelet_size}")
-        self.img_size = img_size
+        self.img_size, self.patch_size = img_size, patch_size
         self.grid = img_size // patch_size
         self.steps = num_frames // tubelet_size
         self.num_patches = self.steps * self.grid**2
@@ -306,7 +308,6 @@ class ViCMAE(ComposerModel):
             embed_dim, self.encoder.grid, patch_size, decoder_embed_dim, decoder_depth, decoder_num_heads
         )
         self.projector = Projector(embed_dim, projector_hidden_dim, projector_out_dim)
-        self.patch_size = patch_size
         self.mask_ratio = mask_ratio
         self.temperature = temperature
         self.weight_contrast = weight_contrast
@@ -340,7 +341,7 @@ class ViCMAE(ComposerModel):
     def loss(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """total = weight_recon * reconstruction + weight_contrast * contrastive, all scalars."""
         pred, views, mask = (x.flatten(0, 1) for x in (outputs["pred"], batch["views"], outputs["mask"]))
-        reconstruction = reconstruction_loss(pred, views, mask, self.patch_size, self.norm_pix_loss)
+        reconstruction = reconstruction_loss(pred, views, mask, self.encoder.patch_size, self.norm_pix_loss)
         contrastive = info_nce(outputs["projections"], self.temperature)
         total = self.weight_recon * reconstruction + self.weight_contrast * contrastive
         return {"total": total, "reconstruction": reconstruction.detach(), "contrastive": contrastive.detach()}
@@ -367,6 +368,7 @@ class Classifier(ComposerModel):
     def __init__(
         self,
         num_classes: int,
+        *,
         img_size: int = 224,
         patch_size: int = 16,
         embed_dim: int = 768,
@@ -374,15 +376,13 @@ class Classifier(ComposerModel):
         num_heads: int = 12,
         num_frames: int = 1,
         tubelet_size: int = 2,
-        pool: str = "mean",
+        pool: Literal["mean", "cls"] = "mean",
         drop_path: float = 0.0,
         dropout: float = 0.0,
         head_init_std: float = 2e-5,
         freeze: bool = False,
     ):
         super().__init__()
-        if pool not in ("mean", "cls"):
-            raise ValueError(f"pool {pool!r} must be mean or cls")
         tubelet = tubelet_size if num_frames > 1 else 1
         self.encoder = Encoder(
             img_size, patch_size, embed_dim, depth, num_heads, num_frames, tubelet, drop_path, learn_positions=True
@@ -395,19 +395,12 @@ class Classifier(ComposerModel):
         self.freeze = freeze
         if freeze:
             self.encoder.requires_grad_(False)
-        self.metrics = nn.ModuleDict(
-            {
-                f"top{k}": MulticlassAccuracy(
-                    num_classes, top_k=min(k, num_classes), average="micro", sync_on_compute=True
-                )
-                for k in (1, 5)
-            }
-        )
+        self.num_classes = num_classes
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """For timm's layer decay: embedding and positions are layer 0, block b is b + 1, norm and head come last."""
         return {
-            "stem": r"encoder\.(cls_token|pos_embed|temporal_embed|patch_embed)",
+            "stem": r"encoder\.(?:cls_token|pos_embed|temporal_embed|patch_embed)",
             "blocks": r"encoder\.blocks\.(\d+)",
         }
 
@@ -436,10 +429,19 @@ class Classifier(ComposerModel):
         return (self(batch) if outputs is None else outputs).float().softmax(dim=-1).mean(dim=1)
 
     def get_metrics(self, is_train: bool = False) -> dict[str, MulticlassAccuracy]:
-        return {} if is_train else dict(self.metrics)
+        """top1 and top5 (topC where there are fewer classes) for evaluation, none in training."""
+        sizes = {} if is_train else {"top1": 1, "top5": min(5, self.num_classes)}
+        return {name: MulticlassAccuracy(self.num_classes, top_k=k, average="micro") for name, k in sizes.items()}
 
     def update_metric(self, batch: dict[str, Tensor], outputs: Tensor, metric: MulticlassAccuracy) -> None:
         metric.update(outputs, batch["target"])
+
+
+HARMLESS = [  # plain values that may stand beside the weights
+    argparse.Namespace,  # the official files' arguments
+    *(datetime.timedelta, torch.torch_version.TorchVersion),  # Composer's time stamp and versions
+    *(np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType),  # Composer's generator states
+]
 
 
 def read_checkpoint(path: str) -> dict[str, Tensor]:
@@ -457,7 +459,7 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
         if path.endswith(".safetensors"):
             state = load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals(HARMLESS):
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().split("\n")[0]

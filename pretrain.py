@@ -47,6 +47,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import normalize, resized_crop
 from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
 from yaml import YAMLError
 
 import data_prep
@@ -512,22 +513,37 @@ def common_classes(paths: list[str]) -> list[str]:
 
 
 @torch.no_grad()
-def embed(encoder: nn.Module, data: EvalViews, batch_size: int = 256, num_workers: int = 0) -> tuple[Tensor, Tensor]:
-    """Pooled features of every sample, the mean over its views, and its label -> (n, D), (n,); the same on all ranks."""
-    device, training = next(encoder.parameters()).device, encoder.training
+def infer(
+    module: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    data: EvalViews,
+    batch_size: int = 256,
+    num_workers: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """forward(normalised `inputs`, (B, V, T, 3, H, W)) and label of every sample once, in order; the same on all ranks."""
+    device, training = next(module.parameters()).device, module.training
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
     mine = [number % len(data) for number in range(rank, math.ceil(len(data) / ranks) * ranks, ranks)]
-    encoder.eval()
-    features, labels = [], []
-    for batch in DataLoader(Subset(data, mine), batch_size, num_workers=num_workers):
-        inputs = normalize(batch["inputs"].to(device).float() / 255, MEAN, STD)  # (B, V, T, 3, H, W)
-        tokens = encoder(inputs.flatten(0, 1) if encoder.steps > 1 else inputs.flatten(0, 2))
-        features.append(pool(tokens, "mean").unflatten(0, (len(inputs), -1)).mean(dim=1).cpu())  # (B, D)
+    loader = DataLoader(Subset(data, mine), batch_size, num_workers=num_workers)
+    module.eval()
+    outputs, labels = [], []
+    for batch in tqdm(loader, desc="eval", disable=None if rank == 0 else True, leave=False):
+        outputs.append(forward(normalize(batch["inputs"].to(device).float() / 255, MEAN, STD)).float().cpu())
         labels.append(batch["target"])
-    encoder.train(training)
-    gathered = dist.all_gather_object((torch.cat(features), torch.cat(labels)))
-    features, labels = (torch.stack(parts, dim=1).flatten(0, 1)[: len(data)] for parts in zip(*gathered, strict=True))
-    return features, labels
+    module.train(training)
+    gathered = dist.all_gather_object((torch.cat(outputs), torch.cat(labels)))
+    outputs, labels = (torch.stack(parts, dim=1).flatten(0, 1)[: len(data)] for parts in zip(*gathered, strict=True))
+    return outputs, labels
+
+
+def embed(encoder: nn.Module, data: EvalViews, num_workers: int = 0) -> tuple[Tensor, Tensor]:
+    """Pooled features of every sample, the mean over its views and frames, and its label -> (n, D), (n,)."""
+
+    def features(inputs: Tensor) -> Tensor:
+        frames = inputs.flatten(0, 2) if encoder.steps == 1 else inputs.flatten(0, 1)
+        return pool(encoder(frames), "mean").unflatten(0, (len(inputs), -1)).mean(dim=1)
+
+    return infer(encoder, features, data, num_workers=num_workers)
 
 
 def knn_accuracy(bank: tuple, queries: tuple, k: int = 20, temperature: float = 0.07) -> float:
@@ -602,13 +618,13 @@ def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int =
     noise = torch.rand(count, model.encoder.num_patches, generator=torch.Generator().manual_seed(0)).to(device)
     ids_keep, ids_restore, mask = random_masking(noise, model.mask_ratio)
     pred = model.decoder(model.encoder(images, ids_keep), ids_restore).float()  # (B, N, P)
-    target, removed = patchify(images, model.patch_size), mask[:, :, None].bool()
+    target, removed = patchify(images, model.encoder.patch_size), mask[:, :, None].bool()
     if model.norm_pix_loss:  # the prediction is relative to its patch: give it the patch's mean and deviation back
         var, mean = torch.var_mean(target, dim=-1, keepdim=True)
         pred = pred * (var + 1e-6).sqrt() + mean
     rows = torch.cat([target, target.masked_fill(removed, 0.0), pred, torch.where(removed, pred, target)])
     grey = [-m / s for m, s in zip(MEAN, STD, strict=True)]
-    pictures = normalize(unpatchify(rows, model.patch_size), grey, [1 / s for s in STD]).clamp(0, 1)
+    pictures = normalize(unpatchify(rows, model.encoder.patch_size), grey, [1 / s for s in STD]).clamp(0, 1)
     save_image(make_grid(F.interpolate(pictures, scale_factor=max(1, 96 // size)), nrow=count, pad_value=1.0), to)
 
 
@@ -707,7 +723,7 @@ def pretrain(
     run = start_run(run_name, seed, trainer)
     net = ViCMAE(**model)
     pairs = PairOfViews(net.encoder.img_size, net.encoder.num_patches, **augment)
-    loader, micro_size = load_stream(pairs, augment_batch, seed, net.patch_size, **data)
+    loader, micro_size = load_stream(pairs, augment_batch, seed, net.encoder.patch_size, **data)
     adamw = build_optimizer(net, data["global_train_batch_size"], **optimizer)
     return build_trainer(run, config, net, adamw, loader, micro_size)
 

@@ -1,0 +1,215 @@
+"""Measure what was learnt: accuracy with many views, k-NN and linear probe of an encoder, pictures, an export for timm.
+
+    python eval.py yamls/eval_demo.yaml                                     # k-NN, linear probe, pictures of runs/demo
+    python eval.py yamls/eval_demo.yaml checkpoint=null run_name=random     # the same of random weights
+    python eval.py yamls/eval_demo.yaml export=encoder.safetensors          # for timm.create_model
+
+The signature of `evaluate` is the schema of its YAML files: each block that is given is a measurement. The last line printed
+is the result as JSON, which is also in runs/{run_name}/eval.json.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from composer.trainer.trainer import get_device
+from composer.utils import dist, reproducibility
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import data_prep
+from model import Classifier, Encoder, ViCMAE, load_pretrained
+from pretrain import EvalViews, common_classes, draw_reconstructions, embed, infer, knn_accuracy, load_config, one_line_errors
+
+
+def measure_accuracy(
+    net: Classifier,
+    num_frames: int,
+    *,
+    data: list[str],
+    temporal_views: int = 1,
+    spatial_views: int = 1,
+    crop_pct: float = 0.875,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy, the softmax averaged over all views of a sample. See EvalViews for the views."""
+    views = EvalViews(data, net.encoder.img_size, num_frames, temporal_views, spatial_views, crop_pct)
+    probabilities, labels = infer(net, lambda inputs: net.eval_forward({"inputs": inputs}), views, batch_size, num_workers)
+    result = {}
+    for name, metric in net.get_metrics().items():
+        metric.update(probabilities, labels)
+        result[name] = float(metric.compute())
+    return result
+
+
+def fit_linear(features: Tensor, labels: Tensor, num_classes: int, l2: float) -> Callable[[Tensor], Tensor]:
+    """Multinomial logistic regression by L-BFGS on standardised features (n, D), labels (n,) -> features to logits (n, C).
+
+    Args:
+        l2: weight of half the squared norm of the weights, relative to the mean cross-entropy.
+    """
+    mean, std = features.mean(dim=0), features.std(dim=0) + 1e-6
+    x = (features - mean) / std
+    head = nn.Linear(x.shape[1], num_classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(x), labels) + l2 / 2 * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return torch.no_grad()(lambda features: head((features - mean) / std))
+
+
+def linear_accuracy(
+    bank: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor], labels_per_class: int | None, seed: int
+) -> float:
+    """Accuracy of a linear head on fixed features.
+
+    Args:
+        bank, queries: features (n, D) and labels (n,).
+        labels_per_class: how many of the bank are used, chosen at random by `seed`; None for all.
+
+    The strength of regularisation is chosen on a fifth of the labels, and the head then fitted on all of them.
+    """
+    features, labels = bank
+    num_classes = int(labels.max()) + 1
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    ranked = F.one_hot(labels[order]).cumsum(dim=0).gather(1, labels[order, None])[:, 0]  # n-th of its class, from 1
+    chosen = order if labels_per_class is None else order[ranked <= labels_per_class]
+    x, y = features[chosen], labels[chosen]
+    fifth = max(1, len(y) // 5)
+
+    def right(l2: float) -> float:
+        predict = fit_linear(x[fifth:], y[fifth:], num_classes, l2)
+        return float((predict(x[:fifth]).argmax(dim=1) == y[:fifth]).float().mean())
+
+    best = max((1e-4, 1e-3, 1e-2, 1e-1, 1.0), key=right)
+    predict = fit_linear(x, y, num_classes, best)
+    return float((predict(queries[0]).argmax(dim=1) == queries[1]).float().mean())
+
+
+def measure_probe(
+    encoder: Encoder,
+    seed: int,
+    *,
+    bank: list[str],
+    queries: list[str],
+    labels_per_class: list[int | None] = (None,),
+    k: int = 20,
+    crop_pct: float = 0.875,
+    num_workers: int = 0,
+) -> dict[str, float]:
+    """k-NN and linear accuracy of fixed features: the mean of the patch tokens of one central view.
+
+    Args:
+        bank, queries: labelled data sets to learn from and to test on.
+        labels_per_class: a linear head for each number; null for all labels.
+        k: of k-NN.
+
+    Raises:
+        ValueError: data sets that are missing, have no labels or have different ones.
+    """
+    common_classes([*bank, *queries])
+    learn, test = (
+        embed(encoder, EvalViews(paths, encoder.img_size, crop_pct=crop_pct), num_workers) for paths in (bank, queries)
+    )
+    result = {"knn": knn_accuracy(learn, test, k)}
+    for number in labels_per_class:
+        result[f"linear_{number or 'all'}"] = linear_accuracy(learn, test, number, seed)
+    return result
+
+
+def export_timm(encoder: Encoder, to: str) -> None:
+    """Write the encoder in the names of timm's VisionTransformer: timm.create_model(..., checkpoint_path=to).
+
+    Raises:
+        ValueError: an encoder of clips, which timm does not have.
+    """
+    if encoder.steps > 1:
+        raise ValueError("export: timm has no ViT for clips; export an encoder of images")
+    save_file({name: value.contiguous().cpu() for name, value in encoder.state_dict().items()}, to)
+
+
+def evaluate(
+    *,
+    run_name: str,
+    checkpoint: str | None,
+    seed: int = 0,
+    device: str | None = None,
+    model: Annotated[dict, ViCMAE] | None = None,
+    classifier: Annotated[dict, Classifier] | None = None,
+    accuracy: Annotated[dict, measure_accuracy] | None = None,
+    probe: Annotated[dict, measure_probe] | None = None,
+    reconstructions: list[str] | None = None,
+    export: str | None = None,
+) -> dict[str, Any]:
+    """Load a checkpoint and carry out the measurements that are asked for.
+
+    Args:
+        checkpoint: of pretrain.py or finetune.py, or an official file; null for random weights.
+        model: sizes of a pre-trained model, for `probe`, `reconstructions` and `export`.
+        classifier: sizes of a classifier, for `accuracy`.
+        reconstructions: data sets to draw samples from.
+        export: file to write the encoder to, in timm's names.
+
+    Raises:
+        ValueError: a checkpoint or data that do not fit, or a measurement without its model.
+    """
+    where = get_device(device)
+    dist.initialize_dist(where)
+    reproducibility.seed_all(seed)
+    run = Path("runs", run_name)
+    run.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"run_name": run_name, "checkpoint": checkpoint, "seed": seed}
+    for block, needs, name in (
+        (accuracy, classifier, "classifier"),
+        (probe or reconstructions or export, model, "model"),
+    ):
+        if block is not None and needs is None:
+            raise ValueError(f"the block {name} is missing: it gives the sizes of what is measured")
+
+    if model is not None:
+        net = load(ViCMAE(**model), checkpoint, where)
+        if probe:
+            result |= measure_probe(net.encoder, seed, **probe)
+        if reconstructions and dist.get_global_rank() == 0:
+            draw_reconstructions(net, reconstructions, run / "reconstructions.png")
+        if export:
+            export_timm(net.encoder, export)
+    if accuracy is not None:
+        classes = common_classes(accuracy["data"])
+        net = load(Classifier(len(classes), **classifier), checkpoint, where, "head.")
+        result |= measure_accuracy(net, classifier.get("num_frames", 1), **accuracy)
+    if dist.get_global_rank() == 0:
+        data_prep.write_whole(run / "eval.json", result)
+    return result
+
+
+def load(net: nn.Module, checkpoint: str | None, device: Any, needed: str = "encoder.") -> nn.Module:
+    """Fill a model from a checkpoint, which must hold all weights that begin with `needed`, and put it on the device."""
+    if checkpoint:
+        missing = [name for name in load_pretrained(net, checkpoint)["missing"] if name.startswith(needed)]
+        if missing:
+            raise ValueError(f"checkpoint {checkpoint} lacks {missing[0]}: it is not one of a fine-tuned classifier")
+    return device.module_to_device(net).eval()
+
+
+def main() -> None:
+    with one_line_errors():
+        result = evaluate(**load_config(sys.argv[1:], evaluate))
+    if dist.get_global_rank() == 0:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Fine-tune a pre-trained encoder, or a linear head on it, to classify images or clips (paper section 4, RECIPES in yamls/).
+
+    composer finetune.py yamls/finetune_demo.yaml pretrained=runs/demo/checkpoints/latest-rank0.pt
+    composer finetune.py yamls/finetune_demo.yaml model.freeze=true                           # linear probe
+
+The signature of `finetune` is the schema of its YAML files. All of a run is in runs/{run_name}/, as in pre-training.
+"""
+
+import random
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from composer import Trainer
+from composer.core import DataSpec
+from composer.optim import CosineAnnealingWithWarmupScheduler
+from composer.utils import dist
+from timm.data.mixup import Mixup, mixup_target
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import normalize
+
+import data_prep
+from model import Classifier, load_pretrained
+from pretrain import (
+    ALGORITHMS,
+    CALLBACKS,
+    LOGGERS,
+    MEAN,
+    STD,
+    EvalViews,
+    TrainerBlock,
+    build_optimizer,
+    build_trainer,
+    common_classes,
+    crop_and_scale,
+    draw_crop,
+    finish_run,
+    load_config,
+    load_stream,
+    one_line_errors,
+    start_run,
+)
+
+
+class TrainingClips:
+    """How a labelled sample is seen in training: crop and flip, one for all frames, then erasing, mixup and cutmix.
+
+    Args:
+        crop_scale, crop_ratio: of RandomResizedCrop.
+        flip: probability.
+        erasing: probability that a box of a sample becomes noise (timm's RandomErasing, mode "pixel").
+        mixup, cutmix: alpha of the beta distribution of their share; 0 is off. One of the two is drawn for each batch.
+        label_smoothing: in [0, 1).
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        num_frames: int,
+        num_classes: int,
+        *,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        erasing: float = 0.25,
+        mixup: float = 0.8,
+        cutmix: float = 1.0,
+        label_smoothing: float = 0.1,
+    ):
+        self.img_size = img_size
+        self.num_frames = num_frames
+        self.num_classes = num_classes
+        self.crop_scale = crop_scale
+        self.crop_ratio = crop_ratio
+        self.flip = flip
+        self.erasing = erasing
+        self.label_smoothing = label_smoothing
+        self.mix = None
+        if mixup or cutmix:
+            self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+
+    def draw(self, sample: dict, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Run in a worker on a stored sample -> `inputs` uint8 (1, T, 3, H, W), `target`, `key` (seeds what follows).
+
+        The clip is cut into T equal sections; a frame is taken from the same random place in each.
+        """
+        count = len(sample["ends"])
+        picked = ((np.arange(self.num_frames) + rng.random()) * count / self.num_frames).astype(int).tolist()
+        frames = {index: data_prep.decode_frame(sample, index) for index in set(picked)}
+        box = draw_crop(rng, *frames[picked[0]].shape[:2], self.crop_scale, self.crop_ratio)
+        clip = torch.stack([crop_and_scale(frames[index], box, self.img_size) for index in picked])
+        if rng.random() < self.flip:
+            clip = clip.flip(3)
+        return {"inputs": clip[None], "target": sample["label"], "key": int(rng.integers(2**31))}
+
+    def apply(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run on the device: `inputs` normalised, erased and mixed (B, 1, T, 3, H, W); `target` mixed (B, C).
+
+        timm draws from the global generators, and so does drop path in the forward pass that follows: all are seeded by the
+        first sample's key, so that a step depends on its batch alone and a resumed run repeats it.
+        """
+        key = int(batch["key"][0])
+        random.seed(key)
+        np.random.seed(key)
+        torch.manual_seed(key)
+        inputs, target = batch["inputs"], batch["target"]
+        shape = inputs.shape
+        x = normalize(inputs.float() / 255, MEAN, STD).flatten(1, 3)  # (B, T * 3, H, W): one box for all frames
+        if self.erasing:
+            x = RandomErasing(self.erasing, mode="pixel", device=x.device)(x)
+        if self.mix:
+            x, target = self.mix(x, target)
+        else:
+            target = mixup_target(target, self.num_classes, smoothing=self.label_smoothing)
+        return {"inputs": x.view(shape), "target": target}
+
+
+def normalise_views(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`inputs` of EvalViews, uint8 -> normalised."""
+    return {"inputs": normalize(batch["inputs"].float() / 255, MEAN, STD), "target": batch["target"]}
+
+
+def load_eval(
+    img_size: int, num_frames: int, *, paths: list[str], batch_size: int = 64, num_workers: int = 0, crop_pct: float = 0.875
+) -> DataSpec:
+    """The loader of the validation data: one central view of each sample.
+
+    Args:
+        paths: data sets of data_prep.py.
+        batch_size: samples of each rank.
+        num_workers: processes of each rank.
+        crop_pct: see EvalViews.
+    """
+    data = EvalViews(paths, img_size, num_frames, crop_pct=crop_pct)
+    sampler = dist.get_sampler(data, drop_last=False, shuffle=False)
+    loader = DataLoader(data, batch_size, sampler=sampler, num_workers=num_workers)
+    return DataSpec(loader, batch_transforms=normalise_views)
+
+
+def finetune(
+    *,
+    run_name: str,
+    seed: int,
+    pretrained: str | None,
+    data: Annotated[dict, load_stream],
+    eval_data: Annotated[dict, load_eval],
+    augment: Annotated[dict, TrainingClips],
+    model: Annotated[dict, Classifier],
+    optimizer: Annotated[dict, build_optimizer],
+    schedule: Annotated[dict, CosineAnnealingWithWarmupScheduler],
+    trainer: TrainerBlock,
+    algorithms: Annotated[dict, ALGORITHMS] | None = None,
+    callbacks: Annotated[dict, CALLBACKS] | None = None,
+    loggers: Annotated[dict, LOGGERS] | None = None,
+) -> Trainer:
+    """The Trainer of a fine-tuning run; the parameters are the blocks of its YAML files.
+
+    `pretrained` is a checkpoint of pretrain.py or an official file; null begins with random weights.
+    """
+    config = locals().copy()
+    run = start_run(run_name, seed, trainer)
+    classes = common_classes([stream["path"] for stream in data["streams"]] + eval_data["paths"])
+    net = Classifier(len(classes), **model)
+    if pretrained:
+        report = load_pretrained(net, pretrained)
+        print(f"{pretrained}: " + ", ".join(f"{len(names)} weights {fate}" for fate, names in report.items()))
+    num_frames = model.get("num_frames", 1)
+    clips = TrainingClips(net.encoder.img_size, num_frames, len(classes), **augment)
+    if clips.mix and data["global_train_batch_size"] // dist.get_world_size() % 2:
+        raise ValueError("data.global_train_batch_size must be even on every rank; or set augment.mixup and cutmix to 0")
+    loader, micro_size = load_stream(clips.draw, clips.apply, seed, net.encoder.patch_size, **data)
+    adamw = build_optimizer(net, data["global_train_batch_size"], **optimizer)
+    validation = load_eval(net.encoder.img_size, num_frames, **eval_data)
+    return build_trainer(run, config, net, adamw, loader, micro_size, validation)
+
+
+def main() -> None:
+    with one_line_errors():
+        config = load_config(sys.argv[1:], finetune)
+        trainer = finetune(**config)
+    trainer.fit()
+    if dist.get_global_rank() == 0:
+        run = Path("runs", config["run_name"])
+        result = finish_run(run)
+        print(f"top-1 {result['metrics/eval/top1']:.3f}, top-5 {result['metrics/eval/top5']:.3f}; all of the run is in {run}")
+
+
+if __name__ == "__main__":
+    main()
