@@ -1,0 +1,317 @@
+import argparse
+import json
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import model
+from model import Classifier, Encoder, ViCMAE, load_pretrained
+
+GOLDEN = Path(__file__).parent / "golden" / "vicmae_tiny.npz"
+TINY = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 48,
+    "depth": 2,
+    "num_heads": 3,
+    "decoder_embed_dim": 24,
+    "decoder_depth": 2,
+    "decoder_num_heads": 3,
+    "projector_hidden_dim": 64,
+    "projector_out_dim": 16,
+}
+ENCODER = {name: TINY[name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    with np.load(GOLDEN) as data:
+        return {k: torch.from_numpy(data[k]) for k in data.files if k != "config"} | {"config": json.loads(str(data["config"]))}
+
+
+def state_of(golden: dict) -> dict[str, torch.Tensor]:
+    return {key.removeprefix("state/"): value for key, value in golden.items() if key.startswith("state/")}
+
+
+def random_batch(size: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "views": torch.randn(size, 2, 3, 32, 32, generator=generator),
+        "noise": torch.rand(size, 2, 16, generator=generator),
+    }
+
+
+def test_loss_predictions_and_every_gradient_equal_the_official_objective(golden):
+    net = ViCMAE(**golden["config"]).train()
+    report = load_pretrained(net, state_of(golden))
+    assert not report["missing"] and not report["unused"]
+    batch = {"views": golden["views"], "noise": golden["noise"]}
+    outputs = net(batch)
+    losses = net.loss(outputs, batch)
+    losses["total"].backward()
+
+    torch.testing.assert_close(outputs["mask"], golden["mask"], rtol=0, atol=0)
+    for ours, theirs in (("total", "loss"), ("reconstruction", "loss_recon"), ("contrastive", "loss_contrast")):
+        torch.testing.assert_close(losses[ours].detach(), golden[theirs], rtol=1e-5, atol=0)
+    removed = golden["mask"].bool()
+    torch.testing.assert_close(outputs["pred"].detach()[removed], golden["pred"][removed], rtol=1e-4, atol=1e-5)
+
+    expected = {model.our_name(k.removeprefix("grad/")): v for k, v in golden.items() if k.startswith("grad/")}
+    gradients = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        if name in ("projector.0.bias", "projector.3.bias"):  # zero but for rounding: a BatchNorm follows
+            assert gradient.abs().max() < 1e-6 and expected[name].abs().max() < 1e-6
+        else:
+            assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
+
+
+def test_positions_equal_a_loop_over_places_and_frequencies():
+    dim, grid = 16, 3
+    table = model.sincos_positions(dim, grid)[0]
+    assert not table[0].any()
+    for row in range(grid):
+        for column in range(grid):
+            for i in range(dim // 4):
+                frequency = 1 / 10000 ** (i / (dim // 4))
+                quarters = [f(x * frequency) for x in (column, row) for f in (math.sin, math.cos)]
+                for quarter, value in enumerate(quarters):
+                    assert table[1 + row * grid + column, quarter * dim // 4 + i] == pytest.approx(value, abs=1e-6)
+
+
+def test_unpatchify_inverts_patchify_and_a_patch_is_row_column_channel():
+    images = torch.randn(2, 3, 24, 24)
+    patches = model.patchify(images, 8)
+    assert patches.shape == (2, 9, 192)
+    assert torch.equal(patches[1, 5].view(8, 8, 3), images[1, :, 8:16, 16:24].permute(1, 2, 0))
+    assert torch.equal(model.unpatchify(patches, 8), images)
+
+
+@pytest.mark.parametrize("mask_ratio", [0.25, 0.5, 0.75, 0.9])
+def test_masking_keeps_the_patches_of_smallest_noise_and_restores_their_order(mask_ratio):
+    noise = torch.rand(5, 16)
+    ids_keep, ids_restore, mask = model.random_masking(noise, mask_ratio)
+    kept = int(16 * (1 - mask_ratio))
+    assert ids_keep.shape == (5, kept) and mask.sum(dim=1).tolist() == [16 - kept] * 5
+    for row in range(5):
+        smallest = sorted(range(16), key=lambda patch: noise[row, patch].item())[:kept]
+        assert ids_keep[row].tolist() == smallest
+        assert {patch for patch in range(16) if mask[row, patch] == 0} == set(smallest)
+    tokens = torch.arange(16.0).expand(5, 16)[:, :, None]
+    order = noise.argsort(dim=1)
+    shuffled = model.take(tokens, order)
+    assert torch.equal(model.take(shuffled, ids_restore), tokens)
+
+
+def test_nothing_in_a_step_is_random_but_the_noise():
+    net, batch = ViCMAE(**TINY), random_batch()
+    torch.manual_seed(1)
+    first = net(batch)
+    torch.manual_seed(2)
+    second = net(batch)
+    other = net(batch | {"noise": random_batch(seed=1)["noise"]})
+    assert torch.equal(first["pred"], second["pred"]) and torch.equal(first["mask"], second["mask"])
+    assert not torch.equal(first["mask"], other["mask"])
+
+
+def test_encoder_does_not_see_removed_patches():
+    net, batch = ViCMAE(**TINY).eval(), random_batch(2)
+    mask = net(batch)["mask"]
+    pixels = model.unpatchify(mask.flatten(0, 1)[:, :, None].expand(-1, -1, 192), 8).view(2, 2, 3, 32, 32)
+    changed = batch["views"] + 10 * pixels * torch.randn_like(batch["views"])
+    assert torch.equal(net(batch)["features"], net(batch | {"views": changed})["features"])
+
+
+def test_info_nce_equals_a_loop_over_views():
+    z = torch.randn(5, 2, 7, dtype=torch.float64).float()
+    views = [z[b, v].double().numpy() / np.linalg.norm(z[b, v].double().numpy()) for v in (0, 1) for b in range(5)]
+    terms = []
+    for i in range(10):
+        partner = (i + 5) % 10
+        weights = [math.exp(views[i] @ views[j] / 0.1) for j in range(10) if j != i]
+        terms.append(-math.log(math.exp(views[i] @ views[partner] / 0.1) / sum(weights)))
+    assert model.info_nce(z, 0.1).item() == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+def test_info_nce_of_two_orthogonal_pairs_is_known():
+    z = torch.eye(2)[:, None].expand(2, 2, 2)  # both views of a sample alike, the samples at right angles
+    assert model.info_nce(z, 0.5).item() == pytest.approx(math.log(math.exp(2) + 2) - 2, rel=1e-6)
+
+
+def test_info_nce_in_half_precision_is_computed_in_full():
+    z = torch.randn(64, 2, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model.info_nce(z, 0.1)
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, model.info_nce(z, 0.1))
+
+
+def test_reconstruction_loss_of_a_known_error():
+    images = torch.zeros(1, 3, 4, 4)
+    images[..., 2:] = 1.0  # patches 1 and 3 of 2 x 2
+    pred = torch.zeros(1, 4, 12)
+    mask = torch.tensor([[0.0, 1.0, 1.0, 0.0]])
+    assert model.reconstruction_loss(pred, images, mask, 2, norm_pix_loss=False).item() == pytest.approx(0.5)
+
+
+def test_reconstruction_loss_equals_numpy():
+    images, pred, mask = torch.randn(3, 3, 16, 16), torch.randn(3, 16, 48), (torch.rand(3, 16) > 0.5).float()
+    patches = images.double().numpy().reshape(3, 3, 4, 4, 4, 4).transpose(0, 2, 4, 3, 5, 1).reshape(3, 16, 48)
+    spread = np.sqrt(patches.var(axis=2, ddof=1, keepdims=True) + 1e-6)
+    target = (patches - patches.mean(axis=2, keepdims=True)) / spread
+    error = ((pred.double().numpy() - target) ** 2).mean(axis=2)
+    expected = error[mask.numpy() == 1].mean()
+    assert model.reconstruction_loss(pred, images, mask, 4, norm_pix_loss=True).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "patch", "name"),
+    [
+        (384, 12, 6, 16, "vit_small_patch16_224"),
+        (768, 12, 12, 16, "vit_base_patch16_224"),
+        (1024, 24, 16, 16, "vit_large_patch16_224"),
+        (1280, 32, 16, 14, "vit_huge_patch14_224"),
+    ],
+)
+def test_encoder_has_the_names_and_shapes_of_timms_vit(width, depth, heads, patch, name):
+    with torch.device("meta"):
+        ours, theirs = Encoder(224, patch, width, depth, heads), timm.create_model(name, num_classes=0)
+    shapes = [{key: value.shape for key, value in net.state_dict().items()} for net in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+
+
+def test_classifier_of_images_equals_timms_vit():
+    theirs = timm.models.VisionTransformer(32, 8, embed_dim=48, depth=2, num_heads=3, num_classes=7).eval()
+    torch.nn.init.normal_(theirs.head.weight)
+    ours = Classifier(7, **ENCODER, pool="cls").eval()
+    load_pretrained(ours, theirs.state_dict() | {"head.weight": theirs.head.weight, "head.bias": theirs.head.bias})
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(ours({"inputs": images[:, None, None]})[:, 0], theirs(images), rtol=1e-5, atol=1e-5)
+
+
+def test_still_clip_of_one_tubelet_has_the_features_of_the_image():
+    image, clip = Encoder(**ENCODER).eval(), Encoder(**ENCODER, num_frames=2, tubelet_size=2).eval()
+    holder = torch.nn.ModuleDict({"encoder": clip})
+    report = load_pretrained(holder, image.state_dict())
+    assert report["missing"] == ["encoder.temporal_embed"]
+    frames = torch.randn(3, 3, 32, 32)
+    still = frames[:, None].expand(-1, 2, -1, -1, -1)
+    torch.testing.assert_close(clip(still), image(frames), rtol=1e-5, atol=1e-5)
+
+
+def test_probabilities_are_averaged_over_views():
+    net = Classifier(4, **ENCODER, head_init_std=1.0).eval()
+    inputs = torch.randn(2, 3, 1, 3, 32, 32)
+    alone = torch.stack([net({"inputs": inputs[:, v : v + 1]})[:, 0].softmax(dim=-1) for v in range(3)]).mean(dim=0)
+    torch.testing.assert_close(net.eval_forward({"inputs": inputs}), alone)
+
+
+def test_frozen_classifier_trains_its_head_alone():
+    net = Classifier(4, **ENCODER, freeze=True).train()
+    net.loss(net({"inputs": torch.randn(4, 1, 1, 3, 32, 32)}), {"target": torch.arange(4)}).backward()
+    assert {name for name, p in net.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
+    assert not net.encoder.training and net.neck.training
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_official_file_fills_whole_model_or_encoder_alone(tmp_path, golden, whole):
+    state = state_of(golden)
+    if not whole:
+        state = {k: v for k, v in state.items() if not k.startswith(("decoder", "mask_token", "projector"))}
+    path = str(tmp_path / "official.pth")
+    torch.save({"model": state, "epoch": 799, "scaler": None, "args": argparse.Namespace(lr=1e-3)}, path)
+    net = ViCMAE(**golden["config"])
+    before = net.decoder.mask_token.clone()
+    report = load_pretrained(net, path)
+    assert torch.equal(net.encoder.blocks[1].mlp.fc1.weight, golden["state/blocks.1.mlp.fc1.weight"])
+    assert torch.equal(net.decoder.mask_token, golden["state/mask_token"] if whole else before)
+    assert bool(report["missing"]) is not whole
+
+
+def test_positions_of_another_grid_are_interpolated(golden):
+    net = Classifier(3, **ENCODER | {"img_size": 48})
+    report = load_pretrained(net, state_of(golden))
+    assert report["resized"] == ["encoder.pos_embed"]
+    expected = timm.layers.resample_abs_pos_embed(golden["state/pos_embed"], [6, 6])
+    torch.testing.assert_close(net.encoder.pos_embed.data, expected)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (Path.touch, (Path("was_run"),))
+
+
+def test_malicious_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"blocks.0.x": torch.zeros(1)}, "args": Malicious()}, "evil.pth")
+    with pytest.raises(ValueError, match=r"evil.pth is no checkpoint that can be read safely"):
+        load_pretrained(ViCMAE(**TINY), "evil.pth")
+    assert not Path("was_run").exists()
+    Path("plain.pth").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(ValueError, match=r"plain.pth is no checkpoint"):
+        load_pretrained(ViCMAE(**TINY), "plain.pth")
+    assert not Path("was_run").exists()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "culprit"),
+    [({"embed_dim": 96}, "encoder.cls_token is"), ({"depth": 3}, "lacks 12 weights"), ({"patch_size": 16}, "patch_embed")],
+)
+def test_checkpoint_of_another_size_is_named(golden, sizes, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        load_pretrained(ViCMAE(**TINY | sizes), state_of(golden))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut"])
+def test_file_that_is_no_checkpoint_is_named(tmp_path, content):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="weights.pt is no checkpoint"):
+        load_pretrained(ViCMAE(**TINY), str(path))
+    with pytest.raises(ValueError, match="nowhere.pt does not exist"):
+        load_pretrained(ViCMAE(**TINY), "nowhere.pt")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "culprit"),
+    [
+        ({"patch_size": 7}, "img_size 32"),
+        ({"num_heads": 5}, "embed_dim 48"),
+        ({"mask_ratio": 1.0}, "mask_ratio 1.0"),
+        ({"mask_ratio": -0.1}, "mask_ratio -0.1"),
+        ({"temperature": 0.0}, "temperature 0.0"),
+    ],
+)
+def test_impossible_size_is_named(sizes, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        ViCMAE(**TINY | sizes)
+
+
+def losses_and_gradients_of_a_rank(rank: int, out: str) -> None:
+    net = torch.nn.parallel.DistributedDataParallel(build_double())
+    batch = {key: value.double()[rank * 2 : rank * 2 + 2] for key, value in random_batch().items()}
+    losses = net.module.loss(net(batch), batch)
+    losses["total"].backward()
+    torch.save({"contrastive": losses["contrastive"], **{n: p.grad for n, p in net.module.named_parameters()}}, f"{out}/{rank}")
+
+
+def build_double() -> ViCMAE:
+    torch.manual_seed(0)
+    return ViCMAE(**TINY).double()
+
+
+def test_contrastive_loss_and_gradients_on_two_ranks_equal_one_rank(tmp_path, on_ranks):
+    on_ranks(2, losses_and_gradients_of_a_rank, str(tmp_path))
+    net, batch = build_double(), {key: value.double() for key, value in random_batch().items()}
+    losses = net.loss(net(batch), batch)
+    losses["total"].backward()
+    for rank in (0, 1):
+        found = torch.load(tmp_path / str(rank), weights_only=True)
+        torch.testing.assert_close(found["contrastive"], losses["contrastive"], rtol=1e-6, atol=0)
+        for name, parameter in net.named_parameters():
+            if parameter.requires_grad and parameter.grad.norm() > 1e-12:
+                assert (found[name] - parameter.grad).norm() <= 1e-6 * parameter.grad.norm(), name
