@@ -20,9 +20,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from itertools import groupby, islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -54,9 +54,7 @@ class Recipe:
     fps: float | None = None  # Hz; if given, instead of `frames`
     short_side: int = 256  # pixels; smaller inputs are never enlarged
     quality: int = 90  # JPEG, 1-100
-
-
-# Reading the format
+    per_class: int | None = None  # the first so many inputs of every class; None for all
 
 
 def encode_clip(frames: list[bytes], timestamps: list[float], label: int, name: str) -> dict:
@@ -87,9 +85,6 @@ def read_classes(path: str) -> list[str]:
         if not os.path.exists(os.path.join(path, name)):
             raise ValueError(f"{path} is not a complete data set ({name} is missing); make it with data_prep.py")
     return json.loads(Path(path, "classes.json").read_text())
-
-
-# From files to clips
 
 
 def kept_times(start: float, duration: float, recipe: Recipe) -> np.ndarray:
@@ -182,19 +177,14 @@ def read_image(path: Path, recipe: Recipe) -> tuple[list[bytes], list[float]]:
         return [simplejpeg.encode_jpeg(np.asarray(image), recipe.quality, colorsubsampling="420")], [0.0]
 
 
-# From folders to shards
-
-
-def list_inputs(source: Path, kind: str) -> tuple[list[str], list[str]]:
+def list_inputs(source: Path, kind: str, per_class: int | None = None) -> tuple[list[str], list[str]]:
     """Paths inside `source` in order, and the class names: its sub-folders; none if the files lie flat in it.
 
     Raises:
         ValueError: `source` is missing, is no folder, or holds no file of this kind.
     """
     if not source.is_dir():
-        raise ValueError(
-            f"SOURCE {source} does not exist or is no folder; give the folder that holds the class folders"
-        )
+        raise ValueError(f"SOURCE {source} does not exist or is no folder; give the folder that holds the class folders")
     names = sorted(
         os.path.relpath(os.path.join(folder, file), source)
         for folder, _, files in os.walk(source, followlinks=True)
@@ -204,7 +194,11 @@ def list_inputs(source: Path, kind: str) -> tuple[list[str], list[str]]:
     if not names:
         endings = " ".join(sorted(EXTENSIONS[kind]))
         raise ValueError(f"SOURCE {source} holds no {kind} (looked for {endings} in it and its folders)")
-    return names, sorted({name.split(os.sep)[0] for name in names if os.sep in name})
+    classes = sorted({name.split(os.sep)[0] for name in names if os.sep in name})
+    if per_class:
+        groups = groupby(names, lambda name: name.split(os.sep)[0])
+        names = [name for _, group in groups for name in islice(group, per_class)]
+    return names, classes
 
 
 def write_whole(path: Path, value: object) -> None:
@@ -250,7 +244,7 @@ def convert(source: str, out: str, recipe: Recipe, workers: int = 0, max_skipped
         ValueError: `source` holds nothing of the kind; `out` holds something else; too many inputs were unreadable.
     """
     root, target = Path(source), Path(out)
-    names, classes = list_inputs(root, recipe.kind)
+    names, classes = list_inputs(root, recipe.kind, recipe.per_class)
     listing = hashlib.sha256("\n".join(names).encode()).hexdigest()
     request = {"source": str(source), "recipe": asdict(recipe), "inputs": len(names), "listing": listing}
     marker = target / "request.json"
@@ -258,9 +252,7 @@ def convert(source: str, out: str, recipe: Recipe, workers: int = 0, max_skipped
         before = json.loads(marker.read_text())
         changed = [key for key in request if before.get(key) != request[key]]
         if changed:
-            raise ValueError(
-                f"OUT {out} was begun with another {' and '.join(changed)}; delete it or choose another OUT"
-            )
+            raise ValueError(f"OUT {out} was begun with another {' and '.join(changed)}; delete it or choose another OUT")
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"OUT {out} exists and is not a data set of data_prep.py; choose another OUT")
     else:
@@ -308,9 +300,6 @@ def merge_index(parts: list[Path]) -> dict:
             shard["raw_data"]["basename"] = f"{part.name}/{shard['raw_data']['basename']}"
             shards.append(shard)
     return {"version": 2, "shards": shards}
-
-
-# The demonstration: moving garments
 
 
 CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
@@ -373,6 +362,8 @@ def draw_demo(raw: Path, garments: int, workers: int) -> None:
 def demo(out: str, workers: int = 0, garments: int = 600) -> None:
     """Make the demonstration at `out`: raw files, then the data sets {train,test}_{videos,images}.
 
+    train_{videos,images}_200 are 20 of every class, for learning from few labels.
+
     Args:
         garments: how many of every class, at most, in each split.
 
@@ -380,18 +371,16 @@ def demo(out: str, workers: int = 0, garments: int = 600) -> None:
         ValueError: `out` holds something else.
     """
     raw = Path(out, "raw")
-    targets = [(f"{split}_{kind}", raw / split / kind, kind) for split in ("train", "test") for kind in EXTENSIONS]
+    targets = [(f"{split}_{kind}", raw / split / kind, Recipe(kind)) for split in ("train", "test") for kind in EXTENSIONS]
+    targets += [(f"train_{kind}_200", raw / "train" / kind, Recipe(kind, per_class=20)) for kind in EXTENSIONS]
     if all(os.path.exists(os.path.join(out, name, "index.json")) for name, _, _ in targets):
         return
     if not raw.exists():
         if os.path.exists(out) and any(path.name != "raw.tmp" for path in Path(out).iterdir()):
             raise ValueError(f"OUT {out} exists and is not the demonstration; choose another OUT")
         draw_demo(raw, garments, workers or os.cpu_count())
-    for name, source, kind in targets:
-        convert(str(source), os.path.join(out, name), Recipe(kind), workers)
-
-
-# Looking at a data set
+    for name, source, recipe in targets:
+        convert(str(source), os.path.join(out, name), recipe, workers)
 
 
 def show(path: str, to: str, samples: int = 12, frames: int = 8) -> None:
@@ -437,6 +426,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             command.add_argument("--fps", type=float, help="keep frames at this rate instead, in Hz")
         command.add_argument("--short-side", type=int, default=256, help="pixels, never enlarged (256)")
         command.add_argument("--quality", type=int, default=90, help="JPEG quality, 1-100 (90)")
+        command.add_argument("--per-class", type=int, help="inputs of every class, the first in order (all)")
         command.add_argument("--max-skipped", type=float, default=0.01, help="fraction that may be unreadable (0.01)")
         command.add_argument("--workers", type=int, default=0, help="processes (one per core)")
     command = add("demo", help="make the demonstration")

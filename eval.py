@@ -23,7 +23,16 @@ from torch import Tensor, nn
 
 import data_prep
 from model import Classifier, Encoder, ViCMAE, load_pretrained
-from pretrain import EvalViews, common_classes, draw_reconstructions, embed, infer, knn_accuracy, load_config, one_line_errors
+from pretrain import (
+    EvalViews,
+    common_classes,
+    draw_reconstructions,
+    embed,
+    infer,
+    knn_accuracy,
+    load_config,
+    one_line_errors,
+)
 
 
 def measure_accuracy(

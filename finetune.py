@@ -125,7 +125,13 @@ def normalise_views(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_eval(
-    img_size: int, num_frames: int, *, paths: list[str], batch_size: int = 64, num_workers: int = 0, crop_pct: float = 0.875
+    img_size: int,
+    num_frames: int,
+    *,
+    paths: list[str],
+    batch_size: int = 64,
+    num_workers: int = 0,
+    crop_pct: float = 0.875,
 ) -> DataSpec:
     """The loader of the validation data: one central view of each sample.
 
@@ -186,7 +192,9 @@ def main() -> None:
     if dist.get_global_rank() == 0:
         run = Path("runs", config["run_name"])
         result = finish_run(run)
-        print(f"top-1 {result['metrics/eval/top1']:.3f}, top-5 {result['metrics/eval/top5']:.3f}; all of the run is in {run}")
+        print(
+            f"top-1 {result['metrics/eval/top1']:.3f}, top-5 {result['metrics/eval/top5']:.3f}; all of the run is in {run}"
+        )
 
 
 if __name__ == "__main__":

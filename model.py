@@ -156,9 +156,7 @@ class Encoder(nn.Module):
         positions = self.pos_embed[:, 1:]  # (1, N, D)
         if x.ndim == 5:
             x = x.transpose(1, 2)  # (B, 3, T, H, W)
-            positions = (self.temporal_embed[:, :, None] + positions[:, None]).flatten(
-                1, 2
-            )  # (1, N, D), time outermost
+            positions = (self.temporal_embed[:, :, None] + positions[:, None]).flatten(1, 2)  # (1, N, D), time outermost
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + positions  # (B, N, D)
         if ids_keep is not None:
             x = take(x, ids_keep)  # (B, K, D)
@@ -179,9 +177,7 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(encoder_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim, grid), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth))
         self.norm = LayerNorm(embed_dim)
         self.pred = nn.Linear(embed_dim, patch_size**2 * 3)
         self.apply(init_weights)
@@ -304,9 +300,7 @@ class ViCMAE(ComposerModel):
             raise ValueError(f"mask_ratio {mask_ratio} must keep and remove at least one of {N} patches")
         if temperature <= 0:
             raise ValueError(f"temperature {temperature} must be positive")
-        self.decoder = Decoder(
-            embed_dim, self.encoder.grid, patch_size, decoder_embed_dim, decoder_depth, decoder_num_heads
-        )
+        self.decoder = Decoder(embed_dim, self.encoder.grid, patch_size, decoder_embed_dim, decoder_depth, decoder_num_heads)
         self.projector = Projector(embed_dim, projector_hidden_dim, projector_out_dim)
         self.mask_ratio = mask_ratio
         self.temperature = temperature

@@ -67,9 +67,7 @@ def load_config(arguments: list[str], stage: Callable) -> dict[str, Any]:
         if not argument.endswith((".yaml", ".yml")) and "=" not in argument:
             raise ValueError(f"{argument!r} is neither a .yaml file nor key=value")
         try:
-            load = (
-                OmegaConf.load if argument.endswith((".yaml", ".yml")) else lambda text: OmegaConf.from_dotlist([text])
-            )
+            load = OmegaConf.load if argument.endswith((".yaml", ".yml")) else lambda text: OmegaConf.from_dotlist([text])
             sources[argument] = load(argument)
         except (OSError, YAMLError, OmegaConfBaseException) as error:
             raise ValueError(f"{argument}: {' '.join(str(error).split())}") from error
@@ -88,7 +86,8 @@ def check(value: Any, hint: Any, where: str) -> Any:
     """A value of YAML as its annotation says.
 
     Annotated[dict, callable] is a block of its keyword arguments; where it has keyword-only parameters, those are the
-    YAML's and the program gives the others, as it does those named after the callable. Annotated[dict, (classes)] has such a block under the name of each.
+    YAML's and the program gives the others, as it does those named after the callable. Annotated[dict, (classes)] has such
+    a block under the name of each class.
 
     Raises:
         LookupError: (dotted key, complaint).
@@ -114,18 +113,20 @@ def check(value: Any, hint: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise LookupError(where, f"is {value!r}; it must be a block with keys such as {', '.join(list(hints)[:3])}")
     inside = f"{where}." if where else ""
-    for key in [*value, *required]:
+    for key in value:
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
             raise LookupError(f"{inside}{key}", f"is not a key here; the nearest is {near[0] if near else 'none'}")
+    checked = {key: check(entry, hints[key], f"{inside}{key}") for key, entry in value.items()}
+    for key in required:
         if key not in value:
             raise LookupError(f"{inside}{key}", "is missing")
-    return {key: check(entry, hints[key], f"{inside}{key}") for key, entry in value.items()}
+    return checked
 
 
 PARAMETERS = ("flip", "brightness", "contrast", "saturation", "hue", "grey", "blur_sigma", "solarise")
 BLUR_KERNEL = (9, 5)  # pixels, height and width [code]
-SOLARISE_FROM = 128 / 255  # [code]
+SOLARISE_FROM = 127.5 / 255  # bytes from 128 on [code], whatever the colour map rounds
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's
 
 

@@ -1,6 +1,7 @@
-"""Small data sets, made once, and processes that join into ranks."""
+"""Small data sets and a checkpoint, made once; stages on the command line; processes that join into ranks."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data_prep  # noqa: E402
+import pretrain  # noqa: E402
 
 torch.set_num_threads(1)  # what is tested is small; threads only get in each other's way
 
@@ -37,8 +39,40 @@ def on_ranks(tmp_path):
     """on_ranks(n, function, *arguments): function(rank, *arguments) in n forked processes of one gloo group."""
 
     def start(ranks: int, function, *arguments) -> None:
-        mp.start_processes(
-            join, (ranks, str(tmp_path / "store"), function, arguments), nprocs=ranks, start_method="fork"
-        )
+        mp.start_processes(join, (ranks, str(tmp_path / "store"), function, arguments), nprocs=ranks, start_method="fork")
 
     return start
+
+
+def small(demo: Path) -> list[str]:
+    """The arguments of a pre-training run of seconds."""
+    return [
+        str(ROOT / "yamls" / "demo.yaml"),
+        "data.make_demo=null",
+        f"data.streams=[{{path: {demo}/train_videos}}, {{path: {demo}/train_images}}]",
+        "data.global_train_batch_size=40",
+        "trainer.max_duration=2ep",
+        f"callbacks.KNN={{bank: [{demo}/train_images], queries: [{demo}/test_images]}}",
+    ]
+
+
+def launch(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """A stage on the real command line, through Composer's launcher, in a folder of its own."""
+    command = [sys.executable, "-m", "composer.cli.launcher", str(ROOT / script), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def run_stage(stage, arguments: list[str], folder: Path) -> None:
+    """A stage's main in this process: the launcher and the interpreter's start are tested once, in pre-training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", [f"{stage.__name__}.py", *arguments])
+        stage.main()
+
+
+@pytest.fixture(scope="session")
+def pretrained(demo, tmp_path_factory) -> Path:
+    """The checkpoint of three steps of pre-training."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    run_stage(pretrain, [*small(demo), "trainer.max_duration=1ep"], folder)
+    return folder / "runs" / "demo" / "checkpoints" / "latest-rank0.pt"

@@ -31,7 +31,9 @@ ENCODER = {name: TINY[name] for name in ("img_size", "patch_size", "embed_dim", 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, torch.Tensor]:
     with np.load(GOLDEN) as data:
-        return {k: torch.from_numpy(data[k]) for k in data.files if k != "config"} | {"config": json.loads(str(data["config"]))}
+        return {k: torch.from_numpy(data[k]) for k in data.files if k != "config"} | {
+            "config": json.loads(str(data["config"]))
+        }
 
 
 def state_of(golden: dict) -> dict[str, torch.Tensor]:
@@ -259,7 +261,11 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("sizes", "culprit"),
-    [({"embed_dim": 96}, "encoder.cls_token is"), ({"depth": 3}, "lacks 12 weights"), ({"patch_size": 16}, "patch_embed")],
+    [
+        ({"embed_dim": 96}, "encoder.cls_token is"),
+        ({"depth": 3}, "lacks 12 weights"),
+        ({"patch_size": 16}, "patch_embed"),
+    ],
 )
 def test_checkpoint_of_another_size_is_named(golden, sizes, culprit):
     with pytest.raises(ValueError, match=culprit):
@@ -270,9 +276,9 @@ def test_checkpoint_of_another_size_is_named(golden, sizes, culprit):
 def test_file_that_is_no_checkpoint_is_named(tmp_path, content):
     path = tmp_path / "weights.pt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="weights.pt is no checkpoint"):
+    with pytest.raises(ValueError, match=r"weights.pt is no checkpoint"):
         load_pretrained(ViCMAE(**TINY), str(path))
-    with pytest.raises(ValueError, match="nowhere.pt does not exist"):
+    with pytest.raises(ValueError, match=r"nowhere.pt does not exist"):
         load_pretrained(ViCMAE(**TINY), "nowhere.pt")
 
 
@@ -296,7 +302,9 @@ def losses_and_gradients_of_a_rank(rank: int, out: str) -> None:
     batch = {key: value.double()[rank * 2 : rank * 2 + 2] for key, value in random_batch().items()}
     losses = net.module.loss(net(batch), batch)
     losses["total"].backward()
-    torch.save({"contrastive": losses["contrastive"], **{n: p.grad for n, p in net.module.named_parameters()}}, f"{out}/{rank}")
+    torch.save(
+        {"contrastive": losses["contrastive"], **{n: p.grad for n, p in net.module.named_parameters()}}, f"{out}/{rank}"
+    )
 
 
 def build_double() -> ViCMAE:

@@ -1,0 +1,168 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, launch, run_stage
+from streaming import LocalDataset
+
+import finetune
+from finetune import TrainingClips
+from model import Classifier, read_checkpoint
+from pretrain import build_optimizer, load_config
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+PLAIN = {"erasing": 0.0, "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0}
+
+
+@pytest.mark.parametrize("num_frames", [1, 4])
+def test_learning_rate_of_every_parameter_equals_the_layer_decay_formula(num_frames):
+    net = Classifier(5, **SIZES, num_frames=num_frames)
+    adamw = build_optimizer(net, 512, base_lr=1e-3, layer_decay=0.65, weight_decay=0.05)
+    settings = {id(p): (group["lr"], group["weight_decay"]) for group in adamw.param_groups for p in group["params"]}
+    assert len(settings) == len(list(net.parameters()))
+    for name, parameter in net.named_parameters():
+        if name.startswith("encoder.blocks."):
+            layer = int(name.split(".")[2]) + 1
+        elif name.startswith(("encoder.norm", "head")):
+            layer = 4
+        else:
+            layer = 0
+        lr, decay = settings[id(parameter)]
+        assert lr == pytest.approx(2e-3 * 0.65 ** (4 - layer)), name
+        matrix = parameter.ndim > 1 and name.split(".")[1] not in ("pos_embed", "cls_token", "temporal_embed")
+        assert decay == (0.05 if matrix else 0.0), name
+
+
+def test_clip_is_cropped_and_flipped_alike_in_all_frames(demo):
+    sample = LocalDataset(str(demo / "train_videos"))[0]
+    first = int(sample["ends"][0])
+    still = sample | {"frames": sample["frames"][:first] * 16, "ends": np.arange(1, 17, dtype=np.uint32) * first}
+    clips = TrainingClips(32, 8, 10, **PLAIN)
+    drawn = [clips.draw(still, np.random.default_rng(seed))["inputs"] for seed in range(6)]
+    for clip in drawn:
+        assert clip.shape == (1, 8, 3, 32, 32) and all(torch.equal(clip[0, 0], frame) for frame in clip[0])
+    assert len({clip.numpy().tobytes() for clip in drawn}) == 6
+
+
+def test_training_frames_are_one_from_each_section(demo):
+    sample = LocalDataset(str(demo / "train_videos"))[0]
+    seen = set()
+    with pytest.MonkeyPatch.context() as patch:
+        decode = finetune.data_prep.decode_frame
+        patch.setattr(finetune.data_prep, "decode_frame", lambda s, i: seen.add(i) or decode(s, i))
+        for seed in range(20):
+            seen.clear()
+            TrainingClips(32, 4, 10, **PLAIN).draw(sample, np.random.default_rng(seed))
+            assert sorted(i // 4 for i in seen) == [0, 1, 2, 3] and len({i % 4 for i in seen}) == 1
+
+
+def batch_of(frames: int = 1, key: int = 3) -> dict[str, torch.Tensor]:
+    inputs = torch.randint(256, (6, 1, frames, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return {"inputs": inputs, "target": torch.tensor([0, 1, 2, 3, 0, 1]), "key": torch.full((6,), key)}
+
+
+def test_label_smoothing_without_mixing_is_the_known_target():
+    target = TrainingClips(32, 1, 4, **PLAIN | {"label_smoothing": 0.1}).apply(batch_of())["target"]
+    expected = torch.full((6, 4), 0.025)
+    expected[range(6), [0, 1, 2, 3, 0, 1]] = 0.925
+    torch.testing.assert_close(target, expected)
+
+
+def test_mixup_blends_a_batch_with_itself_reversed_inputs_and_targets_alike():
+    plain = TrainingClips(32, 2, 4, **PLAIN).apply(batch_of(2))
+    mixed = TrainingClips(32, 2, 4, **PLAIN | {"mixup": 0.8}).apply(batch_of(2))
+    share = float(mixed["target"][0, 0])  # sample 0 has label 0, its partner, sample 5, label 1
+    assert 0.01 < share < 0.99
+    for name in ("inputs", "target"):
+        expected = share * plain[name] + (1 - share) * plain[name].flip(0)
+        torch.testing.assert_close(mixed[name], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_cutmix_shares_the_target_by_area_and_cuts_one_box_from_all_frames():
+    plain = TrainingClips(32, 2, 4, **PLAIN).apply(batch_of(2))["inputs"]
+    mixed = TrainingClips(32, 2, 4, **PLAIN | {"cutmix": 1.0}).apply(batch_of(2))
+    foreign = (mixed["inputs"] != plain).any(dim=3)[:, 0]  # (B, T, H, W)
+    assert torch.equal(foreign[:, 0], foreign[:, 1])
+    area = foreign[0, 0].float().mean()
+    assert 0.01 < area < 0.99 and float(mixed["target"][0, 1]) == pytest.approx(float(area), abs=0.02)
+
+
+def test_erasing_takes_the_same_box_of_all_frames():
+    plain = TrainingClips(32, 3, 4, **PLAIN).apply(batch_of(3))["inputs"]
+    erased = TrainingClips(32, 3, 4, **PLAIN | {"erasing": 1.0}).apply(batch_of(3))["inputs"]
+    changed = (erased != plain).any(dim=3)[:, 0]
+    assert changed.flatten(1).any(dim=1).all() and torch.equal(changed[:, 0], changed[:, 2])
+
+
+def test_what_is_drawn_on_the_device_depends_on_the_batch_alone():
+    clips = TrainingClips(32, 1, 4, erasing=1.0)
+    first = clips.apply(batch_of())
+    torch.rand(7), np.random.rand(7)
+    again, other = clips.apply(batch_of()), clips.apply(batch_of(key=4))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["inputs"], other["inputs"])
+
+
+@pytest.mark.parametrize("num_frames", [1, 16])
+@pytest.mark.parametrize("freeze", [False, True])
+def test_command_line_fine_tunes_images_and_clips_end_to_end_and_linearly(demo, tmp_path, pretrained, num_frames, freeze):
+    kind = "videos" if num_frames > 1 else "images"
+    options = (
+        f"pretrained={pretrained}",
+        f"data.streams=[{{path: {demo}/train_{kind}}}]",
+        "data.global_train_batch_size=20",
+        f"eval_data.paths=[{demo}/test_{kind}]",
+        f"model.num_frames={num_frames}",
+        f"model.freeze={freeze}",
+        "trainer.max_duration=1ep",
+    )
+    run_stage(finetune, [str(ROOT / "yamls" / "finetune_demo.yaml"), *options], tmp_path)
+    run = tmp_path / "runs" / "finetune_demo"
+    result = json.loads((run / "result.json").read_text())
+    assert 0 <= result["metrics/eval/top1"] <= result["metrics/eval/top5"] <= 1 and result["step"] == 3
+    before, after = (read_checkpoint(str(path)) for path in (pretrained, run / "checkpoints" / "latest-rank0.pt"))
+    moved = not torch.equal(before["encoder.norm.weight"], after["encoder.norm.weight"])
+    assert moved is not freeze
+
+
+def test_command_line_fine_tunes_through_the_launcher(demo, tmp_path, pretrained):
+    result = launch(
+        tmp_path,
+        "finetune.py",
+        str(ROOT / "yamls" / "finetune_demo.yaml"),
+        f"pretrained={pretrained}",
+        f"data.streams=[{{path: {demo}/train_videos}}]",
+        "data.global_train_batch_size=20",
+        f"eval_data.paths=[{demo}/test_videos]",
+        "trainer.max_duration=2ba",
+        "trainer.eval_interval=2ba",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "weights loaded" in result.stdout and "top-1" in result.stdout
+
+
+def test_mistakes_are_named_before_training(demo, tmp_path, pretrained, capsys):
+    base = [
+        str(ROOT / "yamls" / "finetune_demo.yaml"),
+        f"data.streams=[{{path: {demo}/train_images}}]",
+        f"eval_data.paths=[{demo}/test_images]",
+    ]
+    for override, culprit in (
+        ("pretrained=nowhere.pt", "nowhere.pt does not exist"),
+        ("model.pool=max", "model.pool is 'max'"),
+        ("data.global_train_batch_size=21", "must be even"),
+        ("model.depth=4", "lacks 12 weights of the encoder"),
+        ("augment.mixup=many", "augment.mixup is 'many'"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            run_stage(finetune, [*base, f"pretrained={pretrained}", "model.num_frames=1", override], tmp_path)
+        assert culprit in str(exit.value) and "\n" not in str(exit.value)
+
+
+def test_finetuning_yaml_constructs():
+    config = load_config([str(ROOT / "yamls" / "finetune_demo.yaml")], finetune.finetune)
+    with torch.device("meta"):
+        net = Classifier(10, **config["model"])
+    build_optimizer(net, config["data"]["global_train_batch_size"], **config["optimizer"])
+    TrainingClips(net.encoder.img_size, 16, 10, **config["augment"])
