@@ -1,5 +1,6 @@
 """Small data sets and a checkpoint, made once; stages on the command line; processes that join into ranks."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -36,10 +37,16 @@ def join(rank: int, ranks: int, store: str, function, arguments: tuple) -> None:
 
 @pytest.fixture
 def on_ranks(tmp_path):
-    """on_ranks(n, function, *arguments): function(rank, *arguments) in n forked processes of one gloo group."""
+    """on_ranks(n, function, *arguments): function(rank, *arguments) in n processes of one gloo group.
+
+    They are forked from a server that has the libraries loaded but no process group, which this process may have.
+    """
+    multiprocessing.set_forkserver_preload(["composer", "streaming", "timm"])
 
     def start(ranks: int, function, *arguments) -> None:
-        mp.start_processes(join, (ranks, str(tmp_path / "store"), function, arguments), nprocs=ranks, start_method="fork")
+        mp.start_processes(
+            join, (ranks, str(tmp_path / "store"), function, arguments), nprocs=ranks, start_method="forkserver"
+        )
 
     return start
 
