@@ -56,6 +56,13 @@ class Recipe:
     quality: int = 90  # JPEG, 1-100
     per_class: int | None = None  # the first so many inputs of every class; None for all
 
+    def __post_init__(self):
+        for name, lowest, highest in (("frames", 1, 1e6), ("fps", 1e-6, 1e3), ("short_side", 8, 1e5), ("quality", 1, 100)):
+            if (value := getattr(self, name)) is not None and not lowest <= value <= highest:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be from {lowest:g} to {highest:g}")
+        if self.per_class is not None and self.per_class < 1:
+            raise ValueError(f"--per-class {self.per_class} must be positive")
+
 
 def encode_clip(frames: list[bytes], timestamps: list[float], label: int, name: str) -> dict:
     """Pack JPEG files into one sample of the schema COLUMNS."""
@@ -107,22 +114,26 @@ def read_video(path: Path, recipe: Recipe) -> tuple[list[bytes], list[float]]:
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise ValueError("no video stream")
+        if container.format.name.endswith("_pipe") or container.format.name == "image2":
+            raise ValueError("a still picture, not a video")
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         unit = float(stream.time_base)
-        found, end = [], 0.0  # presentation times of the frames; end of any stream, to notice a file that was cut
+        found, count, end = [], 0, 0.0  # times of the frames; how many packets, and the last's end, show a file that was cut
         for packet in container.demux():
             time = packet.dts if packet.pts is None else packet.pts
             if time is None:
                 continue
             if packet.stream is stream:
-                found.append(time)
+                count += 1
+                if not packet.is_discard:  # an edit list hides frames that other frames need
+                    found.append(time)
             end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
         if not found:
             raise ValueError("no frames")
         claimed = (container.duration or 0) / av.time_base
-        if len(found) < stream.frames or (not stream.frames and end < 0.98 * claimed):
-            raise ValueError(f"cut: {len(found)} frames, {end:.2f} s of {stream.frames or '?'}, {claimed:.2f} s")
+        if count < stream.frames or (not stream.frames and end < 0.98 * claimed):
+            raise ValueError(f"cut: {count} frames, {end:.2f} s of {stream.frames or '?'}, {claimed:.2f} s")
 
         pts = np.unique(found)
         seconds = pts * unit
@@ -168,7 +179,11 @@ def read_image(path: Path, recipe: Recipe) -> tuple[list[bytes], list[float]]:
         image.load()
         upright = image.getexif().get(0x0112, 1) == 1
         if image.format == "JPEG" and image.mode == "RGB" and upright and min(image.size) <= recipe.short_side:
-            return [data], [0.0]
+            try:
+                simplejpeg.decode_jpeg(data, "RGB")  # stricter than Pillow: what it refuses is encoded anew
+                return [data], [0.0]
+            except ValueError:
+                pass
         image = ImageOps.exif_transpose(image).convert("RGB")
         scale = recipe.short_side / min(image.size)
         if scale < 1:
@@ -195,6 +210,9 @@ def list_inputs(source: Path, kind: str, per_class: int | None = None) -> tuple[
         endings = " ".join(sorted(EXTENSIONS[kind]))
         raise ValueError(f"SOURCE {source} holds no {kind} (looked for {endings} in it and its folders)")
     classes = sorted({name.split(os.sep)[0] for name in names if os.sep in name})
+    stray = next((name for name in names if os.sep not in name), None)
+    if classes and stray:
+        raise ValueError(f"SOURCE {source} has class folders, but {stray} lies beside them; move it into one, or out")
     if per_class:
         groups = groupby(names, lambda name: name.split(os.sep)[0])
         names = [name for _, group in groups for name in islice(group, per_class)]
@@ -221,7 +239,7 @@ def write_part(source: Path, out: Path, names: list[str], classes: list[str], re
         for name in names:
             try:
                 frames, times = read(source / name, recipe)
-            except (av.FFmpegError, OSError, ValueError, Image.DecompressionBombError) as error:
+            except Exception as error:  # damaged files make the libraries raise nearly anything
                 skipped.append([name, " ".join(f"{type(error).__name__}: {error}".split())])
                 continue
             short += len(set(times)) < len(times)
@@ -241,9 +259,11 @@ def convert(source: str, out: str, recipe: Recipe, workers: int = 0, max_skipped
         max_skipped: fraction in [0, 1] of inputs that may be unreadable.
 
     Raises:
-        ValueError: `source` holds nothing of the kind; `out` holds something else; too many inputs were unreadable.
+        ValueError: `source` holds nothing of the kind; `out` holds something else; too many inputs were unreadable, or all.
     """
     root, target = Path(source), Path(out)
+    if workers < 0:
+        raise ValueError(f"--workers {workers} must not be negative")
     names, classes = list_inputs(root, recipe.kind, recipe.per_class)
     listing = hashlib.sha256("\n".join(names).encode()).hexdigest()
     request = {"source": str(source), "recipe": asdict(recipe), "inputs": len(names), "listing": listing}
@@ -281,7 +301,7 @@ def convert(source: str, out: str, recipe: Recipe, workers: int = 0, max_skipped
         "skipped": skipped,
     }
     write_whole(target / "report.json", report)
-    if len(skipped) > max_skipped * len(names):
+    if len(skipped) > max_skipped * len(names) or not report["samples"]:
         first = "; ".join(f"{name} ({reason})" for name, reason in skipped[:3])
         raise ValueError(
             f"{len(skipped)} of {len(names)} inputs were unreadable, more than --max-skipped {max_skipped:g} allows: {first}"
@@ -387,9 +407,11 @@ def show(path: str, to: str, samples: int = 12, frames: int = 8) -> None:
     """Draw a contact sheet: a row per sample, spread over the data set, with its label and name, frames left to right.
 
     Raises:
-        ValueError: `path` is no data set.
+        ValueError: `path` is no data set, or there is nothing to draw.
     """
     classes = read_classes(path)
+    if samples < 1:
+        raise ValueError(f"--samples {samples} must be positive")
     from streaming import LocalDataset
 
     data = LocalDataset(path)

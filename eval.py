@@ -16,8 +16,10 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from composer.devices import Device
 from composer.trainer.trainer import get_device
 from composer.utils import dist, reproducibility
+from pydantic import NonNegativeInt, PositiveInt
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ import data_prep
 from model import Classifier, Encoder, ViCMAE, load_pretrained
 from pretrain import (
     EvalViews,
+    Share,
     common_classes,
     draw_reconstructions,
     embed,
@@ -37,17 +40,16 @@ from pretrain import (
 
 def measure_accuracy(
     net: Classifier,
-    num_frames: int,
     *,
     data: list[str],
-    temporal_views: int = 1,
-    spatial_views: int = 1,
-    crop_pct: float = 0.875,
-    batch_size: int = 64,
-    num_workers: int = 0,
+    temporal_views: PositiveInt = 1,
+    spatial_views: PositiveInt = 1,
+    crop_pct: Share = 0.875,
+    batch_size: PositiveInt = 64,
+    num_workers: NonNegativeInt = 0,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy, the softmax averaged over all views of a sample. See EvalViews for the views."""
-    views = EvalViews(data, net.encoder.img_size, num_frames, temporal_views, spatial_views, crop_pct)
+    views = EvalViews(data, net.encoder.img_size, net.encoder.num_frames, temporal_views, spatial_views, crop_pct)
     probabilities, labels = infer(net, lambda inputs: net.eval_forward({"inputs": inputs}), views, batch_size, num_workers)
     result = {}
     for name, metric in net.get_metrics().items():
@@ -113,10 +115,10 @@ def measure_probe(
     *,
     bank: list[str],
     queries: list[str],
-    labels_per_class: list[int | None] = (None,),
-    k: int = 20,
-    crop_pct: float = 0.875,
-    num_workers: int = 0,
+    labels_per_class: list[PositiveInt | None] = (None,),
+    k: PositiveInt = 20,
+    crop_pct: Share = 0.875,
+    num_workers: NonNegativeInt = 0,
 ) -> dict[str, float]:
     """k-NN and linear accuracy of fixed features: the mean of the patch tokens of one central view.
 
@@ -128,7 +130,8 @@ def measure_probe(
     Raises:
         ValueError: data sets that are missing, have no labels or have different ones.
     """
-    common_classes([*bank, *queries])
+    if common_classes(bank) != common_classes(queries):
+        raise ValueError(f"probe: {queries[0]} has other classes than {bank[0]}")
     learn, test = (
         embed(encoder, EvalViews(paths, encoder.img_size, crop_pct=crop_pct), num_workers) for paths in (bank, queries)
     )
@@ -139,12 +142,12 @@ def measure_probe(
 
 
 def export_timm(encoder: Encoder, to: str) -> None:
-    """Write the encoder in the names of timm's VisionTransformer: timm.create_model(..., checkpoint_path=to).
+    """Write the encoder in timm's names: timm.create_model(name, num_classes=0, checkpoint_path=to) loads it.
 
     Raises:
         ValueError: an encoder of clips, which timm does not have.
     """
-    if encoder.steps > 1:
+    if encoder.num_frames > 1:
         raise ValueError("export: timm has no ViT for clips; export an encoder of images")
     save_file({name: value.contiguous().cpu() for name, value in encoder.state_dict().items()}, to)
 
@@ -174,42 +177,53 @@ def evaluate(
     Raises:
         ValueError: a checkpoint or data that do not fit, or a measurement without its model.
     """
+    asked = {"model": probe or reconstructions or export, "classifier": accuracy}
+    if not any(asked.values()):
+        raise ValueError("nothing is asked for; give a block accuracy, probe, reconstructions or export")
+    for name, sizes in (("model", model), ("classifier", classifier)):
+        if asked[name] and sizes is None:
+            raise ValueError(f"the block {name} is missing: it gives the sizes of what is measured")
+    if export and not Path(export).absolute().parent.is_dir():
+        raise ValueError(f"export {export}: its folder does not exist")
+    for paths in (reconstructions or [], accuracy["data"] if accuracy else []):
+        for path in paths:
+            data_prep.read_classes(path)
+
     where = get_device(device)
     dist.initialize_dist(where)
     reproducibility.seed_all(seed)
-    run = Path("runs", run_name)
-    run.mkdir(parents=True, exist_ok=True)
+    run, first = Path("runs", run_name), dist.get_global_rank() == 0
     result: dict[str, Any] = {"run_name": run_name, "checkpoint": checkpoint, "seed": seed}
-    for block, needs, name in (
-        (accuracy, classifier, "classifier"),
-        (probe or reconstructions or export, model, "model"),
-    ):
-        if block is not None and needs is None:
-            raise ValueError(f"the block {name} is missing: it gives the sizes of what is measured")
-
-    if model is not None:
-        net = load(ViCMAE(**model), checkpoint, where)
+    run.mkdir(parents=True, exist_ok=True)
+    if asked["model"]:
+        net = load(ViCMAE(**model), checkpoint, where, ("decoder.",) if reconstructions else ())
         if probe:
             result |= measure_probe(net.encoder, seed, **probe)
-        if reconstructions and dist.get_global_rank() == 0:
+        if reconstructions and first:
             draw_reconstructions(net, reconstructions, run / "reconstructions.png")
-        if export:
+        if export and first:
             export_timm(net.encoder, export)
-    if accuracy is not None:
-        classes = common_classes(accuracy["data"])
-        net = load(Classifier(len(classes), **classifier), checkpoint, where, "head.")
-        result |= measure_accuracy(net, classifier.get("num_frames", 1), **accuracy)
-    if dist.get_global_rank() == 0:
+    if accuracy:
+        net = Classifier(len(common_classes(accuracy["data"])), **classifier)
+        result |= measure_accuracy(load(net, checkpoint, where, ("head.", "neck.")), **accuracy)
+    if first:
         data_prep.write_whole(run / "eval.json", result)
     return result
 
 
-def load(net: nn.Module, checkpoint: str | None, device: Any, needed: str = "encoder.") -> nn.Module:
-    """Fill a model from a checkpoint, which must hold all weights that begin with `needed`, and put it on the device."""
+def load(net: nn.Module, checkpoint: str | None, device: Device, needed: tuple[str, ...]) -> nn.Module:
+    """Fill a model from a checkpoint and put it on the device.
+
+    Raises:
+        ValueError: the checkpoint lacks weights whose names begin with one of `needed`, or has some that the model has not.
+    """
     if checkpoint:
-        missing = [name for name in load_pretrained(net, checkpoint)["missing"] if name.startswith(needed)]
+        report = load_pretrained(net, checkpoint)
+        missing = [name for name in report["missing"] if name.startswith(needed)] if needed else []
         if missing:
-            raise ValueError(f"checkpoint {checkpoint} lacks {missing[0]}: it is not one of a fine-tuned classifier")
+            raise ValueError(f"checkpoint {checkpoint} lacks {missing[0]}, which is needed here")
+        if "neck." in needed and any(name.startswith("neck.") for name in report["unused"]):
+            raise ValueError(f"checkpoint {checkpoint} is of a linear probe; set classifier.freeze to true")
     return device.module_to_device(net).eval()
 
 

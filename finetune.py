@@ -1,7 +1,7 @@
-"""Fine-tune a pre-trained encoder, or a linear head on it, to classify images or clips (paper section 4, RECIPES in yamls/).
+"""Fine-tune a pre-trained encoder, or a linear head on it, to classify images or clips (paper section 4).
 
-    composer finetune.py yamls/finetune_demo.yaml pretrained=runs/demo/checkpoints/latest-rank0.pt
-    composer finetune.py yamls/finetune_demo.yaml model.freeze=true                           # linear probe
+    composer finetune.py yamls/finetune_demo.yaml                                             # clips, from yamls/demo.yaml
+    composer finetune.py yamls/finetune_demo.yaml run_name=linear_demo model.freeze=true      # a linear head on them
 
 The signature of `finetune` is the schema of its YAML files. All of a run is in runs/{run_name}/, as in pre-training.
 """
@@ -17,6 +17,7 @@ from composer import Trainer
 from composer.core import DataSpec
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.utils import dist
+from pydantic import NonNegativeFloat, PositiveFloat
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -32,6 +33,7 @@ from pretrain import (
     MEAN,
     STD,
     EvalViews,
+    Share,
     TrainerBlock,
     build_optimizer,
     build_trainer,
@@ -39,6 +41,7 @@ from pretrain import (
     crop_and_scale,
     draw_crop,
     finish_run,
+    fit,
     load_config,
     load_stream,
     one_line_errors,
@@ -63,13 +66,13 @@ class TrainingClips:
         num_frames: int,
         num_classes: int,
         *,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: float = 0.5,
-        erasing: float = 0.25,
-        mixup: float = 0.8,
-        cutmix: float = 1.0,
-        label_smoothing: float = 0.1,
+        crop_scale: tuple[Share, Share] = (0.08, 1.0),
+        crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3),
+        flip: Share = 0.5,
+        erasing: Share = 0.25,
+        mixup: NonNegativeFloat = 0.8,
+        cutmix: NonNegativeFloat = 1.0,
+        label_smoothing: Share = 0.1,
     ):
         self.img_size = img_size
         self.num_frames = num_frames
@@ -168,7 +171,7 @@ def finetune(
     `pretrained` is a checkpoint of pretrain.py or an official file; null begins with random weights.
     """
     config = locals().copy()
-    run = start_run(run_name, seed, trainer)
+    run = start_run(config)
     classes = common_classes([stream["path"] for stream in data["streams"]] + eval_data["paths"])
     net = Classifier(len(classes), **model)
     if pretrained:
@@ -176,9 +179,9 @@ def finetune(
         print(f"{pretrained}: " + ", ".join(f"{len(names)} weights {fate}" for fate, names in report.items()))
     num_frames = model.get("num_frames", 1)
     clips = TrainingClips(net.encoder.img_size, num_frames, len(classes), **augment)
-    if clips.mix and data["global_train_batch_size"] // dist.get_world_size() % 2:
-        raise ValueError("data.global_train_batch_size must be even on every rank; or set augment.mixup and cutmix to 0")
     loader, micro_size = load_stream(clips.draw, clips.apply, seed, net.encoder.patch_size, **data)
+    if clips.mix and micro_size % 2:
+        raise ValueError(f"a micro-batch of {micro_size} on each rank must be even for mixup and cutmix, or set both to 0")
     adamw = build_optimizer(net, data["global_train_batch_size"], **optimizer)
     validation = load_eval(net.encoder.img_size, num_frames, **eval_data)
     return build_trainer(run, config, net, adamw, loader, micro_size, validation)
@@ -188,7 +191,7 @@ def main() -> None:
     with one_line_errors():
         config = load_config(sys.argv[1:], finetune)
         trainer = finetune(**config)
-    trainer.fit()
+    fit(trainer)
     if dist.get_global_rank() == 0:
         run = Path("runs", config["run_name"])
         result = finish_run(run)

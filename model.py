@@ -15,11 +15,11 @@ A tensor named mask has 1 where a patch is removed.
 
 import argparse
 import datetime
+import math
 import os
-import pickle
 import re
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -27,12 +27,14 @@ import torch.distributed as dist
 import torch.distributed.nn
 import torch.nn.functional as F
 from composer import ComposerModel
+from pydantic import Field, PositiveFloat, PositiveInt
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
@@ -127,6 +129,7 @@ class Encoder(nn.Module):
             raise ValueError(f"num_frames {num_frames} is not a multiple of tubelet_size {tubelet_size}")
         self.img_size, self.patch_size = img_size, patch_size
         self.grid = img_size // patch_size
+        self.num_frames = num_frames
         self.steps = num_frames // tubelet_size
         self.num_patches = self.steps * self.grid**2
         if num_frames == 1:
@@ -145,7 +148,6 @@ class Encoder(nn.Module):
         self.norm = LayerNorm(embed_dim)
         self.apply(init_weights)
         nn.init.xavier_uniform_(proj.weight.view(embed_dim, -1))
-        nn.init.zeros_(proj.bias)
         nn.init.normal_(self.cls_token, std=0.02)
 
     def forward(self, x: Tensor, ids_keep: Tensor | None = None) -> Tensor:
@@ -277,18 +279,18 @@ class ViCMAE(ComposerModel):
 
     def __init__(
         self,
-        img_size: int = 224,
-        patch_size: int = 16,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        decoder_embed_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_num_heads: int = 16,
-        projector_hidden_dim: int = 4096,
-        projector_out_dim: int = 128,
-        mask_ratio: float = 0.5,
-        temperature: float = 0.1,
+        img_size: PositiveInt = 224,
+        patch_size: PositiveInt = 16,
+        embed_dim: PositiveInt = 768,
+        depth: PositiveInt = 12,
+        num_heads: PositiveInt = 12,
+        decoder_embed_dim: PositiveInt = 512,
+        decoder_depth: PositiveInt = 8,
+        decoder_num_heads: PositiveInt = 16,
+        projector_hidden_dim: PositiveInt = 4096,
+        projector_out_dim: PositiveInt = 128,
+        mask_ratio: Fraction = 0.5,
+        temperature: PositiveFloat = 0.1,
         weight_contrast: float = 0.03,
         weight_recon: float = 0.97,
         norm_pix_loss: bool = True,
@@ -298,8 +300,6 @@ class ViCMAE(ComposerModel):
         N = self.encoder.num_patches
         if not 0 < int(N * (1 - mask_ratio)) < N:
             raise ValueError(f"mask_ratio {mask_ratio} must keep and remove at least one of {N} patches")
-        if temperature <= 0:
-            raise ValueError(f"temperature {temperature} must be positive")
         self.decoder = Decoder(embed_dim, self.encoder.grid, patch_size, decoder_embed_dim, decoder_depth, decoder_num_heads)
         self.projector = Projector(embed_dim, projector_hidden_dim, projector_out_dim)
         self.mask_ratio = mask_ratio
@@ -363,16 +363,16 @@ class Classifier(ComposerModel):
         self,
         num_classes: int,
         *,
-        img_size: int = 224,
-        patch_size: int = 16,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        num_frames: int = 1,
-        tubelet_size: int = 2,
+        img_size: PositiveInt = 224,
+        patch_size: PositiveInt = 16,
+        embed_dim: PositiveInt = 768,
+        depth: PositiveInt = 12,
+        num_heads: PositiveInt = 12,
+        num_frames: PositiveInt = 1,
+        tubelet_size: PositiveInt = 2,
         pool: Literal["mean", "cls"] = "mean",
-        drop_path: float = 0.0,
-        dropout: float = 0.0,
+        drop_path: Fraction = 0.0,
+        dropout: Fraction = 0.0,
         head_init_std: float = 2e-5,
         freeze: bool = False,
     ):
@@ -409,8 +409,7 @@ class Classifier(ComposerModel):
         x = batch["inputs"]
         shape = x.shape[:2]
         x = x.flatten(0, 1)  # (B * V, T, 3, H, W)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
-            tokens = self.encoder(x if x.shape[1] > 1 else x.squeeze(1))
+        tokens = self.encoder(x if x.shape[1] > 1 else x.squeeze(1))
         return self.head(self.neck(pool(tokens, self.pool))).unflatten(0, shape)
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -448,20 +447,21 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
         ValueError: the file is missing or is no such checkpoint.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"checkpoint {path} does not exist")
+        raise ValueError(f"checkpoint {path} {'is a folder' if os.path.isdir(path) else 'does not exist'}; give a file")
     try:
         if path.endswith(".safetensors"):
             state = load_file(path)
         else:
             with torch.serialization.safe_globals(HARMLESS):
                 state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} is no checkpoint that can be read safely: {reason}") from error
     for key in ("state", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    weights = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    items = state.items() if isinstance(state, dict) else ()
+    weights = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
     if not any("blocks.0." in key for key in weights):
         raise ValueError(f"{path} holds no ViT (no key named blocks.0.*)")
     return {our_name(key): value for key, value in weights.items()}
@@ -472,7 +472,13 @@ def our_name(key: str) -> str:
     key = key.removeprefix("module.")
     key = re.sub(r"^decoder_(embed|pos_embed|blocks|norm|pred)", r"decoder.\1", key)
     key = re.sub(r"^mask_token", "decoder.mask_token", key)
+    key = re.sub(r"^fc_norm", "norm", key)  # where MAE's fine-tuning pools before the norm
     return re.sub(r"^(?=(cls_token|pos_embed|patch_embed|blocks|norm)\b)", "encoder.", key)
+
+
+def is_grid(positions: Tensor) -> bool:
+    """Whether these are positions (1, 1 + grid * grid, D) of CLS and a square grid."""
+    return positions.ndim == 3 and math.isqrt(positions.shape[1] - 1) ** 2 == positions.shape[1] - 1
 
 
 def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[str, list[str]]:
@@ -501,8 +507,8 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[
         if key.endswith("patch_embed.proj.weight") and value.ndim == 4 and len(shape) == 5:
             value = value[:, :, None].expand(-1, -1, shape[2], -1, -1) / shape[2]
             report["resized"].append(key)
-        elif key.endswith("pos_embed") and value.shape[2] == shape[2] and value.shape[1] != shape[1]:
-            value = resample_abs_pos_embed(value, [round((shape[1] - 1) ** 0.5)] * 2)
+        elif key.endswith("pos_embed") and value.shape != shape and is_grid(value):
+            value = resample_abs_pos_embed(value, [math.isqrt(shape[1] - 1)] * 2)
             report["resized"].append(key)
         if value.shape != shape:
             raise ValueError(

@@ -39,7 +39,17 @@ from composer.utils import dist, reproducibility
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    create_model,
+)
 from streaming import LocalDataset, Stream, StreamingDataset
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
@@ -62,68 +72,80 @@ def load_config(arguments: list[str], stage: Callable) -> dict[str, Any]:
     Raises:
         ValueError: a file is missing or no YAML; a key is unknown, missing or of the wrong type. Names file and key.
     """
+    if not arguments:
+        raise ValueError("give at least one file of yamls/; key=value after it changes it")
     sources = {}
     for argument in arguments:
-        if not argument.endswith((".yaml", ".yml")) and "=" not in argument:
+        is_file = argument.endswith((".yaml", ".yml"))
+        if not is_file and "=" not in argument:
             raise ValueError(f"{argument!r} is neither a .yaml file nor key=value")
         try:
-            load = OmegaConf.load if argument.endswith((".yaml", ".yml")) else lambda text: OmegaConf.from_dotlist([text])
-            sources[argument] = load(argument)
-        except (OSError, YAMLError, OmegaConfBaseException) as error:
-            raise ValueError(f"{argument}: {' '.join(str(error).split())}") from error
+            sources[argument] = OmegaConf.load(argument) if is_file else OmegaConf.from_dotlist([argument])
+        except (OSError, UnicodeError, YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(f"{argument}: {error}") from error
+    model = schema(stage)
     try:
-        config = OmegaConf.to_container(OmegaConf.merge(*sources.values()), resolve=True)
-        return check(config, Annotated[dict, stage], "")
+        merged = OmegaConf.to_container(OmegaConf.merge(*sources.values()), resolve=True)
+        return model.model_validate(merged).model_dump(exclude_unset=True)
     except (OmegaConfBaseException, TypeError) as error:
-        raise ValueError(f"{' '.join(arguments)}: {' '.join(str(error).split())}") from error
-    except LookupError as error:
-        key, complaint = error.args
-        named = [name for name, part in sources.items() if OmegaConf.select(part, key.split("[")[0]) is not None]
-        raise ValueError(f"{named[-1] if named else ' '.join(arguments)}: {key} {complaint}") from None
-
-
-def check(value: Any, hint: Any, where: str) -> Any:
-    """A value of YAML as its annotation says.
-
-    Annotated[dict, callable] is a block of its keyword arguments; where it has keyword-only parameters, those are the
-    YAML's and the program gives the others, as it does those named after the callable. Annotated[dict, (classes)] has such
-    a block under the name of each class.
-
-    Raises:
-        LookupError: (dotted key, complaint).
-    """
-    block = next((h for h in (hint, *typing.get_args(hint)) if typing.get_origin(h) is Annotated), None)
-    if block and typing.get_origin(hint) is list and isinstance(value, list):
-        return [check(entry, block, f"{where}[{number}]") for number, entry in enumerate(value)]
-    if not block or (value is None and block is not hint):
-        try:
-            return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-        except ValidationError as error:
-            raise LookupError(where, f"is {value!r}: {error.errors()[0]['msg'].lower()}") from None
-    target, *given = block.__metadata__
-    if isinstance(target, tuple):
-        hints, required = {made.__name__: Annotated[dict, made] for made in target}, []
-        value = {name: arguments or {} for name, arguments in value.items()} if isinstance(value, dict) else value
+        raise ValueError(f"{' '.join(arguments)}: {error}") from error
+    except ValidationError as error:
+        wrong = min(
+            error.errors(), key=lambda one: one["type"] != "extra_forbidden"
+        )  # a mistyped key explains a missing one
+    path = [part for part in wrong["loc"] if isinstance(part, int) or part not in ("list", "int", "float", "str")]
+    key = ".".join(map(str, path))
+    named = [name for name, part in sources.items() if OmegaConf.select(part, key.split(".0")[0]) is not None]
+    if wrong["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(path[-1]), keys_at(model, path[:-1]), n=1, cutoff=0.0)
+        complaint = f"is not a key here; the nearest is {near[0] if near else 'none'}"
     else:
-        parameters = inspect.signature(target).parameters.values()
-        parameters = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given] or list(parameters)
-        resolved = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
-        hints = {p.name: resolved.get(p.name, Any) for p in parameters}
-        required = [p.name for p in parameters if p.default is p.empty]
-    if not isinstance(value, dict):
-        raise LookupError(where, f"is {value!r}; it must be a block with keys such as {', '.join(list(hints)[:3])}")
-    inside = f"{where}." if where else ""
-    for key in value:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
-            raise LookupError(f"{inside}{key}", f"is not a key here; the nearest is {near[0] if near else 'none'}")
-    checked = {key: check(entry, hints[key], f"{inside}{key}") for key, entry in value.items()}
-    for key in required:
-        if key not in value:
-            raise LookupError(f"{inside}{key}", "is missing")
-    return checked
+        complaint = "is missing" if wrong["type"] == "missing" else f"is {wrong['input']!r}: {wrong['msg'].lower()}"
+    raise ValueError(f"{named[-1] if named else ' '.join(arguments)}: {key} {complaint}")
 
 
+def schema(target: Callable | tuple[type, ...], *given: str) -> type[BaseModel]:
+    """The keyword arguments of a callable, with their types, as a pydantic model.
+
+    A parameter annotated Annotated[dict, callable] is a block of that callable's arguments; Annotated[dict, (classes)] has
+    such a block under the name of each class. Where a callable has keyword-only parameters, those are the YAML's, and the
+    program gives the others and those named in `given`.
+    """
+    strict = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+    if isinstance(target, tuple):
+        blocks = {made.__name__: (schema(made) | None, None) for made in target}
+        return create_model("classes", __config__=strict, **blocks)
+    parameters = inspect.signature(target).parameters.values()
+    parameters = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given] or list(parameters)
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    fields = {
+        p.name: (resolve(hints.get(p.name, Any)), ... if p.default is p.empty else Field(p.default, validate_default=False))
+        for p in parameters
+    }
+    return create_model(target.__name__, __config__=strict, **fields)
+
+
+def resolve(hint: Any) -> Any:
+    """A type annotation with the blocks in it made models of their own."""
+    if typing.get_origin(hint) is Annotated:
+        target = hint.__metadata__[0]
+        return schema(*hint.__metadata__) if callable(target) or isinstance(target, tuple) else hint
+    inside = tuple(map(resolve, typing.get_args(hint)))
+    if not any(inspect.isclass(part) and issubclass(part, BaseModel) for part in inside):
+        return hint
+    return list[inside] if typing.get_origin(hint) is list else typing.Union[inside]  # noqa: UP007  # of a tuple
+
+
+def keys_at(model: Any, path: list) -> list[str]:
+    """The keys that a model has at the end of a path of keys and list indices."""
+    for part in path:
+        hint = model if isinstance(part, int) else model.model_fields[part].annotation
+        parts = (hint, *typing.get_args(hint))
+        model = next(part for part in parts if inspect.isclass(part) and issubclass(part, BaseModel))
+    return list(model.model_fields)
+
+
+Share = Annotated[float, Field(ge=0, le=1)]  # a fraction or a probability
 PARAMETERS = ("flip", "brightness", "contrast", "saturation", "hue", "grey", "blur_sigma", "solarise")
 BLUR_KERNEL = (9, 5)  # pixels, height and width [code]
 SOLARISE_FROM = 127.5 / 255  # bytes from 128 on [code], whatever the colour map rounds
@@ -142,18 +164,18 @@ class ViewRecipe:
         blur_sigma: range in pixels.
     """
 
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    jitter: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    grey: float = 0.2
-    blur: tuple[float, float] = (1.0, 0.0)
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarise: tuple[float, float] = (0.0, 0.2)
+    crop_scale: tuple[Share, Share] = (0.08, 1.0)
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    flip: Share = 0.5
+    jitter: Share = 0.8
+    brightness: Share = 0.4
+    contrast: Share = 0.4
+    saturation: Share = 0.2
+    hue: Share = 0.1
+    grey: Share = 0.2
+    blur: tuple[Share, Share] = (1.0, 0.0)
+    blur_sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
+    solarise: tuple[Share, Share] = (0.0, 0.2)
 
     def draw(self, rng: np.random.Generator, view: int) -> np.ndarray:
         """The numbers of PARAMETERS for view 0 or 1 -> (A,) float32; whatever is off is at its neutral value."""
@@ -181,7 +203,7 @@ def crop_and_scale(frame: np.ndarray, box: tuple[int, ...], size: int) -> Tensor
     return resized_crop(pixels, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
 
 
-FrameGap = int | Literal["any", "distant"]
+FrameGap = NonNegativeInt | Literal["any", "distant"]
 
 
 def draw_frame_pair(rng: np.random.Generator, count: int, frame_gap: FrameGap, sections: int) -> tuple[int, int]:
@@ -219,7 +241,7 @@ class PairOfViews:
         video: Annotated[dict, ViewRecipe] | None = None,
         image: Annotated[dict, ViewRecipe] | None = None,
         frame_gap: FrameGap = "any",
-        sections: int = 2,
+        sections: Annotated[int, Field(ge=2)] = 2,
     ):
         self.img_size = img_size
         self.num_patches = num_patches
@@ -286,11 +308,11 @@ def open_stream(*, path: str, proportion: float | None = None, cache: str | None
     return Stream(local=path, proportion=proportion)
 
 
-def share(total: int, key: str) -> int:
-    """This rank's part of a global number of samples, which must be a multiple of the number of ranks."""
-    if total < 1 or total % dist.get_world_size():
-        raise ValueError(f"{key} {total} is not a multiple of the number of ranks, {dist.get_world_size()}")
-    return total // dist.get_world_size()
+def share(batch: int) -> int:
+    """This rank's part of a global batch, which must be a multiple of the number of ranks."""
+    if batch % dist.get_world_size():
+        raise ValueError(f"a batch of {batch} (data) is not a multiple of the number of ranks, {dist.get_world_size()}")
+    return batch // dist.get_world_size()
 
 
 def load_stream(
@@ -300,13 +322,13 @@ def load_stream(
     patch_size: int,
     *,
     streams: list[Annotated[dict, open_stream]],
-    global_train_batch_size: int,
-    global_micro_batch_size: int | None = None,
-    num_workers: int = 8,
-    num_canonical_nodes: int = 1,
-    epoch_size: int | None = None,
+    global_train_batch_size: PositiveInt,
+    global_micro_batch_size: PositiveInt | None = None,
+    num_workers: NonNegativeInt = 8,
+    num_canonical_nodes: PositiveInt = 1,
+    epoch_size: PositiveInt | None = None,
     make_demo: str | None = None,
-) -> tuple[DataSpec, int | None]:
+) -> tuple[DataSpec, int]:
     """This rank's loader and its share of a micro-batch. The last, incomplete batch of an epoch is left out.
 
     Args:
@@ -323,8 +345,13 @@ def load_stream(
     Raises:
         ValueError: data that is missing, frames smaller than a patch, a batch that does not divide or that no epoch fills.
     """
-    batch_size = share(global_train_batch_size, "data.global_train_batch_size")
-    micro_size = share(global_micro_batch_size, "data.global_micro_batch_size") if global_micro_batch_size else None
+    batch_size, micro_size = share(global_train_batch_size), share(global_micro_batch_size or global_train_batch_size)
+    if batch_size % micro_size:
+        raise ValueError(
+            f"data.global_train_batch_size {global_train_batch_size} is not a multiple of global_micro_batch_size"
+        )
+    if not streams:
+        raise ValueError("data.streams is empty; name at least one data set")
     if make_demo and dist.get_local_rank() == 0:
         data_prep.demo(make_demo)
     dist.barrier()
@@ -405,22 +432,17 @@ def build_optimizer(
     model: nn.Module,
     global_train_batch_size: int,
     *,
-    base_lr: float,
-    betas: tuple[float, float] = (0.9, 0.95),
-    weight_decay: float = 0.05,
-    layer_decay: float | None = None,
+    base_lr: PositiveFloat,
+    betas: tuple[Share, Share] = (0.9, 0.95),
+    weight_decay: NonNegativeFloat = 0.05,
+    layer_decay: PositiveFloat | None = None,
 ) -> torch.optim.AdamW:
     """AdamW with no decay on biases, norms and other 1-D parameters.
 
     Args:
         base_lr: for 256 samples; lr = base_lr * batch / 256.
         layer_decay: lr of a layer relative to the next (source: BEiT, as timm has it); None for one lr.
-
-    Raises:
-        ValueError: a number that is out of range.
     """
-    if base_lr <= 0 or weight_decay < 0:
-        raise ValueError(f"optimizer.base_lr {base_lr} must be positive, weight_decay {weight_decay} not negative")
     lr = base_lr * global_train_batch_size / 256
     if layer_decay is None:
         groups = param_groups_weight_decay(model, weight_decay)
@@ -442,6 +464,15 @@ class JsonLines(LoggerDestination):
         self.path = path
         self.line: dict[str, float] = {}
 
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """After a resume, drop what was logged beyond the checkpoint: it will be logged again."""
+        if self.path.exists() and dist.get_global_rank() == 0:
+            lines = self.path.read_text().splitlines(keepends=True)
+            aside = self.path.with_suffix(".tmp")
+            whole = (line for line in lines if line.endswith("\n"))
+            aside.write_text("".join(line for line in whole if json.loads(line)["step"] <= state.timestamp.batch.value))
+            aside.replace(self.path)
+
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         self.line |= {key: float(value) for key, value in metrics.items()}
 
@@ -455,7 +486,7 @@ class JsonLines(LoggerDestination):
     eval_end = fit_end = batch_end
 
 
-@dataclass(frozen=True)
+@dataclass
 class EvalViews(Dataset):
     """Views of every sample of some data sets, without chance: `inputs` uint8 (V, T, 3, H, W), `target`.
 
@@ -478,7 +509,7 @@ class EvalViews(Dataset):
     crop_pct: float = 0.875
 
     def __post_init__(self):
-        object.__setattr__(self, "data", ConcatDataset([LocalDataset(path) for path in self.paths]))
+        self.data = ConcatDataset([LocalDataset(path) for path in self.paths])
 
     def __len__(self) -> int:
         return len(self.data)
@@ -502,8 +533,10 @@ def common_classes(paths: list[str]) -> list[str]:
     """The class names of all of these data sets.
 
     Raises:
-        ValueError: a data set that is missing, has no labels, or has other classes than the first.
+        ValueError: no data set, or one that is missing, has no labels, or has other classes than the first.
     """
+    if not paths:
+        raise ValueError("a list of data sets is empty; name at least one")
     first = data_prep.read_classes(paths[0])
     for path in paths:
         if not data_prep.read_classes(path):
@@ -541,7 +574,7 @@ def embed(encoder: nn.Module, data: EvalViews, num_workers: int = 0) -> tuple[Te
     """Pooled features of every sample, the mean over its views and frames, and its label -> (n, D), (n,)."""
 
     def features(inputs: Tensor) -> Tensor:
-        frames = inputs.flatten(0, 2) if encoder.steps == 1 else inputs.flatten(0, 1)
+        frames = inputs.flatten(0, 2) if encoder.num_frames == 1 else inputs.flatten(0, 1)
         return pool(encoder(frames), "mean").unflatten(0, (len(inputs), -1)).mean(dim=1)
 
     return infer(encoder, features, data, num_workers=num_workers)
@@ -577,13 +610,14 @@ class KNN(Callback):
         ValueError: data sets that are missing, have no labels or have different ones.
     """
 
-    def __init__(self, *, bank: list[str], queries: list[str], crop_pct: float = 0.875, num_workers: int = 0):
+    def __init__(self, *, bank: list[str], queries: list[str], crop_pct: Share = 0.875, num_workers: NonNegativeInt = 0):
         self.bank, self.queries = bank, queries
         self.crop_pct = crop_pct
         self.num_workers = num_workers
 
     def init(self, state: State, logger: Logger) -> None:
-        common_classes([*self.bank, *self.queries])
+        if common_classes(self.bank) != common_classes(self.queries):
+            raise ValueError(f"callbacks.KNN: {self.queries[0]} has other classes than {self.bank[0]}")
 
     def measure(self, name: str, state: State, logger: Logger) -> None:
         encoder = getattr(state.model, "module", state.model).encoder  # without DDP around it
@@ -614,7 +648,8 @@ def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int =
     """Draw four rows for `count` samples of some data sets: original, masked, reconstructed, reconstructed where masked."""
     device, size = next(model.parameters()).device, model.encoder.img_size
     sets = [EvalViews([path], size, crop_pct=1.0) for path in paths]
-    picked = [data[number * len(data) // count]["inputs"][0, 0] for number in range(count) for data in sets][:count]
+    turns = [(sets[number % len(sets)], number / count) for number in range(count)]
+    picked = [data[int(place * len(data))]["inputs"][0, 0] for data, place in turns]
     images = normalize(torch.stack(picked).to(device).float() / 255, MEAN, STD)  # (B, 3, H, W)
     noise = torch.rand(count, model.encoder.num_patches, generator=torch.Generator().manual_seed(0)).to(device)
     ids_keep, ids_restore, mask = random_masking(noise, model.mask_ratio)
@@ -629,18 +664,37 @@ def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int =
     save_image(make_grid(F.interpolate(pictures, scale_factor=max(1, 96 // size)), nrow=count, pad_value=1.0), to)
 
 
-def start_run(run_name: str, seed: int, trainer: dict) -> Path:
-    """Join the process group, seed, and name the run's folder; exits with 0 if the run is finished already.
+def start_run(config: dict[str, Any]) -> Path:
+    """Join the process group, seed, and give the run's folder; exits with 0 if the run is finished already.
 
     Comes before any StreamingDataset is made: Streaming would else make a process group of its own.
+
+    Raises:
+        ValueError: the folder holds a run of another configuration (the trainer, loggers, callbacks and workers may change).
     """
-    dist.initialize_dist(get_device(trainer.get("device")), trainer.get("dist_timeout", 300.0))
-    reproducibility.seed_all(seed)  # the same initial weights on every rank
-    run = Path("runs", run_name)
+    dist.initialize_dist(get_device(config["trainer"].get("device")), config["trainer"].get("dist_timeout", 300.0))
+    reproducibility.seed_all(config["seed"])  # the same initial weights on every rank
+    run = Path("runs", config["run_name"])
+    if (run / "config.yaml").exists():
+        before, now = (flatten(c) for c in (OmegaConf.to_container(OmegaConf.load(run / "config.yaml")), config))
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if changed:
+            raise ValueError(f"{run} was begun with another {', '.join(changed)}; give another run_name, or delete it")
     if (run / "result.json").exists():
-        print(f"{run} is finished, see {run}/result.json; delete it or give another run_name to run again")
+        if dist.get_global_rank() == 0:
+            print(f"{run} is finished, see {run}/result.json; delete it or give another run_name to run again")
         sys.exit(0)
     return run
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of what decides a run's result."""
+    if prefix.startswith(("trainer.", "callbacks.", "loggers.", "data.num_workers.")):
+        return {}
+    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list | tuple) else None
+    if items is None:
+        return {prefix.removesuffix("."): config}
+    return {key: value for name, part in items for key, value in flatten(part, f"{prefix}{name}.").items()}
 
 
 def classes_of(module: Any) -> tuple[type, ...]:
@@ -649,7 +703,7 @@ def classes_of(module: Any) -> tuple[type, ...]:
 
 ALGORITHMS = classes_of(composer.algorithms)
 CALLBACKS = (*classes_of(composer.callbacks), KNN)
-LOGGERS = classes_of(composer.loggers)
+LOGGERS = tuple(made for made in classes_of(composer.loggers) if issubclass(made, LoggerDestination))
 
 
 TrainerBlock = Annotated[  # Composer's Trainer without what build_trainer gives
@@ -662,7 +716,7 @@ TrainerBlock = Annotated[  # Composer's Trainer without what build_trainer gives
 
 def build_named(classes: tuple[type, ...], block: dict[str, dict] | None) -> list:
     """Objects of the classes named in a block, with their arguments."""
-    return [made(**block[made.__name__]) for made in classes if made.__name__ in (block or {})]
+    return [made(**block[made.__name__] or {}) for made in classes if made.__name__ in (block or {})]
 
 
 def build_trainer(
@@ -671,10 +725,18 @@ def build_trainer(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loader: DataSpec,
-    micro_size: int | None,
+    micro_size: int,
     eval_dataloader: DataSpec | None = None,
 ) -> Trainer:
-    """Composer's Trainer with the blocks of a stage's config; it resumes from the newest checkpoint in the run's folder."""
+    """Composer's Trainer with the blocks of a stage's config.
+
+    It resumes from checkpoints/latest-rank0.pt in the run's folder.
+
+    Raises:
+        ValueError: no trainer.max_duration, or a value that Composer refuses.
+    """
+    if not config["trainer"].get("max_duration"):
+        raise ValueError("trainer.max_duration is missing; give a duration such as 800ep")
     if dist.get_global_rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(config), run / "config.yaml")
@@ -694,6 +756,12 @@ def build_trainer(
         callbacks=build_named(CALLBACKS, config["callbacks"]),
         loggers=[JsonLines(run / "metrics.jsonl"), *build_named(LOGGERS, config["loggers"])],
     )
+
+
+def fit(trainer: Trainer) -> None:
+    """Train, unless a run that was stopped after its last step is there again to be finished."""
+    if trainer.state.timestamp < trainer.state.max_duration:
+        trainer.fit()
 
 
 def finish_run(run: Path) -> dict[str, float]:
@@ -721,7 +789,7 @@ def pretrain(
 ) -> Trainer:
     """The Trainer of a pre-training run; the parameters are the blocks of its YAML files."""
     config = locals().copy()
-    run = start_run(run_name, seed, trainer)
+    run = start_run(config)
     net = ViCMAE(**model)
     pairs = PairOfViews(net.encoder.img_size, net.encoder.num_patches, **augment)
     loader, micro_size = load_stream(pairs, augment_batch, seed, net.encoder.patch_size, **data)
@@ -731,10 +799,10 @@ def pretrain(
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """What the user can mend, a ValueError or OSError before any long work, ends the program in one line."""
+    """What the user can mend before any long work ends the program in one line."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}")
 
 
@@ -742,11 +810,12 @@ def main() -> None:
     with one_line_errors():
         config = load_config(sys.argv[1:], pretrain)
         trainer = pretrain(**config)
-    trainer.fit()
+    fit(trainer)
     if dist.get_global_rank() == 0:
         run, net = Path("runs", config["run_name"]), trainer.state.model
-        paths = [stream.local for stream in trainer.state.train_dataloader.dataset.streams]
-        draw_reconstructions(getattr(net, "module", net), paths, run / "reconstructions.png")
+        paths = [stream.local for stream in trainer.state.train_dataloader.dataset.streams if not stream.remote]
+        if paths:
+            draw_reconstructions(getattr(net, "module", net), paths, run / "reconstructions.png")
         result = finish_run(run)
         if "knn/trained" in result:
             before, after = result.get("knn/random", math.nan), result["knn/trained"]

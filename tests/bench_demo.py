@@ -41,7 +41,14 @@ def measure(method: str, seed: int) -> dict[str, float]:
         checkpoint = f"runs/{name}/checkpoints/latest-rank0.pt"
     run("eval.py", "eval_demo", f"run_name={name}_eval", f"seed={seed}", f"checkpoint={checkpoint}")
     tuned = f"{name}_finetune"
-    run("finetune.py", "finetune_demo", f"run_name={tuned}", f"seed={seed}", f"pretrained={checkpoint}", "trainer.progress_bar=false")
+    run(
+        "finetune.py",
+        "finetune_demo",
+        f"run_name={tuned}",
+        f"seed={seed}",
+        f"pretrained={checkpoint}",
+        "trainer.progress_bar=false",
+    )
     results = (Path("runs", f"{name}_eval", "eval.json"), Path("runs", tuned, "result.json"))
     found = {key: value for path in results for key, value in json.loads(path.read_text()).items()}
     return {key: found[key] for key in COLUMNS}

@@ -128,7 +128,14 @@ def damaged_inputs(folder: Path) -> dict[str, str]:
         silence.sample_rate = 16000
         container.mux(stream.encode(silence))
         container.mux(stream.encode())
-    return {"empty.mp4": "", "text.avi": "Invalid", "cut.mp4": "", "cut.mkv": "cut", "sound.mp4": "no video stream"}
+    return {
+        "empty.mp4": "",
+        "text.avi": "Invalid",
+        "cut.mp4": "",
+        "cut.mkv": "cut",
+        "sound.mp4": "no video stream",
+        "sound.webm": "a still picture",
+    }
 
 
 def test_unreadable_inputs_are_skipped_counted_and_named(tmp_path):
@@ -152,6 +159,29 @@ def test_too_many_unreadable_inputs_are_an_error_that_names_the_first_and_a_reru
         data_prep.read_classes(str(tmp_path / "out"))
     assert convert(*arguments, max_skipped=0.5)["samples"] == 1
     assert data_prep.read_classes(str(tmp_path / "out")) == ["c"]
+
+
+def test_jpeg_that_only_pillow_can_read_is_encoded_anew(tmp_path):
+    write_image(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[:-2] + bytes(8) + data[-2:])
+    frames, _ = data_prep.read_image(tmp_path / "a.jpg", Recipe("images"))
+    assert simplejpeg.decode_jpeg(frames[0]).shape == (40, 60, 3)
+
+
+def test_video_cut_without_encoding_gives_the_frames_that_a_player_shows(tmp_path):
+    with av.open(str(BIKES)) as source, av.open(str(tmp_path / "cut.mp4"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        source.seek(int(4.5 / source.streams.video[0].time_base), stream=source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    shown, times = decoded(tmp_path / "cut.mp4")
+    frames, kept = data_prep.read_video(tmp_path / "cut.mp4", Recipe("videos", frames=4, short_side=1000))
+    for frame, time in zip(frames, kept, strict=True):
+        nearest = shown[np.abs(times - time).argmin()].astype(int)
+        assert np.abs(times - time).min() < 1e-6 and np.abs(simplejpeg.decode_jpeg(frame) - nearest).mean() < 2.5
 
 
 def test_truncated_jpeg_is_skipped(tmp_path):
@@ -213,12 +243,18 @@ def test_bad_source_or_out_is_one_line_that_names_it(tmp_path):
         (("videos", source, out), "holds no videos"),
         (("images", source, str(tmp_path / "other")), "other exists"),
         (("show", source), "not a complete data set"),
+        (("images", source, out, "--quality", "500"), "--quality 500 must be from 1 to 100"),
+        (("videos", source, out, "--frames", "0"), "--frames 0"),
+        (("images", source, out, "--workers", "-1"), "--workers -1"),
         (("demo", str(tmp_path / "other")), "other exists"),
     ):
         result = run(*arguments)
         assert result.returncode == 1 and culprit in result.stderr and result.stderr.count("\n") == 1, result.stderr
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
 
+    (tmp_path / "in" / "stray.jpg").write_bytes(b"")
+    assert "stray.jpg lies beside" in run("images", source, out).stderr
+    (tmp_path / "in" / "stray.jpg").unlink()
     convert(source, out, Recipe("images"), 1)
     with pytest.raises(ValueError, match="begun with another recipe"):
         convert(source, out, Recipe("images", quality=50), 1)

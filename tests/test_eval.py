@@ -58,7 +58,7 @@ def test_accuracy_over_views_equals_a_loop_over_samples(demo):
     torch.manual_seed(0)
     net = Classifier(10, img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, head_init_std=1.0).eval()
     paths = [str(demo / "test_videos")]
-    result = evaluation.measure_accuracy(net, 1, data=paths, temporal_views=2, spatial_views=3, batch_size=7)
+    result = evaluation.measure_accuracy(net, data=paths, temporal_views=2, spatial_views=3, batch_size=7)
     views, hits = EvalViews(paths, 32, 1, 2, 3), {1: 0, 5: 0}
     mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for number in range(len(views)):
@@ -123,6 +123,9 @@ def test_mistakes_are_named_in_one_line(demo, tmp_path, pretrained):
             "head.",
         ),
         (["run_name=x"], "checkpoint is missing"),
+        (["run_name=x", "checkpoint=null"], "nothing is asked for"),
+        (["run_name=x", "checkpoint=null", f"model={sizes}", "export=no/such/file"], "its folder does not exist"),
+        (["run_name=x", "checkpoint=null", f"model={sizes}", "probe={bank: [], queries: []}"], "is empty"),
         ([YAML, "probe.lables_per_class=[1]"], "nearest is labels_per_class"),
     ):
         with pytest.raises(SystemExit) as exit:

@@ -289,7 +289,6 @@ def test_file_that_is_no_checkpoint_is_named(tmp_path, content):
         ({"num_heads": 5}, "embed_dim 48"),
         ({"mask_ratio": 1.0}, "mask_ratio 1.0"),
         ({"mask_ratio": -0.1}, "mask_ratio -0.1"),
-        ({"temperature": 0.0}, "temperature 0.0"),
     ],
 )
 def test_impossible_size_is_named(sizes, culprit):

@@ -11,12 +11,12 @@ import torch
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
 from composer.utils import dist
-from conftest import ROOT, launch, small
+from conftest import ROOT, launch, run_stage, small
 from torchvision.transforms import RandomResizedCrop
 
 import data_prep
 import pretrain
-from model import Classifier, ViCMAE
+from model import ViCMAE, read_checkpoint
 from pretrain import BLUR_KERNEL, PARAMETERS, KeyedStream, PairOfViews, ViewRecipe, augment_views, load_config
 
 NEUTRAL = {name: float(name in ("brightness", "contrast", "saturation")) for name in PARAMETERS}
@@ -283,7 +283,7 @@ def test_eval_views_are_spread_over_time_and_along_the_longer_side(demo):
     views = pretrain.EvalViews(
         [str(demo / "test_videos")], 20, num_frames=4, temporal_views=2, spatial_views=3, crop_pct=1.0
     )
-    object.__setattr__(views, "data", [sample])
+    views.data = [sample]
     inputs = views[0]["inputs"].float()
     assert inputs.shape == (6, 4, 3, 20, 20)
     times = inputs[:, :, 0].mean(dim=(2, 3)) / 30
@@ -307,10 +307,14 @@ def write(path: Path, text: str) -> str:
         ("model.embed_dims=64", "model.embed_dims=64: model.embed_dims is not a key here; the nearest is embed_dim"),
         ("modle.depth=2", "modle is not a key here; the nearest is model"),
         ("model.depth=deep", "model.depth is 'deep': input should be a valid integer"),
-        ("model=deep", "model is 'deep'; it must be a block with keys such as img_size"),
+        ("model=deep", "model is 'deep': input should be a valid dictionary"),
         ("augment.video.crop_scale=[1.0]", "augment.video.crop_scale"),
+        ("augment.video.flip=7", "augment.video.flip is 7: input should be less than or equal to 1"),
+        ("augment.sections=1", "augment.sections is 1"),
+        ("model.patch_size=0", "model.patch_size is 0: input should be greater than 0"),
+        ("data.num_workers=-1", "data.num_workers is -1"),
         ("augment.frame_gap=far", "augment.frame_gap"),
-        ("data.streams=[{pth: x}]", r"data.streams[0].pth is not a key here; the nearest is path"),
+        ("data.streams=[{pth: x}]", r"data.streams.0.pth is not a key here; the nearest is path"),
         ("optimizer.weight_decay=null", "optimizer.weight_decay is None"),
         ("trainer.max_duration=[1]", "trainer.max_duration is [1]"),
         ("trainer.model=x", "trainer.model is not a key here"),
@@ -350,6 +354,8 @@ def test_files_merge_left_to_right_then_overrides(tmp_path):
     [
         ({"streams": ({"path": "nowhere"},)}, "nowhere is not a complete data set"),
         ({"patch_size": 64}, "40x40 are smaller than model.patch_size 64"),
+        ({"streams": ()}, "data.streams is empty"),
+        ({"micro": 15}, "20 is not a multiple of global_micro_batch_size"),
         ({"batch": 4000}, "data.global_train_batch_size 4000 is more than an epoch's 60 samples"),
     ],
 )
@@ -363,7 +369,19 @@ def test_data_that_cannot_be_used_is_named(demo, change, culprit):
             change.get("patch_size", 8),
             streams=change.get("streams", [{"path": str(demo / "train_videos")}]),
             global_train_batch_size=change.get("batch", 20),
+            global_micro_batch_size=change.get("micro"),
         )
+
+
+def test_run_of_another_configuration_is_refused_with_the_keys_that_differ(demo, tmp_path):
+    arguments = [*small(demo), "trainer.max_duration=1ba", "callbacks=null"]
+    run_stage(pretrain, arguments, tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        run_stage(pretrain, [*arguments, "model.mask_ratio=0.7", "seed=5"], tmp_path)
+    assert "runs/demo was begun with another model.mask_ratio, seed; give another run_name" in str(exit.value)
+    with pytest.raises(SystemExit) as exit:
+        run_stage(pretrain, [*arguments, "trainer.max_duration=9ba"], tmp_path)
+    assert exit.value.code == 0
 
 
 def test_data_set_without_labels_is_refused_where_labels_are_needed(demo, tmp_path):
@@ -418,5 +436,16 @@ def test_pretraining_yaml_constructs(name, overlay):
         assert net.mask_ratio == 0.75 and pairs.frame_gap == "distant" and pairs.video.jitter == 0
 
 
-def test_weights_of_a_classifier_are_no_part_of_pretraining():
-    assert not hasattr(Classifier(3, img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3), "decoder")
+@pytest.mark.parametrize("stop", ["1ep", "4ba"])
+def test_resumed_run_ends_with_the_weights_of_one_never_stopped(demo, tmp_path, stop):
+    arguments = [*small(demo), "schedule.t_max=2ep", "trainer.save_interval=1ba", "callbacks=null"]
+    run_stage(pretrain, [*arguments, "run_name=whole"], tmp_path)
+    run_stage(pretrain, [*arguments, "run_name=stopped", f"trainer.max_duration={stop}"], tmp_path)
+    (tmp_path / "runs" / "stopped" / "result.json").unlink()
+    run_stage(pretrain, [*arguments, "run_name=stopped"], tmp_path)
+    whole, resumed = (
+        read_checkpoint(str(tmp_path / "runs" / name / "checkpoints" / "latest-rank0.pt")) for name in ("whole", "stopped")
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "stopped" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss/train/total" in line] == [1, 2, 3, 4, 5, 6]

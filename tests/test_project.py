@@ -33,7 +33,8 @@ def test_imports_run_one_way(name):
 
 def commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    return [line.split(" #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    lines = (line.split("#")[0].strip() for block in blocks for line in block.splitlines())
+    return [line for line in lines if line]
 
 
 @pytest.mark.parametrize("command", commands())
