@@ -8,6 +8,7 @@ The signature of `finetune` is the schema of its YAML files. All of a run is in 
 
 import random
 import sys
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +50,7 @@ from pretrain import (
 )
 
 
+@dataclass
 class TrainingClips:
     """How a labelled sample is seen in training: crop and flip, one for all frames, then erasing, mixup and cutmix.
 
@@ -60,31 +62,21 @@ class TrainingClips:
         label_smoothing: in [0, 1).
     """
 
-    def __init__(
-        self,
-        img_size: int,
-        num_frames: int,
-        num_classes: int,
-        *,
-        crop_scale: tuple[Share, Share] = (0.08, 1.0),
-        crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3),
-        flip: Share = 0.5,
-        erasing: Share = 0.25,
-        mixup: NonNegativeFloat = 0.8,
-        cutmix: NonNegativeFloat = 1.0,
-        label_smoothing: Share = 0.1,
-    ):
-        self.img_size = img_size
-        self.num_frames = num_frames
-        self.num_classes = num_classes
-        self.crop_scale = crop_scale
-        self.crop_ratio = crop_ratio
-        self.flip = flip
-        self.erasing = erasing
-        self.label_smoothing = label_smoothing
-        self.mix = None
-        if mixup or cutmix:
-            self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+    img_size: int
+    num_frames: int
+    num_classes: int
+    _: KW_ONLY
+    crop_scale: tuple[Share, Share] = (0.08, 1.0)
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    flip: Share = 0.5
+    erasing: Share = 0.25
+    mixup: NonNegativeFloat = 0.8
+    cutmix: NonNegativeFloat = 1.0
+    label_smoothing: Share = 0.1
+
+    def __post_init__(self):
+        mixing = {"label_smoothing": self.label_smoothing, "num_classes": self.num_classes}
+        self.mix = Mixup(self.mixup, self.cutmix, **mixing) if self.mixup or self.cutmix else None
 
     def draw(self, sample: dict, rng: np.random.Generator) -> dict[str, Tensor]:
         """Run in a worker on a stored sample -> `inputs` uint8 (1, T, 3, H, W), `target`, `key` (seeds what follows).

@@ -1,6 +1,6 @@
 """Pre-train ViC-MAE on streams of video clips and images (paper sections 3 and 4.1).
 
-    composer pretrain.py yamls/demo.yaml                                    # a laptop: makes its data, 5 min
+    composer pretrain.py yamls/demo.yaml                                    # a laptop: makes its data, 4 min
     composer -n 8 pretrain.py yamls/vitl.yaml                               # 8 GPUs
     composer pretrain.py yamls/vitl.yaml yamls/paper.yaml seed=1            # files merge left to right, then key=value
 
@@ -20,7 +20,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -225,6 +225,7 @@ def draw_frame_pair(rng: np.random.Generator, count: int, frame_gap: FrameGap, s
     return int(pair[0]), int(pair[1])
 
 
+@dataclass
 class PairOfViews:
     """A stored sample and a generator -> `views` uint8 (2, 3, H, W), `augment` (2, A), `noise` (2, N).
 
@@ -233,22 +234,16 @@ class PairOfViews:
         frame_gap, sections: see draw_frame_pair.
     """
 
-    def __init__(
-        self,
-        img_size: int,
-        num_patches: int,
-        *,
-        video: Annotated[dict, ViewRecipe] | None = None,
-        image: Annotated[dict, ViewRecipe] | None = None,
-        frame_gap: FrameGap = "any",
-        sections: Annotated[int, Field(ge=2)] = 2,
-    ):
-        self.img_size = img_size
-        self.num_patches = num_patches
-        self.video = ViewRecipe(**video or {})
-        self.image = ViewRecipe(**image or {})
-        self.frame_gap = frame_gap
-        self.sections = sections
+    img_size: int
+    num_patches: int
+    _: KW_ONLY
+    video: Annotated[dict, ViewRecipe] = field(default_factory=dict)
+    image: Annotated[dict, ViewRecipe] = field(default_factory=dict)
+    frame_gap: FrameGap = "any"
+    sections: Annotated[int, Field(ge=2)] = 2
+
+    def __post_init__(self):
+        self.video, self.image = ViewRecipe(**self.video), ViewRecipe(**self.image)
 
     def __call__(self, sample: dict, rng: np.random.Generator) -> dict[str, Tensor]:
         count = len(sample["ends"])
@@ -308,13 +303,6 @@ def open_stream(*, path: str, proportion: float | None = None, cache: str | None
     return Stream(local=path, proportion=proportion)
 
 
-def share(batch: int) -> int:
-    """This rank's part of a global batch, which must be a multiple of the number of ranks."""
-    if batch % dist.get_world_size():
-        raise ValueError(f"a batch of {batch} (data) is not a multiple of the number of ranks, {dist.get_world_size()}")
-    return batch // dist.get_world_size()
-
-
 def load_stream(
     transform: Callable[[dict, np.random.Generator], dict],
     on_device: Callable[[dict], dict],
@@ -345,11 +333,14 @@ def load_stream(
     Raises:
         ValueError: data that is missing, frames smaller than a patch, a batch that does not divide or that no epoch fills.
     """
-    batch_size, micro_size = share(global_train_batch_size), share(global_micro_batch_size or global_train_batch_size)
-    if batch_size % micro_size:
+    ranks = dist.get_world_size()
+    micro = global_micro_batch_size or global_train_batch_size
+    if global_train_batch_size % micro or micro % ranks:
         raise ValueError(
-            f"data.global_train_batch_size {global_train_batch_size} is not a multiple of global_micro_batch_size"
+            f"data.global_train_batch_size {global_train_batch_size} must be a multiple of global_micro_batch_size {micro}, "
+            f"and that of the number of ranks, {ranks}"
         )
+    batch_size = global_train_batch_size // ranks
     if not streams:
         raise ValueError("data.streams is empty; name at least one data set")
     if make_demo and dist.get_local_rank() == 0:
@@ -381,7 +372,7 @@ def load_stream(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
     )
-    return DataSpec(loader, microbatch_transforms=on_device), micro_size
+    return DataSpec(loader, microbatch_transforms=on_device), micro // ranks
 
 
 def augment_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -676,8 +667,9 @@ def start_run(config: dict[str, Any]) -> Path:
     reproducibility.seed_all(config["seed"])  # the same initial weights on every rank
     run = Path("runs", config["run_name"])
     if (run / "config.yaml").exists():
-        before, now = (flatten(c) for c in (OmegaConf.to_container(OmegaConf.load(run / "config.yaml")), config))
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        before = settings(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+        now = settings(json.loads(json.dumps(config)))  # lists for tuples, as in the file
+        changed = sorted(key for key in before | now if before.get(key) != now.get(key))
         if changed:
             raise ValueError(f"{run} was begun with another {', '.join(changed)}; give another run_name, or delete it")
     if (run / "result.json").exists():
@@ -687,14 +679,12 @@ def start_run(config: dict[str, Any]) -> Path:
     return run
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{dotted key: value} of what decides a run's result."""
-    if prefix.startswith(("trainer.", "callbacks.", "loggers.", "data.num_workers.")):
-        return {}
-    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list | tuple) else None
-    if items is None:
-        return {prefix.removesuffix("."): config}
-    return {key: value for name, part in items for key, value in flatten(part, f"{prefix}{name}.").items()}
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    """{block.key: value} of what decides a run's result."""
+    parts = {name: part for name, part in config.items() if name not in ("trainer", "callbacks", "loggers")}
+    keys = {f"{name}.{key}": value for name, part in parts.items() if isinstance(part, dict) for key, value in part.items()}
+    plain = {name: part for name, part in parts.items() if not isinstance(part, dict)}
+    return {key: value for key, value in (keys | plain).items() if key != "data.num_workers"}
 
 
 def classes_of(module: Any) -> tuple[type, ...]:
@@ -737,11 +727,8 @@ def build_trainer(
     """
     if not config["trainer"].get("max_duration"):
         raise ValueError("trainer.max_duration is missing; give a duration such as 800ep")
-    if dist.get_global_rank() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(config), run / "config.yaml")
     defaults = {"save_overwrite": True, "save_num_checkpoints_to_keep": 2, "autoresume": True}
-    return Trainer(
+    built = Trainer(
         **defaults | config["trainer"],
         run_name=run.name,
         save_folder=str(run / "checkpoints"),
@@ -756,6 +743,10 @@ def build_trainer(
         callbacks=build_named(CALLBACKS, config["callbacks"]),
         loggers=[JsonLines(run / "metrics.jsonl"), *build_named(LOGGERS, config["loggers"])],
     )
+    if dist.get_global_rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(config), run / "config.yaml")
+    return built
 
 
 def fit(trainer: Trainer) -> None:

@@ -63,9 +63,9 @@ def small(demo: Path) -> list[str]:
     ]
 
 
-def launch(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
+def launch(folder: Path, script: str, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
     """A stage on the real command line, through Composer's launcher, in a folder of its own."""
-    command = [sys.executable, "-m", "composer.cli.launcher", str(ROOT / script), *arguments]
+    command = [sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks), str(ROOT / script), *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 

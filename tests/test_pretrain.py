@@ -355,7 +355,7 @@ def test_files_merge_left_to_right_then_overrides(tmp_path):
         ({"streams": ({"path": "nowhere"},)}, "nowhere is not a complete data set"),
         ({"patch_size": 64}, "40x40 are smaller than model.patch_size 64"),
         ({"streams": ()}, "data.streams is empty"),
-        ({"micro": 15}, "20 is not a multiple of global_micro_batch_size"),
+        ({"micro": 15}, "20 must be a multiple of global_micro_batch_size 15"),
         ({"batch": 4000}, "data.global_train_batch_size 4000 is more than an epoch's 60 samples"),
     ],
 )
@@ -412,6 +412,17 @@ def test_command_line_pretrains_draws_and_says_when_it_is_finished(demo, tmp_pat
     again = launch(tmp_path, "pretrain.py", *small(demo))
     assert again.returncode == 0 and "is finished" in again.stdout
     assert (run / "metrics.jsonl").stat().st_mtime_ns == written
+
+
+def test_two_ranks_log_what_one_rank_logs(demo, tmp_path):
+    arguments = [*small(demo), "trainer.max_duration=4ba"]
+    run_stage(pretrain, [*arguments, "run_name=one"], tmp_path)
+    result = launch(tmp_path, "pretrain.py", *arguments, "run_name=two", ranks=2)
+    assert result.returncode == 0, result.stderr
+    one, two = (json.loads((tmp_path / "runs" / name / "result.json").read_text()) for name in ("one", "two"))
+    for key in ("loss/train/total", "loss/train/reconstruction", "loss/train/contrastive"):
+        assert two[key] == pytest.approx(one[key], rel=1e-4)
+    assert two["knn/random"] == one["knn/random"]
 
 
 def test_command_line_ends_a_mistake_in_one_line_before_any_work(tmp_path):
