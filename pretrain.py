@@ -21,6 +21,7 @@ import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from composer import Callback, Logger, State, Trainer
-from composer.core import DataSpec
+from composer.core import DataSpec, ensure_time
 from composer.loggers import LoggerDestination
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.trainer.trainer import get_device
@@ -90,12 +91,12 @@ def load_config(arguments: list[str], stage: Callable) -> dict[str, Any]:
     except (OmegaConfBaseException, TypeError) as error:
         raise ValueError(f"{' '.join(arguments)}: {error}") from error
     except ValidationError as error:
-        wrong = min(
-            error.errors(), key=lambda one: one["type"] != "extra_forbidden"
-        )  # a mistyped key explains a missing one
+        # A mistyped key comes first: it explains a missing one.
+        wrong = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     path = [part for part in wrong["loc"] if isinstance(part, int) or part not in ("list", "int", "float", "str")]
     key = ".".join(map(str, path))
-    named = [name for name, part in sources.items() if OmegaConf.select(part, key.split(".0")[0]) is not None]
+    block = ".".join(takewhile(lambda part: isinstance(part, str), path))  # down to the first list
+    named = [name for name, part in sources.items() if OmegaConf.select(part, block) is not None]
     if wrong["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(path[-1]), keys_at(model, path[:-1]), n=1, cutoff=0.0)
         complaint = f"is not a key here; the nearest is {near[0] if near else 'none'}"
@@ -602,13 +603,11 @@ class KNN(Callback):
     """
 
     def __init__(self, *, bank: list[str], queries: list[str], crop_pct: Share = 0.875, num_workers: NonNegativeInt = 0):
+        if common_classes(bank) != common_classes(queries):
+            raise ValueError(f"callbacks.KNN: {queries[0]} has other classes than {bank[0]}")
         self.bank, self.queries = bank, queries
         self.crop_pct = crop_pct
         self.num_workers = num_workers
-
-    def init(self, state: State, logger: Logger) -> None:
-        if common_classes(self.bank) != common_classes(self.queries):
-            raise ValueError(f"callbacks.KNN: {self.queries[0]} has other classes than {self.bank[0]}")
 
     def measure(self, name: str, state: State, logger: Logger) -> None:
         encoder = getattr(state.model, "module", state.model).encoder  # without DDP around it
@@ -727,6 +726,10 @@ def build_trainer(
     """
     if not config["trainer"].get("max_duration"):
         raise ValueError("trainer.max_duration is missing; give a duration such as 800ep")
+    try:
+        ensure_time(config["trainer"]["max_duration"], "ep")  # Composer would raise with its progress bar up
+    except ValueError as error:
+        raise ValueError(f"trainer.max_duration: {error}") from error
     defaults = {"save_overwrite": True, "save_num_checkpoints_to_keep": 2, "autoresume": True}
     built = Trainer(
         **defaults | config["trainer"],

@@ -442,7 +442,7 @@ def test_pretraining_yaml_constructs(name, overlay):
     pairs = PairOfViews(net.encoder.img_size, net.encoder.num_patches, **config["augment"])
     pretrain.build_optimizer(net, config["data"]["global_train_batch_size"], **config["optimizer"])
     pretrain.CosineAnnealingWithWarmupScheduler(**config["schedule"])
-    pretrain.build_named(pretrain.CALLBACKS, config["callbacks"])
+    pretrain.build_named(pretrain.CALLBACKS, {k: v for k, v in config["callbacks"].items() if k != "KNN"})  # needs data
     if overlay:
         assert net.mask_ratio == 0.75 and pairs.frame_gap == "distant" and pairs.video.jitter == 0
 
