@@ -351,7 +351,9 @@ def draw_file(path: Path, garment: np.ndarray, seed: tuple[int, ...]) -> None:
         Image.fromarray(draw_garment(garment, rng, 1)[0]).save(path, quality=95)
         return
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=RATE, options={"crf": "18", "preset": "veryfast"})
+        steady = "mbtree=0:rc-lookahead=0"  # with them, x264 writes other bytes now and then
+        options = {"crf": "18", "preset": "veryfast", "x264-params": steady}
+        stream = container.add_stream("libx264", rate=RATE, options=options)
         stream.width = stream.height = SIDE
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1

@@ -270,6 +270,13 @@ def test_command_line_converts_and_draws_a_contact_sheet(tmp_path):
     assert sheet.shape == (142, 1024, 3) and sheet[14:, :128].std() > 10 and (sheet[14:, 130:] == 255).all()
 
 
+def test_demonstration_is_the_same_wherever_it_is_made(demo, tmp_path):
+    data_prep.draw_demo(tmp_path / "raw", garments=12, workers=4)
+    files = sorted(path.relative_to(demo / "raw") for path in (demo / "raw").rglob("*.*"))
+    assert len(files) == 240
+    assert all((demo / "raw" / path).read_bytes() == (tmp_path / "raw" / path).read_bytes() for path in files)
+
+
 def test_demonstration_is_labelled_moves_and_keeps_train_and_test_apart(demo):
     for split in ("train", "test"):
         clips, stills = (LocalDataset(str(demo / f"{split}_{kind}")) for kind in ("videos", "images"))
