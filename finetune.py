@@ -6,6 +6,7 @@
 The signature of `finetune` is the schema of its YAML files. All of a run is in runs/{run_name}/, as in pre-training.
 """
 
+import math
 import random
 import sys
 from dataclasses import KW_ONLY, dataclass
@@ -18,7 +19,7 @@ from composer import Trainer
 from composer.core import DataSpec
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.utils import dist
-from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -124,9 +125,9 @@ def load_eval(
     num_frames: int,
     *,
     paths: list[str],
-    batch_size: int = 64,
-    num_workers: int = 0,
-    crop_pct: float = 0.875,
+    batch_size: PositiveInt = 64,
+    num_workers: NonNegativeInt = 0,
+    crop_pct: Share = 0.875,
 ) -> DataSpec:
     """The loader of the validation data: one central view of each sample.
 
@@ -187,9 +188,8 @@ def main() -> None:
     if dist.get_global_rank() == 0:
         run = Path("runs", config["run_name"])
         result = finish_run(run)
-        print(
-            f"top-1 {result['metrics/eval/top1']:.3f}, top-5 {result['metrics/eval/top5']:.3f}; all of the run is in {run}"
-        )
+        top1, top5 = (result.get(f"metrics/eval/{name}", math.nan) for name in ("top1", "top5"))
+        print(f"top-1 {top1:.3f}, top-5 {top5:.3f}; all of the run is in {run}")
 
 
 if __name__ == "__main__":

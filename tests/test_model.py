@@ -234,6 +234,14 @@ def test_official_file_fills_whole_model_or_encoder_alone(tmp_path, golden, whol
     assert bool(report["missing"]) is not whole
 
 
+def test_norm_of_an_mae_fine_tuning_is_taken_for_the_encoders(golden):
+    state = {key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: v for key, v in state_of(golden).items()}
+    net = ViCMAE(**golden["config"])
+    torch.nn.init.zeros_(net.encoder.norm.weight)
+    load_pretrained(net, state)
+    assert torch.equal(net.encoder.norm.weight, golden["state/norm.weight"])
+
+
 def test_positions_of_another_grid_are_interpolated(golden):
     net = Classifier(3, **ENCODER | {"img_size": 48})
     report = load_pretrained(net, state_of(golden))
