@@ -1,9 +1,11 @@
 """Raw videos and images -> sharded streaming data sets (MDS), and the reader of their format.
 
-    python data_prep.py videos  kinetics/train  data/k400/train          # folder per class of mp4, webm, avi, mkv
-    python data_prep.py images  imagenet/train  data/in1k/train          # folder per class of jpeg, png
-    python data_prep.py demo    data/demo                                # makes and converts the demonstration, 30 s
-    python data_prep.py show    data/k400/train --to sheet.png
+    python data_prep.py k400    kinetics/k400    data/k400/train  # also k600 k700 mit ssv2 in1k places365
+    python data_prep.py in1k    imagenet         data/in1k/val   --split val   # folders, or the official tars as they are
+    python data_prep.py videos  folder_or.csv    s3://bucket/mine --part 3/16  # the third of sixteen machines; then: merge
+    python data_prep.py verify  data/k400/train                                # reads every frame
+    python data_prep.py show    data/k400/train  --to sheet.png
+    python data_prep.py demo    data/demo                                      # makes and converts the demonstration, 30 s
 
 Every sample of every data set is a clip: a pack of JPEG frames with their timestamps. An image is a clip of one frame, so
 one schema serves both and they mix in a batch. A pack costs little more room than the video and gives a pair of frames
@@ -14,17 +16,29 @@ moment, and the same command, given again after an interruption, goes on with th
 """
 
 import argparse
+import base64
+import csv
+import errno
+import functools
 import hashlib
 import io
 import json
 import os
 import shutil
+import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from itertools import groupby, islice
-from multiprocessing import get_context
+import tarfile
+import tempfile
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice, pairwise
+from multiprocessing import connection, get_context
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -39,9 +53,18 @@ COLUMNS = {
     "label": "int",  # index into classes.json, -1 unknown
     "name": "str",  # path inside the source
 }
-EXTENSIONS = {"videos": {".mp4", ".webm", ".avi", ".mkv"}, "images": {".jpg", ".jpeg", ".png"}}
+EXTENSIONS = {
+    "videos": (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".ts", ".wmv", ".3gp"),
+    "images": (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
+}
 PART_SIZE = 256  # inputs: what an interruption costs at most, per worker
 SHARD_BYTES = 1 << 26
+MAX_PIXELS = 1 << 27  # of an image while it is decoded: 400 MB
+NOT_THE_FILE = {  # what a disk, a bucket or the system may answer for no fault of the input
+    *(errno.EACCES, errno.EPERM, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
+}
+TIME_LIMIT = 600  # seconds for one input; a decoder that hangs is stopped
 FASHION_MNIST = Path(__file__).parent / "assets" / "fashion_mnist.npz"
 
 
@@ -82,16 +105,154 @@ def decode_frame(sample: dict, index: int) -> np.ndarray:
     return simplejpeg.decode_jpeg(memoryview(sample["frames"])[begin : int(sample["ends"][index])], "RGB")
 
 
-def read_classes(path: str) -> list[str]:
-    """Label names of a data set, in order; empty where it has no labels.
+@functools.cache
+def s3_client(process: int):
+    """boto3's client; one for each process, since a forked one must not share its parent's connections."""
+    import boto3
+
+    return boto3.client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"))
+
+
+@contextmanager
+def bucket_errors(address: str) -> Iterator[None]:
+    """What boto3 raises, as an OSError that names the address."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (ClientError, BotoCoreError) as error:
+        missing = isinstance(error, ClientError) and error.response["Error"]["Code"] in ("404", "NoSuchKey")
+        raise OSError(errno.ENOENT if missing else errno.EIO, str(error), address) from error
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder, or what lies under an s3:// address (at S3_ENDPOINT_URL, if that is set). Names in it have slashes.
+
+    Its methods raise FileNotFoundError where there is no such file, and OSError for whatever else is in the way.
+    """
+
+    root: str
+
+    def __post_init__(self):
+        if "://" in self.root and not self.root.startswith("s3://"):
+            raise ValueError(f"{self.root} is neither a folder nor an s3:// address")
+
+    @property
+    def remote(self) -> bool:
+        return self.root.startswith("s3://")
+
+    def at(self, name: str) -> str:
+        return os.path.join(self.root, name)
+
+    def key(self, name: str) -> dict[str, str]:
+        bucket, _, key = self.at(name).removeprefix("s3://").partition("/")
+        return {"Bucket": bucket, "Key": key}
+
+    def names(self, under: str = "") -> Iterator[str]:
+        """Every file in the folder `under` and its folders, in order; hidden ones are left out."""
+        if not self.remote:
+            entries = [entry for entry in os.scandir(self.at(under)) if not entry.name.startswith(".")]
+            for entry in sorted(entries, key=lambda entry: entry.name + "/" * entry.is_dir()):  # the order of a bucket
+                name = os.path.join(under, entry.name)
+                yield from self.names(name) if entry.is_dir() else [name]
+            return
+        base, prefix = self.key("")["Key"], self.key(os.path.join(under, ""))
+        with bucket_errors(self.at(under)):
+            pages = s3_client(os.getpid()).get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=prefix["Bucket"], Prefix=prefix["Key"]):
+                for found in page.get("Contents", ()):
+                    name = found["Key"][len(base) :].lstrip("/")
+                    if not any(part.startswith(".") for part in name.split("/")) and not name.endswith("/"):
+                        yield name
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file or folder."""
+        if not self.remote:
+            return os.path.exists(self.at(name))
+        with bucket_errors(self.at(name)):
+            where, client = self.key(name), s3_client(os.getpid())
+            prefixes = (where["Key"], where["Key"].rstrip("/") + "/")
+            found = [client.list_objects_v2(Bucket=where["Bucket"], Prefix=one, MaxKeys=1) for one in prefixes]
+        return bool(found[1]["KeyCount"]) or any(one["Key"] == where["Key"] for one in found[0].get("Contents", ()))
+
+    def stream(self, name: str, begin: int = 0, size: int | None = None) -> BinaryIO:
+        """The file from byte `begin` on, to be read in order."""
+        if not self.remote:
+            file = self.open(name)
+            file.seek(begin)
+            return file
+        last = "" if size is None else begin + size - 1
+        ranged = {} if size is None and not begin else {"Range": f"bytes={begin}-{last}"}
+        with bucket_errors(self.at(name)):
+            return s3_client(os.getpid()).get_object(**self.key(name), **ranged)["Body"]
+
+    def read(self, name: str, begin: int = 0, size: int | None = None) -> bytes:
+        with self.stream(name, begin, size) as file, bucket_errors(self.at(name)):
+            return file.read(size)
+
+    def open(self, name: str) -> BinaryIO:
+        """The file, to be read in any order."""
+        return io.BytesIO(self.read(name)) if self.remote else open(self.at(name), "rb")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put a file there so that it is either as it was or complete; what a bucket received is checked."""
+        if not self.remote:
+            aside = Path(f"{self.at(name)}.{os.getpid()}.tmp")
+            aside.write_bytes(data)
+            aside.replace(self.at(name))
+            return
+        digest = base64.b64encode(hashlib.md5(data).digest()).decode()
+        with bucket_errors(self.at(name)):
+            client = s3_client(os.getpid())
+            client.put_object(**self.key(name), Body=data, ContentMD5=digest)  # the bucket refuses what does not match
+            size = client.head_object(**self.key(name))["ContentLength"]
+        if size != len(data):
+            raise OSError(f"{self.at(name)} has {size} bytes after {len(data)} were sent")
+
+    def write_json(self, name: str, value: object) -> None:
+        self.write(name, json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+
+def read_json(path: str, name: str) -> list | dict:
+    """index.json, classes.json, report.json of a data set.
 
     Raises:
         ValueError: `path` is no data set of this format, or is not complete.
     """
-    for name in ("index.json", "classes.json"):
-        if not os.path.exists(os.path.join(path, name)):
-            raise ValueError(f"{path} is not a complete data set ({name} is missing); make it with data_prep.py")
-    return json.loads(Path(path, "classes.json").read_text())
+    try:
+        return json.loads(Place(path).read(name))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not a complete data set ({name} is missing); make it with data_prep.py") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}/{name} is damaged ({error}); give the data_prep.py command that made it again") from None
+
+
+def read_classes(path: str) -> list[str]:
+    """Label names of a data set, in order; empty where it has no labels. Raises as read_json does."""
+    read_json(path, "index.json")
+    return read_json(path, "classes.json")
+
+
+class Clips:
+    """The samples of a data set by number, from a folder or straight out of a bucket. Raises as read_json does."""
+
+    def __init__(self, path: str):
+        from streaming.base.format import reader_from_json  # 4 s to import: only where shards are read
+
+        self.place, shards = Place(path), read_json(path, "index.json")["shards"]
+        self.names = [shard["raw_data"]["basename"] for shard in shards]
+        self.ends = np.cumsum([shard["samples"] for shard in shards])
+        self.decode = reader_from_json("", None, shards[0]).decode_sample
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, number: int) -> dict:
+        shard = int(np.searchsorted(self.ends, number, "right"))
+        row = number - (int(self.ends[shard - 1]) if shard else 0)
+        begin, end = np.frombuffer(self.place.read(self.names[shard], 4 + 4 * row, 8), np.uint32).tolist()
+        return self.decode(self.place.read(self.names[shard], begin, end - begin))
 
 
 def kept_times(start: float, duration: float, recipe: Recipe) -> np.ndarray:
@@ -101,8 +262,8 @@ def kept_times(start: float, duration: float, recipe: Recipe) -> np.ndarray:
     return start + (np.arange(recipe.frames) + 0.5) * duration / recipe.frames
 
 
-def read_video(path: Path, recipe: Recipe) -> tuple[list[bytes], list[float]]:
-    """Decode the wanted frames of a video file -> JPEG files, timestamps in seconds.
+def read_video(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]]:
+    """Decode the wanted frames of a video file -> upright JPEG files, timestamps in seconds.
 
     A first pass reads the packets alone and finds which frame is on screen at each wanted time. The second decodes: for a
     packet that is neither wanted nor a key frame the decoder may drop what no other frame refers to.
@@ -111,7 +272,7 @@ def read_video(path: Path, recipe: Recipe) -> tuple[list[bytes], list[float]]:
         ValueError: the file has no video stream, ends early, or lacks a frame that its packets promise.
         av.FFmpegError: the file is damaged or no video.
     """
-    with av.open(str(path)) as container:
+    with av.open(file) as container:
         if not container.streams.video:
             raise ValueError("no video stream")
         if container.format.name.endswith("_pipe") or container.format.name == "image2":
@@ -120,12 +281,14 @@ def read_video(path: Path, recipe: Recipe) -> tuple[list[bytes], list[float]]:
         stream.codec_context.thread_count = 1
         unit = float(stream.time_base)
         found, count, end = [], 0, 0.0  # times of the frames; how many packets, and the last's end, show a file that was cut
+        ordered = False  # as in AVI, where only packets have times: the n-th frame shown has the n-th of them
         for packet in container.demux():
             time = packet.dts if packet.pts is None else packet.pts
             if time is None:
                 continue
             if packet.stream is stream:
                 count += 1
+                ordered |= packet.pts is None
                 if not packet.is_discard:  # an edit list hides frames that other frames need
                     found.append(time)
             end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
@@ -144,12 +307,13 @@ def read_video(path: Path, recipe: Recipe) -> tuple[list[bytes], list[float]]:
         missing, frames = set(wanted.tolist()), {}
 
         container.seek(int(pts[0]), stream=stream)
+        shown = iter(pts.tolist())
         for packet in container.demux(stream):
             time = packet.dts if packet.pts is None else packet.pts
-            keep_all = time is None or time in missing or packet.is_keyframe
+            keep_all = ordered or time is None or time in missing or packet.is_keyframe
             stream.codec_context.skip_frame = "DEFAULT" if keep_all else "NONREF"
             for frame in packet.decode():
-                time = frame.dts if frame.pts is None else frame.pts
+                time = next(shown, None) if ordered else frame.dts if frame.pts is None else frame.pts
                 if time in missing:
                     missing.remove(time)
                     frames[time] = encode_jpeg(frame, recipe)
@@ -161,30 +325,41 @@ def read_video(path: Path, recipe: Recipe) -> tuple[list[bytes], list[float]]:
 
 
 def encode_jpeg(frame: av.VideoFrame, recipe: Recipe) -> bytes:
-    """A decoded video frame, scaled to the recipe's short side, as a JPEG file."""
+    """A decoded video frame, scaled to the recipe's short side and turned upright, as a JPEG file."""
     scale = min(1.0, recipe.short_side / min(frame.width, frame.height))
     width, height = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
     pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")  # (H, W, 3)
+    pixels = np.rot90(pixels, round(frame.rotation / 90))  # phones store what is upright lying on its side, and a rotation
     return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), recipe.quality, colorsubsampling="420")
 
 
-def read_image(path: Path, recipe: Recipe) -> tuple[list[bytes], list[float]]:
-    """Read an image file -> one JPEG file, timestamp 0. An upright RGB JPEG that is small enough is stored untouched.
+def read_image(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]]:
+    """Read an image file -> one upright RGB JPEG file, timestamp 0. A JPEG that is small enough is stored untouched.
 
     Raises:
         OSError: the file is damaged, cut, or no image.
+        ValueError: more than MAX_PIXELS would have to be decoded.
     """
-    data = path.read_bytes()
+    data = file.read()
     with Image.open(io.BytesIO(data)) as image:
-        image.load()
         upright = image.getexif().get(0x0112, 1) == 1
-        if image.format == "JPEG" and image.mode == "RGB" and upright and min(image.size) <= recipe.short_side:
+        small = min(image.size) <= recipe.short_side
+        progressive = "progressive" in image.info  # its coefficients are in memory as a whole, however small it is decoded
+        if not progressive and image.width * image.height > MAX_PIXELS // 8:
+            image.draft(None, (2 * recipe.short_side,) * 2)  # a JPEG can be decoded at a half, a quarter, an eighth
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"huge: {image.width}x{image.height} pixels")
+        image.load()
+        if image.format == "JPEG" and image.mode in ("RGB", "L") and upright and small:
             try:
                 simplejpeg.decode_jpeg(data, "RGB")  # stricter than Pillow: what it refuses is encoded anew
                 return [data], [0.0]
             except ValueError:
                 pass
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # Pillow would clip it
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("RGB")
         scale = recipe.short_side / min(image.size)
         if scale < 1:
             size = [max(1, round(side * scale)) for side in image.size]
@@ -192,134 +367,578 @@ def read_image(path: Path, recipe: Recipe) -> tuple[list[bytes], list[float]]:
         return [simplejpeg.encode_jpeg(np.asarray(image), recipe.quality, colorsubsampling="420")], [0.0]
 
 
-def list_inputs(source: Path, kind: str, per_class: int | None = None) -> tuple[list[str], list[str]]:
-    """Paths inside `source` in order, and the class names: its sub-folders; none if the files lie flat in it.
-
-    Raises:
-        ValueError: `source` is missing, is no folder, or holds no file of this kind.
-    """
-    if not source.is_dir():
-        raise ValueError(f"SOURCE {source} does not exist or is no folder; give the folder that holds the class folders")
-    names = sorted(
-        os.path.relpath(os.path.join(folder, file), source)
-        for folder, _, files in os.walk(source, followlinks=True)
-        for file in files
-        if os.path.splitext(file)[1].lower() in EXTENSIONS[kind]
-    )
-    if not names:
-        endings = " ".join(sorted(EXTENSIONS[kind]))
-        raise ValueError(f"SOURCE {source} holds no {kind} (looked for {endings} in it and its folders)")
-    classes = sorted({name.split(os.sep)[0] for name in names if os.sep in name})
-    stray = next((name for name in names if os.sep not in name), None)
-    if classes and stray:
-        raise ValueError(f"SOURCE {source} has class folders, but {stray} lies beside them; move it into one, or out")
-    if per_class:
-        groups = groupby(names, lambda name: name.split(os.sep)[0])
-        names = [name for _, group in groups for name in islice(group, per_class)]
-    return names, classes
-
-
-def write_whole(path: Path, value: object) -> None:
-    """Write JSON so that `path` is either as it was or complete."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False))
-    aside.replace(path)
-
-
-def write_part(source: Path, out: Path, names: list[str], classes: list[str], recipe: Recipe) -> int:
-    """Convert some inputs into the part folder `out`: MDS shards and what was skipped. Returns the inputs done."""
-    from streaming import MDSWriter  # 4 s to import: only where shards are written
-
-    aside = out.with_name(out.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    read = read_video if recipe.kind == "videos" else read_image
-    label_of = {name: label for label, name in enumerate(classes)}
-    skipped, short = [], 0
-    with MDSWriter(out=str(aside), columns=COLUMNS, size_limit=SHARD_BYTES, hashes=["xxh64"]) as writer:
-        for name in names:
-            try:
-                frames, times = read(source / name, recipe)
-            except Exception as error:  # damaged files make the libraries raise nearly anything
-                skipped.append([name, " ".join(f"{type(error).__name__}: {error}".split())])
-                continue
-            short += len(set(times)) < len(times)
-            writer.write(encode_clip(frames, times, label_of.get(name.split(os.sep)[0], -1), name))
-    write_whole(aside / "part.json", {"inputs": len(names), "skipped": skipped, "short": short})
-    aside.rename(out)
-    return len(names)
-
-
-def convert(source: str, out: str, recipe: Recipe, workers: int = 0, max_skipped: float = 0.01) -> dict:
-    """Convert a folder of videos or images into a data set at `out`, and return its report.
+@dataclass
+class Listing:
+    """What a source holds.
 
     Args:
-        source: folder with a folder per class; or files alone, which then have no label.
-        out: new folder, or one that an earlier run of the same command left unfinished.
+        place: what the names of the inputs are relative to.
+        inputs: (name, class or None), in a tar with first byte and size; None for what is listed but absent.
+        classes: in the order of the labels; None for those of the inputs, sorted.
+        tars: the inputs are tars of samples, as webdataset reads them.
+        truth: class of a member of a tar, by its name up to the first dot.
+    """
+
+    place: Place
+    inputs: Iterable[tuple | None]
+    classes: list[str] | None = None
+    tars: bool = False
+    truth: dict[str, str] = field(default_factory=dict)
+
+
+def read_lines(place: Place, *names: str) -> list[str]:
+    """The lines of the first of these files that is there.
+
+    Raises:
+        ValueError: none is, or it is no text.
+    """
+    name = next((name for name in names if place.has(name)), None)
+    if name is None:
+        raise ValueError(f"SOURCE {place.root} lacks {' or '.join(names)}")
+    try:
+        return place.read(name).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{place.at(name)} is no text") from None
+
+
+def read_table(place: Place, columns: tuple[str, ...], *names: str) -> Iterator[dict[str, str]]:
+    """The rows of the first of these csv files that is there. Raises as read_lines, or if one of `columns` is missing."""
+    rows = csv.DictReader(read_lines(place, *names))
+    missing = [column for column in columns if column not in (rows.fieldnames or ())]
+    if missing:
+        raise ValueError(f"SOURCE {place.root}: {names[0]} has no column {missing[0]}; its first line must name {columns}")
+    yield from rows
+
+
+def find_files(place: Place, kind: str, *folders: str) -> Iterator[str]:
+    """The files of this kind in the first of these folders that is there.
+
+    Raises:
+        ValueError: none is.
+    """
+    folder = next((folder for folder in folders if place.has(folder)), None)
+    if folder is None:
+        wanted = " or ".join(folder or place.root for folder in folders)
+        raise ValueError(f"SOURCE {place.root}: there is no folder {wanted}")
+    return (name for name in place.names(folder) if name.lower().endswith(EXTENSIONS[kind]))
+
+
+def list_any(source: str, kind: str) -> Listing:
+    """What is in no published layout: a folder with a folder per class, or files alone, which then have no label.
+
+    Or a .csv list of columns path and, if there are labels, label. Or WebDataset tars: x.tar, x-{0000..1023}.tar.
+    """
+    if not source.endswith((".csv", ".tar")):
+        place = Place(source)
+        names = find_files(place, kind, "")
+        return Listing(place, ((name, name.split("/")[0] if "/" in name else None) for name in names))
+    root, name = os.path.split(source)
+    place = Place(root or ".")
+    if name.endswith(".csv"):
+        rows = read_table(place, ("path",), name)
+        return Listing(place, ((row["path"], row.get("label")) if place.has(row["path"]) else None for row in rows))
+    from braceexpand import braceexpand
+
+    tars = list(braceexpand(name))
+    lost = [tar for tar in tars if not place.has(tar)]
+    if lost:
+        raise ValueError(f"SOURCE {source}: {len(lost)} of the {len(tars)} tars are not there, first {lost[0]}")
+    return Listing(place, ((tar, None) for tar in tars), tars=True)
+
+
+def folder_of(name: str) -> str:
+    return os.path.basename(os.path.dirname(name))
+
+
+def list_kinetics(source: str, split: str) -> Listing:
+    """K400, K600 or K700 as CVDF gives it: SPLIT/ with the files flat or in class folders, annotations/SPLIT.csv."""
+    place = Place(source)
+    names = find_files(place, "videos", split, f"videos/{split}")
+    tables = {part: (f"annotations/{part}.csv", f"{part}.csv") for part in (split, "train")}
+    if not any(place.has(table) for table in tables[split]):
+        if (first := next(names, None)) and folder_of(first) == split:
+            raise ValueError(
+                f"SOURCE {source}: {first} is in no class folder; that needs {tables[split][0]} for the classes"
+            )
+        return Listing(place, ((name, folder_of(name)) for name in chain([first] if first else [], names)))
+    rows = read_table(place, ("youtube_id", "time_start", "time_end"), *tables[split])
+    train = read_table(place, ("label",), *tables["train"]) if any(map(place.has, tables["train"])) else ()
+    files = {Path(name).stem: name for name in names}
+    mended = find_files(place, "videos", "replacement") if place.has("replacement") else ()  # K400's, for corrupted ones
+    files |= {Path(name).stem[:11]: name for name in mended}
+
+    def find(row: dict[str, str]) -> tuple | None:
+        stem = f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
+        name = files.get(row["youtube_id"]) or files.get(stem)
+        return (name, row.get("label") or None) if name else None
+
+    return Listing(place, map(find, rows), sorted({row["label"] for row in train}) or None)
+
+
+def list_mit(source: str, split: str) -> Listing:
+    """Moments in Time: training/CLASS/*.mp4, validation/CLASS/*.mp4, moments_categories.txt, trainingSet.csv ..."""
+    place, part = Place(source), {"train": "training", "val": "validation"}.get(split, split)
+    numbered = csv.reader(read_lines(place, "moments_categories.txt"))
+    classes = [line[0] for line in sorted((line for line in numbered if line), key=lambda line: int(line[1]))]
+    lines = csv.reader(read_lines(place, f"{part}Set.csv"))  # folder/file, class, votes for it, votes against it
+    files = set(find_files(place, "videos", part))
+    found = ((f"{part}/{line[0]}", line[1]) for line in lines if line)
+    return Listing(place, (one if one[0] in files else None for one in found), classes)
+
+
+def list_ssv2(source: str, split: str) -> Listing:
+    """Something-Something v2: 20bn-something-something-v2/ID.webm, and its json lists under their old or new names."""
+    place, part = Place(source), {"val": "validation"}.get(split, split)
+
+    def read(name: str) -> list | dict:
+        names = (f"something-something-v2-{name}.json", f"labels/{name}.json", f"{name}.json")
+        return json.loads("\n".join(read_lines(place, *names)))
+
+    labels = read("labels")
+    folder = "20bn-something-something-v2"
+    files = {name.removeprefix(folder + "/"): name for name in find_files(place, "videos", folder)}
+    plain = str.maketrans("", "", "[]")  # a template is a class name with its placeholders in brackets
+    found = ((files.get(f"{clip['id']}.webm"), clip.get("template", "").translate(plain) or None) for clip in read(part))
+    return Listing(place, (one if one[0] else None for one in found), sorted(labels, key=lambda name: int(labels[name])))
+
+
+def list_in1k(source: str, split: str) -> Listing:
+    """ImageNet-1k: SPLIT/ with a folder per wnid, or flat with a list of classes; the official tars; WebDataset tars."""
+    if source.endswith(".tar"):
+        from timm.data import ImageNetInfo
+
+        return replace(list_any(source, "images"), classes=ImageNetInfo().label_names())
+    place, tar = Place(source), f"ILSVRC2012_img_{split}.tar"
+    if place.has(tar) and split == "train":
+        inner = ((tar, name.removesuffix(".tar"), begin, size) for name, begin, size in tar_members(place, tar))
+        return Listing(place, inner, tars=True)
+    if place.has(tar):
+        return Listing(place, [(tar, None)], tars=True, truth=read_truth(place))
+    names = find_files(place, "images", split, f"ILSVRC/Data/CLS-LOC/{split}")  # Kaggle's
+    first = next(names, "")
+    names = chain([first] if first else [], names)
+    if folder_of(first) != split:
+        return Listing(place, ((name, folder_of(name)) for name in names))
+    truth = read_truth(place)
+    return Listing(place, ((name, truth.get(Path(name).stem)) for name in names), sorted(set(truth.values())))
+
+
+def tar_members(place: Place, tar: str) -> Iterator[tuple[str, int, int]]:
+    """Name, first byte and size of every file in a tar, without reading what is in them."""
+    begin = 0
+    while (header := place.read(tar, begin, tarfile.BLOCKSIZE)).strip(b"\0"):
+        try:
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise ValueError(f"{place.at(tar)} is no tar, or is damaged at byte {begin}: {error}") from error
+        begin += tarfile.BLOCKSIZE
+        if member.isfile():
+            yield member.name, begin, member.size
+        begin += -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def read_truth(place: Place) -> dict[str, str]:
+    """{ILSVRC2012_val_00000001: wnid} from whichever list of ImageNet's validation set is there.
+
+    Raises:
+        ValueError: none is.
+    """
+    kaggle, plain = "LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt"
+    devkit = "ILSVRC2012_devkit_t12/data/"
+    if place.has(kaggle):
+        return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(read_lines(place, kaggle))}
+    if place.has(plain):
+        wnids = read_lines(place, plain)
+    else:
+        from scipy.io import loadmat
+
+        numbers = map(int, read_lines(place, f"{devkit}ILSVRC2012_validation_ground_truth.txt", kaggle, plain))
+        with place.open(f"{devkit}meta.mat") as file:
+            synsets = loadmat(file, squeeze_me=True)["synsets"]
+        wnid_of = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist(), strict=True))
+        wnids = [wnid_of[number] for number in numbers]
+    return {f"ILSVRC2012_val_{number:08d}": wnid for number, wnid in enumerate(wnids, 1)}
+
+
+def list_places365(source: str, split: str) -> Listing:
+    """Places365-Standard: data_256/ or data_large/, val_256/ or val_large/, places365_*.txt, categories_places365.txt."""
+    place, lists = Place(source), ("", "filelist_places365-standard/")
+    categories = read_lines(place, *(f"{folder}categories_places365.txt" for folder in lists))
+    classes = [line.rsplit(" ", 1)[0][3:] for line in categories if line]  # /a/airfield 0
+    listed = f"places365_{split}{'_standard' if split == 'train' else ''}.txt"
+    lines = (line.split() for line in read_lines(place, *(f"{folder}{listed}" for folder in lists)) if line)
+    stem = {"train": "data"}.get(split, split)
+    folders = [f"{stem}_{size}{kind}" for size in ("256", "large") for kind in ("", "_standard")]
+    folder = next(filter(place.has, folders), folders[0])
+    files = set(find_files(place, "images", folder))
+    found = ((folder + "/" + line[0].lstrip("/"), classes[int(line[1])] if len(line) > 1 else None) for line in lines)
+    return Listing(place, (one if one[0] in files else None for one in found), classes)
+
+
+LAYOUTS = {
+    "k400": ("videos", list_kinetics),
+    "k600": ("videos", list_kinetics),
+    "k700": ("videos", list_kinetics),
+    "mit": ("videos", list_mit),
+    "ssv2": ("videos", list_ssv2),
+    "in1k": ("images", list_in1k),
+    "places365": ("images", list_places365),
+}
+
+
+def write_manifest(listing: Listing, file: BinaryIO, per_class: int | None, size: int) -> tuple[dict, list[int]]:
+    """Write the inputs to a file, a JSON line each -> counts, classes and hash; where in the file each `size` lines begin.
+
+    Raises:
+        ValueError: inputs with a class and others without; a class that is not in the list.
+    """
+    taken, digest, absent, listed, starts = Counter(), hashlib.sha256(), 0, 0, []
+    known = set(listing.classes or ())
+    for entry in listing.inputs:
+        if entry is None:
+            absent += 1
+            continue
+        name, named = entry[:2]
+        if known and named is not None and named not in known:
+            raise ValueError(f"{name} is of class {named!r}, which the data set's list of classes lacks")
+        if taken and (named is None) != (None in taken):
+            one = "no" if named is None else "a"
+            raise ValueError(f"{listing.place.at(name)} has {one} class, unlike what was listed before it; move it out")
+        taken[named] += 1
+        if per_class and taken[named] > per_class:
+            continue
+        if listed % size == 0:
+            starts.append(file.tell())
+        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        file.write(line)
+        digest.update(line)
+        listed += 1
+    file.flush()
+    classes = listing.classes or sorted(set(listing.truth.values()) or taken.keys() - {None})
+    return {"listed": listed, "absent": absent, "classes": classes, "listing": digest.hexdigest()}, starts
+
+
+def read_inputs(listing: Listing, kind: str, entries: list) -> Iterator[tuple]:
+    """(name, class or label or None, a function that opens it) of every input; where they are tars, of every sample."""
+    if not listing.tars:
+        yield from ((name, named, functools.partial(listing.place.open, name)) for name, named in entries)
+        return
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    endings = tuple(ending[1:] for ending in EXTENSIONS[kind])
+    for name, named, *span in entries:
+        try:
+            with listing.place.stream(name, *span) as stream, bucket_errors(listing.place.at(name)):
+                for sample in group_by_keys(tar_file_expander([{"url": name, "stream": stream}])):
+                    key, last = sample["__key__"], next((part for part in sample if part.endswith(endings)), None)
+                    if last:
+                        label = named or listing.truth.get(os.path.basename(key)) or int(sample.get("cls", -1))
+                        yield f"{name}/{key}.{last}", label, functools.partial(io.BytesIO, sample[last])
+        except (tarfile.TarError, EOFError, ValueError, FileNotFoundError) as error:
+            why = f"{error}; what follows in it is lost"
+            yield name, None, functools.partial(refuse, why)
+
+
+def refuse(why: str) -> BinaryIO:
+    raise ValueError(why)
+
+
+def write_part(
+    listing: Listing, classes: list[str], recipe: Recipe, entries: list, out: str, spoilt: dict, step: Callable
+) -> dict:
+    """Convert some inputs into the folder `out`, MDS shards, and return what became of them.
+
+    Args:
+        spoilt: {number of an input: why it is left out}.
+        step: called with the number of each input before it is read.
+    """
+    from streaming import MDSWriter
+
+    read = read_video if recipe.kind == "videos" else read_image
+    label_of = {name: label for label, name in enumerate(classes)} | {None: -1}
+    number, skipped, short, highest = -1, [], 0, -1
+    with MDSWriter(out=out, columns=COLUMNS, size_limit=SHARD_BYTES, hashes=["xxh64"]) as writer:
+        for number, (name, named, load) in enumerate(read_inputs(listing, recipe.kind, entries)):
+            step(number)
+            try:
+                if number in spoilt:
+                    raise ValueError(spoilt[number])
+                with load() as file:
+                    frames, times = read(file, recipe)
+            except Exception as error:  # damaged files make the libraries raise nearly anything
+                if isinstance(error, OSError) and error.errno in NOT_THE_FILE and not isinstance(error, av.FFmpegError):
+                    raise
+                skipped.append([name, " ".join(f"{type(error).__name__}: {error}".split())])
+                continue
+            label = label_of.get(named, named)
+            highest = max(highest, label)
+            short += len(set(times)) < len(times)
+            writer.write(encode_clip(frames, times, label, name))
+    index = Path(out, "index.json")
+    shards = json.loads(index.read_text())["shards"]
+    index.unlink()
+    return {"inputs": number + 1, "skipped": skipped, "short": short, "highest": highest, "shards": shards}
+
+
+def run_parts(work: Callable[[str, dict, Callable], None], parts: list[str], workers: int, bar: tqdm) -> None:
+    """Call work(part, spoilt, step) for each part in a process of its own, `workers` at a time.
+
+    A process that dies, because an input crashes the decoder or takes longer than TIME_LIMIT, is started anew with that
+    input's number in `spoilt`. What it raises is raised here, and ends the others.
+    """
+    context, waiting, spoilt, running = get_context("fork"), parts[::-1], defaultdict(dict), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                receiver, sender = context.Pipe(duplex=False)
+                part, number = waiting.pop(), -1
+                process = context.Process(target=run_part, args=(work, part, spoilt[part], sender))
+                process.start()
+                sender.close()
+                running[receiver] = process, part, number
+            for receiver in connection.wait(list(running)):
+                process, part, number = running[receiver]
+                try:
+                    message = receiver.recv()
+                except EOFError:
+                    process.join()
+                    del running[receiver]
+                    if process.exitcode:
+                        died = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit {process.exitcode}"
+                        if number < 0 or number in spoilt[part] or died == "SIGTERM":
+                            raise OSError(f"a worker was ended ({died}) at {part}") from None
+                        slow = f"took longer than {TIME_LIMIT} s to decode"
+                        spoilt[part][number] = slow if died == "SIGALRM" else f"crashed the decoder ({died})"
+                        waiting.append(part)
+                        bar.update(-number - 1)
+                else:
+                    if isinstance(message, Exception):
+                        raise message
+                    running[receiver] = process, part, message
+                    bar.update()
+    finally:
+        for process, _, _ in running.values():
+            process.kill()
+            process.join()
+
+
+def run_part(work: Callable, part: str, spoilt: dict, sender: connection.Connection) -> None:
+    """What the process of a part does."""
+    Image.MAX_IMAGE_PIXELS = None  # read_image has a bound of its own
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+    def step(number: int) -> None:
+        signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT)  # ends this process, also while it is inside a library
+        sender.send(number)  # fails, and ends this process, if the parent is gone
+
+    try:
+        work(part, spoilt, step)
+    except Exception as error:
+        sender.send(error if isinstance(error, OSError | ValueError) else RuntimeError(traceback.format_exc()))
+
+
+def convert(
+    source: str,
+    out: str,
+    recipe: Recipe,
+    workers: int = 0,
+    max_skipped: float = 0.01,
+    list_inputs: Callable[[str, str], Listing] | None = None,
+    split: str = "train",
+    share: tuple[int, int] = (1, 1),
+    keep_local: bool = True,
+) -> dict | None:
+    """Convert a source of videos or images into a data set at `out`, and return its report.
+
+    Args:
+        source: folder, csv list or tars, or the root of a data set in its published layout; a path or an s3:// address.
+        out: new folder, or one that an earlier run of the same command left unfinished; or an s3:// address, to which each
+            part is uploaded from a folder of that name, without the bucket, under the current one.
         workers: processes; 0 for one per core.
         max_skipped: fraction in [0, 1] of inputs that may be unreadable.
+        list_inputs: finds `split` in a published layout, see LAYOUTS; list_any if not given.
+        share: (k, n) does the k-th of n shares of the parts, for as many machines; `merge` then joins them.
+        keep_local: whether what was uploaded stays in the local folder too.
+
+    Returns:
+        The report; nothing for a share.
 
     Raises:
         ValueError: `source` holds nothing of the kind; `out` holds something else; too many inputs were unreadable, or all.
+        OSError: a disk or bucket is full, away or forbidden. What is finished is kept, and the same call goes on.
     """
-    root, target = Path(source), Path(out)
     if workers < 0:
         raise ValueError(f"--workers {workers} must not be negative")
-    names, classes = list_inputs(root, recipe.kind, recipe.per_class)
-    listing = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    request = {"source": str(source), "recipe": asdict(recipe), "inputs": len(names), "listing": listing}
-    marker = target / "request.json"
-    if marker.exists():
-        before = json.loads(marker.read_text())
-        changed = [key for key in request if before.get(key) != request[key]]
+    target = Place(out)
+    folder = Path(target.key("")["Key"] if target.remote else out)
+    listing = list_inputs(source, split) if list_inputs else list_any(source, recipe.kind)
+    if listing.tars and recipe.per_class:
+        raise ValueError("--per-class counts files, and SOURCE holds tars")
+    size = 1 if listing.tars else PART_SIZE
+    with tempfile.NamedTemporaryFile() as manifest:
+        found, starts = write_manifest(listing, manifest, recipe.per_class, size)
+        if not found["listed"]:
+            none = f"none of the {found['absent']}" if found["absent"] else "no"
+            raise ValueError(
+                f"SOURCE {source} holds {none} {recipe.kind} ({' '.join(EXTENSIONS[recipe.kind])}); for tars, name them"
+            )
+        begin(target, folder, {"source": source, "recipe": asdict(recipe), "parts": len(starts), **found})
+
+        def work(part: str, spoilt: dict, step: Callable) -> None:
+            with open(manifest.name, "rb") as file:
+                file.seek(starts[int(part.removeprefix("part-"))])
+                entries = [json.loads(line) for line in islice(file, size)]
+            aside = folder / f"{part}.{os.getpid()}.tmp"
+            result = write_part(listing, found["classes"], recipe, entries, str(aside), spoilt, step)
+            Place(str(aside)).write_json("part.json", result)
+            if target.remote:
+                for name in sorted(os.listdir(aside), key=lambda name: name == "part.json"):  # that last: the part is whole
+                    target.write(f"{part}/{name}", (aside / name).read_bytes())
+            shutil.rmtree(folder / part, ignore_errors=True)
+            if keep_local or not target.remote:
+                aside.rename(folder / part)
+            else:
+                shutil.rmtree(aside)
+
+        done = {name.split("/")[0] for name in target.names() if name.endswith("/part.json")}
+        if target.remote and keep_local:
+            done = {part for part in done if (folder / part / "part.json").exists()}
+        mine = [f"part-{number:06d}" for number in range(share[0] - 1, len(starts), share[1])]
+        waiting = [part for part in mine if part not in done]
+        for stale in (path for part in waiting for path in folder.glob(f"{part}.*.tmp")):
+            shutil.rmtree(stale)
+        if waiting:
+            import streaming  # noqa: F401  # 4 s; once here, so that the forked workers need not
+
+            total = None if listing.tars else min(len(waiting) * size, found["listed"])
+            with tqdm(total=total, desc=out, unit=recipe.kind[:-1], disable=None) as bar:
+                run_parts(work, waiting, workers or os.cpu_count(), bar)
+    return merge(out, max_skipped) if share == (1, 1) else None
+
+
+def begin(target: Place, folder: Path, request: dict) -> None:
+    """Mark `target` as this data set's.
+
+    Raises:
+        ValueError: it is another's, or no data set.
+    """
+    if target.has("request.json"):
+        before = read_json(target.root, "request.json")
+        changed = [key for key in ("recipe", "listing") if before.get(key) != request[key]]
         if changed:
-            raise ValueError(f"OUT {out} was begun with another {' and '.join(changed)}; delete it or choose another OUT")
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"OUT {out} exists and is not a data set of data_prep.py; choose another OUT")
-    else:
-        target.mkdir(parents=True, exist_ok=True)
-        write_whole(marker, request)
+            what = " and ".join(changed)
+            raise ValueError(f"OUT {target.root} was begun with another {what}; delete it or choose another OUT")
+    elif os.path.isfile(target.root) or (target.has("") and any(target.names())):
+        raise ValueError(f"OUT {target.root} exists and is not a data set of data_prep.py; choose another OUT")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not target.has("request.json"):
+        target.write_json("request.json", request)
 
-    parts = {target / f"part-{i // PART_SIZE:06d}": names[i : i + PART_SIZE] for i in range(0, len(names), PART_SIZE)}
-    waiting = {part: inputs for part, inputs in parts.items() if not part.exists()}
-    if waiting:
-        import streaming  # noqa: F401  # once here, so that the forked workers need not
 
-        with (
-            ProcessPoolExecutor(workers or os.cpu_count(), get_context("fork")) as pool,
-            tqdm(total=len(names), desc=str(out), unit=recipe.kind[:-1], disable=None) as bar,
-        ):
-            bar.update(len(names) - sum(map(len, waiting.values())))
-            jobs = [pool.submit(write_part, root, part, inputs, classes, recipe) for part, inputs in waiting.items()]
-            for job in as_completed(jobs):
-                bar.update(job.result())
+def merge(out: str, max_skipped: float = 0.01) -> dict:
+    """Make one data set of the parts in `out`, once all are there, and return its report. See convert.
 
-    done = [json.loads((part / "part.json").read_text()) for part in parts]
-    skipped = [entry for part in done for entry in part["skipped"]]
+    Raises:
+        ValueError: parts are missing; too many inputs were unreadable, or all.
+    """
+    target = Place(out)
+    request = read_json(out, "request.json")
+    names = [f"part-{number:06d}" for number in range(request["parts"])]
+    there = {name.split("/")[0] for name in target.names() if name.endswith("/part.json")}
+    missing = [name for name in names if name not in there]
+    if missing:
+        count = f"{len(missing)} of its {len(names)} parts"
+        raise ValueError(f"OUT {out} lacks {count}, first {missing[0]}; give the command that makes them again")
+    with ThreadPoolExecutor(16) as pool:  # a bucket answers slowly, but many at a time
+        parts = list(pool.map(lambda name: json.loads(target.read(f"{name}/part.json")), names))
+    skipped = [entry for part in parts for entry in part["skipped"]]
+    inputs = sum(part["inputs"] for part in parts)
     report = request | {
-        "samples": len(names) - len(skipped),
-        "short": sum(part["short"] for part in done),  # videos of fewer frames than asked: frames repeat
+        "inputs": inputs,
+        "samples": inputs - len(skipped),
+        "short": sum(part["short"] for part in parts),  # videos of fewer frames than asked: frames repeat
         "skipped": skipped,
     }
-    write_whole(target / "report.json", report)
-    if len(skipped) > max_skipped * len(names) or not report["samples"]:
+    target.write_json("report.json", report)
+    if len(skipped) > max_skipped * inputs or not report["samples"]:
         first = "; ".join(f"{name} ({reason})" for name, reason in skipped[:3])
         raise ValueError(
-            f"{len(skipped)} of {len(names)} inputs were unreadable, more than --max-skipped {max_skipped:g} allows: {first}"
-            f"; all are in {target / 'report.json'}"
+            f"{len(skipped)} of {inputs} inputs were unreadable, more than --max-skipped {max_skipped:g} allows: {first}"
+            f"; all are in {target.at('report.json')}"
         )
-    write_whole(target / "classes.json", classes)
-    write_whole(target / "index.json", merge_index(list(parts)))
+    shards = []
+    for name, part in zip(names, parts, strict=True):
+        for shard in part["shards"]:
+            shard["raw_data"]["basename"] = f"{name}/{shard['raw_data']['basename']}"
+            shards.append(shard)
+    classes = request["classes"] or [str(label) for label in range(1 + max(part["highest"] for part in parts))]
+    folder = target.key("")["Key"]
+    for place in [target, Place(folder)] if target.remote and os.path.isdir(folder) else [target]:
+        place.write_json("report.json", report)
+        place.write_json("classes.json", classes)
+        place.write_json("index.json", {"version": 2, "shards": shards})
     return report
 
 
-def merge_index(parts: list[Path]) -> dict:
-    """The index of one data set made of the shards of all parts."""
-    shards = []
-    for part in parts:
-        for shard in json.loads((part / "index.json").read_text())["shards"]:
-            shard["raw_data"]["basename"] = f"{part.name}/{shard['raw_data']['basename']}"
-            shards.append(shard)
-    return {"version": 2, "shards": shards}
+def check_sample(sample: dict, labels: int, short_side: int) -> None:
+    """Raises ValueError if a sample is not as write_part writes it."""
+    frames, ends, times = sample["frames"], sample["ends"], sample["timestamps"]
+    if not 0 < len(ends) == len(times) or ends[-1] != len(frames):
+        raise ValueError(f"{len(ends)} frames, {len(times)} timestamps, {len(frames)} bytes")
+    if not np.isfinite(times).all() or (np.diff(times) < 0).any():
+        raise ValueError("timestamps do not ascend")
+    if not -1 <= sample["label"] < labels:
+        raise ValueError(f"label {sample['label']} of {labels} classes")
+    for index in range(len(ends)):
+        if min(size := decode_frame(sample, index).shape[:2]) > short_side:
+            raise ValueError(f"frame {index} is {size[1]}x{size[0]}, its short side above {short_side}")
+
+
+def check_shard(place: Place, shard: dict, labels: int, short_side: int) -> list[str]:
+    """All that is wrong with a shard: its bytes, its samples."""
+    from streaming.base.format import reader_from_json
+    from streaming.base.hashing import get_hash
+
+    info, faults = shard["raw_data"], []
+    name = info["basename"]
+    try:
+        data = place.read(name)
+    except OSError as error:
+        return [f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name} cannot be read: {error}"]
+    if len(data) != info["bytes"]:
+        return [f"{name} is cut or too long: {len(data)} bytes, not {info['bytes']}"]
+    if any(get_hash(algorithm, data) != expected for algorithm, expected in info["hashes"].items()):
+        faults.append(f"{name} is damaged: its hash is not that of index.json")
+    bounds = np.frombuffer(data, np.uint32, shard["samples"] + 1, offset=4).tolist()
+    for row, (begin, end) in enumerate(pairwise(bounds)):
+        try:
+            sample = reader_from_json("", None, shard).decode_sample(data[begin:end])
+            check_sample(sample, labels, short_side)
+        except Exception as error:  # damage makes the libraries raise nearly anything
+            faults.append(f"{name}, sample {row}: {' '.join(str(error).split())}")
+    return faults
+
+
+def verify(path: str, workers: int = 0) -> list[str]:
+    """Read every sample of a data set and return all that is wrong with it: hashes, frames, sizes, counts, labels.
+
+    Raises:
+        ValueError: `path` is no complete data set.
+    """
+    shards, report = read_json(path, "index.json")["shards"], read_json(path, "report.json")
+    labels, side = len(read_classes(path)), report["recipe"]["short_side"]
+    faults = []
+    counts = Counter({f"part-{number:06d}": 0 for number in range(report["parts"])})
+    for shard in shards:
+        counts[shard["raw_data"]["basename"].split("/")[0]] += shard["samples"]
+    faults += [f"{part} is not in index.json" for part, count in counts.items() if not count]
+    if (count := sum(counts.values())) != report["samples"]:
+        faults.append(f"index.json has {count} samples, report.json {report['samples']}")
+    check = functools.partial(check_shard, Place(path), labels=labels, short_side=side)
+    with ProcessPoolExecutor(workers or os.cpu_count(), get_context("fork")) as pool:
+        for found in tqdm(pool.map(check, shards), total=len(shards), desc=path, unit="shard", disable=None):
+            faults += found
+    return faults
 
 
 CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
@@ -414,9 +1033,7 @@ def show(path: str, to: str, samples: int = 12, frames: int = 8) -> None:
     classes = read_classes(path)
     if samples < 1:
         raise ValueError(f"--samples {samples} must be positive")
-    from streaming import LocalDataset
-
-    data = LocalDataset(path)
+    data = Clips(path)
     cell, rows = 128, []
     for number in np.unique(np.linspace(0, len(data) - 1, samples).astype(int)):
         sample = data[int(number)]
@@ -437,28 +1054,48 @@ def show(path: str, to: str, samples: int = 12, frames: int = 8) -> None:
     sheet.save(to)
 
 
+def share(text: str) -> tuple[int, int]:
+    """3/16 -> (3, 16)."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text} is not K/N with K from 1 to N")
+    return int(number), int(count)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser
-    for kind in ("videos", "images"):
-        command = add(kind, help=f"convert folders of {kind}")
-        command.add_argument("source", metavar="SOURCE", help="folder with a folder per class")
-        command.add_argument("out", metavar="OUT", help="folder of the data set to make")
+
+    def add(name: str, what: str, *options: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=what)
+        if "source" in options:
+            command.add_argument("source", metavar="SOURCE", help="folder or s3:// address; x.csv; {0..9}.tar")
+        command.add_argument("out", metavar="OUT", help="folder or s3:// address of the data set")
+        if "workers" in options:
+            command.add_argument("--workers", type=int, default=0, help="processes (one per core)")
+        if "skipped" in options:
+            command.add_argument("--max-skipped", type=float, default=0.01, help="fraction that may be unreadable (0.01)")
+        return command
+
+    for name in (*LAYOUTS, *EXTENSIONS):
+        kind, list_inputs = LAYOUTS.get(name, (name, list_any))
+        command = add(name, list_inputs.__doc__.split("\n")[0], "source", "workers", "skipped")
+        if name in LAYOUTS:
+            command.add_argument("--split", default="train", help="train, val or test (train)")
         if kind == "videos":
-            command.add_argument("--frames", type=int, default=16, help="kept per video, evenly spaced (16)")
+            frames = 8 if name == "mit" else 16  # its videos are of 3 s
+            command.add_argument("--frames", type=int, default=frames, help=f"kept per video, evenly spaced ({frames})")
             command.add_argument("--fps", type=float, help="keep frames at this rate instead, in Hz")
         command.add_argument("--short-side", type=int, default=256, help="pixels, never enlarged (256)")
         command.add_argument("--quality", type=int, default=90, help="JPEG quality, 1-100 (90)")
         command.add_argument("--per-class", type=int, help="inputs of every class, the first in order (all)")
-        command.add_argument("--max-skipped", type=float, default=0.01, help="fraction that may be unreadable (0.01)")
-        command.add_argument("--workers", type=int, default=0, help="processes (one per core)")
-    command = add("demo", help="make the demonstration")
-    command.add_argument("out", metavar="OUT", help="folder to make it in")
-    command.add_argument("--workers", type=int, default=0, help="processes (one per core)")
+        command.add_argument("--part", type=share, default=(1, 1), help="K/N: do the K-th of N shares, then `merge` (1/1)")
+        command.add_argument("--keep-local", choices=("yes", "no"), default="yes", help="keep what was uploaded (yes)")
+    add("merge", "join the shares of several machines", "skipped")
+    add("verify", "read every sample and name what is damaged", "workers")
+    command = add("demo", "make the demonstration", "workers")
     command.add_argument("--garments", type=int, default=600, help="per class and split, at most (600)")
-    command = add("show", help="draw a contact sheet of a data set")
-    command.add_argument("out", metavar="OUT", help="folder of the data set")
+    command = add("show", "draw a contact sheet of a data set")
     command.add_argument("--to", default="sheet.png", help="picture to write (sheet.png)")
     command.add_argument("--samples", type=int, default=12, help="rows (12)")
     return parser.parse_args(arguments)
@@ -468,13 +1105,32 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.command == "demo":
         demo(args.out, args.workers, args.garments)
-    elif args.command == "show":
+        return
+    if args.command == "show":
         show(args.out, args.to, args.samples)
+        return
+    if args.command == "verify":
+        faults = verify(args.out, args.workers)
+        for fault in faults:
+            print(fault)
+        if faults:
+            raise ValueError(f"{args.out} has {len(faults)} faults; delete the parts named and give its command again")
+        print(f"{args.out}: {len(Clips(args.out))} samples, no faults")
+        return
+    if args.command == "merge":
+        report = merge(args.out, args.max_skipped)
     else:
         names = [name for name in Recipe.__dataclass_fields__ if hasattr(args, name)]
-        recipe = Recipe(args.command, **{name: getattr(args, name) for name in names})
-        report = convert(args.source, args.out, recipe, args.workers, args.max_skipped)
-        print(f"{args.out}: {report['samples']} samples, {len(report['skipped'])} skipped, {report['short']} short")
+        kind, list_inputs = LAYOUTS.get(args.command, (args.command, list_any))
+        recipe = Recipe(kind, **{name: getattr(args, name) for name in names})
+        inputs = (list_inputs, args.split) if args.command in LAYOUTS else (None, "")
+        how = (args.workers, args.max_skipped, *inputs, args.part, args.keep_local == "yes")
+        report = convert(args.source, args.out, recipe, *how)
+    if report is None:
+        print(f"{args.out}: share {args.part[0]} of {args.part[1]} is done; when all are: data_prep.py merge {args.out}")
+        return
+    counts = ", ".join(f"{report[name]} {name}" for name in ("samples", "absent", "short"))
+    print(f"{args.out}: {counts}, {len(report['skipped'])} skipped")
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def evaluate(
         net = Classifier(len(common_classes(accuracy["data"])), **classifier)
         result |= measure_accuracy(load(net, checkpoint, where, ("head.", "neck.")), **accuracy)
     if first:
-        data_prep.write_whole(run / "eval.json", result)
+        data_prep.Place(str(run)).write_json("eval.json", result)
     return result
 
 

@@ -51,7 +51,7 @@ from pydantic import (
     ValidationError,
     create_model,
 )
-from streaming import LocalDataset, Stream, StreamingDataset
+from streaming import Stream, StreamingDataset
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
@@ -298,9 +298,9 @@ def open_stream(*, path: str, proportion: float | None = None, cache: str | None
     Raises:
         ValueError: no such data set.
     """
-    if "://" in path:
-        return Stream(remote=path, local=cache, proportion=proportion)
     data_prep.read_classes(path)
+    if data_prep.Place(path).remote:
+        return Stream(remote=path, local=cache, proportion=proportion)
     return Stream(local=path, proportion=proportion)
 
 
@@ -348,8 +348,8 @@ def load_stream(
         data_prep.demo(make_demo)
     dist.barrier()
     opened = [open_stream(**stream) for stream in streams]
-    for path in (stream.local for stream in opened if not stream.remote):
-        height, width = data_prep.decode_frame(LocalDataset(path)[0], 0).shape[:2]
+    for path in (stream["path"] for stream in streams):
+        height, width = data_prep.decode_frame(data_prep.Clips(path)[0], 0).shape[:2]
         if min(height, width) < patch_size:
             raise ValueError(f"{path}: frames of {width}x{height} are smaller than model.patch_size {patch_size}")
     dataset = KeyedStream(
@@ -501,7 +501,7 @@ class EvalViews(Dataset):
     crop_pct: float = 0.875
 
     def __post_init__(self):
-        self.data = ConcatDataset([LocalDataset(path) for path in self.paths])
+        self.data = ConcatDataset([data_prep.Clips(path) for path in self.paths])
 
     def __len__(self) -> int:
         return len(self.data)
@@ -763,7 +763,7 @@ def finish_run(run: Path) -> dict[str, float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     draw_losses(lines, run / "loss.png")
     result = {key: value for line in lines for key, value in line.items()}
-    data_prep.write_whole(run / "result.json", result)
+    data_prep.Place(str(run)).write_json("result.json", result)
     return result
 
 
@@ -807,9 +807,8 @@ def main() -> None:
     fit(trainer)
     if dist.get_global_rank() == 0:
         run, net = Path("runs", config["run_name"]), trainer.state.model
-        paths = [stream.local for stream in trainer.state.train_dataloader.dataset.streams if not stream.remote]
-        if paths:
-            draw_reconstructions(getattr(net, "module", net), paths, run / "reconstructions.png")
+        paths = [stream["path"] for stream in config["data"]["streams"]]
+        draw_reconstructions(getattr(net, "module", net), paths, run / "reconstructions.png")
         result = finish_run(run)
         if "knn/trained" in result:
             before, after = result.get("knn/random", math.nan), result["knn/trained"]
