@@ -849,6 +849,9 @@ def merge(out: str, max_skipped: float = 0.01) -> dict:
     if missing:
         count = f"{len(missing)} of its {len(names)} parts"
         raise ValueError(f"OUT {out} lacks {count}, first {missing[0]}; give the command that makes them again")
+    folder = target.key("")["Key"] if target.remote else out
+    for stale in Path(folder).glob("part-*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)  # of runs that were killed
     with ThreadPoolExecutor(16) as pool:  # a bucket answers slowly, but many at a time
         parts = list(pool.map(lambda name: json.loads(target.read(f"{name}/part.json")), names))
     skipped = [entry for part in parts for entry in part["skipped"]]
@@ -872,8 +875,7 @@ def merge(out: str, max_skipped: float = 0.01) -> dict:
             shard["raw_data"]["basename"] = f"{name}/{shard['raw_data']['basename']}"
             shards.append(shard)
     classes = request["classes"] or [str(label) for label in range(1 + max(part["highest"] for part in parts))]
-    folder = target.key("")["Key"]
-    for place in [target, Place(folder)] if target.remote and os.path.isdir(folder) else [target]:
+    for place in {target, Place(folder)} if os.path.isdir(folder) else {target}:
         place.write_json("report.json", report)
         place.write_json("classes.json", classes)
         place.write_json("index.json", {"version": 2, "shards": shards})

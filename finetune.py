@@ -172,7 +172,7 @@ def finetune(
         print(f"{pretrained}: " + ", ".join(f"{len(names)} weights {fate}" for fate, names in report.items()))
     num_frames = model.get("num_frames", 1)
     clips = TrainingClips(net.encoder.img_size, num_frames, len(classes), **augment)
-    loader, micro_size = load_stream(clips.draw, clips.apply, seed, net.encoder.patch_size, **data)
+    loader, micro_size = load_stream(clips.draw, clips.apply, seed, net.encoder.patch_size, run, **data)
     if clips.mix and micro_size % 2:
         raise ValueError(f"a micro-batch of {micro_size} on each rank must be even for mixup and cutmix, or set both to 0")
     adamw = build_optimizer(net, data["global_train_batch_size"], **optimizer)

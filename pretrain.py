@@ -52,6 +52,7 @@ from pydantic import (
     create_model,
 )
 from streaming import Stream, StreamingDataset
+from streaming.base.shuffle import get_shuffle
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
@@ -250,7 +251,9 @@ class PairOfViews:
         count = len(sample["ends"])
         recipe = self.video if count > 1 else self.image
         pair = draw_frame_pair(rng, count, self.frame_gap, self.sections)
-        frames = {index: data_prep.decode_frame(sample, index) for index in set(pair)}  # an image is decoded once
+        frames = sample.setdefault("decoded", {})  # an image is decoded once, and a frame that several pairs share
+        for index in set(pair) - frames.keys():
+            frames[index] = data_prep.decode_frame(sample, index)
         views, augment = [], []
         for view, frame in enumerate(frames[index] for index in pair):
             box = draw_crop(rng, *frame.shape[:2], recipe.crop_scale, recipe.crop_ratio)
@@ -263,28 +266,83 @@ class PairOfViews:
 class KeyedStream(StreamingDataset):
     """Streams of samples, each given to `transform` with a generator of its own, seeded by (seed, epoch, sample).
 
+    With `repeats`, each sample is read once and given to `transform` so many times. One that cannot be decoded is named in
+    the file `unreadable` and gives way to the next of the data set; more than a fraction `max_unreadable` ends the run.
+
     The n-th occurrence of a sample that its stream repeats within an epoch counts as sample + n * num_samples, in the order
     of the epoch's list before it is shuffled. That list depends on seed and epoch alone, so the keys are the same for any
     number of workers and ranks and after a resume.
     """
 
     transform: Callable[[dict, np.random.Generator], dict]
+    constant_mix: bool = False
+    repeats: int = 1
+    unreadable: Path
+    max_unreadable: float
 
     def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         units, samples = super().resample_streams(epoch, stream_id)
         order = samples.argsort(kind="stable")
         _, first, counts = np.unique(samples[order], return_index=True, return_counts=True)
         samples[order] += (np.arange(len(samples)) - np.repeat(first, counts)) * self.num_samples
+        if self.constant_mix:
+            how = (self.num_canonical_nodes, self.shuffle_seed, epoch, self.shuffle_block_size)
+            shuffled = get_shuffle(self.shuffle_algo, units, *how)  # as our caller is about to do
+            samples[shuffled] = samples[self.spread(shuffled, samples)]
         return units, samples
+
+    def spread(self, shuffled: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """Reorder positions in `samples` so that each stream's are evenly spaced, in their order: batches take runs of them.
+
+        Every run then has of each stream what its share of the epoch makes, to within one sample.
+        """
+        shard = np.searchsorted(self.sample_offset_per_shard, samples % self.num_samples, "right") - 1
+        stream = self.stream_per_shard[shard]
+        parts = []
+        for part in np.array_split(shuffled, self.num_canonical_nodes):
+            place = np.empty(len(part))
+            for one in np.unique(stream):
+                mine = np.flatnonzero(stream[part] == one)
+                place[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
+            parts.append(part[place.argsort(kind="stable")])
+        return np.concatenate(parts)
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
         work = super()._get_work(epoch, sample_in_epoch)
         self._keys = [(self.shuffle_seed, epoch, int(key)) for key in work if key != -1]
         return np.where(work == -1, -1, work % self.num_samples)
 
+    def __len__(self) -> int:
+        return super().__len__() * self.repeats
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        return super().state_dict(num_samples // self.repeats, from_beginning)
+
     def __iter__(self) -> Iterator[dict]:
         for number, sample in enumerate(super().__iter__()):
-            yield self.transform(sample, np.random.default_rng(self._keys[number]))
+            key, tried = self._keys[number], 0
+            for repeat in range(self.repeats):
+                while True:
+                    try:
+                        views = self.transform(sample, np.random.default_rng((*key, repeat)))
+                        break
+                    except ValueError as error:
+                        self.note(sample["name"], error)
+                        tried += 1
+                        sample = self[(key[-1] + tried) % self.num_samples]
+                yield views
+
+    def note(self, name: str, error: ValueError) -> None:
+        """Add a sample to the list of the unreadable.
+
+        Raises:
+            RuntimeError: there are too many.
+        """
+        with self.unreadable.open("a") as file:
+            file.write(json.dumps([name, str(error)]) + "\n")
+        count = len(set(self.unreadable.read_text().splitlines()))
+        if count > max(1, self.max_unreadable * self.num_samples):
+            raise RuntimeError(f"{count} samples cannot be decoded, see {self.unreadable}; run data_prep.py verify")
 
 
 def open_stream(*, path: str, proportion: float | None = None, cache: str | None = None) -> Stream:
@@ -309,6 +367,7 @@ def load_stream(
     on_device: Callable[[dict], dict],
     seed: int,
     patch_size: int,
+    run: Path,
     *,
     streams: list[Annotated[dict, open_stream]],
     global_train_batch_size: PositiveInt,
@@ -316,6 +375,9 @@ def load_stream(
     num_workers: NonNegativeInt = 8,
     num_canonical_nodes: PositiveInt = 1,
     epoch_size: PositiveInt | None = None,
+    constant_mix: bool = False,
+    repeats: PositiveInt = 1,
+    max_unreadable: Share = 0.001,
     make_demo: str | None = None,
 ) -> tuple[DataSpec, int]:
     """This rank's loader and its share of a micro-batch. The last, incomplete batch of an epoch is left out.
@@ -329,6 +391,10 @@ def load_stream(
         num_workers: processes of each rank; 0 to read in the training process.
         num_canonical_nodes: fixes the order of samples; divides, or is divided by, the number of machines.
         epoch_size: samples of an epoch; all streams once if not given.
+        constant_mix: whether each batch has the same number of samples of each stream, to within one; else it is by chance.
+        repeats: how many pairs (or clips) are drawn from each sample that is read. They count as samples of the batch, and
+            are among each other's negatives; an epoch has so many times as many.
+        max_unreadable: fraction of the samples that may turn out to be undecodable; they are in unreadable.jsonl.
         make_demo: folder in which the demonstration's data is made if it is not there.
 
     Raises:
@@ -342,8 +408,12 @@ def load_stream(
             f"and that of the number of ranks, {ranks}"
         )
     batch_size = global_train_batch_size // ranks
+    if micro // ranks % repeats:
+        raise ValueError(f"data.repeats {repeats} must divide each rank's share of a micro-batch, {micro // ranks}")
     if not streams:
         raise ValueError("data.streams is empty; name at least one data set")
+    if len({stream.get("proportion") is None for stream in streams}) > 1:
+        raise ValueError("data.streams: some have a proportion and some have not; give it to all or to none")
     if make_demo and dist.get_local_rank() == 0:
         data_prep.demo(make_demo)
     dist.barrier()
@@ -354,17 +424,18 @@ def load_stream(
             raise ValueError(f"{path}: frames of {width}x{height} are smaller than model.patch_size {patch_size}")
     dataset = KeyedStream(
         streams=opened,
-        batch_size=batch_size,
+        batch_size=batch_size // repeats,
         shuffle=True,
         shuffle_seed=seed,
         num_canonical_nodes=num_canonical_nodes,
         epoch_size=epoch_size,
     )
-    if dataset.epoch_size < global_train_batch_size:
+    if dataset.epoch_size * repeats < global_train_batch_size:
         raise ValueError(
-            f"data.global_train_batch_size {global_train_batch_size} is more than an epoch's {dataset.epoch_size} samples"
+            f"data.global_train_batch_size {global_train_batch_size} is more than an epoch's {dataset.epoch_size * repeats}"
         )
-    dataset.transform = transform
+    dataset.transform, dataset.constant_mix, dataset.repeats = transform, constant_mix, repeats
+    dataset.unreadable, dataset.max_unreadable = run / "unreadable.jsonl", max_unreadable
     loader = DataLoader(
         dataset,
         batch_size,
@@ -786,7 +857,7 @@ def pretrain(
     run = start_run(config)
     net = ViCMAE(**model)
     pairs = PairOfViews(net.encoder.img_size, net.encoder.num_patches, **augment)
-    loader, micro_size = load_stream(pairs, augment_batch, seed, net.encoder.patch_size, **data)
+    loader, micro_size = load_stream(pairs, augment_batch, seed, net.encoder.patch_size, run, **data)
     adamw = build_optimizer(net, data["global_train_batch_size"], **optimizer)
     return build_trainer(run, config, net, adamw, loader, micro_size)
 

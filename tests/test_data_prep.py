@@ -1,7 +1,11 @@
 import json
+import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import av
@@ -179,9 +183,9 @@ def test_video_cut_without_encoding_gives_the_frames_that_a_player_shows(tmp_pat
                 target.mux(packet)
     shown, times = decoded(tmp_path / "cut.mp4")
     frames, kept = data_prep.read_video((tmp_path / "cut.mp4").open("rb"), Recipe("videos", frames=4, short_side=1000))
-    for frame, time in zip(frames, kept, strict=True):
-        nearest = shown[np.abs(times - time).argmin()].astype(int)
-        assert np.abs(times - time).min() < 1e-6 and np.abs(simplejpeg.decode_jpeg(frame) - nearest).mean() < 2.5
+    for frame, second in zip(frames, kept, strict=True):
+        nearest = shown[np.abs(times - second).argmin()].astype(int)
+        assert np.abs(times - second).min() < 1e-6 and np.abs(simplejpeg.decode_jpeg(frame) - nearest).mean() < 2.5
 
 
 def test_truncated_jpeg_is_skipped(tmp_path):
@@ -290,3 +294,149 @@ def test_demonstration_is_labelled_moves_and_keeps_train_and_test_apart(demo):
     with np.load(data_prep.FASHION_MNIST) as data:
         train, test = ({image.tobytes() for image in data[f"{split}_images"]} for split in ("train", "test"))
     assert not train & test
+
+
+def write_images(folder: Path, count: int) -> None:
+    for number in range(count):
+        write_image(folder / f"class {number % 3}" / f"{number:04d}.png", (40 + number % 5, 30))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def in_its_own_group(*arguments) -> None:
+    os.setsid()
+    convert(*arguments)
+
+
+def test_run_killed_at_random_moments_ends_with_the_bytes_of_one_never_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_prep, "PART_SIZE", 20)
+    write_images(tmp_path / "in", 600)
+    begun = time.monotonic()
+    convert(str(tmp_path / "in"), str(tmp_path / "never"), Recipe("images"), 2)
+    duration, rng, kills = time.monotonic() - begun, np.random.default_rng(0), 0
+    for number in range(8):
+        arguments, code = (str(tmp_path / "in"), str(tmp_path / str(number)), Recipe("images"), 2), None
+        while code != 0:
+            process = multiprocessing.get_context("fork").Process(target=in_its_own_group, args=arguments)
+            process.start()
+            process.join(rng.uniform(0, 0.4 * duration))
+            if process.exitcode is None:
+                kills += 1
+                if number % 2 or not (tmp_path / str(number)).exists():
+                    process.kill()  # the workers that it leaves behind go on for an input, while the next run begins
+                else:
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+            code = process.exitcode
+            assert code in (0, -signal.SIGKILL)
+    assert kills >= 16
+    never = files_of(tmp_path / "never")
+    assert len(never) == 30 * 2 + 4
+    assert all(files_of(tmp_path / str(number)) == never for number in range(8))
+    assert data_prep.verify(str(tmp_path / "0"), 1) == []
+
+
+def test_shares_of_several_machines_merge_into_what_one_makes(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_prep, "PART_SIZE", 7)
+    write_images(tmp_path / "in", 40)
+    convert(str(tmp_path / "in"), str(tmp_path / "one"), Recipe("images"), 2)
+    for number in (3, 1):
+        share = convert(str(tmp_path / "in"), str(tmp_path / "many"), Recipe("images"), 1, share=(number, 3))
+        assert share is None
+        with pytest.raises(ValueError, match=r"lacks \d of its 6 parts, first part-00000"):
+            data_prep.merge(str(tmp_path / "many"))
+    (tmp_path / "in").rename(tmp_path / "mounted elsewhere")
+    convert(str(tmp_path / "mounted elsewhere"), str(tmp_path / "many"), Recipe("images"), 1, share=(2, 3))
+    data_prep.merge(str(tmp_path / "many"))
+    one, many = files_of(tmp_path / "one"), files_of(tmp_path / "many")
+    assert one == many
+
+    write_image(tmp_path / "mounted elsewhere" / "class 0" / "new.png")
+    with pytest.raises(ValueError, match="begun with another listing"):
+        convert(str(tmp_path / "mounted elsewhere"), str(tmp_path / "many"), Recipe("images"), 1, share=(2, 3))
+
+
+@pytest.fixture
+def damaged(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(data_prep, "PART_SIZE", 5)
+    write_images(tmp_path / "in", 15)
+    convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 2)
+    assert data_prep.verify(str(tmp_path / "out"), 2) == []
+    return tmp_path / "out"
+
+
+def edit_json(path: Path, change) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda out: flip_bit(out / "part-000001" / "shard.00000.mds"), "part-000001/shard.00000.mds is damaged"),
+        (lambda out: cut(out / "part-000002" / "shard.00000.mds"), "part-000002/shard.00000.mds is cut"),
+        (lambda out: shutil.rmtree(out / "part-000001"), "part-000001/shard.00000.mds is missing"),
+        (lambda out: edit_json(out / "index.json", lambda index: index["shards"].pop(1)), "part-000001 is not in index"),
+        (
+            lambda out: edit_json(out / "report.json", lambda report: report.update(samples=16)),
+            "has 15 samples, report.json 16",
+        ),
+        (lambda out: (out / "classes.json").write_text('["class 0"]'), "label 1 of 1 classes"),
+        (lambda out: edit_json(out / "report.json", lambda r: r["recipe"].update(short_side=20)), "its short side above 20"),
+    ],
+)
+def test_verify_names_the_damage(damaged, capsys, damage, named):
+    damage(damaged)
+    faults = data_prep.verify(str(damaged), 2)
+    assert any(named in fault for fault in faults), faults
+    with pytest.raises(ValueError, match=f"has {len(faults)} faults"):
+        data_prep.main(["verify", str(damaged)])
+    assert named in capsys.readouterr().out
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) * 2 // 3] ^= 4
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def test_verify_finds_an_undecodable_frame_under_a_right_hash(damaged):
+    (sample,) = [data_prep.Clips(str(damaged))[0]]
+    sample["frames"] = sample["frames"][:40] + bytes(len(sample["frames"]) - 40)
+    good = data_prep.Clips(str(damaged))[1]
+    for bad, reason in ((sample, ""), (good | {"label": 3}, "label 3 of 3"), (good | {"timestamps": [np.nan]}, "ascend")):
+        with pytest.raises(ValueError, match=reason):
+            data_prep.check_sample(bad, 3, 256)
+    data_prep.check_sample(good, 3, 256)
+
+
+def test_memory_stays_flat_from_a_thousand_inputs_to_ten_thousand(tmp_path):
+    """Peak memory of the whole process tree, each in an interpreter of its own."""
+    write_image(tmp_path / "one.jpg", (16, 16))
+    data = (tmp_path / "one.jpg").read_bytes()
+    peaks = {}
+    for count in (1_000, 10_000):
+        for number in range(count):
+            path = tmp_path / str(count) / f"class {number % 10}" / f"{number:06d} with a name of a common length.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        measure = (
+            "import resource, sys, data_prep\n"
+            "data_prep.main(sys.argv[1:])\n"
+            "print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))\n"
+        )
+        arguments = ["images", str(tmp_path / str(count)), str(tmp_path / f"{count} out"), "--workers", "1"]
+        result = subprocess.run([sys.executable, "-c", measure, *arguments], cwd=ROOT, capture_output=True, text=True)
+        peaks[count] = [
+            int(number) / 1024 for number in result.stdout.splitlines()[-1].split()
+        ]  # MiB: parent, largest child
+    assert json.loads((tmp_path / "10000 out" / "report.json").read_text())["samples"] == 10_000
+    growth = [many - few for few, many in zip(*peaks.values(), strict=True)]
+    assert max(growth) < 8, peaks

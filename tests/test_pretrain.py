@@ -1,6 +1,8 @@
 import colorsys
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +163,7 @@ def make_loader(demo: Path, num_workers: int, seed: int = 0, streams: tuple = ("
         pretrain.augment_batch,
         seed,
         8,
+        options.pop("run", demo),
         streams=[{"path": str(demo / name)} if isinstance(name, str) else name for name in streams],
         global_train_batch_size=20,
         num_workers=num_workers,
@@ -196,6 +199,54 @@ def test_sample_that_its_stream_repeats_gets_fresh_views_each_time(demo):
     (batches,) = epochs_of(make_loader(demo, 0, streams=streams, epoch_size=240), 1)
     noise = torch.cat([batch["noise"] for batch in batches]).flatten(1)
     assert len(noise) == 240 and len(noise.unique(dim=0)) == 240  # 180 of 60 stills, so each is seen three times
+
+
+@pytest.mark.parametrize("shares", [(0.75, 0.25), (0.6, 0.4), None])
+def test_constant_mix_gives_every_batch_the_streams_share_and_drops_nothing(demo, shares):
+    streams = [{"path": str(demo / name)} for name in ("train_videos", "train_images")]
+    for stream, share in zip(streams, shares or (), strict=False):
+        stream["proportion"] = share
+    names, fewest = set(), 20
+    for constant in (True, False):
+        loader = make_loader(demo, 2, streams=streams, constant_mix=constant)
+        loader.dataset.transform = lambda sample, rng: {"name": sample["name"]}
+        for _ in range(2):
+            for batch in loader:
+                clips = sum(name.endswith("mp4") for name in batch["name"])
+                assert not constant or clips == 20 * (shares or (0.5,))[0]
+                names |= set(batch["name"]) if constant and not shares else set()
+                fewest = min(fewest, clips if not constant else 20)
+    assert fewest < 20 * (shares or (0.5,))[0]  # left to chance, the mix varies
+    assert len(names) == (0 if shares else 120)
+
+
+def test_repeats_draw_several_different_pairs_from_a_sample_read_once(demo):
+    loader = make_loader(demo, 0, repeats=4)
+    batches, once = list(loader), list(make_loader(demo, 0))
+    assert len(loader) == len(batches) == 24
+    noise = torch.cat([batch["noise"] for batch in batches]).flatten(1)
+    assert len(noise) == 480 and len(noise.unique(dim=0)) == 480
+    assert torch.equal(torch.cat([batch["noise"] for batch in once]).flatten(1), noise[::4])  # the first of each is as ever
+    assert loader.dataset.state_dict(40, True)["sample_in_epoch"] == 10
+
+
+def test_undecodable_sample_gives_way_to_the_next_and_is_named_and_too_many_end_the_run(demo, tmp_path):
+    for name in ("train_images", "train_videos"):
+        shutil.copytree(demo / name, tmp_path / name)
+    (shard,) = (tmp_path / "train_images").rglob("*.mds")
+    data = bytearray(shard.read_bytes())
+    starts = [match.start() for match in re.finditer(b"\xff\xd8\xff", data)]
+    data[starts[7]] = 0
+    shard.write_bytes(data)
+    loader = make_loader(tmp_path, 2, run=tmp_path)
+    assert sum(len(batch["views"]) for batch in loader) == 120
+    lines = (tmp_path / "unreadable.jsonl").read_text().splitlines()
+    assert [json.loads(line)[0] for line in lines] == [data_prep.Clips(str(tmp_path / "train_images"))[7]["name"]]
+    for start in starts[1:4]:
+        data[start] = 0
+    shard.write_bytes(data)
+    with pytest.raises(RuntimeError, match=r"samples cannot be decoded, see .*unreadable.jsonl; run data_prep.py verify"):
+        list(make_loader(tmp_path, 0, run=tmp_path))
 
 
 def test_occurrences_of_a_sample_are_numbered_in_order():
@@ -356,7 +407,9 @@ def test_files_merge_left_to_right_then_overrides(tmp_path):
         ({"patch_size": 64}, "40x40 are smaller than model.patch_size 64"),
         ({"streams": ()}, "data.streams is empty"),
         ({"micro": 15}, "20 must be a multiple of global_micro_batch_size 15"),
-        ({"batch": 4000}, "data.global_train_batch_size 4000 is more than an epoch's 60 samples"),
+        ({"batch": 4000}, "data.global_train_batch_size 4000 is more than an epoch's 60"),
+        ({"repeats": 3}, "data.repeats 3 must divide each rank's share of a micro-batch, 20"),
+        ({"streams": ({"path": "a"}, {"path": "b", "proportion": 1.0})}, "give it to all or to none"),
     ],
 )
 def test_data_that_cannot_be_used_is_named(demo, change, culprit):
@@ -367,7 +420,9 @@ def test_data_that_cannot_be_used_is_named(demo, change, culprit):
             lambda batch: batch,
             0,
             change.get("patch_size", 8),
+            demo,
             streams=change.get("streams", [{"path": str(demo / "train_videos")}]),
+            repeats=change.get("repeats", 1),
             global_train_batch_size=change.get("batch", 20),
             global_micro_batch_size=change.get("micro"),
         )
@@ -447,9 +502,10 @@ def test_pretraining_yaml_constructs(name, overlay):
         assert net.mask_ratio == 0.75 and pairs.frame_gap == "distant" and pairs.video.jitter == 0
 
 
-@pytest.mark.parametrize("stop", ["1ep", "4ba"])
-def test_resumed_run_ends_with_the_weights_of_one_never_stopped(demo, tmp_path, stop):
+@pytest.mark.parametrize(("stop", "repeats"), [("1ep", 1), ("4ba", 1), ("4ba", 2)])
+def test_resumed_run_ends_with_the_weights_of_one_never_stopped(demo, tmp_path, stop, repeats):
     arguments = [*small(demo), "schedule.t_max=2ep", "trainer.save_interval=1ba", "callbacks=null"]
+    arguments += [f"data.repeats={repeats}", "data.constant_mix=true"]
     run_stage(pretrain, [*arguments, "run_name=whole"], tmp_path)
     run_stage(pretrain, [*arguments, "run_name=stopped", f"trainer.max_duration={stop}"], tmp_path)
     (tmp_path / "runs" / "stopped" / "result.json").unlink()
@@ -459,4 +515,4 @@ def test_resumed_run_ends_with_the_weights_of_one_never_stopped(demo, tmp_path, 
     )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     lines = [json.loads(line) for line in (tmp_path / "runs" / "stopped" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss/train/total" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "loss/train/total" in line] == [*range(1, 6 * repeats + 1)]

