@@ -24,6 +24,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -202,13 +203,13 @@ class Place:
             aside.write_bytes(data)
             aside.replace(self.at(name))
             return
-        digest = base64.b64encode(hashlib.md5(data).digest()).decode()
+        digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
         with bucket_errors(self.at(name)):
             client = s3_client(os.getpid())
-            client.put_object(**self.key(name), Body=data, ContentMD5=digest)  # the bucket refuses what does not match
-            size = client.head_object(**self.key(name))["ContentLength"]
-        if size != len(data):
-            raise OSError(f"{self.at(name)} has {size} bytes after {len(data)} were sent")
+            client.put_object(**self.key(name), Body=data, ChecksumAlgorithm="SHA256")
+            there = client.head_object(**self.key(name), ChecksumMode="ENABLED")
+        if there["ContentLength"] != len(data) or there.get("ChecksumSHA256", digest) != digest:
+            raise OSError(errno.EIO, f"what arrived is not the {len(data)} bytes that were sent", self.at(name))
 
     def write_json(self, name: str, value: object) -> None:
         self.write(name, json.dumps(value, indent=1, ensure_ascii=False).encode())
@@ -629,8 +630,8 @@ def read_inputs(listing: Listing, kind: str, entries: list) -> Iterator[tuple]:
     for name, named, *span in entries:
         try:
             with listing.place.stream(name, *span) as stream, bucket_errors(listing.place.at(name)):
-                for sample in group_by_keys(tar_file_expander([{"url": name, "stream": stream}])):
-                    key, last = sample["__key__"], next((part for part in sample if part.endswith(endings)), None)
+                for sample in group_by_keys(tar_file_expander([{"url": name, "stream": stream}]), lcase=False):
+                    key, last = sample["__key__"], next((part for part in sample if part.lower().endswith(endings)), None)
                     if last:
                         label = named or listing.truth.get(os.path.basename(key)) or int(sample.get("cls", -1))
                         yield f"{name}/{key}.{last}", label, functools.partial(io.BytesIO, sample[last])
@@ -668,7 +669,9 @@ def write_part(
             except Exception as error:  # damaged files make the libraries raise nearly anything
                 if isinstance(error, OSError) and error.errno in NOT_THE_FILE and not isinstance(error, av.FFmpegError):
                     raise
-                skipped.append([name, " ".join(f"{type(error).__name__}: {error}".split())])
+                # Not the whole text: a path or an address in memory in it would differ between machines.
+                why = re.sub(r" ?<.* at 0x\w+>", "", str(error.strerror if isinstance(error, av.FFmpegError) else error))
+                skipped.append([name, " ".join(f"{type(error).__name__}: {why}".split())])
                 continue
             label = label_of.get(named, named)
             highest = max(highest, label)
@@ -813,6 +816,8 @@ def convert(
             total = None if listing.tars else min(len(waiting) * size, found["listed"])
             with tqdm(total=total, desc=out, unit=recipe.kind[:-1], disable=None) as bar:
                 run_parts(work, waiting, workers or os.cpu_count(), bar)
+    if not any(folder.iterdir()):
+        folder.rmdir()  # all is in the bucket
     return merge(out, max_skipped) if share == (1, 1) else None
 
 

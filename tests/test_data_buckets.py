@@ -1,0 +1,253 @@
+"""Data in buckets: an S3 server (moto) on the loopback, spoken to by HTTP through boto3."""
+
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pytest
+import torch
+from composer.utils import dist
+from PIL import Image
+from test_data_prep import files_of, write_image, write_images, write_video
+
+import data_prep
+import pretrain
+from data_prep import Clips, Place, Recipe, convert
+
+
+def serve(channel) -> None:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    channel.send(server.get_host_and_port()[1])
+    channel.recv()
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs,), daemon=True)
+    process.start()
+    yield f"http://127.0.0.1:{ours.recv()}"
+    process.kill()
+    process.join()
+
+
+@pytest.fixture
+def bucket(endpoint, tmp_path, monkeypatch):
+    """boto3's client with an empty bucket "bkt"; the working folder is tmp_path."""
+    for name, value in {
+        "S3_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data_prep, "PART_SIZE", 5)
+    data_prep.s3_client.cache_clear()
+    client = boto3.client("s3", endpoint_url=endpoint)
+    client.create_bucket(Bucket="bkt")
+    yield client
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket="bkt"):
+        for found in page.get("Contents", ()):
+            client.delete_object(Bucket="bkt", Key=found["Key"])
+    data_prep.s3_client.cache_clear()
+
+
+def upload(client, folder: Path, prefix: str) -> None:
+    for name, data in files_of(folder).items():
+        client.put_object(Bucket="bkt", Key=f"{prefix}/{name}", Body=data)
+
+
+def objects(client, prefix: str) -> dict[str, bytes]:
+    found = client.list_objects_v2(Bucket="bkt", Prefix=prefix + "/").get("Contents", ())
+    keys = [one["Key"] for one in found]
+    return {key.removeprefix(prefix + "/"): client.get_object(Bucket="bkt", Key=key)["Body"].read() for key in keys}
+
+
+def without_source(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files of a data set, the place of its source left out."""
+    plain = {}
+    for name, data in files.items():
+        value = json.loads(data) if name in ("request.json", "report.json") else data
+        plain[name] = {key: part for key, part in value.items() if key != "source"} if isinstance(value, dict) else value
+    return plain
+
+
+def test_source_in_a_bucket_gives_the_bytes_of_the_same_source_on_disk(bucket, tmp_path):
+    write_images(tmp_path / "in", 12)
+    write_image(tmp_path / "in" / "class 0 and more" / "a.png")
+    write_video(tmp_path / "clips" / "c" / "a.mp4", frames=12)
+    (tmp_path / "clips" / "c" / "bad.mp4").write_bytes(b"no video")
+    (tmp_path / "clips" / "list.csv").write_text("path,label\nc/a.mp4,first\nc/lost.mp4,second\n")
+    with tarfile.open(tmp_path / "clips" / "x-0.tar", "w") as tar:
+        for number in range(3):
+            for ending, data in (("mp4", (tmp_path / "clips" / "c" / "a.mp4").read_bytes()), ("cls", b"%d" % number)):
+                member = tarfile.TarInfo(f"{number:03d}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    for name in ("in", "clips"):
+        upload(bucket, tmp_path / name, f"some/{name}")
+    for kind, source, samples in (
+        ("images", "in", 13),
+        ("videos", "clips", 1),
+        ("videos", "clips/list.csv", 1),
+        ("videos", "clips/x-{0..0}.tar", 3),
+    ):
+        made = {}
+        for root in (str(tmp_path), "s3://bkt/some"):
+            out = tmp_path / f"out {len(made)}"
+            report = convert(f"{root}/{source}", str(out), Recipe(kind, frames=4), 2, max_skipped=0.5)
+            assert report["samples"] == samples and report["absent"] == (source == "clips/list.csv")
+            made[root] = without_source(files_of(out))
+            shutil.rmtree(out)
+        local, remote = made.values()
+        assert local == remote
+
+
+def test_imagenets_tar_of_tars_is_read_from_a_bucket_without_unpacking(bucket, tmp_path):
+    write_image(tmp_path / "a.JPEG")
+    with tarfile.open(tmp_path / "ILSVRC2012_img_train.tar", "w") as outer:
+        for wnid in ("n02", "n01"):
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w") as inner:
+                for number in range(3):
+                    inner.add(tmp_path / "a.JPEG", f"{wnid}_{number}.JPEG")
+            member = tarfile.TarInfo(f"{wnid}.tar")
+            member.size = buffer.tell()
+            buffer.seek(0)
+            outer.addfile(member, buffer)
+    bucket.upload_file(str(tmp_path / "ILSVRC2012_img_train.tar"), "bkt", "imagenet/ILSVRC2012_img_train.tar")
+    convert("s3://bkt/imagenet", str(tmp_path / "out"), Recipe("images"), 2, list_inputs=data_prep.list_in1k)
+    clips = Clips(str(tmp_path / "out"))
+    assert data_prep.read_classes(str(tmp_path / "out")) == ["n01", "n02"]
+    assert [(clips[number]["label"], clips[number]["name"][-10:]) for number in range(len(clips))] == [
+        (label, f"{wnid}_{number}.JPEG") for label, wnid in ((1, "n02"), (0, "n01")) for number in range(3)
+    ]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_out_in_a_bucket_holds_what_a_folder_would_and_local_copies_can_be_dropped(bucket, tmp_path, keep):
+    write_images(tmp_path / "in", 12)
+    convert(str(tmp_path / "in"), str(tmp_path / "folder"), Recipe("images"), 2)
+    report = convert(str(tmp_path / "in"), "s3://bkt/my/set", Recipe("images"), 2, keep_local=keep)
+    folder = files_of(tmp_path / "folder")
+    assert report["samples"] == 12 and objects(bucket, "my/set") == folder
+    local = files_of(tmp_path / "my" / "set")
+    assert local == {name: data for name, data in folder.items() if name != "request.json"} if keep else not local
+
+    def written() -> dict:
+        found = bucket.list_objects_v2(Bucket="bkt")["Contents"]
+        return {one["Key"]: one["LastModified"] for one in found if "part-" in one["Key"] and "000001" not in one["Key"]}
+
+    before = written()
+    bucket.delete_object(Bucket="bkt", Key="my/set/part-000001/part.json")  # as a machine that went away leaves it
+    convert(str(tmp_path / "in"), "s3://bkt/my/set", Recipe("images"), 2, keep_local=keep)
+    assert objects(bucket, "my/set") == folder and written() == before
+
+
+def test_machines_without_a_common_disk_share_the_work_through_the_bucket(bucket, tmp_path, monkeypatch):
+    write_images(tmp_path / "in", 24)
+    convert(str(tmp_path / "in"), str(tmp_path / "folder"), Recipe("images"), 2)
+    for number in (1, 2):
+        (tmp_path / f"machine {number}").mkdir()
+        monkeypatch.chdir(tmp_path / f"machine {number}")
+        convert(str(tmp_path / "in"), "s3://bkt/set", Recipe("images"), 1, share=(number, 2), keep_local=number == 1)
+    data_prep.merge("s3://bkt/set")
+    assert objects(bucket, "set") == files_of(tmp_path / "folder")
+
+
+def test_data_set_in_a_bucket_is_verified_shown_and_read_in_place(bucket, tmp_path, capsys):
+    write_images(tmp_path / "in", 12)
+    convert(str(tmp_path / "in"), str(tmp_path / "folder"), Recipe("images"), 2)
+    upload(bucket, tmp_path / "folder", "set")
+    near, far = Clips(str(tmp_path / "folder")), Clips("s3://bkt/set")
+    assert len(far) == 12
+    for number in (0, 5, 11):
+        assert {key: np.asarray(value).tolist() for key, value in far[number].items()} == {
+            key: np.asarray(value).tolist() for key, value in near[number].items()
+        }
+    data_prep.show("s3://bkt/set", str(tmp_path / "far.png"))
+    data_prep.show(str(tmp_path / "folder"), str(tmp_path / "near.png"))
+    assert np.array_equal(Image.open(tmp_path / "far.png"), Image.open(tmp_path / "near.png"))
+    assert pretrain.EvalViews(["s3://bkt/set"], 24)[3]["inputs"].shape == (1, 1, 3, 24, 24)
+
+    assert data_prep.verify("s3://bkt/set", 2) == []
+    shard = bytearray(objects(bucket, "set")["part-000001/shard.00000.mds"])
+    shard[len(shard) // 2] ^= 1
+    bucket.put_object(Bucket="bkt", Key="set/part-000001/shard.00000.mds", Body=bytes(shard))
+    bucket.delete_object(Bucket="bkt", Key="set/part-000002/shard.00000.mds")
+    damaged, *_, missing = data_prep.verify("s3://bkt/set", 2)
+    assert damaged.startswith("part-000001/shard.00000.mds is damaged")
+    assert missing == "part-000002/shard.00000.mds is missing"
+
+
+def test_training_streams_the_same_batches_from_a_bucket_as_from_disk(bucket, demo, tmp_path):
+    dist.initialize_dist("cpu")
+    upload(bucket, demo / "train_videos", "train_videos")
+    batches = []
+    for stream in (
+        {"path": str(demo / "train_videos")},
+        {"path": "s3://bkt/train_videos", "cache": str(tmp_path / "cache")},
+    ):
+        pairs = pretrain.PairOfViews(32, 16)
+        options = {"global_train_batch_size": 20, "num_workers": 2}
+        spec, _ = pretrain.load_stream(pairs, pretrain.augment_batch, 0, 8, tmp_path, streams=[stream], **options)
+        batches.append(list(spec.dataloader))
+    assert len(batches[0]) == len(batches[1]) == 3
+    for near, far in zip(*batches, strict=True):
+        assert all(torch.equal(near[key], far[key]) for key in ("views", "augment", "noise"))
+
+
+def test_bucket_that_fails_is_named_and_the_same_command_goes_on(bucket, tmp_path, monkeypatch):
+    write_images(tmp_path / "in", 12)
+    arguments = (str(tmp_path / "in"), "s3://bkt/set", Recipe("images"), 1)
+    write = Place.write
+
+    def fail(place, name, data):
+        if name == "part-000001/shard.00000.mds":
+            with data_prep.bucket_errors(place.at(name)):
+                place.put = boto3.client("s3", endpoint_url="http://127.0.0.1:9").put_object(**place.key(name), Body=data)
+        write(place, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "write", fail)
+        with pytest.raises(OSError, match=r"Could not connect.*s3://bkt/set/part-000001/shard.00000.mds"):
+            convert(*arguments)
+    assert "set/part-000000/part.json" in {one["Key"] for one in bucket.list_objects_v2(Bucket="bkt")["Contents"]}
+    assert convert(*arguments)["samples"] == 12
+    convert(str(tmp_path / "in"), str(tmp_path / "folder"), Recipe("images"), 1)
+    assert objects(bucket, "set") == files_of(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("arrived", [b"dat", b"dat?"])
+def test_upload_that_does_not_arrive_as_it_was_sent_is_an_error(bucket, monkeypatch, arrived):
+    client = data_prep.s3_client(os.getpid())
+    put = client.put_object
+    monkeypatch.setattr(client, "put_object", lambda **given: put(**given | {"Body": arrived}))
+    with pytest.raises(OSError, match=r"not the 4 bytes that were sent.*s3://bkt/x/name"):
+        Place("s3://bkt/x").write("name", b"data")
+
+
+def test_wrong_address_bucket_or_object_is_named(bucket, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="gs://b/x is neither a folder nor an s3:// address"):
+        convert("gs://b/x", str(tmp_path / "out"), Recipe("images"))
+    with pytest.raises(OSError, match=r"NoSuchBucket.*s3://nowhere"):
+        convert("s3://nowhere/x", str(tmp_path / "out"), Recipe("images"))
+    with pytest.raises(ValueError, match="s3://bkt/empty: there is no folder"):
+        convert("s3://bkt/empty", str(tmp_path / "out"), Recipe("images"))
+    with pytest.raises(ValueError, match=r"s3://bkt/empty is not a complete data set \(index.json is missing\)"):
+        pretrain.open_stream(path="s3://bkt/empty")
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
+    data_prep.s3_client.cache_clear()
+    with pytest.raises(OSError, match=r"Could not connect.*s3://bkt/x"):
+        convert("s3://bkt/x", str(tmp_path / "out"), Recipe("images"))
