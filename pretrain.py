@@ -56,8 +56,7 @@ from streaming.base.shuffle import get_shuffle
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import normalize, resized_crop
+from torchvision.transforms.v2.functional import normalize
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 from yaml import YAMLError
@@ -200,9 +199,13 @@ def draw_crop(rng: np.random.Generator, height: int, width: int, scale: tuple, r
 
 
 def crop_and_scale(frame: np.ndarray, box: tuple[int, ...], size: int) -> Tensor:
-    """The box (top, left, height, width) of (H, W, 3) uint8, scaled -> (3, size, size) uint8."""
-    pixels = torch.from_numpy(frame).permute(2, 0, 1)
-    return resized_crop(pixels, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
+    """The box (top, left, height, width) of (H, W, 3) uint8, scaled -> (3, size, size) uint8.
+
+    Equals torchvision's resized_crop, whose dispatch takes a tenth as long again.
+    """
+    top, left, height, width = box
+    pixels = torch.from_numpy(frame[top : top + height, left : left + width]).permute(2, 0, 1)  # only the crop is read
+    return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
 
 
 FrameGap = NonNegativeInt | Literal["any", "distant"]

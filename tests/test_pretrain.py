@@ -144,6 +144,15 @@ def test_crops_are_distributed_as_torchvisions(size):
         assert ours[:, column].std() == pytest.approx(spread, rel=0.06)
 
 
+def test_crop_and_scale_equals_torchvisions_resized_crop():
+    rng = np.random.default_rng(0)
+    frame = rng.integers(0, 256, (61, 47, 3), np.uint8)
+    for _ in range(20):
+        box = pretrain.draw_crop(rng, 61, 47, (0.08, 1.0), (3 / 4, 4 / 3))
+        theirs = TF.resized_crop(torch.from_numpy(frame).permute(2, 0, 1), *box, [32, 32], T.InterpolationMode.BICUBIC)
+        assert torch.equal(pretrain.crop_and_scale(frame, box, 32), theirs)
+
+
 def test_frame_pairs_are_as_their_names_say():
     rng = np.random.default_rng(0)
     pairs = {gap: [pretrain.draw_frame_pair(rng, 16, gap, 2) for _ in range(500)] for gap in ("any", "distant", 0, 4)}
