@@ -670,7 +670,7 @@ def write_part(
                 if isinstance(error, OSError) and error.errno in NOT_THE_FILE and not isinstance(error, av.FFmpegError):
                     raise
                 # Not the whole text: a path or an address in memory in it would differ between machines.
-                why = re.sub(r" ?<.* at 0x\w+>", "", str(error.strerror if isinstance(error, av.FFmpegError) else error))
+                why = re.sub(r" ?<.* at 0x\w+>", "", str(getattr(error, "strerror", None) or error))
                 skipped.append([name, " ".join(f"{type(error).__name__}: {why}".split())])
                 continue
             label = label_of.get(named, named)
@@ -715,6 +715,8 @@ def run_parts(work: Callable[[str, dict, Callable], None], parts: list[str], wor
                         waiting.append(part)
                         bar.update(-number - 1)
                 else:
+                    if isinstance(message, OSError):
+                        raise OSError(f"{message}; what is finished is kept, and the same command goes on")
                     if isinstance(message, Exception):
                         raise message
                     running[receiver] = process, part, message
@@ -736,8 +738,10 @@ def run_part(work: Callable, part: str, spoilt: dict, sender: connection.Connect
 
     try:
         work(part, spoilt, step)
-    except Exception as error:
-        sender.send(error if isinstance(error, OSError | ValueError) else RuntimeError(traceback.format_exc()))
+    except OSError as error:
+        sender.send(error if error.filename else OSError(f"{error} (while writing {part})"))
+    except Exception:
+        sender.send(RuntimeError(traceback.format_exc()))
 
 
 def convert(
@@ -793,6 +797,7 @@ def convert(
                 entries = [json.loads(line) for line in islice(file, size)]
             aside = folder / f"{part}.{os.getpid()}.tmp"
             result = write_part(listing, found["classes"], recipe, entries, str(aside), spoilt, step)
+            signal.setitimer(signal.ITIMER_REAL, 0)
             Place(str(aside)).write_json("part.json", result)
             if target.remote:
                 for name in sorted(os.listdir(aside), key=lambda name: name == "part.json"):  # that last: the part is whole

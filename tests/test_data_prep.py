@@ -1,6 +1,8 @@
+import errno
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -336,6 +338,44 @@ def test_run_killed_at_random_moments_ends_with_the_bytes_of_one_never_killed(tm
     assert len(never) == 30 * 2 + 4
     assert all(files_of(tmp_path / str(number)) == never for number in range(8))
     assert data_prep.verify(str(tmp_path / "0"), 1) == []
+
+
+def test_disk_that_is_full_is_named_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_prep, "PART_SIZE", 4)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    for number in range(12):
+        (tmp_path / "in" / "c").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise[:, : 8 if number < 4 else 64]).save(tmp_path / "in" / "c" / f"{number:02d}.png")
+    arguments = (str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))  # stands in for it: the first part fits, the second not
+    try:
+        with pytest.raises(OSError, match=r"File too large \(while writing part-000001\); what is finished is kept"):
+            convert(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "out").glob("part-??????")] == ["part-000000"]
+    assert convert(*arguments)["samples"] == 12
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_file_that_may_not_be_read_ends_the_run_and_one_that_vanished_is_skipped(tmp_path, monkeypatch):
+    write_images(tmp_path / "in", 6)
+    opened = data_prep.Place.open
+
+    def refuse(place, name):
+        if name.endswith("0004.png"):
+            raise PermissionError(errno.EACCES, "Permission denied", place.at(name))
+        return opened(place, "gone.png" if name.endswith("0003.png") else name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_prep.Place, "open", refuse)
+        with pytest.raises(OSError, match=r"Permission denied: '.*/class 1/0004.png'; what is finished is kept"):
+            convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
+    monkeypatch.setattr(data_prep.Place, "open", lambda place, name: opened(place, name.replace("0003", "gone")))
+    report = convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1, max_skipped=0.5)
+    ((name, reason),) = report["skipped"]
+    assert name == "class 0/0003.png" and reason.startswith("FileNotFoundError")
 
 
 def test_shares_of_several_machines_merge_into_what_one_makes(tmp_path, monkeypatch):
