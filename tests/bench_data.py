@@ -1,8 +1,8 @@
 """Reading, extraction and conversion of data beside other tools, as ratios of what took turns in one run.
 
-    uv run python tests/bench_data.py                                     # 2 idle CPU cores, 2 min
+    uv run python tests/bench_data.py                                     # 2 idle CPU cores, 3 min
     apt-get install ffmpeg libopencv-dev libturbojpeg0-dev pkg-config g++
-    uv run --with ffcv==1.0.2 python tests/bench_data.py                  # beside FFCV too, 3 min; leaves .venv as it is
+    uv run --with ffcv==1.0.2 python tests/bench_data.py                  # beside FFCV too; leaves .venv as it is
 
 Prints a line of JSON for each ratio. Contenders take turns, all of them once before anything is counted, and a ratio is the
 median over the turns: higher is better, but in the last lines, which are times. CPU seconds are of all processes and threads
@@ -162,9 +162,7 @@ def compare_loaders(images: Path, work: Path) -> None:
         for rival in (f"webdataset, PIL, torchvision, {workers} workers", "FFCV, 1 thread"):
             if rival in seconds:
                 value = ratio(seconds[rival], seconds[f"ours, {workers} workers"])
-                report(
-                    f"pairs of 224 crops of a 341x256 JPEG, {workers} worker processes", value, rival, "pairs per CPU second"
-                )
+                report(f"pairs of 224 crops of a 341x256 JPEG, {workers} workers", value, rival, "pairs per CPU second")
 
 
 def find_ffmpeg() -> str | None:
@@ -258,7 +256,7 @@ def compare_kinds(clip: Path, work: Path) -> None:
     for name, recipe in packs.items():
         data_prep.convert(str(films), str(work / name), recipe)
     pairs, clips = pretrain.PairOfViews(SIZE, PATCHES), finetune.TrainingClips(SIZE, 16, 2)
-    kinds = {name: (name, pairs, 1024) for name in ("images", *packs)}
+    kinds = {name: (name, pairs, 768) for name in ("images", *packs)}
     kinds["clips of 16 frames, of packs of 16"] = ("packs of 16 frames", clips.draw, 128)
     contenders = {
         f"{name}, {workers} worker{'s' * (workers > 1)}": partial(

@@ -164,7 +164,7 @@ def test_kinetics_class_folders_give_the_classes_where_there_is_no_csv(tmp_path,
         for split in ("train", "val")
         for number, label in enumerate(["zumba", "clay pottery making", "air drumming", "massaging person's head"])
     }
-    source = lay(tmp_path / "k700-2020", videos(*names))
+    source = lay(tmp_path / "k700-2020", videos(*names), {"train/zumba/._junk.mp4": b"\0\5\x16\7"})
     train, val = make("k700", source), make("k700", source, "val")
     assert train.classes == val.classes == sorted(set(names.values()))
     assert train.found | val.found == names and not train.found.keys() & val.found.keys()
