@@ -407,8 +407,8 @@ def read_list(place: Place, parse: Callable, *names: str, columns: tuple[str, ..
         raise ValueError(f"SOURCE {place.root} lacks {' or '.join(names)}")
     with as_published(place.at(name)):
         lines = filter(None, place.read(name).decode("utf-8-sig").splitlines())
-    rows = csv.DictReader(lines) if columns else csv.reader(lines, delimiter=delimiter)
-    missing = [column for column in columns if column not in (rows.fieldnames or ())]
+        rows = csv.DictReader(lines) if columns else csv.reader(lines, delimiter=delimiter)
+        missing = [column for column in columns if column not in (rows.fieldnames or ())]
     if missing:
         raise ValueError(f"{place.at(name)} has no column {missing[0]}; its first line must name {', '.join(columns)}")
     for row in rows:
@@ -480,16 +480,20 @@ def list_kinetics(source: str, split: str) -> Listing:
     files = {Path(name).stem: name for name in names}
     mended = find_files(place, "videos", "replacement") if place.has("replacement") else ()  # K400's, for corrupted ones
     files |= {Path(name).stem[:11]: name for name in mended}
+    used = set()
 
     def find(row: dict[str, str]) -> tuple | None:
         stem = f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
         name = files.get(row["youtube_id"]) or files.get(stem)
+        used.update((name, files.get(stem)))
         return (name, row.get("label") or None) if name else None
 
     known = any(map(place.has, tables["train"]))
     labels = read_list(place, lambda row: row["label"], *tables["train"], columns=("label",)) if known else ()
+    classes = sorted(set(labels))
     rows = read_list(place, find, *tables[split], columns=("youtube_id", "time_start", "time_end"))
-    return Listing(place, rows, sorted(set(labels)) or None)
+    unlisted = ((name, folder_of(name)) for name in files.values() if name not in used and folder_of(name) in classes)
+    return Listing(place, chain(rows, unlisted), classes or None)  # K600's csv lacks many that its class folders hold
 
 
 def list_mit(source: str, split: str) -> Listing:
@@ -597,15 +601,15 @@ def list_places365(source: str, split: str) -> Listing:
     def read(name: str, parse: Callable) -> Iterator:
         return read_list(place, parse, name, f"filelist_places365-standard/{name}", delimiter=" ")
 
-    numbered = sorted(read("categories_places365.txt", lambda row: (int(row[1]), row[0][3:])))  # /a/airfield 0
-    classes = [name for _, name in numbered]
+    numbered = dict(read("categories_places365.txt", lambda row: (int(row[1]), row[0][3:])))  # /a/airfield 0
 
     def find(row: list[str]) -> tuple | None:
         name = f"{folder}/{row[0].lstrip('/')}"
-        label = classes[int(row[1])] if split != "test" else None
+        label = numbered[int(row[1])] if split != "test" else None
         return (name, label) if name in files else None
 
-    return Listing(place, read(f"places365_{split}{'_standard' if split == 'train' else ''}.txt", find), classes)
+    rows = read(f"places365_{split}{'_standard' if split == 'train' else ''}.txt", find)
+    return Listing(place, rows, [numbered[number] for number in sorted(numbered)])
 
 
 LAYOUTS = {

@@ -197,6 +197,13 @@ def test_kinetics_400_replacements_take_the_place_of_corrupted_files_of_the_same
     assert bright == set(replacements)
 
 
+def test_kinetics_takes_what_its_csv_lacks_from_the_class_folders(tmp_path, make):
+    listed, unlisted = "train/abseiling/0wR5jVB-WPk_000417_000427.mp4", "train/abseiling/zzzzzzzzzzz_000001_000011.mp4"
+    elsewhere = "train/no class of the csv/yyyyyyyyyyy_000001_000011.mp4"
+    made = make("k600", lay(tmp_path / "k600", videos(listed, unlisted, elsewhere), K400_LISTS))
+    assert made.found == {listed: "abseiling", unlisted: "abseiling"}
+
+
 def test_kinetics_refuses_what_is_not_its_layout(tmp_path):
     refused("k400", tmp_path / "nowhere", "nowhere: there is no folder train or videos/train")
     flat = lay(tmp_path / "flat", videos("val/kUDuaEpODNI_001234_001244.mp4"))

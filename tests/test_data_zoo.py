@@ -215,9 +215,10 @@ BAD_VIDEOS = {
     "sound_only.mp4": "no video stream",
     "jpeg_named.mp4": "a still picture",
     "png_named.mkv": "a still picture",
-    "empty.mp4": "Invalid data",
+    "empty.mp4": "Invalid",
     "text.avi": "Invalid data",
-    "cut.mp4": "Invalid data",
+    "cut_index_last.mp4": "no video stream",
+    "cut_index_first.mp4": "cut: ",
     "cut.mkv": "cut: ",
 }
 
@@ -244,9 +245,10 @@ def write_videos(folder: Path) -> None:
     Image.fromarray(draw()).save(folder / "png_named.mkv", "PNG")
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.avi").write_text("this is no video")
-    for name in ("cut.mp4", "cut.mkv"):
-        write_video(folder / name, "mpeg4", size=(128, 96))
-        (folder / name).write_bytes((folder / name).read_bytes()[:-3000])
+    for name in ("cut_index_last.mp4", "cut_index_first.mp4", "cut.mkv"):
+        write_video(folder / name, "mjpeg", "yuvj420p", container={"movflags": "faststart"} if "first" in name else {})
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) * 6 // 10])
 
 
 def zoo(folder: Path, recipe: Recipe, write) -> SimpleNamespace:
@@ -294,7 +296,7 @@ def test_video_comes_out_as_drawn_with_its_colours_size_frames_and_times(videos,
     pictures, rate = frames_of(sample), arguments.get("rate", 10)
     width, height = arguments.get("size", (64, 48))
     assert [picture.shape for picture in pictures] == [(height, width, 3)] * 4
-    assert [number_of(picture) for picture in pictures] == pytest.approx([1, 4, 7, 10], abs=0.35)
+    assert [number_of(picture) for picture in pictures] == pytest.approx([1, 4, 7, 10], abs=0.45)
     assert [np.abs(corners(picture) - CORNERS).max() <= 8 for picture in pictures] == [True] * 4
     times = np.arange(12) / rate if name.endswith("avi") else times_of(videos.source / name)  # PyAV guesses those of AVI
     assert sample["timestamps"] == pytest.approx([times[i] for i in (1, 4, 7, 10)], abs=1e-6)
@@ -310,7 +312,7 @@ def test_turned_video_comes_out_as_a_player_shows_it(videos, name):
     pictures, shown = frames_of(videos.samples[name]), TURNED[name][1]
     assert [picture.shape for picture in pictures] == [shown(draw()).shape] * 4
     assert [np.abs(corners(picture) - shown(CORNERS)).max() <= 8 for picture in pictures] == [True] * 4
-    assert [number_of(picture) for picture in pictures] == pytest.approx([1, 4, 7, 10], abs=0.35)
+    assert [number_of(picture) for picture in pictures] == pytest.approx([1, 4, 7, 10], abs=0.45)
 
 
 @pytest.mark.parametrize("name", WOVEN)
@@ -325,7 +327,7 @@ def test_grey_video_comes_out_as_the_luma_of_what_was_drawn(videos):
     luma = (CORNERS @ np.array([0.299, 0.587, 0.114]))[..., None].repeat(3, -1)
     pictures = frames_of(videos.samples["grey.mkv"])
     assert all(np.abs(corners(picture) - luma).max() <= 4 for picture in pictures)
-    assert [number_of(picture) for picture in pictures] == pytest.approx([1, 4, 7, 10], abs=0.35)
+    assert [number_of(picture) for picture in pictures] == pytest.approx([1, 4, 7, 10], abs=0.45)
 
 
 @pytest.mark.parametrize("name", UNEVEN)
@@ -337,14 +339,14 @@ def test_variable_rate_gives_the_frame_on_screen_at_each_wanted_time(videos, nam
     length = (VARIABLE[-1] + last) / 1000
     wanted = np.arange(int(10 * length)) / 10 if recipe.fps else (np.arange(12) + 0.5) * length / 12
     shown = [max(n for n in range(12) if VARIABLE[n] / 1000 <= time + 1e-9) for time in wanted]
-    assert [number_of(simplejpeg.decode_jpeg(frame)) for frame in frames] == pytest.approx(shown, abs=0.35)
+    assert [number_of(simplejpeg.decode_jpeg(frame)) for frame in frames] == pytest.approx(shown, abs=0.45)
     assert times == pytest.approx([VARIABLE[n] / 1000 for n in shown], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", FEW)
 def test_video_of_fewer_frames_than_asked_repeats_them_in_order(videos, name):
     numbers = [0, 0, 0, 0] if FEW[name] == 1 else [0, 1, 1, 2]
-    assert [number_of(picture) for picture in frames_of(videos.samples[name])] == pytest.approx(numbers, abs=0.35)
+    assert [number_of(picture) for picture in frames_of(videos.samples[name])] == pytest.approx(numbers, abs=0.45)
     assert videos.samples[name]["timestamps"] == pytest.approx(np.array(numbers) / 10, abs=1e-6)
 
 
@@ -353,9 +355,9 @@ def test_video_of_fewer_frames_than_asked_repeats_them_in_order(videos, name):
 )
 def test_edit_list_shows_what_it_shows_and_hides_the_rest(videos, name, numbers, first):
     sample = videos.samples[name]
-    assert [number_of(picture) for picture in frames_of(sample)] == pytest.approx(numbers, abs=0.35)
+    assert [number_of(picture) for picture in frames_of(sample)] == pytest.approx(numbers, abs=0.45)
     assert sample["timestamps"] == pytest.approx((np.array(numbers) - first) / 10, abs=1e-6)
-    assert set(sample["timestamps"]) <= set(times_of(videos.source / name))
+    assert set(sample["timestamps"].round(6)) <= set(np.round(times_of(videos.source / name), 6))
 
 
 @pytest.mark.parametrize("path", sorted(BIKES.parent.glob("*.mp4")), ids=lambda path: path.stem)
@@ -402,9 +404,10 @@ def huge_png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
-def claim_size(data: bytes, marker: bytes, width: int, height: int) -> bytes:
-    """A JPEG file whose header says another size."""
-    offset = data.index(marker) + 5
+def huge_progressive(width: int, height: int) -> bytes:
+    """A small progressive JPEG whose header says another size."""
+    data = jpeg(progressive=True)
+    offset = data.index(b"\xff\xc2") + 5
     return data[:offset] + struct.pack(">HH", height, width) + data[offset + 4 :]
 
 
@@ -435,7 +438,6 @@ BAD_IMAGES = {
     "truncated.png": "truncated",
     "huge.png": "huge: 20000x15000 pixels",
     "huge_progressive.jpg": "huge: 20000x15000 pixels",
-    "says_it_is_huge.jpg": "truncated",
     "32_bit.tif": "32 bits",
     "float.tif": "32 bits",
     "video_named.png": "cannot identify",
@@ -469,8 +471,7 @@ def write_images(folder: Path) -> None:
     (folder / "truncated.jpg").write_bytes(jpeg()[:-300])
     (folder / "truncated.png").write_bytes((folder / "large.png").read_bytes()[:-300])
     (folder / "huge.png").write_bytes(huge_png(20000, 15000))
-    (folder / "huge_progressive.jpg").write_bytes(claim_size(jpeg(progressive=True), b"\xff\xc2", 20000, 15000))
-    (folder / "says_it_is_huge.jpg").write_bytes(claim_size(jpeg(), b"\xff\xc0", 20000, 15000))
+    (folder / "huge_progressive.jpg").write_bytes(huge_progressive(20000, 15000))
     write_video(folder / "aside.mp4")
     (folder / "aside.mp4").rename(folder / "video_named.png")
     (folder / "text.jpg").write_text("this is no image")
