@@ -99,7 +99,7 @@ def test_views_of_a_batch_are_augmented_each_by_its_own_numbers(images):
 
 def test_batch_is_normalised_by_imagenets_mean_and_deviation(images):
     row = torch.tensor(list(NEUTRAL.values())).expand(2, 2, -1)
-    batch = {"views": images.view(2, 2, 3, 48, 48), "augment": row, "noise": torch.rand(2, 2, 16)}
+    batch = {"views": images.permute(0, 2, 3, 1).view(2, 2, 48, 48, 3), "augment": row, "noise": torch.rand(2, 2, 16)}
     expected = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(images / 255).view(2, 2, 3, 48, 48)
     result = pretrain.augment_batch(batch)
     torch.testing.assert_close(result["views"], expected, atol=1e-2, rtol=0)
@@ -190,7 +190,7 @@ def test_views_depend_on_seed_epoch_and_sample_alone_not_on_the_workers(demo):
     for epoch in (0, 1):
         assert len(alone[epoch]) == len(two[epoch]) == 6
         for ours, theirs in zip(alone[epoch], two[epoch], strict=True):
-            assert ours["views"].shape == (20, 2, 3, 32, 32) and ours["views"].dtype == torch.uint8
+            assert ours["views"].shape == (20, 2, 32, 32, 3) and ours["views"].dtype == torch.uint8
             assert all(torch.equal(ours[key], theirs[key]) for key in ("views", "augment", "noise"))
     noise = {
         (seed, epoch): {tuple(row.flatten().tolist()) for batch in batches for row in batch["noise"]}
