@@ -211,8 +211,8 @@ def crop_and_scale(frame: np.ndarray, box: tuple[int, ...], size: int) -> Tensor
     Equals torchvision's resized_crop. A contiguous crop spares torch a repacking, and saves a third of the time.
     """
     top, left, height, width = box
-    pixels = torch.from_numpy(np.ascontiguousarray(frame[top : top + height, left : left + width]))
-    return F.interpolate(pixels.permute(2, 0, 1)[None], (size, size), mode="bicubic", antialias=True)[0]
+    pixels = torch.from_numpy(np.ascontiguousarray(frame[top : top + height, left : left + width]))[None]
+    return F.interpolate(pixels.permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True)[0]  # channels last
 
 
 FrameGap = NonNegativeInt | Literal["any", "distant"]

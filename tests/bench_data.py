@@ -4,9 +4,10 @@
     apt-get install ffmpeg libopencv-dev libturbojpeg0-dev pkg-config g++
     uv run --with ffcv==1.0.2 python tests/bench_data.py                  # beside FFCV too; leaves .venv as it is
 
-Prints a line of JSON for each ratio. Contenders take turns, all of them once before anything is counted, and a ratio is the
-median over the turns: higher is better, but in the last lines, which are times. CPU seconds are of all processes and threads
-at work. Where there is no ffmpeg on the PATH, `--with imageio-ffmpeg` brings one; without either that part is left out.
+Prints a line of JSON for each ratio, and for the cost of an input of the common data sets. Contenders take turns, each
+once before anything is counted; a ratio is the median over the turns: higher is better, but in lines of wall time. CPU
+seconds are of all processes and threads at work. Where there is no ffmpeg on the PATH, `--with imageio-ffmpeg` brings one;
+without either that part is left out.
 """
 
 import importlib.util
@@ -90,16 +91,16 @@ def draw_images(folder: Path, count: int, width: int, height: int) -> None:
         Path(folder, f"{number:06d}.jpg").write_bytes(simplejpeg.encode_jpeg(pixels, 90, colorsubsampling="420"))
 
 
-def draw_clip(path: Path) -> None:
-    """10 s of 30 frames, 340x256, a key frame every 250, as clips of Kinetics are."""
+def draw_clip(path: Path, seconds: int = 10, width: int = 340) -> None:
+    """30 frames a second, 256 pixels high, a key frame every 250, as clips of Kinetics are."""
     with av.open(str(CLIPS / "bikes.mp4")) as film:
         frames = [frame.to_ndarray(format="rgb24", width=602, height=256) for frame in film.decode(video=0)]
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=30, options={"crf": "23", "g": "250", "threads": "1"})
-        stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
-        for number in range(300):
-            left = number * 262 // 300
-            pixels = np.ascontiguousarray(frames[number % len(frames)][:, left : left + 340])
+        stream.width, stream.height, stream.pix_fmt = width, 256, "yuv420p"
+        for number in range(30 * seconds):
+            left = number * (602 - width) // (30 * seconds)
+            pixels = np.ascontiguousarray(frames[number % len(frames)][:, left : left + width])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
 
@@ -235,6 +236,32 @@ def compare_workers(images: Path, work: Path) -> None:
     )
 
 
+def measure_costs(images: Path, work: Path) -> None:
+    """CPU time and room of an input of the common data sets, whose like are drawn here."""
+    packs = {"16 frames": data_prep.Recipe("videos"), "7.5 frames a second": data_prep.Recipe("videos", fps=7.5)}
+    few = {"8 frames": data_prep.Recipe("videos", frames=8)}
+    for name, seconds, width, recipes in (
+        ("Kinetics, 10 s of 340x256", 10, 340, packs),
+        ("MiT, 3 s of 256x256", 3, 256, few),
+    ):
+        folder = work / name
+        folder.mkdir()
+        draw_clip(folder / "0.mp4", seconds, width)
+        for number in range(1, 24):
+            os.link(folder / "0.mp4", folder / f"{number}.mp4")
+        for pack, recipe in recipes.items():
+            cost(f"{name}, {pack}", folder, work / "cost", recipe)
+    cost("ImageNet, 500x375", images, work / "cost", data_prep.Recipe("images"))
+
+
+def cost(what: str, source: Path, out: Path, recipe: data_prep.Recipe) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    begin = cpu_seconds()
+    count = data_prep.convert(str(source), str(out), recipe, 1)["samples"]
+    seconds, size = (cpu_seconds() - begin) / count, sum(path.stat().st_size for path in out.rglob("*.mds")) / count
+    print(json.dumps({"what": what, "cpu_seconds": round(seconds, 4), "kilobytes": round(size / 1000)}), flush=True)
+
+
 def to_device(loader: DataLoader) -> int:
     """Read an epoch, each batch moved to the device, and return how many samples it has."""
     count = 0
@@ -286,6 +313,7 @@ def main() -> None:
         compare_loaders(work / "small", work)
         compare_extraction(work / "clip.mp4", work)
         compare_workers(work / "large", work)
+        measure_costs(work / "large", work)
         compare_kinds(work / "clip.mp4", work)
 
 
