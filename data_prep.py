@@ -263,6 +263,55 @@ def kept_times(start: float, duration: float, recipe: Recipe) -> np.ndarray:
     return start + (np.arange(recipe.frames) + 0.5) * duration / recipe.frames
 
 
+def open_video(file: BinaryIO) -> av.container.InputContainer:
+    """The container of a video file, from its beginning.
+
+    Raises:
+        ValueError: it has no video, or none that can be decoded.
+        av.FFmpegError: the file is damaged or no video.
+    """
+    file.seek(0)
+    container = av.open(file, metadata_errors="ignore")  # titles are in whatever encoding
+    if not container.streams.video:
+        raise ValueError("no video stream")
+    if container.format.name.endswith("_pipe") or container.format.name == "image2":
+        raise ValueError("a still picture, not a video")
+    if container.streams.video[0].codec_context is None:
+        raise ValueError("no decoder for its codec")
+    container.streams.video[0].codec_context.thread_count = 1
+    return container
+
+
+def time_of(packet: av.Packet | av.VideoFrame, ordered: bool) -> int | None:
+    return packet.dts if ordered or packet.pts is None else packet.pts
+
+
+def scan_video(container: av.container.InputContainer, ordered: bool) -> tuple[np.ndarray, float]:
+    """Read the packets alone -> times of the frames shown, ascending, in the stream's unit; seconds from one to the next.
+
+    Raises:
+        ValueError: there are none, or fewer than the container claims.
+    """
+    stream, found, count, end = container.streams.video[0], [], 0, 0.0
+    for packet in container.demux():
+        time = time_of(packet, ordered)
+        if time is None:
+            continue
+        if packet.stream is stream:
+            count += 1
+            if not packet.is_discard:  # an edit list hides frames that other frames need
+                found.append(time)
+        end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
+    if not found:
+        raise ValueError("no frames")
+    pts = np.unique(found)
+    gap = float(np.median(np.diff(pts)) * stream.time_base if len(pts) > 1 else 1 / (stream.average_rate or 1))
+    claimed = (container.duration or 0) / av.time_base
+    if count < stream.frames or (not stream.frames and end + gap < 0.98 * claimed):  # some packets have no duration
+        raise ValueError(f"cut: {count} frames, {end:.2f} s of {stream.frames or '?'}, {claimed:.2f} s")
+    return pts, gap
+
+
 def read_video(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]]:
     """Decode the wanted frames of a video file -> upright JPEG files, timestamps in seconds.
 
@@ -270,67 +319,45 @@ def read_video(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]
     packet that is neither wanted nor a key frame the decoder may drop what no other frame refers to.
 
     Raises:
-        ValueError: the file has no video stream, ends early, or lacks a frame that its packets promise.
+        ValueError: see open_video and scan_video; or the file lacks a frame that its packets promise.
         av.FFmpegError: the file is damaged or no video.
     """
-    with av.open(file) as container:
-        if not container.streams.video:
-            raise ValueError("no video stream")
-        if container.format.name.endswith("_pipe") or container.format.name == "image2":
-            raise ValueError("a still picture, not a video")
+    with open_video(file) as container:
+        ordered = container.format.name == "avi"  # has no presentation times: the n-th frame shown has the n-th packet's
+        pts, gap = scan_video(container, ordered)
+        seconds = pts * float(container.streams.video[0].time_base)
+    times = kept_times(seconds[0], seconds[-1] - seconds[0] + gap, recipe) + 0.02 * gap  # containers round to 1 ms
+    on_screen = np.searchsorted(seconds, times, "right") - 1
+    wanted = pts[on_screen].tolist()
+    missing, frames, shown = set(wanted), {}, iter(pts.tolist())
+    with open_video(file) as container:  # anew, since not every format can be rewound
         stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        unit = float(stream.time_base)
-        found, count, end = [], 0, 0.0  # times of the frames; how many packets, and the last's end, show a file that was cut
-        ordered = False  # as in AVI, where only packets have times: the n-th frame shown has the n-th of them
-        for packet in container.demux():
-            time = packet.dts if packet.pts is None else packet.pts
-            if time is None:
-                continue
-            if packet.stream is stream:
-                count += 1
-                ordered |= packet.pts is None
-                if not packet.is_discard:  # an edit list hides frames that other frames need
-                    found.append(time)
-            end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
-        if not found:
-            raise ValueError("no frames")
-        claimed = (container.duration or 0) / av.time_base
-        if count < stream.frames or (not stream.frames and end < 0.98 * claimed):
-            raise ValueError(f"cut: {count} frames, {end:.2f} s of {stream.frames or '?'}, {claimed:.2f} s")
-
-        pts = np.unique(found)
-        seconds = pts * unit
-        gap = float(np.median(np.diff(seconds))) if len(pts) > 1 else 1.0
-        times = kept_times(seconds[0], seconds[-1] - seconds[0] + gap, recipe) + 0.02 * gap  # containers round to 1 ms
-        on_screen = np.searchsorted(seconds, times, "right") - 1
-        wanted = pts[on_screen]
-        missing, frames = set(wanted.tolist()), {}
-
-        container.seek(int(pts[0]), stream=stream)
-        shown = iter(pts.tolist())
         for packet in container.demux(stream):
-            time = packet.dts if packet.pts is None else packet.pts
+            time = time_of(packet, ordered)
             keep_all = ordered or time is None or time in missing or packet.is_keyframe
             stream.codec_context.skip_frame = "DEFAULT" if keep_all else "NONREF"
             for frame in packet.decode():
-                time = next(shown, None) if ordered else frame.dts if frame.pts is None else frame.pts
+                time = next(shown, None) if ordered else time_of(frame, ordered)
                 if time in missing:
                     missing.remove(time)
                     frames[time] = encode_jpeg(frame, recipe)
             if not missing:
                 break
     if missing:
-        raise ValueError(f"no such frame: {len(missing)} of {len(set(wanted.tolist()))} could not be decoded")
-    return [frames[time] for time in wanted.tolist()], seconds[on_screen].tolist()
+        raise ValueError(f"no such frame: {len(missing)} of {len(set(wanted))} could not be decoded")
+    return [frames[time] for time in wanted], seconds[on_screen].tolist()
 
 
 def encode_jpeg(frame: av.VideoFrame, recipe: Recipe) -> bytes:
-    """A decoded video frame, scaled to the recipe's short side and turned upright, as a JPEG file."""
+    """A decoded video frame, scaled to the recipe's short side and turned as a player shows it, as a JPEG file."""
     scale = min(1.0, recipe.short_side / min(frame.width, frame.height))
     width, height = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
     pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")  # (H, W, 3)
-    pixels = np.rot90(pixels, round(frame.rotation / 90))  # phones store what is upright lying on its side, and a rotation
+    if matrix := frame.side_data.get("DISPLAYMATRIX"):  # as of phones, which store what is upright lying on its side
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]  # x' = ax + cy, y' = bx + dy
+        if abs(b) > abs(a):
+            pixels, a, d = pixels.swapaxes(0, 1), c, b
+        pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
     return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), recipe.quality, colorsubsampling="420")
 
 
@@ -343,14 +370,16 @@ def read_image(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]
     """
     data = file.read()
     with Image.open(io.BytesIO(data)) as image:
-        upright = image.getexif().get(0x0112, 1) == 1
         small = min(image.size) <= recipe.short_side
         progressive = "progressive" in image.info  # its coefficients are in memory as a whole, however small it is decoded
         if not progressive and image.width * image.height > MAX_PIXELS // 8:
             image.draft(None, (2 * recipe.short_side,) * 2)  # a JPEG can be decoded at a half, a quarter, an eighth
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"huge: {image.width}x{image.height} pixels")
+        if image.mode in ("I", "F"):
+            raise ValueError("32 bits a pixel, of unknown range")
         image.load()
+        upright = image.getexif().get(0x0112, 1) == 1
         if image.format == "JPEG" and image.mode in ("RGB", "L") and upright and small:
             try:
                 simplejpeg.decode_jpeg(data, "RGB")  # stricter than Pillow: what it refuses is encoded anew

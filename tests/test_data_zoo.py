@@ -6,7 +6,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import struct
 import subprocess
@@ -31,6 +30,7 @@ from data_prep import Recipe, convert
 CORNERS = np.array([[(220, 30, 30), (30, 200, 40)], [(40, 60, 220), (230, 220, 40)]], np.uint8)  # red green, blue yellow
 CODED = {"ITU601": (0.299, 0.114), "ITU709": (0.2126, 0.0722), "BT2020": (0.2627, 0.0593)}  # weights of red and blue in luma
 TAGS = {"ITU601": 6, "ITU709": 1, "BT2020": 9}
+TITLE = "Café"
 VARIABLE = [0, 40, 100, 500, 520, 900, 1000, 1500, 1530, 1700, 1900, 2000]  # ms
 
 
@@ -79,6 +79,7 @@ def write_video(
     tagged: tuple[str, bool] | None = None,
     alpha: bool = False,
     woven: bool = False,
+    title: str = "",
 ) -> None:
     """A video of what `draw` draws.
 
@@ -90,6 +91,7 @@ def write_video(
     """
     with av.open(str(path), "w", options=container or {}) as file:
         stream = file.add_stream(codec, rate=rate, options=options or {})
+        file.metadata["title"] = title
         stream.width, stream.height = size
         stream.pix_fmt = layout
         if times:
@@ -145,6 +147,13 @@ def patch_edit(path: Path, first: int, frames: int) -> None:
     path.write_bytes(data)
 
 
+def patch_title(path: Path) -> None:
+    """Put a title in Latin-1, which is no UTF-8, in place of TITLE."""
+    data = path.read_bytes()
+    assert data.count(TITLE.encode()) == 1
+    path.write_bytes(data.replace(TITLE.encode(), TITLE.encode("latin-1") + b" "))
+
+
 B_FRAMES = {"options": {"bf": "2"}}
 QUIET = {"options": {"x265-params": "log-level=none"}}
 SHARP = {"options": {"crf": "4"}}
@@ -191,6 +200,8 @@ PLAIN = {  # videos of 12 frames, 10 a second: arguments of write_video
     "begins_at_5_s.mkv": {"times": [5000 + 100 * number for number in range(12)]},
     "begins_at_5_s.ts": {"times": [5000 + 100 * number for number in range(12)]},
     "mp4_named.avi": {},
+    "latin_title.avi": {"codec": "mpeg4", "title": TITLE},
+    "latin_title.mp4": {"title": TITLE},
 }
 TURNED = {  # display matrix; what a player makes of the stored picture
     "turned_90.mp4": ((0, 1, -1, 0), lambda picture: np.rot90(picture, -1)),
@@ -221,6 +232,7 @@ BAD_VIDEOS = {
     "cut_index_last.mp4": "Invalid data",
     "cut_index_first.mp4": "cut: ",
     "cut.mkv": "cut: ",
+    "unknown_codec.mp4": "no decoder",
 }
 
 
@@ -229,6 +241,8 @@ def write_videos(folder: Path) -> None:
         made = folder / ("aside.mp4" if name == "mp4_named.avi" else name)
         write_video(made, **arguments, woven=name in WOVEN)
         made.rename(folder / name)
+        if "title" in arguments:
+            patch_title(folder / name)
     for name, (matrix, _) in TURNED.items():
         write_video(folder / name)
         patch_matrix(folder / name, *matrix)
@@ -246,6 +260,9 @@ def write_videos(folder: Path) -> None:
     Image.fromarray(draw()).save(folder / "png_named.mkv", "PNG")
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.avi").write_text("this is no video")
+    write_video(folder / "unknown_codec.mp4")
+    data = (folder / "unknown_codec.mp4").read_bytes()
+    (folder / "unknown_codec.mp4").write_bytes(data.replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzC"))
     for name in ("cut_index_last.mp4", "cut_index_first.mp4", "cut.mkv"):
         write_video(folder / name, "mjpeg", "yuvj420p", container={"movflags": "faststart"} if "first" in name else {})
         data = (folder / name).read_bytes()
@@ -273,7 +290,7 @@ def frames_of(sample: dict) -> list[np.ndarray]:
 
 def times_of(path: Path) -> list[float]:
     """The time of every frame, by a full decode."""
-    with av.open(str(path)) as container:
+    with av.open(str(path), metadata_errors="ignore") as container:
         return [frame.time for frame in container.decode(video=0)]
 
 
@@ -298,7 +315,8 @@ def test_video_comes_out_as_drawn_with_its_colours_size_frames_and_times(videos,
     width, height = arguments.get("size", (64, 48))
     assert [picture.shape for picture in pictures] == [(height, width, 3)] * 4
     assert [number_of(picture) for picture in pictures] == pytest.approx([1, 4, 7, 10], abs=0.45)
-    assert [np.abs(corners(picture) - CORNERS).max() <= 8 for picture in pictures] == [True] * 4
+    tolerance = 4 if "tagged" in arguments else 8
+    assert max(np.abs(corners(picture) - CORNERS).max() for picture in pictures) <= tolerance
     times = np.arange(12) / rate if name.endswith("avi") else times_of(videos.source / name)  # PyAV guesses those of AVI
     assert sample["timestamps"] == pytest.approx([times[i] for i in (1, 4, 7, 10)], abs=1e-6)
 
@@ -307,14 +325,14 @@ def test_videos_of_other_tags_differ_by_more_than_the_tolerance():
     given = [to_yuv(CORNERS, *arguments["tagged"]).astype(int) for arguments in PLAIN.values() if "tagged" in arguments]
     assert len(given) == 5
     for one, other in itertools.combinations(given, 2):
-        assert np.abs(one - other).max() > 9  # what is within 8 levels of CORNERS in RGB is within 9 in YCbCr
+        assert np.abs(one - other).max() > 5  # what is within 4 levels of CORNERS in RGB is within 5 in YCbCr
 
 
 @pytest.mark.parametrize("name", TURNED)
 def test_turned_video_comes_out_as_a_player_shows_it(videos, name):
     pictures, shown = frames_of(videos.samples[name]), TURNED[name][1]
     assert [picture.shape for picture in pictures] == [shown(draw()).shape] * 4
-    assert [np.abs(corners(picture) - shown(CORNERS)).max() <= 8 for picture in pictures] == [True] * 4
+    assert max(np.abs(corners(picture) - shown(CORNERS)).max() for picture in pictures) <= 8
     assert [number_of(picture) for picture in pictures] == pytest.approx([1, 4, 7, 10], abs=0.45)
 
 
@@ -516,8 +534,7 @@ def test_grey_image_comes_out_with_three_channels_of_its_luma(images, name):
 @pytest.mark.parametrize("name", DEEP)
 def test_image_of_16_bits_is_scaled_to_8_and_not_clipped(images, name):
     (picture,) = frames_of(images.samples[name])
-    width, height = DEEP[name]
-    assert min(picture.shape[:2]) == min(height, 64)
+    assert min(picture.shape[:2]) == min(DEEP[name][1], 64)
     ramp = np.linspace(0, 255, picture.shape[1])[None, :, None]
     assert np.abs(picture - ramp).max() <= 6
 
