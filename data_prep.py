@@ -39,6 +39,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice, pairwise
 from multiprocessing import connection, get_context
 from pathlib import Path
+from time import monotonic
 from typing import BinaryIO
 
 import av
@@ -779,17 +780,18 @@ def run_parts(work: Callable[[str, dict, Callable], None], parts: list[str], wor
     input's number in `spoilt`. What it raises is raised here, and ends the others.
     """
     context, waiting, spoilt, running = get_context("fork"), parts[::-1], defaultdict(dict), {}
+    late = []
     try:
         while waiting or running:
             while waiting and len(running) < workers:
                 receiver, sender = context.Pipe(duplex=False)
-                part, number = waiting.pop(), -1
+                part = waiting.pop()
                 process = context.Process(target=run_part, args=(work, part, spoilt[part], sender))
                 process.start()
                 sender.close()
-                running[receiver] = process, part, number
-            for receiver in connection.wait(list(running)):
-                process, part, number = running[receiver]
+                running[receiver] = process, part, None, monotonic()
+            for receiver in connection.wait(list(running), timeout=1):
+                process, part, number, _ = running[receiver]
                 try:
                     message = receiver.recv()
                 except EOFError:
@@ -797,10 +799,11 @@ def run_parts(work: Callable[[str, dict, Callable], None], parts: list[str], wor
                     del running[receiver]
                     if process.exitcode:
                         died = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit {process.exitcode}"
-                        if number < 0 or number in spoilt[part] or died == "SIGTERM":
+                        if number is None or number in spoilt[part] or died == "SIGTERM":
                             raise OSError(f"a worker was ended ({died}) at {part}") from None
-                        slow = f"took longer than {TIME_LIMIT} s to decode"
-                        spoilt[part][number] = slow if died == "SIGALRM" else f"crashed the decoder ({died})"
+                        slow = died == "SIGKILL" and process in late
+                        why = f"took longer than {TIME_LIMIT} s to decode" if slow else f"crashed the decoder ({died})"
+                        spoilt[part][number] = why
                         waiting.append(part)
                         bar.update(-number - 1)
                 else:
@@ -808,10 +811,13 @@ def run_parts(work: Callable[[str, dict, Callable], None], parts: list[str], wor
                         raise OSError(f"{message}; what is finished is kept, and the same command goes on")
                     if isinstance(message, Exception):
                         raise message
-                    running[receiver] = process, part, message
-                    bar.update()
+                    running[receiver] = process, part, message, monotonic()
+                    bar.update(message is not None)
+            late = [one[0] for one in running.values() if one[2] is not None and monotonic() - one[3] > TIME_LIMIT]
+            for process in late:
+                process.kill()
     finally:
-        for process, _, _ in running.values():
+        for process, *_ in running.values():
             process.kill()
             process.join()
 
@@ -819,14 +825,8 @@ def run_parts(work: Callable[[str, dict, Callable], None], parts: list[str], wor
 def run_part(work: Callable, part: str, spoilt: dict, sender: connection.Connection) -> None:
     """What the process of a part does."""
     Image.MAX_IMAGE_PIXELS = None  # read_image has a bound of its own
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-
-    def step(number: int) -> None:
-        signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT)  # ends this process, also while it is inside a library
-        sender.send(number)  # fails, and ends this process, if the parent is gone
-
     try:
-        work(part, spoilt, step)
+        work(part, spoilt, sender.send)  # to send fails, and ends this process, if the parent is gone
     except OSError as error:
         sender.send(error if error.filename else OSError(f"{error} (while writing {part})"))
     except Exception:
@@ -886,7 +886,7 @@ def convert(
                 entries = [json.loads(line) for line in islice(file, size)]
             aside = folder / f"{part}.{os.getpid()}.tmp"
             result = write_part(listing, found["classes"], recipe, entries, str(aside), spoilt, step)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            step(None)  # what follows may take as long as it does
             Place(str(aside)).write_json("part.json", result)
             if target.remote:
                 for name in sorted(os.listdir(aside), key=lambda name: name == "part.json"):  # that last: the part is whole
