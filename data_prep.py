@@ -277,9 +277,10 @@ def open_video(file: BinaryIO) -> av.container.InputContainer:
         raise ValueError("no video stream")
     if container.format.name.endswith("_pipe") or container.format.name == "image2":
         raise ValueError("a still picture, not a video")
-    if container.streams.video[0].codec_context is None:
+    stream = container.streams.best("video")  # not a cover picture
+    if stream is None or stream.codec_context is None:
         raise ValueError("no decoder for its codec")
-    container.streams.video[0].codec_context.thread_count = 1
+    stream.codec_context.thread_count = 1
     return container
 
 
@@ -293,7 +294,7 @@ def scan_video(container: av.container.InputContainer, ordered: bool) -> tuple[n
     Raises:
         ValueError: there are none, or fewer than the container claims.
     """
-    stream, found, count, end = container.streams.video[0], [], 0, 0.0
+    stream, found, count, end = container.streams.best("video"), [], 0, 0.0
     for packet in container.demux():
         time = time_of(packet, ordered)
         if time is None:
@@ -326,13 +327,13 @@ def read_video(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]
     with open_video(file) as container:
         ordered = container.format.name == "avi"  # has no presentation times: the n-th frame shown has the n-th packet's
         pts, gap = scan_video(container, ordered)
-        seconds = pts * float(container.streams.video[0].time_base)
+        seconds = pts * float(container.streams.best("video").time_base)
     times = kept_times(seconds[0], seconds[-1] - seconds[0] + gap, recipe) + 0.02 * gap  # containers round to 1 ms
     on_screen = np.searchsorted(seconds, times, "right") - 1
     wanted = pts[on_screen].tolist()
     missing, frames, shown = set(wanted), {}, iter(pts.tolist())
     with open_video(file) as container:  # anew, since not every format can be rewound
-        stream = container.streams.video[0]
+        stream = container.streams.best("video")
         for packet in container.demux(stream):
             time = time_of(packet, ordered)
             keep_all = ordered or time is None or time in missing or packet.is_keyframe
@@ -353,7 +354,8 @@ def encode_jpeg(frame: av.VideoFrame, recipe: Recipe) -> bytes:
     """A decoded video frame, scaled to the recipe's short side and turned as a player shows it, as a JPEG file."""
     scale = min(1.0, recipe.short_side / min(frame.width, frame.height))
     width, height = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
-    pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")  # (H, W, 3)
+    # (H, W, 3). More threads would be made anew for every frame.
+    pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC", threads=1)
     if matrix := frame.side_data.get("DISPLAYMATRIX"):  # as of phones, which store what is upright lying on its side
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]  # x' = ax + cy, y' = bx + dy
         if abs(b) > abs(a):
@@ -1032,8 +1034,8 @@ def verify(path: str, workers: int = 0) -> list[str]:
     counts = Counter({f"part-{number:06d}": 0 for number in range(report["parts"])})
     for shard in shards:
         counts[shard["raw_data"]["basename"].split("/")[0]] += shard["samples"]
-    faults += [f"{part} is not in index.json" for part, count in counts.items() if not count]
     if (count := sum(counts.values())) != report["samples"]:
+        faults += [f"{part} is not in index.json" for part, found in counts.items() if not found]
         faults.append(f"index.json has {count} samples, report.json {report['samples']}")
     check = functools.partial(check_shard, Place(path), labels=labels, short_side=side)
     with ProcessPoolExecutor(workers or os.cpu_count(), get_context("fork")) as pool:
