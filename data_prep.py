@@ -34,7 +34,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice, pairwise
 from multiprocessing import connection, get_context
@@ -893,11 +893,12 @@ def convert(
             if target.remote:
                 for name in sorted(os.listdir(aside), key=lambda name: name == "part.json"):  # that last: the part is whole
                     target.write(f"{part}/{name}", (aside / name).read_bytes())
-            shutil.rmtree(folder / part, ignore_errors=True)
-            if keep_local or not target.remote:
-                aside.rename(folder / part)
-            else:
-                shutil.rmtree(aside)
+            if (keep_local or not target.remote) and not (folder / part / "part.json").exists():
+                shutil.rmtree(folder / part, ignore_errors=True)
+                with suppress(OSError):  # a worker that a killed run left behind may have been faster, with the same bytes
+                    aside.rename(folder / part)
+                (folder / part / "part.json").stat()
+            shutil.rmtree(aside, ignore_errors=True)
 
         done = {name.split("/")[0] for name in target.names() if name.endswith("/part.json")}
         if target.remote and keep_local:
@@ -905,7 +906,7 @@ def convert(
         mine = [f"part-{number:06d}" for number in range(share[0] - 1, len(starts), share[1])]
         waiting = [part for part in mine if part not in done]
         for stale in (path for part in waiting for path in folder.glob(f"{part}.*.tmp")):
-            shutil.rmtree(stale)
+            shutil.rmtree(stale, ignore_errors=True)
         if waiting:
             import streaming  # noqa: F401  # 4 s; once here, so that the forked workers need not
 
