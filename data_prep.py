@@ -154,7 +154,12 @@ class Place:
     def names(self, under: str = "") -> Iterator[str]:
         """Every file in the folder `under` and its folders, in order; hidden ones are left out."""
         if not self.remote:
-            entries = [entry for entry in os.scandir(self.at(under)) if not entry.name.startswith(".")]
+            try:
+                entries = [entry for entry in os.scandir(self.at(under)) if not entry.name.startswith(".")]
+            except FileNotFoundError:  # renamed since its own folder was read: by a worker that a killed run left behind
+                if not under:
+                    raise
+                return
             for entry in sorted(entries, key=lambda entry: entry.name + "/" * entry.is_dir()):  # the order of a bucket
                 name = os.path.join(under, entry.name)
                 yield from self.names(name) if entry.is_dir() else [name]
