@@ -16,6 +16,7 @@ import inspect
 import json
 import math
 import os
+import platform
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ from composer.core import DataSpec, ensure_time
 from composer.loggers import LoggerDestination
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.trainer.trainer import get_device
-from composer.utils import dist, reproducibility
+from composer.utils import collect_env, dist, reproducibility
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -64,6 +65,10 @@ from yaml import YAMLError
 
 import data_prep
 from model import ViCMAE, patchify, pool, random_masking, unpatchify
+
+# Composer has py-cpuinfo name the processor in each checkpoint. Its two processes wait by sched_yield alone, which on Linux
+# 6.18 starves everything else when two ranks start on two cores: a launch hung for minutes, timers and all.
+collect_env.get_cpu_model = platform.processor
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, of pixels in 0..1 [code]
 

@@ -1,7 +1,9 @@
 """Small data sets and a checkpoint, made once; stages on the command line; processes that join into ranks."""
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +68,15 @@ def small(demo: Path) -> list[str]:
 def launch(folder: Path, script: str, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
     """A stage on the real command line, through Composer's launcher, in a folder of its own."""
     command = [sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks), str(ROOT / script), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, error = process.communicate(timeout=300)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # ranks that outlive the launcher would keep the pipes open
+    return subprocess.CompletedProcess(command, process.returncode, out, error)
 
 
 def run_stage(stage, arguments: list[str], folder: Path) -> None:
