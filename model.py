@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchmetrics.classification import MulticlassAccuracy
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -85,9 +86,19 @@ def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Te
     return ids_shuffle[:, :K], ids_restore, (ids_restore >= K).float()
 
 
+def positions_for(pos_embed: Tensor, grid: int) -> Tensor:
+    """Positions (1, 1 + N, D) of CLS and a square grid, interpolated (bicubic) if it is not the one they were made for."""
+    return pos_embed if pos_embed.shape[1] == 1 + grid**2 else resample_abs_pos_embed(pos_embed, [grid, grid])
+
+
 def take(tokens: Tensor, ids: Tensor) -> Tensor:
     """Rows of (B, N, D) by (B, K) indices -> (B, K, D)."""
     return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def is_block(_: nn.Module, module: nn.Module) -> bool:
+    """What Composer asks a child of a model, as its method: whether a module is a unit of FSDP, or of checkpointing."""
+    return isinstance(module, Block)
 
 
 def init_weights(module: nn.Module) -> None:
@@ -150,19 +161,23 @@ class Encoder(nn.Module):
         nn.init.xavier_uniform_(proj.weight.view(embed_dim, -1))
         nn.init.normal_(self.cls_token, std=0.02)
 
+    fsdp_wrap_fn = activation_checkpointing_fn = is_block
+
     def forward(self, x: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Encode (B, 3, H, W), or (B, T, 3, H, W) if num_frames > 1, with all patches or those of ids_keep (B, K).
 
+        H and W may be other multiples of patch_size than img_size: N follows them.
         Returns the tokens after the final norm, CLS first: (B, 1 + N, D) or (B, 1 + K, D).
         """
-        positions = self.pos_embed[:, 1:]  # (1, N, D)
+        pos_embed = positions_for(self.pos_embed, x.shape[-1] // self.patch_size)
+        positions = pos_embed[:, 1:]  # (1, N, D)
         if x.ndim == 5:
             x = x.transpose(1, 2)  # (B, 3, T, H, W)
             positions = (self.temporal_embed[:, :, None] + positions[:, None]).flatten(1, 2)  # (1, N, D), time outermost
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + positions  # (B, N, D)
         if ids_keep is not None:
             x = take(x, ids_keep)  # (B, K, D)
-        cls = self.cls_token + self.pos_embed[:, :1]
+        cls = self.cls_token + pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + K, D)
         for block in self.blocks:
             x = block(x)
@@ -185,16 +200,27 @@ class Decoder(nn.Module):
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, tokens: Tensor, ids_restore: Tensor) -> Tensor:
-        """Visible tokens with CLS (B, 1 + K, D) and ids_restore (B, N) -> pred (B, N, P)."""
+    fsdp_wrap_fn = activation_checkpointing_fn = is_block
+
+    def forward(self, tokens: Tensor, ids_restore: Tensor, decoded: int | None = None) -> Tensor:
+        """Visible tokens with CLS (B, 1 + K, D) and ids_restore (B, N) -> pred (B, N, P).
+
+        With `decoded`, only the K visible and the first decoded - K removed patches, in the order of their noise, take part:
+        pred of the others is 0.
+        """
         x = self.embed(tokens)
         B, L, D = x.shape
-        masked = self.mask_token.expand(B, ids_restore.shape[1] + 1 - L, D).to(x.dtype)
-        patches = take(torch.cat([x[:, 1:], masked], dim=1), ids_restore)  # (B, N, D)
-        x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed  # (B, 1 + N, D)
+        N = ids_restore.shape[1]
+        decoded = decoded or N
+        masked = self.mask_token.expand(B, decoded + 1 - L, D).to(x.dtype)
+        ids = ids_restore.argsort(dim=1)[:, :decoded]  # (B, decoded), visible first
+        pos_embed = positions_for(self.pos_embed, math.isqrt(N)).expand(B, -1, -1)
+        positions = torch.cat([pos_embed[:, :1], take(pos_embed[:, 1:], ids)], dim=1)
+        x = torch.cat([x, masked], dim=1) + positions  # (B, 1 + decoded, D)
         for block in self.blocks:
             x = block(x)
-        return self.pred(self.norm(x)[:, 1:])  # (B, N, P)
+        pred = self.pred(self.norm(x)[:, 1:])  # (B, decoded, P)
+        return take(F.pad(pred, (0, 0, 0, N - decoded)), ids_restore)  # (B, N, P)
 
 
 class Projector(nn.Sequential):
@@ -225,8 +251,13 @@ def all_gather(x: Tensor) -> Tensor:
     return torch.cat(torch.distributed.nn.functional.all_gather(x.contiguous()))
 
 
+def widen(x: Tensor) -> Tensor:
+    """In fp32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def reconstruction_loss(pred: Tensor, images: Tensor, mask: Tensor, patch_size: int, norm_pix_loss: bool) -> Tensor:
-    """Mean squared error over the removed patches, in fp32.
+    """Mean squared error over the removed patches, at least in fp32.
 
     Args:
         pred: (B, N, P).
@@ -234,16 +265,18 @@ def reconstruction_loss(pred: Tensor, images: Tensor, mask: Tensor, patch_size: 
         mask: (B, N), 1 = removed.
         norm_pix_loss: normalise each target patch by its own mean and unbiased variance.
     """
-    target = patchify(images.float(), patch_size)
+    target = patchify(widen(images), patch_size)
     if norm_pix_loss:
         var, mean = torch.var_mean(target, dim=-1, keepdim=True)
         target = (target - mean) / (var + 1e-6).sqrt()
-    error = (pred.float() - target).square().mean(dim=-1)  # (B, N)
+    error = (widen(pred) - target).square().mean(dim=-1)  # (B, N)
     return (error * mask).sum() / mask.sum()
 
 
-def info_nce(projections: Tensor, temperature: float) -> Tensor:
-    """NT-Xent over all views of all samples, in fp32: each view must find its partner among the other 2B - 1.
+def info_nce(projections: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """NT-Xent over all views of all samples, at least in fp32: each view must find its partner among the other 2B - 1.
+
+    Returns the loss, and the fraction of views that do find it.
 
     Args:
         projections: (B, 2, out), of the whole global batch; normalised here.
@@ -253,11 +286,11 @@ def info_nce(projections: Tensor, temperature: float) -> Tensor:
     ranks are one batch before the labels are made, and the loss is a cross-entropy.
     """
     with torch.autocast(projections.device.type, enabled=False):
-        z = F.normalize(projections.float(), dim=-1).transpose(0, 1).flatten(0, 1)  # (2B, out), view 1 first
+        z = F.normalize(widen(projections), dim=-1).transpose(0, 1).flatten(0, 1)  # (2B, out), view 1 first
         logits = z @ z.T / temperature  # (2B, 2B)
         logits.fill_diagonal_(float("-inf"))
         labels = torch.arange(len(z), device=z.device).roll(len(z) // 2)
-        return F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels), (logits.argmax(dim=1) == labels).float().mean()
 
 
 class ViCMAE(ComposerModel):
@@ -272,6 +305,11 @@ class ViCMAE(ComposerModel):
         temperature: of InfoNCE, > 0.
         weight_contrast, weight_recon: of the two terms in the total.
         norm_pix_loss: whether the target of a patch is normalised by its own mean and variance.
+        chunk_size: pairs that pass encoder and decoder at a time, and again in the backward pass, so that memory holds the
+            activations of one chunk, while InfoNCE still sees the whole batch. None for all at once.
+
+    Attributes:
+        decode_ratio: fraction of the removed patches, in (0, 1], that is decoded in training; see PartialDecoding.
 
     Raises:
         ValueError: sizes that do not divide, or a mask_ratio that keeps no patch or removes none.
@@ -294,6 +332,7 @@ class ViCMAE(ComposerModel):
         weight_contrast: float = 0.03,
         weight_recon: float = 0.97,
         norm_pix_loss: bool = True,
+        chunk_size: PositiveInt | None = None,
     ):
         super().__init__()
         self.encoder = Encoder(img_size, patch_size, embed_dim, depth, num_heads)
@@ -307,38 +346,86 @@ class ViCMAE(ComposerModel):
         self.weight_contrast = weight_contrast
         self.weight_recon = weight_recon
         self.norm_pix_loss = norm_pix_loss
+        self.chunk_size = chunk_size
+        self.decode_ratio = 1.0
+
+    def reconstruct(self, images: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        """Images (B, 3, H, W) with noise (B, N) -> pred (B, N, P), mask (B, N), scored (B, N), features (B, D).
+
+        scored is 1 where a patch is removed and decoded.
+        """
+        ids_keep, ids_restore, mask = random_masking(noise, self.mask_ratio)
+        N, K = noise.shape[1], ids_keep.shape[1]
+        decoded = K + math.ceil((N - K) * self.decode_ratio) if self.training else N
+        tokens = self.encoder(images, ids_keep)  # (B, 1 + K, D)
+        return self.decoder(tokens, ids_restore, decoded), mask, mask * (ids_restore < decoded), pool(tokens, "mean")
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Reconstruct both views and project the means of their visible tokens.
 
         Args:
-            batch: `views` (B, V, 3, H, W), normalised; `noise` (B, V, N), uniform.
+            batch: `views` (B, V, 3, H, W), normalised; `noise` (B, V, N), uniform; where the views are smaller than
+                img_size, only the first of the noise is used.
 
         Returns:
-            pred (B, V, N, P); mask (B, V, N), 1 = removed; features (B, V, D), pooled; projections (B of all ranks, V, out).
+            pred (B, V, N, P); mask, scored (B, V, N), see reconstruct; features (B, V, D), pooled; projections (B of all
+            ranks, V, out).
         """
         shape = batch["views"].shape[:2]  # (B, V)
-        ids_keep, ids_restore, mask = random_masking(batch["noise"].flatten(0, 1), self.mask_ratio)
-        tokens = self.encoder(batch["views"].flatten(0, 1), ids_keep)  # (B * V, 1 + K, D)
-        pred = self.decoder(tokens, ids_restore)  # (B * V, N, P)
-        features = pool(tokens, "mean").unflatten(0, shape)  # (B, V, D)
+        views, noise = batch["views"].flatten(0, 1), batch["noise"].flatten(0, 1)  # (B * V, ...)
+        noise = noise[:, : (views.shape[-1] // self.encoder.patch_size) ** 2]
+        if self.chunk_size and self.training:
+            size = self.chunk_size * shape[1]
+            chunks = zip(views.split(size), noise.split(size), strict=True)
+            parts = [checkpoint(self.reconstruct, *chunk, use_reentrant=False) for chunk in chunks]
+            parts = [torch.cat(part) for part in zip(*parts, strict=True)]
+        else:
+            parts = self.reconstruct(views, noise)
+        pred, mask, scored, features = (part.unflatten(0, shape) for part in parts)
         # Deviation: the official projector sees one GPU's samples. Gathered first, its BatchNorm spans the global batch,
         # one view at a time as there, and the result does not depend on the number of ranks.
         projections = torch.stack([self.projector(view) for view in all_gather(features).unbind(1)], dim=1)
-        return {
-            "pred": pred.unflatten(0, shape),
-            "mask": mask.unflatten(0, shape),
-            "features": features,
-            "projections": projections,
-        }
+        return {"pred": pred, "mask": mask, "scored": scored, "features": features, "projections": projections}
 
     def loss(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """total = weight_recon * reconstruction + weight_contrast * contrastive, all scalars."""
-        pred, views, mask = (x.flatten(0, 1) for x in (outputs["pred"], batch["views"], outputs["mask"]))
-        reconstruction = reconstruction_loss(pred, views, mask, self.encoder.patch_size, self.norm_pix_loss)
-        contrastive = info_nce(outputs["projections"], self.temperature)
+        """total = weight_recon * reconstruction + weight_contrast * contrastive, and these; all scalars.
+
+        Beside them, what tells whether the contrastive task is learnt, or solved by collapse: `accuracy`, see info_nce, and
+        `feature_std`, of the normalised features over this rank's samples, times sqrt(D): 1 if spread out, 0 if collapsed.
+        """
+        pred, views, scored = (x.flatten(0, 1) for x in (outputs["pred"], batch["views"], outputs["scored"]))
+        reconstruction = reconstruction_loss(pred, views, scored, self.encoder.patch_size, self.norm_pix_loss)
+        contrastive, accuracy = info_nce(outputs["projections"], self.temperature)
         total = self.weight_recon * reconstruction + self.weight_contrast * contrastive
-        return {"total": total, "reconstruction": reconstruction.detach(), "contrastive": contrastive.detach()}
+        z = F.normalize(widen(outputs["features"].detach()), dim=-1)  # (B, V, D)
+        spread = z.var(dim=0, unbiased=False).sum(dim=-1).mean().sqrt()
+        return {
+            "total": total,
+            "reconstruction": reconstruction.detach(),
+            "contrastive": contrastive.detach(),
+            "accuracy": accuracy,
+            "feature_std": spread,
+        }
+
+    def flops_per_batch(self, batch: dict[str, Tensor]) -> int:
+        """Floating-point operations of a training step on this rank's batch, for MFU: 2 for a multiply-add of matrices.
+
+        A block of L tokens takes 24 L D^2 + 4 L^2 D. The backward pass takes twice the forward's, but for the patches, which
+        need no gradient. What is computed anew in the backward pass does not count.
+        """
+        B, V = batch["views"].shape[:2]
+        grid, p = batch["views"].shape[-2] // self.encoder.patch_size, self.encoder.patch_size  # square, in either layout
+        N, P, D, d = grid**2, 3 * p**2, self.encoder.norm.normalized_shape[0], self.decoder.norm.normalized_shape[0]
+        K = int(N * (1 - self.mask_ratio))
+        decoded = K + math.ceil((N - K) * self.decode_ratio)
+        embed, layers = 2 * N * P * D, 0
+        for blocks, L, width in ((self.encoder.blocks, 1 + K, D), (self.decoder.blocks, 1 + decoded, d)):
+            layers += len(blocks) * (24 * L * width**2 + 4 * L**2 * width)
+        layers += 2 * (1 + K) * D * d + 2 * decoded * d * P
+        gathered = B * (dist.get_world_size() if dist.is_initialized() else 1)
+        heads = sum(2 * gathered * V * layer.weight.numel() for layer in self.projector if isinstance(layer, nn.Linear))
+        logits = 2 * (gathered * V) ** 2 * self.projector[-1].out_features
+        return B * V * (2 * embed + 3 * layers) + 3 * (heads + logits)
 
 
 class Classifier(ComposerModel):

@@ -303,6 +303,26 @@ def compare_kinds(clip: Path, work: Path) -> None:
         )
 
 
+def compare_prefetching(work: Path) -> None:
+    """Batches that each of 2 workers has ready or under way, while the training process is busy half of the time."""
+    pairs = pretrain.PairOfViews(SIZE, PATCHES)
+    contenders = {}
+    for factor in (1, 2, 4, 8):
+        data = stream_of(work / "images", work, 0, pairs, 24 * BATCH).dataset
+        options = {"num_workers": 2, "persistent_workers": True, "prefetch_factor": factor}
+        contenders[factor] = partial(read_with_work_between, DataLoader(data, BATCH, **options))
+    seconds = take_turns(contenders, time.perf_counter, 3)
+    for factor in contenders:
+        report(f"prefetch_factor {factor}", ratio(seconds[factor], seconds[2]), "2", "wall time of a pair: lower is better")
+
+
+def read_with_work_between(loader: DataLoader) -> int:
+    for number, _ in enumerate(loader, 1):
+        if number % 4 == 0:
+            time.sleep(2e-3 * BATCH)  # the device is at work, in bursts as evaluations and checkpoints make them
+    return number * BATCH
+
+
 def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -315,6 +335,7 @@ def main() -> None:
         compare_workers(work / "large", work)
         measure_costs(work / "large", work)
         compare_kinds(work / "clip.mp4", work)
+        compare_prefetching(work)
 
 
 if __name__ == "__main__":

@@ -137,19 +137,22 @@ def test_info_nce_equals_a_loop_over_views():
         partner = (i + 5) % 10
         weights = [math.exp(views[i] @ views[j] / 0.1) for j in range(10) if j != i]
         terms.append(-math.log(math.exp(views[i] @ views[partner] / 0.1) / sum(weights)))
-    assert model.info_nce(z, 0.1).item() == pytest.approx(np.mean(terms), rel=1e-5)
+    loss, accuracy = model.info_nce(z, 0.1)
+    assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
+    nearest = [max((j for j in range(10) if j != i), key=lambda j: views[i] @ views[j]) for i in range(10)]
+    assert accuracy.item() == pytest.approx(np.mean([nearest[i] == (i + 5) % 10 for i in range(10)]))
 
 
 def test_info_nce_of_two_orthogonal_pairs_is_known():
     z = torch.eye(2)[:, None].expand(2, 2, 2)  # both views of a sample alike, the samples at right angles
-    assert model.info_nce(z, 0.5).item() == pytest.approx(math.log(math.exp(2) + 2) - 2, rel=1e-6)
+    assert model.info_nce(z, 0.5)[0].item() == pytest.approx(math.log(math.exp(2) + 2) - 2, rel=1e-6)
 
 
 def test_info_nce_in_half_precision_is_computed_in_full():
     z = torch.randn(64, 2, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = model.info_nce(z, 0.1)
-    assert mixed.dtype == torch.float32 and torch.equal(mixed, model.info_nce(z, 0.1))
+        mixed, _ = model.info_nce(z, 0.1)
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, model.info_nce(z, 0.1)[0])
 
 
 def test_reconstruction_loss_of_a_known_error():
