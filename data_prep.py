@@ -118,11 +118,12 @@ def s3_client(process: int):
 @contextmanager
 def bucket_errors(address: str) -> Iterator[None]:
     """What boto3 raises, as an OSError that names the address."""
+    from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
-    except (ClientError, BotoCoreError) as error:
+    except (ClientError, BotoCoreError, Boto3Error) as error:
         missing = isinstance(error, ClientError) and error.response["Error"]["Code"] in ("404", "NoSuchKey")
         raise OSError(errno.ENOENT if missing else errno.EIO, str(error), address) from error
 
@@ -216,6 +217,23 @@ class Place:
             there = client.head_object(**self.key(name), ChecksumMode="ENABLED")
         if there["ContentLength"] != len(data) or there.get("ChecksumSHA256", digest) != digest:
             raise OSError(errno.EIO, f"what arrived is not the {len(data)} bytes that were sent", self.at(name))
+
+    def upload(self, path: Path, name: str) -> None:
+        """Copy a file into the bucket, in pieces and checked: it is there as a whole or not at all."""
+        where = self.key(name)
+        with bucket_errors(self.at(name)):
+            s3_client(os.getpid()).upload_file(str(path), *where.values(), ExtraArgs={"ChecksumAlgorithm": "SHA256"})
+
+    def download(self, name: str, path: Path) -> None:
+        """Copy a file out of the bucket."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with bucket_errors(self.at(name)):
+            s3_client(os.getpid()).download_file(*self.key(name).values(), str(path))
+
+    def delete(self, name: str) -> None:
+        """Delete a file of the bucket."""
+        with bucket_errors(self.at(name)):
+            s3_client(os.getpid()).delete_object(**self.key(name))
 
     def write_json(self, name: str, value: object) -> None:
         self.write(name, json.dumps(value, indent=1, ensure_ascii=False).encode())

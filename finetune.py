@@ -34,6 +34,7 @@ from pretrain import (
     LOGGERS,
     MEAN,
     STD,
+    Checkpoints,
     EvalViews,
     Share,
     TrainerBlock,
@@ -155,9 +156,11 @@ def finetune(
     optimizer: Annotated[dict, build_optimizer],
     schedule: Annotated[dict, CosineAnnealingWithWarmupScheduler],
     trainer: TrainerBlock,
+    checkpoints: Annotated[dict, Checkpoints] | None = None,
     algorithms: Annotated[dict, ALGORITHMS] | None = None,
     callbacks: Annotated[dict, CALLBACKS] | None = None,
     loggers: Annotated[dict, LOGGERS] | None = None,
+    allow_changes: bool = False,
 ) -> Trainer:
     """The Trainer of a fine-tuning run; the parameters are the blocks of its YAML files.
 

@@ -17,13 +17,15 @@ import argparse
 import datetime
 import math
 import os
+import pickle
 import re
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as distributed_checkpoint
 import torch.distributed.nn
 import torch.nn.functional as F
 from composer import ComposerModel
@@ -32,6 +34,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
 from torch.utils.checkpoint import checkpoint
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -524,19 +527,56 @@ HARMLESS = [  # plain values that may stand beside the weights
 ]
 
 
+class PlainUnpickler(pickle.Unpickler):
+    """Unpickles the table of contents of FSDP's shards, and refuses whatever does not belong there."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = module == "torch.distributed.checkpoint.metadata" or f"{module}.{name}" in (
+            *("torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout", "torch.Size"),
+            *("pathlib.PosixPath", "builtins.getattr", "collections.OrderedDict"),
+        )
+        if not (known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))):
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
+        return super().find_class(module, name)
+
+
+class PlainReader(FileSystemReader):
+    """FSDP's shards, read without running what a pickle says."""
+
+    def read_metadata(self) -> Metadata:
+        with open(os.path.join(self.path, ".metadata"), "rb") as file:
+            return PlainUnpickler(file).load()
+
+
+def read_shards(path: str) -> dict[str, Tensor]:
+    """The model's weights in a folder of FSDP's shards, each whole."""
+    reader = PlainReader(path)
+    shapes = reader.read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in shapes.items()
+        if key.startswith("state.model.") and isinstance(entry, TensorStorageMetadata)
+    }
+    distributed_checkpoint.load(state, storage_reader=reader)
+    return {key.removeprefix("state.model."): value for key, value in state.items()}
+
+
 def read_checkpoint(path: str) -> dict[str, Tensor]:
     """The weights in a file, by our names.
 
-    Reads Composer's checkpoints, the official files of ViC-MAE and MAE ({"model": ...}, whole or encoder alone) and bare
-    state dicts, as .pt, .pth or .safetensors. Nothing but tensors and plain values is unpickled.
+    Reads Composer's checkpoints (a file, or a folder of FSDP's shards), the official files of ViC-MAE and MAE ({"model":
+    ...}, whole or encoder alone) and bare state dicts, as .pt, .pth or .safetensors. Where Composer's EMA was at work, its
+    averages are taken. Nothing but tensors and plain values is unpickled.
 
     Raises:
         ValueError: the file is missing or is no such checkpoint.
     """
-    if not os.path.isfile(path):
-        raise ValueError(f"checkpoint {path} {'is a folder' if os.path.isdir(path) else 'does not exist'}; give a file")
+    if not os.path.exists(path):
+        raise ValueError(f"checkpoint {path} does not exist")
     try:
-        if path.endswith(".safetensors"):
+        if os.path.isdir(path):
+            state = read_shards(path)
+        elif path.endswith(".safetensors"):
             state = load_file(path)
         else:
             with torch.serialization.safe_globals(HARMLESS):
@@ -544,10 +584,13 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} is no checkpoint that can be read safely: {reason}") from error
+    averages = {}
     for key in ("state", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    items = state.items() if isinstance(state, dict) else ()
+            ema = dict(state.get("algorithms") or ()).get("EMA", {}).get("ema_model", {})
+            averages |= ema.get("named_parameters_dict", {}) | ema.get("named_buffers_dict", {})
+    items = (state | averages).items() if isinstance(state, dict) else ()
     weights = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
     if not any("blocks.0." in key for key in weights):
         raise ValueError(f"{path} holds no ViT (no key named blocks.0.*)")

@@ -17,9 +17,15 @@ import json
 import math
 import os
 import platform
+import re
+import shutil
+import signal
 import sys
+import time
 import typing
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import takewhile
@@ -32,12 +38,14 @@ import composer.loggers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from composer import Callback, Logger, State, Trainer
+from composer import Algorithm, Callback, Event, Logger, State, Trainer
 from composer.core import DataSpec, ensure_time
 from composer.loggers import LoggerDestination
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.trainer.trainer import get_device
-from composer.utils import collect_env, dist, reproducibility
+from composer.utils import collect_env, create_interval_scheduler, dist, reproducibility
+from composer.utils.checkpoint import save_checkpoint
+from composer.utils.parallelism import FSDP2Config
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -57,6 +65,8 @@ from streaming.base.dataset import _ShardState
 from streaming.base.shuffle import get_shuffle
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.tensor import DTensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision.transforms.v2.functional import normalize
 from torchvision.utils import make_grid, save_image
@@ -566,7 +576,7 @@ class JsonLines(LoggerDestination):
                 file.write(json.dumps(line) + "\n")
         self.line = {}
 
-    eval_end = fit_end = batch_end
+    epoch_end = eval_end = fit_end = batch_end
 
 
 @dataclass
@@ -685,6 +695,7 @@ class KNN(Callback):
     """Logs the k-NN accuracy of the encoder with random weights, before the first step, and after the last.
 
     Args:
+        every: epochs after which it is measured during training too; None for the last alone.
         bank, queries: labelled data sets; a clip is represented by its middle frame.
         crop_pct: see EvalViews.
         num_workers: processes that read.
@@ -693,10 +704,19 @@ class KNN(Callback):
         ValueError: data sets that are missing, have no labels or have different ones.
     """
 
-    def __init__(self, *, bank: list[str], queries: list[str], crop_pct: Share = 0.875, num_workers: NonNegativeInt = 0):
+    def __init__(
+        self,
+        *,
+        bank: list[str],
+        queries: list[str],
+        every: PositiveInt | None = None,
+        crop_pct: Share = 0.875,
+        num_workers: NonNegativeInt = 0,
+    ):
         if common_classes(bank) != common_classes(queries):
             raise ValueError(f"callbacks.KNN: {queries[0]} has other classes than {bank[0]}")
         self.bank, self.queries = bank, queries
+        self.every = every
         self.crop_pct = crop_pct
         self.num_workers = num_workers
 
@@ -710,8 +730,300 @@ class KNN(Callback):
         if state.timestamp.batch.value == 0:
             self.measure("random", state, logger)
 
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        if self.every and state.timestamp.epoch.value % self.every == 0 and state.timestamp < state.max_duration:
+            self.measure("trained", state, logger)
+
     def fit_end(self, state: State, logger: Logger) -> None:
         self.measure("trained", state, logger)
+
+
+class PartialDecoding(Algorithm):
+    """Decode only a fraction `ratio` of the removed patches, drawn anew for each view: those with the smallest noise.
+
+    Time and memory of the decoder shrink with it. The reconstruction loss is the mean over what is decoded, so that its
+    expectation is that over all removed patches. Source: VideoMAE v2's dual masking, with a random choice for its fixed one.
+    """
+
+    def __init__(self, ratio: Annotated[float, Field(gt=0, le=1)] = 0.5):
+        self.ratio = ratio
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.INIT
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if not isinstance(state.model, ViCMAE):
+            raise ValueError("algorithms.PartialDecoding is for pre-training, whose model has a decoder")
+        state.model.decode_ratio = self.ratio
+
+
+class ProgressiveResizing(composer.algorithms.ProgressiveResizing):
+    """Composer's, for views (B, V, H, W, 3): training begins with small ones.
+
+    Args:
+        initial_scale: of the first views' sides.
+        delay_fraction, finetune_fraction: of the training, at the first and at the full size.
+        size_increment: pixels; a multiple of model.patch_size.
+    """
+
+    def __init__(
+        self,
+        initial_scale: Share = 0.5,
+        delay_fraction: Share = 0.5,
+        finetune_fraction: Share = 0.2,
+        size_increment: PositiveInt = 16,
+    ):
+        # Its other mode, to crop, would draw from a generator that a resume does not restore.
+        where = {"input_key": (self.get_views, self.set_views), "target_key": "noise"}
+        super().__init__("resize", initial_scale, finetune_fraction, delay_fraction, size_increment, **where)
+
+    @staticmethod
+    def get_views(batch: dict[str, Tensor]) -> Tensor:
+        return batch["views"].flatten(0, 1).permute(0, 3, 1, 2)  # (B * V, 3, H, W)
+
+    @staticmethod
+    def set_views(batch: dict[str, Tensor], views: Tensor) -> dict[str, Tensor]:
+        return batch | {"views": views.permute(0, 2, 3, 1).unflatten(0, batch["views"].shape[:2])}
+
+    def apply(self, event: Event, state: State, logger: Logger | None = None) -> None:
+        encoder = getattr(state.model, "module", state.model).encoder
+        if self.size_increment % encoder.patch_size or encoder.img_size * self.initial_scale < encoder.patch_size:
+            raise ValueError(
+                f"algorithms.ProgressiveResizing: size_increment {self.size_increment} must be a multiple of "
+                f"model.patch_size {encoder.patch_size}, and initial_scale {self.initial_scale} leave at least a patch"
+            )
+        super().apply(event, state, logger)
+
+
+class GradientNorm(Algorithm):
+    """Logs the norm of the gradient before it is clipped."""
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.AFTER_TRAIN_BATCH
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+        if state.fsdp_enabled and torch.distributed.get_backend() == "gloo":
+            torch._foreach_div_(gradients, dist.get_world_size())  # there FSDP's mean over the ranks is their sum
+        norm = torch.nn.utils.get_total_norm(gradients)
+        logger.log_metrics({"gradient_norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm)})
+
+
+def check_checkpoint(path: Path) -> None:
+    """Compare a checkpoint with its checksums, or FSDP's shards with their sizes.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        if path.is_dir():
+            for part in FileSystemReader(path).read_metadata().storage_data.values():
+                if (path / part.relative_path).stat().st_size < part.offset + part.length:
+                    raise ValueError(f"{part.relative_path} is cut")
+        else:
+            with zipfile.ZipFile(path) as file:
+                if (bad := file.testzip()) is not None:
+                    raise ValueError(f"{bad} in it has another checksum")
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise ValueError(f"{path} is damaged ({error})") from error
+
+
+LATEST = "latest-rank0.pt"  # a link to the newest checkpoint
+STOPPED = 75  # exit code of a run that was told to stop and wants to be started again: EX_TEMPFAIL of sysexits.h
+CHECKPOINT = re.compile(r"ep(\d+)-ba(\d+)(\.pt)?")  # a file; without .pt a folder, of FSDP's shards
+
+
+def step_of(name: str) -> int:
+    return int(CHECKPOINT.fullmatch(name)[2])
+
+
+class Checkpoints(Callback):
+    """Composer's checkpoints, so that the newest one is always whole; and what ends a run early, at one.
+
+    Each is written aside, renamed, and then copied to the bucket in the background. SIGTERM has one written at the end of
+    the step, and ends the run with exit code STOPPED. A loss or a weight that is not finite ends it with none written.
+
+    Args:
+        interval: time between two, such as 1ep or 500ba; the last step has one too.
+        keep: how many of the newest are kept.
+        milestone: epochs; those at the end of every so many are kept for good.
+        bucket: s3:// address for copies, which are kept alike; a run goes on from them where the disk is gone.
+
+    Raises:
+        ValueError: an interval that is none.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        interval: str = "1ep",
+        keep: PositiveInt = 2,
+        milestone: PositiveInt | None = None,
+        bucket: str | None = None,
+    ):
+        try:
+            self.due = create_interval_scheduler(interval)
+        except ValueError as error:
+            raise ValueError(f"checkpoints.interval: {error}") from error
+        self.folder = run / "checkpoints"
+        self.keep = keep
+        self.milestone = milestone
+        if bucket and not bucket.startswith("s3://"):
+            raise ValueError(f"checkpoints.bucket {bucket} is no s3:// address")
+        self.bucket = data_prep.Place(bucket) if bucket else None
+        self.copying = ThreadPoolExecutor(1)
+        self.told = False
+        self.saved = -1
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole, fetched from the bucket if it is only there; the same on every rank.
+
+        Damaged ones are said, and set aside as *.damaged.
+
+        Raises:
+            ValueError: there are checkpoints, but none is whole; or this machine cannot reach it.
+        """
+        chosen = [self.choose() if dist.get_global_rank() == 0 else None]
+        dist.broadcast_object_list(chosen)
+        if isinstance(chosen[0], ValueError):
+            raise chosen[0]
+        if chosen[0] is None:
+            return None
+        path = self.folder / chosen[0]
+        if dist.get_local_rank() == 0 and not path.exists():
+            if not self.bucket:
+                raise ValueError(f"{path} is on another machine; give the machines a shared folder, or checkpoints.bucket")
+            self.fetch(path.name)
+        dist.barrier()
+        return path
+
+    def choose(self) -> str | ValueError | None:
+        here = {path.name for path in self.folder.glob("ep*") if CHECKPOINT.fullmatch(path.name)}
+        there = {name.split("/")[0] for name in self.bucket.names()} if self.bucket else set()
+        there = set(filter(CHECKPOINT.fullmatch, there))
+        damaged = []
+        for name in sorted(here | there, key=step_of, reverse=True):
+            for fetch in [False] * (name in here) + [True] * (name in there):
+                try:
+                    if fetch:
+                        self.fetch(name)
+                    check_checkpoint(self.folder / name)
+                except ValueError as error:
+                    damaged.append(str(error))
+                    (self.folder / name).rename(self.folder / f"{name}.damaged.{time.time_ns()}")
+                else:
+                    self.point_to(name)
+                    print("; ".join([*damaged, f"going on from {self.folder / name}"]), flush=True)
+                    return name
+        latest = self.folder / LATEST
+        if damaged or latest.is_symlink():
+            lost = "; ".join(damaged) or f"{latest} points to {os.readlink(latest)}, which is not there"
+            return ValueError(f"{lost}; no checkpoint is left. Delete {self.folder} to begin anew")
+        return None
+
+    def fetch(self, name: str) -> None:
+        """Copy a checkpoint from the bucket."""
+        aside = self.folder / f"{name}.fetched"
+        shutil.rmtree(aside, ignore_errors=True)
+        for part in [name] if name.endswith(".pt") else list(self.bucket.names(name)):
+            self.bucket.download(part, aside / part)
+        (aside / name).rename(self.folder / name)
+        aside.rmdir()
+
+    def point_to(self, name: str) -> None:
+        aside = self.folder / f"{LATEST}.tmp"
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(name)
+        aside.replace(self.folder / LATEST)
+
+    def save(self, state: State) -> None:
+        name = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
+        aside = self.folder / "aside"
+        if dist.get_global_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        dist.barrier()
+        written = save_checkpoint(state, str(aside / f"{name}.pt"))  # for FSDP's shards it makes a folder of that name
+        name += "" if state.fsdp_sharded_state_dict_enabled else ".pt"
+        if written:
+            with open(written, "rb") as file:
+                os.fsync(file.fileno())
+        dist.barrier()
+        if dist.get_global_rank() == 0:
+            shutil.rmtree(self.folder / name, ignore_errors=True)  # shards of a life that ended before it pointed to them
+            (aside / name).replace(self.folder / name)
+            self.point_to(name)
+            aside.rmdir()
+        dist.barrier()
+        parts = [os.path.relpath(written, aside)] if written else []
+        if written and dist.get_global_rank() == 0 and not name.endswith(".pt"):
+            parts.append(f"{name}/.metadata")
+        self.copying.submit(self.finish, parts)
+        self.saved = state.timestamp.batch.value
+
+    def finish(self, parts: list[str]) -> None:
+        """Copy the files of a checkpoint to the bucket, then delete old ones. The run goes on without the bucket."""
+        try:
+            for part in parts if self.bucket else ():
+                self.bucket.upload(self.folder / part, part)
+            if dist.get_global_rank() == 0:
+                self.prune()
+        except OSError as error:
+            print(f"checkpoints.bucket: {error}; {self.folder} is whole", flush=True)
+
+    def prune(self) -> None:
+        for name in self.superseded(path.name for path in self.folder.glob("ep*")):
+            path = self.folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        there = list(self.bucket.names()) if self.bucket else []
+        old = self.superseded({part.split("/")[0] for part in there})
+        for part in there:
+            if part.split("/")[0] in old:
+                self.bucket.delete(part)
+
+    def superseded(self, names: Iterable[str]) -> list[str]:
+        """The names of checkpoints that are neither among the newest nor a milestone."""
+        names = sorted(filter(CHECKPOINT.fullmatch, names), key=step_of)
+        first = {int(CHECKPOINT.fullmatch(name)[1]): name for name in reversed(names)}  # of each epoch
+        kept = [name for epoch, name in first.items() if self.milestone and epoch and epoch % self.milestone == 0]
+        return [name for name in names[: -self.keep] if name not in kept]
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self.saved = state.timestamp.batch.value
+        self.before = signal.signal(signal.SIGTERM, self.note)
+
+    def note(self, number: int, frame: Any) -> None:
+        self.told = True
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        total = state.total_loss_dict["loss/train/total"]
+        if not math.isfinite(total):
+            sys.exit(f"the loss is {total} at step {state.timestamp.batch.value}; the newest checkpoint is from before it")
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        self.save_if(state, Event.BATCH_CHECKPOINT)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        self.save_if(state, Event.EPOCH_CHECKPOINT)
+
+    def save_if(self, state: State, event: Event) -> None:
+        step, due = state.timestamp.batch.value, self.due(state, event)
+        broken = (due or self.told) and not all(parameter.isfinite().all() for parameter in state.model.parameters())
+        flags = state.device.tensor_to_device(torch.tensor([self.told, broken], dtype=torch.int32))
+        dist.all_reduce(flags, "MAX")  # the signal may not have reached every rank yet
+        told, broken = flags.tolist()
+        if broken:
+            sys.exit(f"a weight is not finite after step {step}; the newest checkpoint is from before it")
+        if (due or told) and self.saved != step:
+            self.save(state)
+        if told:
+            self.copying.shutdown()
+            sys.exit(STOPPED)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+        self.copying.shutdown()  # once the last is copied
 
 
 def draw_losses(lines: list[dict], to: Path) -> None:
@@ -742,7 +1054,8 @@ def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int =
     rows = torch.cat([target, target.masked_fill(removed, 0.0), pred, torch.where(removed, pred, target)])
     grey = [-m / s for m, s in zip(MEAN, STD, strict=True)]
     pictures = normalize(unpatchify(rows, model.encoder.patch_size), grey, [1 / s for s in STD]).clamp(0, 1)
-    save_image(make_grid(F.interpolate(pictures, scale_factor=max(1, 96 // size)), nrow=count, pad_value=1.0), to)
+    if dist.get_global_rank() == 0:
+        save_image(make_grid(F.interpolate(pictures, scale_factor=max(1, 96 // size)), nrow=count, pad_value=1.0), to)
 
 
 def start_run(config: dict[str, Any]) -> Path:
@@ -760,8 +1073,10 @@ def start_run(config: dict[str, Any]) -> Path:
         before = settings(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
         now = settings(json.loads(json.dumps(config)))  # lists for tuples, as in the file
         changed = sorted(key for key in before | now if before.get(key) != now.get(key))
-        if changed:
-            raise ValueError(f"{run} was begun with another {', '.join(changed)}; give another run_name, or delete it")
+        if changed and not config["allow_changes"]:
+            raise ValueError(
+                f"{run} was begun with another {', '.join(changed)}; give another run_name, delete it, or allow_changes=true"
+            )
     if (run / "result.json").exists():
         if dist.get_global_rank() == 0:
             print(f"{run} is finished, see {run}/result.json; delete it or give another run_name to run again")
@@ -771,10 +1086,10 @@ def start_run(config: dict[str, Any]) -> Path:
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
     """{block.key: value} of what decides a run's result."""
-    parts = {name: part for name, part in config.items() if name not in ("trainer", "callbacks", "loggers")}
+    parts = {name: part for name, part in config.items() if name not in ("trainer", "callbacks", "loggers", "checkpoints")}
     keys = {f"{name}.{key}": value for name, part in parts.items() if isinstance(part, dict) for key, value in part.items()}
     plain = {name: part for name, part in parts.items() if not isinstance(part, dict)}
-    return {key: value for key, value in (keys | plain).items() if key != "data.num_workers"}
+    return {key: value for key, value in (keys | plain).items() if key not in ("data.num_workers", "allow_changes")}
 
 
 def classes_of(module: Any) -> tuple[type, ...]:
@@ -782,6 +1097,7 @@ def classes_of(module: Any) -> tuple[type, ...]:
 
 
 ALGORITHMS = classes_of(composer.algorithms)
+ALGORITHMS = tuple({made.__name__: made for made in (*ALGORITHMS, PartialDecoding, ProgressiveResizing)}.values())
 CALLBACKS = (*classes_of(composer.callbacks), KNN)
 LOGGERS = tuple(made for made in classes_of(composer.loggers) if issubclass(made, LoggerDestination))
 
@@ -790,7 +1106,8 @@ TrainerBlock = Annotated[  # Composer's Trainer without what build_trainer gives
     dict,
     Trainer,
     *("model", "optimizers", "schedulers", "train_dataloader", "eval_dataloader", "device_train_microbatch_size"),
-    *("seed", "run_name", "save_folder", "algorithms", "callbacks", "loggers"),
+    *("seed", "run_name", "algorithms", "callbacks", "loggers"),
+    *(name for name in inspect.signature(Trainer).parameters if name.startswith(("save_", "load_", "autoresume"))),
 ]
 
 
@@ -808,24 +1125,29 @@ def build_trainer(
     micro_size: int,
     eval_dataloader: DataSpec | None = None,
 ) -> Trainer:
-    """Composer's Trainer with the blocks of a stage's config.
-
-    It resumes from checkpoints/latest-rank0.pt in the run's folder.
+    """Composer's Trainer with the blocks of a stage's config. It goes on from the newest checkpoint of the run.
 
     Raises:
-        ValueError: no trainer.max_duration, or a value that Composer refuses.
+        ValueError: no trainer.max_duration, a value that Composer refuses, or checkpoints of which none is whole.
     """
-    if not config["trainer"].get("max_duration"):
+    settings = config["trainer"]
+    if not settings.get("max_duration"):
         raise ValueError("trainer.max_duration is missing; give a duration such as 800ep")
     try:
-        ensure_time(config["trainer"]["max_duration"], "ep")  # Composer would raise with its progress bar up
+        ensure_time(settings["max_duration"], "ep")  # Composer would raise with its progress bar up
     except ValueError as error:
         raise ValueError(f"trainer.max_duration: {error}") from error
-    defaults = {"save_overwrite": True, "save_num_checkpoints_to_keep": 2, "autoresume": True}
+    if fsdp := (settings.get("parallelism_config") or {}).get("fsdp"):
+        try:
+            settings = settings | {"parallelism_config": {"fsdp": FSDP2Config(**fsdp)}}
+        except TypeError as error:
+            raise ValueError(f"trainer.parallelism_config.fsdp: {error}") from error
+    checkpoints = Checkpoints(run, **config["checkpoints"] or {})
+    newest = checkpoints.newest()
     built = Trainer(
-        **defaults | config["trainer"],
+        **settings,
         run_name=run.name,
-        save_folder=str(run / "checkpoints"),
+        load_path=str(newest) if newest else None,
         seed=config["seed"],
         model=model,
         optimizers=optimizer,
@@ -833,13 +1155,13 @@ def build_trainer(
         train_dataloader=loader,
         eval_dataloader=eval_dataloader,
         device_train_microbatch_size=micro_size,
-        algorithms=build_named(ALGORITHMS, config["algorithms"]),
-        callbacks=build_named(CALLBACKS, config["callbacks"]),
+        algorithms=[GradientNorm(), *build_named(ALGORITHMS, config["algorithms"])],
+        callbacks=[*build_named(CALLBACKS, config["callbacks"]), checkpoints],
         loggers=[JsonLines(run / "metrics.jsonl"), *build_named(LOGGERS, config["loggers"])],
     )
     if dist.get_global_rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(config), run / "config.yaml")
+        data_prep.Place(str(run)).write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)).encode())
     return built
 
 
@@ -868,9 +1190,11 @@ def pretrain(
     optimizer: Annotated[dict, build_optimizer],
     schedule: Annotated[dict, CosineAnnealingWithWarmupScheduler],
     trainer: TrainerBlock,
+    checkpoints: Annotated[dict, Checkpoints] | None = None,
     algorithms: Annotated[dict, ALGORITHMS] | None = None,
     callbacks: Annotated[dict, CALLBACKS] | None = None,
     loggers: Annotated[dict, LOGGERS] | None = None,
+    allow_changes: bool = False,
 ) -> Trainer:
     """The Trainer of a pre-training run; the parameters are the blocks of its YAML files."""
     config = locals().copy()
@@ -896,10 +1220,10 @@ def main() -> None:
         config = load_config(sys.argv[1:], pretrain)
         trainer = pretrain(**config)
     fit(trainer)
+    run, net = Path("runs", config["run_name"]), trainer.state.model
+    paths = [stream["path"] for stream in config["data"]["streams"]]
+    draw_reconstructions(getattr(net, "module", net), paths, run / "reconstructions.png")  # on all ranks, for FSDP
     if dist.get_global_rank() == 0:
-        run, net = Path("runs", config["run_name"]), trainer.state.model
-        paths = [stream["path"] for stream in config["data"]["streams"]]
-        draw_reconstructions(getattr(net, "module", net), paths, run / "reconstructions.png")
         result = finish_run(run)
         if "knn/trained" in result:
             before, after = result.get("knn/random", math.nan), result["knn/trained"]
