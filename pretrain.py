@@ -846,7 +846,7 @@ class Checkpoints(Callback):
     Args:
         interval: time between two, such as 1ep or 500ba; the last step has one too.
         keep: how many of the newest are kept.
-        milestone: epochs; those at the end of every so many are kept for good.
+        milestone: the first after every so many epochs is kept for good.
         bucket: s3:// address for copies, which are kept alike; a run goes on from them where the disk is gone.
 
     Raises:
@@ -1155,7 +1155,8 @@ def build_trainer(
         train_dataloader=loader,
         eval_dataloader=eval_dataloader,
         device_train_microbatch_size=micro_size,
-        algorithms=[GradientNorm(), *build_named(ALGORITHMS, config["algorithms"])],
+        # Composer turns the order about on after-events: the norm is taken, and mended, before it is clipped.
+        algorithms=[*build_named(ALGORITHMS, config["algorithms"]), GradientNorm()],
         callbacks=[*build_named(CALLBACKS, config["callbacks"]), checkpoints],
         loggers=[JsonLines(run / "metrics.jsonl"), *build_named(LOGGERS, config["loggers"])],
     )

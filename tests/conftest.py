@@ -1,4 +1,4 @@
-"""Small data sets and a checkpoint, made once; stages on the command line; processes that join into ranks."""
+"""Small data sets and a checkpoint, made once; stages on the command line; processes that join into ranks; a bucket."""
 
 import contextlib
 import multiprocessing
@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
+import boto3
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -46,9 +48,8 @@ def on_ranks(tmp_path):
     multiprocessing.set_forkserver_preload(["composer", "streaming", "timm"])
 
     def start(ranks: int, function, *arguments) -> None:
-        mp.start_processes(
-            join, (ranks, str(tmp_path / "store"), function, arguments), nprocs=ranks, start_method="forkserver"
-        )
+        store = tmp_path / f"store-{uuid.uuid4()}"  # one that an earlier group has left would mislead the next
+        mp.start_processes(join, (ranks, str(store), function, arguments), nprocs=ranks, start_method="forkserver")
 
     return start
 
@@ -93,3 +94,45 @@ def pretrained(demo, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained")
     run_stage(pretrain, [*small(demo), "trainer.max_duration=1ep"], folder)
     return folder / "runs" / "demo" / "checkpoints" / "latest-rank0.pt"
+
+
+def serve(channel) -> None:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    channel.send(server.get_host_and_port()[1])
+    channel.recv()
+
+
+@pytest.fixture(scope="session")
+def endpoint():
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs,), daemon=True)
+    process.start()
+    yield f"http://127.0.0.1:{ours.recv()}"
+    process.kill()
+    process.join()
+
+
+@pytest.fixture
+def bucket(endpoint, tmp_path, monkeypatch):
+    """boto3's client with an empty bucket "bkt"; the working folder is tmp_path."""
+    for name, value in {
+        "S3_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data_prep, "PART_SIZE", 5)
+    data_prep.s3_client.cache_clear()
+    client = boto3.client("s3", endpoint_url=endpoint)
+    client.create_bucket(Bucket="bkt")
+    yield client
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket="bkt"):
+        for found in page.get("Contents", ()):
+            client.delete_object(Bucket="bkt", Key=found["Key"])
+    data_prep.s3_client.cache_clear()

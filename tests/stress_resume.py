@@ -99,8 +99,8 @@ def stress(folder: Path, kills: int, seed: int) -> bool:
     """Whether all runs ended as they must."""
     demo, rng, right = folder / "demo", np.random.default_rng(seed), True
     data_prep.demo(str(demo), workers=2, garments=12)
-    arguments = [*small(demo), "trainer.max_duration=4ep", "checkpoints.interval=2ba", "data.num_workers=1"]
-    arguments += [f"callbacks.KNN={{bank: [{demo}/train_images], queries: [{demo}/test_images], every: 1}}"]
+    arguments = [*small(demo), "trainer.max_duration=16ep", "checkpoints.interval=2ba", "data.num_workers=1"]
+    arguments += [f"callbacks.KNN={{bank: [{demo}/train_images], queries: [{demo}/test_images], every: 2}}"]
     whole, duration = {}, {}
     for ranks in (1, 2):
         life = live(folder, [*arguments, f"run_name=whole{ranks}"], ranks, None)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import tarfile
@@ -19,48 +18,6 @@ from test_data_prep import files_of, write_image, write_images, write_video
 import data_prep
 import pretrain
 from data_prep import Clips, Place, Recipe, convert
-
-
-def serve(channel) -> None:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    channel.send(server.get_host_and_port()[1])
-    channel.recv()
-
-
-@pytest.fixture(scope="module")
-def endpoint():
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs,), daemon=True)
-    process.start()
-    yield f"http://127.0.0.1:{ours.recv()}"
-    process.kill()
-    process.join()
-
-
-@pytest.fixture
-def bucket(endpoint, tmp_path, monkeypatch):
-    """boto3's client with an empty bucket "bkt"; the working folder is tmp_path."""
-    for name, value in {
-        "S3_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data_prep, "PART_SIZE", 5)
-    data_prep.s3_client.cache_clear()
-    client = boto3.client("s3", endpoint_url=endpoint)
-    client.create_bucket(Bucket="bkt")
-    yield client
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket="bkt"):
-        for found in page.get("Contents", ()):
-            client.delete_object(Bucket="bkt", Key=found["Key"])
-    data_prep.s3_client.cache_clear()
 
 
 def upload(client, folder: Path, prefix: str) -> None:

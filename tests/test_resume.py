@@ -1,0 +1,299 @@
+"""What a run does when it is ended, damaged, moved or changed, and comes back; its checkpoints; FSDP."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_stage, small
+
+import pretrain
+from model import read_checkpoint
+from pretrain import LATEST, STOPPED, Checkpoints
+
+
+def run(folder: Path, *arguments: str) -> None:
+    run_stage(pretrain, list(arguments), folder)
+
+
+def run_rank(rank: int, folder: str, arguments: list[str]) -> None:
+    run_stage(pretrain, arguments, Path(folder))
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return read_checkpoint(str(folder / "runs" / name / "checkpoints" / LATEST))
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    totals = {line["step"]: line["loss/train/total"] for line in lines if "loss/train/total" in line}
+    assert list(totals) == list(range(1, len(totals) + 1))
+    return list(totals.values())
+
+
+def same(ours: dict, theirs: dict) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def arguments(demo) -> list[str]:
+    """Six steps, a checkpoint after each."""
+    return [*small(demo), "schedule.t_max=2ep", "checkpoints.interval=1ba", "callbacks=null", "data.num_workers=0"]
+
+
+@pytest.fixture(scope="module")
+def whole(arguments, tmp_path_factory) -> Path:
+    """The folder of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder, *arguments, "run_name=whole")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def half(arguments, tmp_path_factory) -> Path:
+    """The folder of a run that was stopped after four of the six steps."""
+    folder = tmp_path_factory.mktemp("half")
+    run(folder, *arguments, "run_name=half", "trainer.max_duration=4ba")
+    (folder / "runs" / "half" / "result.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def stopped(half, tmp_path) -> Path:
+    """A copy of that run's checkpoints' folder."""
+    shutil.copytree(half / "runs", tmp_path / "runs", symlinks=True)
+    return tmp_path / "runs" / "half" / "checkpoints"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink, lambda path: path.write_bytes(b"")])
+def test_damaged_or_missing_newest_checkpoint_gives_way_to_the_one_before(
+    arguments, whole, stopped, tmp_path, capfd, damage
+):
+    damage(stopped / "ep1-ba4.pt")
+    run(tmp_path, *arguments, "run_name=half")
+    said = capfd.readouterr().out
+    assert f"going on from {Path('runs/half/checkpoints/ep0-ba3.pt')}" in said
+    if damage is not Path.unlink:
+        assert "ep1-ba4.pt is damaged" in said and len(list(stopped.glob("ep1-ba4.pt.damaged.*"))) == 1
+    assert same(weights(tmp_path, "half"), weights(whole, "whole"))
+    assert losses(tmp_path, "half") == losses(whole, "whole")
+
+
+@pytest.mark.parametrize("target", [None, "nowhere.pt"])
+def test_missing_or_dangling_link_is_mended(arguments, whole, stopped, tmp_path, target):
+    (stopped / LATEST).unlink()
+    if target:
+        (stopped / LATEST).symlink_to(target)
+    (stopped / "aside").mkdir()
+    (stopped / "aside" / "ep1-ba5.pt").write_bytes(b"half-written")  # as a kill within a write leaves it
+    run(tmp_path, *arguments, "run_name=half")
+    assert os.readlink(stopped / LATEST) == "ep1-ba6.pt"
+    assert same(weights(tmp_path, "half"), weights(whole, "whole"))
+
+
+def test_run_whose_checkpoints_are_all_damaged_or_lost_never_begins_anew_by_itself(arguments, stopped, tmp_path):
+    for path in stopped.glob("ep*.pt"):
+        cut(path)
+    with pytest.raises(SystemExit, match=r"ba4.pt is damaged .*; .*ba3.pt is damaged .*no checkpoint is left. Delete"):
+        run(tmp_path, *arguments, "run_name=half")
+    with pytest.raises(SystemExit, match=r"latest-rank0.pt points to ep1-ba4.pt, which is not there; no checkpoint is left"):
+        run(tmp_path, *arguments, "run_name=half")
+
+
+def test_newest_two_checkpoints_and_the_milestones_are_kept_over_all_lives(arguments, tmp_path):
+    arguments = [*arguments, "run_name=run", "checkpoints.milestone=2", "trainer.max_duration=5ep", "schedule.t_max=5ep"]
+    run(tmp_path, *arguments, "trainer.max_duration=8ba")
+    (tmp_path / "runs" / "run" / "result.json").unlink()
+    run(tmp_path, *arguments)
+    left = sorted(path.name for path in (tmp_path / "runs" / "run" / "checkpoints").iterdir())
+    assert left == ["ep2-ba7.pt", "ep4-ba13.pt", "ep4-ba14.pt", "ep4-ba15.pt", LATEST]
+
+
+def test_changed_configuration_is_refused_by_its_keys_unless_asked_for(arguments, stopped, tmp_path):
+    changed = [*arguments, "run_name=half", "optimizer.base_lr=1e-4", "model.temperature=0.3"]
+    with pytest.raises(SystemExit, match=r"another model.temperature, optimizer.base_lr; .* allow_changes=true"):
+        run(tmp_path, *changed)
+    run(tmp_path, *changed, "allow_changes=true")
+    assert len(losses(tmp_path, "half")) == 6
+
+
+def signal_at(step: int):
+    def batch_start(self: Checkpoints, state, logger) -> None:
+        if state.timestamp.batch.value == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return batch_start
+
+
+def test_sigterm_has_a_checkpoint_written_at_once_and_its_own_exit_code(arguments, whole, tmp_path, monkeypatch):
+    arguments = [*arguments, "run_name=run", "checkpoints.interval=2ep"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "batch_start", signal_at(5))
+        with pytest.raises(SystemExit) as end:
+            run(tmp_path, *arguments)
+    assert end.value.code == STOPPED
+    assert os.readlink(tmp_path / "runs" / "run" / "checkpoints" / LATEST) == "ep1-ba5.pt"
+    run(tmp_path, *arguments)
+    assert same(weights(tmp_path, "run"), weights(whole, "whole"))
+    assert losses(tmp_path, "run") == losses(whole, "whole")
+
+
+def told_one_rank(rank: int, folder: str, arguments: list[str]) -> None:
+    if rank == 1:
+        Checkpoints.batch_start = signal_at(2)
+    with pytest.raises(SystemExit) as end:
+        run_rank(rank, folder, arguments)
+    assert end.value.code == STOPPED
+
+
+def test_sigterm_to_one_rank_stops_all_and_other_numbers_of_ranks_go_on_from_there(arguments, whole, tmp_path, on_ranks):
+    arguments = [*arguments, "run_name=run"]
+    on_ranks(2, told_one_rank, str(tmp_path), arguments)
+    assert os.readlink(tmp_path / "runs" / "run" / "checkpoints" / LATEST) == "ep0-ba2.pt"
+    run(tmp_path, *arguments, "trainer.max_duration=4ba")
+    (tmp_path / "runs" / "run" / "result.json").unlink()
+    on_ranks(4, run_rank, str(tmp_path), arguments)
+    assert losses(tmp_path, "run") == pytest.approx(losses(whole, "whole"), rel=1e-6)
+
+
+@pytest.mark.parametrize("broken", ["the loss is nan at step 5", "a weight is not finite after step 5"])
+def test_number_that_is_not_finite_ends_the_run_by_its_step_and_spoils_no_checkpoint(
+    arguments, tmp_path, monkeypatch, broken
+):
+    def batch_end(self: Checkpoints, state, logger) -> None:
+        if state.timestamp.batch.value == 5:
+            if "loss" in broken:
+                state.total_loss_dict["loss/train/total"] = float("nan")
+            else:
+                state.model.projector[0].weight.data[0, 0] = float("inf")
+        ended(self, state, logger)
+
+    ended = Checkpoints.batch_end
+    monkeypatch.setattr(Checkpoints, "batch_end", batch_end)
+    with pytest.raises(SystemExit, match=broken):
+        run(tmp_path, *arguments, "run_name=run")
+    assert os.readlink(tmp_path / "runs" / "run" / "checkpoints" / LATEST) == "ep1-ba4.pt"
+
+
+def test_run_goes_on_from_the_bucket_when_the_disk_is_gone(arguments, whole, bucket, tmp_path):
+    arguments = [*arguments, "run_name=run", "checkpoints.bucket=s3://bkt/runs/run"]
+    run(tmp_path, *arguments, "trainer.max_duration=4ba")
+    names = {found["Key"] for found in bucket.list_objects_v2(Bucket="bkt")["Contents"]}
+    assert names == {"runs/run/ep0-ba3.pt", "runs/run/ep1-ba4.pt"}
+    shutil.rmtree(tmp_path / "runs")
+    bucket.put_object(Bucket="bkt", Key="runs/run/ep1-ba5.pt", Body=b"damaged")
+    run(tmp_path, *arguments)
+    assert same(weights(tmp_path, "run"), weights(whole, "whole"))
+    assert losses_from(tmp_path, "run") == losses(whole, "whole")[4:]
+
+
+def losses_from(folder: Path, name: str) -> list[float]:
+    """Of the lines there are: the others went with the disk."""
+    lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss/train/total"] for line in lines if "loss/train/total" in line]
+
+
+def test_bucket_that_is_away_does_not_end_a_run_but_keeps_one_from_beginning_anew(
+    arguments, whole, bucket, tmp_path, monkeypatch, capfd
+):
+    arguments = [*arguments, "run_name=run", "checkpoints.bucket=s3://bkt/runs/run"]
+    with monkeypatch.context() as patch:
+
+        def upload(place, path, name):
+            raise OSError(5, "Could not connect", place.at(name))
+
+        patch.setattr(pretrain.data_prep.Place, "upload", upload)
+        run(tmp_path, *arguments)
+    assert "checkpoints.bucket: [Errno 5] Could not connect: 's3://bkt/runs/run/ep1-ba6.pt'; " in capfd.readouterr().out
+    assert same(weights(tmp_path, "run"), weights(whole, "whole"))
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:1")
+    pretrain.data_prep.s3_client.cache_clear()
+    with pytest.raises(SystemExit, match="s3://bkt/other"):
+        run(tmp_path, *arguments, "run_name=other", "checkpoints.bucket=s3://bkt/other")
+
+
+FSDP = "trainer.parallelism_config={{fsdp: {{state_dict_type: {}, activation_checkpointing: true}}}}"
+
+
+@pytest.fixture(scope="module")
+def sharded(arguments, tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fsdp")
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_fsdp_on_two_ranks_trains_as_one_rank_and_resumes_to_the_bit(arguments, whole, sharded, on_ranks, kind):
+    """With clipping, whose effect would show gradients that are multiplied by the number of ranks."""
+    clip = "algorithms={GradientClipping: {clipping_type: norm, clipping_threshold: 0.01}}"
+    arguments = [*arguments, clip]
+    fsdp = [*arguments, FSDP.format(kind), "callbacks=null"]
+    if not (sharded / "runs" / "one").exists():
+        run(sharded, *arguments, "run_name=one")
+    on_ranks(2, run_rank, str(sharded), [*fsdp, f"run_name={kind}"])
+    on_ranks(2, run_rank, str(sharded), [*fsdp, f"run_name={kind}_stopped", "trainer.max_duration=4ba"])
+    (sharded / "runs" / f"{kind}_stopped" / "result.json").unlink()
+    on_ranks(2, run_rank, str(sharded), [*fsdp, f"run_name={kind}_stopped"])
+    assert losses(sharded, kind) == pytest.approx(losses(sharded, "one"), rel=1e-6)
+    ours, theirs = (json.loads((sharded / "runs" / name / "result.json").read_text()) for name in (kind, "one"))
+    assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4) and theirs["gradient_norm"] > 0.02
+    assert losses(sharded, kind) != pytest.approx(losses(whole, "whole"), rel=1e-6)
+    ours, theirs = weights(sharded, kind), weights(sharded, f"{kind}_stopped")
+    assert same(ours, theirs)
+    one = weights(sharded, "one")
+    assert all(torch.allclose(ours[name], one[name], rtol=1e-3, atol=2e-5) for name in one)
+    path = (sharded / "runs" / kind / "checkpoints" / LATEST).resolve()
+    assert path.is_dir() == (kind == "sharded")
+
+
+class Malicious:
+    def __reduce__(self):
+        return (Path.touch, (Path("was_run"),))
+
+
+def test_malicious_table_of_contents_of_shards_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("shards").mkdir()
+    Path("shards", ".metadata").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(ValueError, match=r"shards is no checkpoint that can be read safely: pathlib.*is not allowed in it"):
+        read_checkpoint("shards")
+    assert not Path("was_run").exists()
+
+
+def test_averages_of_ema_are_what_is_read(arguments, tmp_path):
+    """Against the average computed from all checkpoints of the run."""
+    half_life = 2
+    run(
+        *(tmp_path, *arguments, "run_name=run", "checkpoints.keep=9"),
+        f"algorithms={{EMA: {{half_life: {half_life}ba, update_interval: 1ba}}}}",
+    )
+    folder, smoothing = tmp_path / "runs" / "run" / "checkpoints", 2 ** (-1 / half_life)
+    steps = sorted(folder.glob("ep*.pt"), key=lambda path: pretrain.step_of(path.name))
+    name = "encoder.blocks.0.attn.qkv.weight"
+    trained = [torch.load(path, weights_only=False)["state"]["model"][name] for path in steps]
+    average = read_checkpoint(str(steps[0]))[name]
+    for value in trained[1:]:
+        average = smoothing * average + (1 - smoothing) * value
+    torch.testing.assert_close(read_checkpoint(str(steps[-1]))[name], average)
+    assert not torch.allclose(trained[-1], average)
+
+
+def test_three_kills_leave_no_trace(tmp_path):
+    command = [sys.executable, str(ROOT / "tests" / "stress_resume.py"), "--kills", "3", "--seed", "0"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400, start_new_session=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["right"]
