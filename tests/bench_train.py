@@ -416,8 +416,10 @@ def peak(model: dict, chunk_size: int | None, decode_ratio: float, pairs: int) -
 
 
 def measure_memory(few: int = 4, many: int = 8) -> None:
-    """Of a pair: weights, gradients and libraries are in both of two batches. With chunks there remain what a pair has
-    outside of them, which is its views, prediction and masks, and their gradients."""
+    """What a pair adds: weights, gradients and libraries are in both of two batches, and so not in their difference.
+
+    With chunks, what a pair has outside of them remains: its views and predictions, and the loss's targets and errors.
+    """
     small = {"embed_dim": 192, "depth": 6, "num_heads": 3, "decoder_embed_dim": 128, "decoder_depth": 4}
     sizes = {
         "D 192, depth 6, decoder 128 x 4": small | {"decoder_num_heads": 4},
