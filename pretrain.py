@@ -795,6 +795,37 @@ class ProgressiveResizing(composer.algorithms.ProgressiveResizing):
         super().apply(event, state, logger)
 
 
+class LayerFreezing(Algorithm):
+    """Freeze one layer after another, from the first, as training goes on; the last layer, a classifier's head, never.
+
+    Args:
+        freeze_start: fraction of the training before the first is frozen.
+        freeze_level: fraction of the layers that are frozen at the end.
+
+    Composer's takes frozen weights out of the optimizer, and then no checkpoint can be written. Here they have no gradient
+    and AdamW passes over them. What is frozen depends on how far the training is alone, so that a resumed run goes on alike.
+    """
+
+    find_unused_parameters = True  # by DDP, which still knows the frozen ones
+
+    def __init__(self, freeze_start: Share = 0.5, freeze_level: Share = 1.0):
+        self.freeze_start, self.freeze_level = freeze_start, freeze_level
+
+    def match(self, event: Event, state: State) -> bool:
+        return event in (Event.FIT_START, Event.EPOCH_END)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        elapsed = float(state.get_elapsed_duration())
+        level = self.freeze_level * max(0.0, elapsed - self.freeze_start) / max(1 - self.freeze_start, 1e-9)
+        leaves = (module for module in state.model.modules() if not any(module.children()))
+        layers = [module for module in leaves if next(module.parameters(), None) is not None]
+        count = int(level * len(layers[:-1]))
+        for layer in layers[:count]:
+            layer.requires_grad_(False)
+            layer.zero_grad()
+        logger.log_metrics({"layer_freezing/layers_frozen": count})
+
+
 class GradientNorm(Algorithm):
     """Logs the norm of the gradient before it is clipped."""
 
@@ -1097,7 +1128,8 @@ def classes_of(module: Any) -> tuple[type, ...]:
 
 
 ALGORITHMS = classes_of(composer.algorithms)
-ALGORITHMS = tuple({made.__name__: made for made in (*ALGORITHMS, PartialDecoding, ProgressiveResizing)}.values())
+OWN = (LayerFreezing, PartialDecoding, ProgressiveResizing)  # the first and the last in the place of Composer's
+ALGORITHMS = tuple({made.__name__: made for made in (*ALGORITHMS, *OWN)}.values())
 CALLBACKS = (*classes_of(composer.callbacks), KNN)
 LOGGERS = tuple(made for made in classes_of(composer.loggers) if issubclass(made, LoggerDestination))
 

@@ -2,7 +2,7 @@
 
     uv run python tests/bench_algorithms.py --epochs 10 --seeds 3          # 2 idle CPU cores, 25 min
 
-Every algorithm pre-trains the demonstration once for each seed, in turn, each in a process of its own with one thread. Prints
+Every algorithm pre-trains the demonstration once for each seed, in turn, in a process of its own with one thread. Prints
 a line of JSON for each run, and one for each algorithm: the ratio of its training time to that of none, and the k-NN
 accuracy of the checkpoint (of EMA's averages, if it is at work), mean and standard deviation over the seeds.
 """
@@ -57,13 +57,13 @@ def main() -> None:
         data_prep.demo(str(demo))
         for seed in range(options.seeds):
             for number, (name, block) in enumerate(ALGORITHMS.items()):
-                arguments = [str(ROOT / "yamls" / "demo.yaml"), f"seed={seed}", f"run_name={seed}_{number}"]
+                arguments = [str(ROOT / "yamls" / "demo.yaml"), f"seed={seed}", f"run_name=seed{seed}-{number}"]
                 arguments += [f"trainer.max_duration={options.epochs}ep", "callbacks={SpeedMonitor: {}}"]
                 arguments += [f"algorithms={block}"] if block else []
                 command = [sys.executable, str(ROOT / "pretrain.py"), *arguments]
                 environment = os.environ | {"OMP_NUM_THREADS": "1"}
                 subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
-                run = Path(folder, "runs", f"{seed}_{number}")
+                run = Path(folder, "runs", f"seed{seed}-{number}")
                 times[name].append(json.loads((run / "result.json").read_text())["time/train"])
                 accuracies[name].append(accuracy_of(run, demo))
                 line = {"algorithm": name, "seed": seed, "hours": times[name][-1], "knn": round(accuracies[name][-1], 4)}

@@ -99,7 +99,8 @@ def assert_equal_steps(found: dict[str, Tensor], expected: dict[str, Tensor], to
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if name.endswith(BEFORE_NORM):
-            # AdamW divides by |gradient| + 1e-8, in float64 far more than this rounding, so that they hardly leave zero.
+            # AdamW divides by |gradient| + 1e-8: in float64 far more than their rounding, so that they hardly leave zero.
+            # In fp32 it is not, and they would wander, as do the biases of attention's keys; there no weights are compared.
             limit = 1e-6 if value.dtype == torch.float32 else 1e-11
             assert found[name].abs().max() < limit and value.abs().max() < limit, name
         else:
@@ -325,18 +326,26 @@ def test_flops_of_a_step_are_those_torch_counts(sizes, decode_ratio):
     batch = {"views": torch.randn(4, 2, 3, side, side), "noise": torch.rand(4, 2, net.encoder.num_patches)}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # attention as products of matrices
         step_of(net, batch)
-    assert net.flops_per_batch(batch) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert net.flops_per_batch(batch) == counter.get_total_flops()
 
 
-def test_compiled_model_has_the_losses_and_gradients_of_the_plain_one():
-    backend = "inductor" if shutil.which("g++") else "aot_eager"
-    batch = batch_of_step(0, torch.float32)
-    net = build(depth=1, decoder_depth=1)
-    expected = step_of(net, batch)
-    net.zero_grad()
-    net.projector.load_state_dict(build(depth=1, decoder_depth=1).projector.state_dict())  # its running statistics
-    net.forward = torch.compile(net.forward, backend=backend)  # as Composer does
+def test_compiled_step_has_the_losses_and_gradients_of_the_plain_one():
+    net, batch = build(depth=1, decoder_depth=1), batch_of_step(0, torch.float32)
+    expected = step_of(build(depth=1, decoder_depth=1), batch)
+    net.forward = torch.compile(net.forward, backend="aot_eager")  # the method, as Composer does
     assert_equal_steps(step_of(net, batch), expected, 1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+def test_generated_kernels_have_the_losses_of_the_plain_ones():
+    net, batch = build(depth=1), batch_of_step(0, torch.float32)
+    net.decoder.blocks = nn.ModuleList()  # they are the encoder's; the compiler takes a second or two for each kernel
+    with torch.no_grad():
+        expected = net.loss(net(batch), batch)
+        net.forward = torch.compile(net.forward, backend="inductor")
+        found = net.loss(net(batch), batch)
+    for name in LOSSES:
+        assert distance(found[name], expected[name]) <= 1e-5, name
 
 
 def test_stage_that_is_compiled_logs_the_losses_of_the_plain_one(demo, tmp_path):
@@ -379,6 +388,6 @@ def test_spread_of_features_is_known_where_they_are_alike_or_at_right_angles():
 @pytest.mark.parametrize("right", [0, 2, 6, 8])
 def test_accuracy_is_the_fraction_of_views_whose_partner_is_nearest(right):
     first = torch.eye(16)[:8]
-    order = [*range(right), *(right + (i + 1) % (8 - right) for i in range(8 - right))] if right < 8 else range(8)
-    projections = torch.stack([first, first[list(order)]], dim=1)  # the second view of the others is another sample's first
+    order = [*range(right), *range(right + 1, 8), right][:8]  # the second view of the rest is another sample's first
+    projections = torch.stack([first, first[order]], dim=1)
     assert losses_of(torch.randn(8, 2, 48), projections)["accuracy"] == pytest.approx(right / 8)
