@@ -496,7 +496,7 @@ def test_command_line_ends_a_mistake_in_one_line_before_any_work(tmp_path):
     assert result.stderr.strip() == "pretrain.py: model.detph=3: model.detph is not a key here; the nearest is depth"
 
 
-@pytest.mark.parametrize("overlay", [[], ["paper.yaml"], ["five.yaml"]])
+@pytest.mark.parametrize("overlay", [[], ["paper.yaml"], ["five.yaml"], ["vitl_fast.yaml"]])
 @pytest.mark.parametrize("name", ["demo", "vits", "vitb", "vitl", "vith"])
 def test_pretraining_yaml_constructs(name, overlay):
     files = [str(ROOT / "yamls" / file) for file in (f"{name}.yaml", *overlay)]
