@@ -741,8 +741,9 @@ class KNN(Callback):
 class PartialDecoding(Algorithm):
     """Decode only a fraction `ratio` of the removed patches, drawn anew for each view: those with the smallest noise.
 
-    Time and memory of the decoder shrink with it. The reconstruction loss is the mean over what is decoded, so that its
-    expectation is that over all removed patches. Source: VideoMAE v2's dual masking, with a random choice for its fixed one.
+    Time and memory of the decoder shrink with it. The reconstruction loss is the mean over what is decoded: an unbiased
+    estimate of that over all removed patches, but that the decoder predicts them from a smaller context. Source: VideoMAE v2's
+    dual masking, with a random choice for its fixed one.
     """
 
     def __init__(self, ratio: Annotated[float, Field(gt=0, le=1)] = 0.5):
@@ -757,13 +758,18 @@ class PartialDecoding(Algorithm):
         state.model.decode_ratio = self.ratio
 
 
-class ProgressiveResizing(composer.algorithms.ProgressiveResizing):
-    """Composer's, for views (B, V, H, W, 3): training begins with small ones.
+class ProgressiveResizing(Algorithm):
+    """Train on small views at first, then on growing, then on whole ones. Composer's idea, exact for grids of patches.
 
     Args:
         initial_scale: of the first views' sides.
         delay_fraction, finetune_fraction: of the training, at the first and at the full size.
         size_increment: pixels; a multiple of model.patch_size.
+
+    The training is measured in the unit of trainer.max_duration: by an epoch at a time, if it is given in epochs.
+
+    Raises:
+        ValueError: fractions that leave no time to grow, sizes that are no number of patches, or too few to mask.
     """
 
     def __init__(
@@ -773,26 +779,40 @@ class ProgressiveResizing(composer.algorithms.ProgressiveResizing):
         finetune_fraction: Share = 0.2,
         size_increment: PositiveInt = 16,
     ):
-        # Its other mode, to crop, would draw from a generator that a resume does not restore.
-        where = {"input_key": (self.get_views, self.set_views), "target_key": "noise"}
-        super().__init__("resize", initial_scale, finetune_fraction, delay_fraction, size_increment, **where)
+        if delay_fraction + finetune_fraction >= 1:
+            raise ValueError("algorithms.ProgressiveResizing: delay_fraction + finetune_fraction must be less than 1")
+        self.initial_scale, self.size_increment = initial_scale, size_increment
+        self.delay_fraction, self.finetune_fraction = delay_fraction, finetune_fraction
 
-    @staticmethod
-    def get_views(batch: dict[str, Tensor]) -> Tensor:
-        return batch["views"].flatten(0, 1).permute(0, 3, 1, 2)  # (B * V, 3, H, W)
+    def match(self, event: Event, state: State) -> bool:
+        return event in (Event.INIT, Event.AFTER_DATALOADER)
 
-    @staticmethod
-    def set_views(batch: dict[str, Tensor], views: Tensor) -> dict[str, Tensor]:
-        return batch | {"views": views.permute(0, 2, 3, 1).unflatten(0, batch["views"].shape[:2])}
+    def side(self, full: int, elapsed: float) -> int:
+        """Pixels of the views' sides after a fraction `elapsed` of the training."""
+        grown = (elapsed - self.delay_fraction) / (1 - self.delay_fraction - self.finetune_fraction)
+        if grown >= 1:
+            return full
+        scale = self.initial_scale + (1 - self.initial_scale) * max(0.0, grown)
+        return min(full, round(full * scale / self.size_increment) * self.size_increment)
 
-    def apply(self, event: Event, state: State, logger: Logger | None = None) -> None:
-        encoder = getattr(state.model, "module", state.model).encoder
-        if self.size_increment % encoder.patch_size or encoder.img_size * self.initial_scale < encoder.patch_size:
-            raise ValueError(
-                f"algorithms.ProgressiveResizing: size_increment {self.size_increment} must be a multiple of "
-                f"model.patch_size {encoder.patch_size}, and initial_scale {self.initial_scale} leave at least a patch"
-            )
-        super().apply(event, state, logger)
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        net = getattr(state.model, "module", state.model)
+        full, patch_size = net.encoder.img_size, net.encoder.patch_size
+        if event == Event.INIT:
+            kept = int((self.side(full, 0.0) // patch_size) ** 2 * (1 - net.mask_ratio))
+            if self.size_increment % patch_size or kept < 1:
+                raise ValueError(
+                    f"algorithms.ProgressiveResizing: size_increment {self.size_increment} must be a multiple of "
+                    f"model.patch_size {patch_size}, and initial_scale {self.initial_scale} leave patches to keep"
+                )
+            return
+        side = self.side(full, float(state.get_elapsed_duration()))
+        if side < full:
+            views = state.batch["views"]  # (B, V, H, W, 3)
+            small = views.flatten(0, 1).permute(0, 3, 1, 2).float()  # (B * V, 3, H, W)
+            small = F.interpolate(small, (side, side), mode="bilinear", antialias=True).round().to(views.dtype)
+            state.batch = state.batch | {"views": small.permute(0, 2, 3, 1).unflatten(0, views.shape[:2])}
+        logger.log_metrics({"progressive_resizing/width": side})
 
 
 class LayerFreezing(Algorithm):

@@ -26,12 +26,12 @@ from pretrain import LATEST, EvalViews, embed, knn_accuracy, load_config, pretra
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = {
     "none": "",
-    "EMA": "{EMA: {half_life: 2ep, update_interval: 1ba}}",
+    "EMA": "{EMA: {half_life: 46ba, update_interval: 1ba}}",
     "GradientClipping, norm 1": "{GradientClipping: {clipping_type: norm, clipping_threshold: 1.0}}",
     "ChannelsLast": "{ChannelsLast: {}}",
     "PartialDecoding, half": "{PartialDecoding: {ratio: 0.5}}",
     "ProgressiveResizing from half": "{ProgressiveResizing: {initial_scale: 0.5, delay_fraction: 0.3, size_increment: 8}}",
-    "PartialDecoding and EMA": "{PartialDecoding: {ratio: 0.5}, EMA: {half_life: 2ep, update_interval: 1ba}}",
+    "PartialDecoding and EMA": "{PartialDecoding: {ratio: 0.5}, EMA: {half_life: 46ba, update_interval: 1ba}}",
 }
 
 

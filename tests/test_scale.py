@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 import model
 import pretrain
@@ -305,16 +306,30 @@ def test_views_grow_over_the_training():
     sides = [16, 16, 16, 16, 24, 24, 32, 32, 32, 32]
     for i, (views, side) in enumerate(zip(record.views, sides, strict=True)):
         original = torch.stack([sample["views"] for sample in samples[2 * i : 2 * i + 2]])
-        nearest = torch.arange(side) * 32 // side
-        assert views.dtype == torch.uint8 and torch.equal(views, original[:, :, nearest][:, :, :, nearest]), i
+        pictures = original.flatten(0, 1).permute(0, 3, 1, 2)
+        scaled = resize(pictures, [side, side], InterpolationMode.BILINEAR, antialias=True).permute(0, 2, 3, 1)
+        assert views.dtype == torch.uint8 and views.shape == (2, 2, side, side, 3)
+        assert (views.flatten(0, 1).int() - scaled.int()).abs().max() <= 1, i  # they round in another order
     assert math.isfinite(trainer.state.total_loss_dict["loss/train/total"])
 
 
-@pytest.mark.parametrize(("increment", "scale", "culprit"), [(12, 0.5, "size_increment 12"), (8, 0.2, "initial_scale 0.2")])
-def test_size_that_is_no_number_of_patches_is_named(increment, scale, culprit):
-    algorithm = ProgressiveResizing(scale, size_increment=increment)
+@pytest.mark.parametrize(
+    ("settings", "culprit"),
+    [
+        ({"size_increment": 12}, "size_increment 12"),
+        ({"size_increment": 8, "initial_scale": 0.1}, "initial_scale 0.1"),
+        ({"size_increment": 24, "initial_scale": 0.25}, "initial_scale 0.25"),
+        ({"delay_fraction": 0.8, "finetune_fraction": 0.2}, "delay_fraction"),
+    ],
+)
+def test_sizes_that_cannot_be_are_named_before_training(settings, culprit):
     with pytest.raises(ValueError, match=rf"algorithms\.ProgressiveResizing: .*{culprit}"):
-        algorithm.apply(Event.AFTER_DATALOADER, SimpleNamespace(model=build()))
+        ProgressiveResizing(**settings).apply(Event.INIT, SimpleNamespace(model=build()), None)
+
+
+def test_last_size_is_the_full_one_whatever_the_increment():
+    sizes = [ProgressiveResizing(0.5, 0.2, 0.3, 24).side(336, i / 10) for i in range(11)]
+    assert sizes == [168, 168, 168, 192, 240, 264, 312, 336, 336, 336, 336]
 
 
 @pytest.mark.parametrize("decode_ratio", [1.0, 0.5])
