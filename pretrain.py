@@ -742,8 +742,8 @@ class PartialDecoding(Algorithm):
     """Decode only a fraction `ratio` of the removed patches, drawn anew for each view: those with the smallest noise.
 
     Time and memory of the decoder shrink with it. The reconstruction loss is the mean over what is decoded: an unbiased
-    estimate of that over all removed patches, but that the decoder predicts them from a smaller context. Source: VideoMAE v2's
-    dual masking, with a random choice for its fixed one.
+    estimate of that over all removed patches, but that the decoder predicts them from a smaller context. Source: the
+    dual masking of VideoMAE v2, with a random choice for its fixed one.
     """
 
     def __init__(self, ratio: Annotated[float, Field(gt=0, le=1)] = 0.5):
