@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from composer.devices import Device
 from composer.trainer.trainer import get_device
 from composer.utils import dist, reproducibility
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -45,11 +45,13 @@ def measure_accuracy(
     temporal_views: PositiveInt = 1,
     spatial_views: PositiveInt = 1,
     crop_pct: Share = 0.875,
+    frame_interval: PositiveFloat | None = None,
     batch_size: PositiveInt = 64,
     num_workers: NonNegativeInt = 0,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy, the softmax averaged over all views of a sample. See EvalViews for the views."""
-    views = EvalViews(data, net.encoder.img_size, net.encoder.num_frames, temporal_views, spatial_views, crop_pct)
+    sizes = (net.encoder.img_size, net.encoder.num_frames, temporal_views, spatial_views, crop_pct)
+    views = EvalViews(data, *sizes, frame_interval=frame_interval)
     probabilities, labels = infer(net, lambda inputs: net.eval_forward({"inputs": inputs}), views, batch_size, num_workers)
     result = {}
     for name, metric in net.get_metrics().items():

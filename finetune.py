@@ -20,11 +20,12 @@ from composer.core import DataSpec
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.utils import dist
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2.functional import normalize
+from torchvision.transforms.v2.functional import normalize, pil_to_tensor, to_pil_image
 
 import data_prep
 from model import Classifier, load_pretrained
@@ -48,6 +49,7 @@ from pretrain import (
     load_config,
     load_stream,
     one_line_errors,
+    pick_frames,
     start_run,
 )
 
@@ -58,7 +60,9 @@ class TrainingClips:
 
     Args:
         crop_scale, crop_ratio: of RandomResizedCrop.
-        flip: probability.
+        flip: probability; 0 where a label has a direction.
+        frame_interval: seconds between two frames, for a piece of the clip; None for the whole clip. See pick_frames.
+        rand_augment: policy in timm's notation, such as rand-m9-mstd0.5-inc1; alike for all frames of a clip.
         erasing: probability that a box of a sample becomes noise (timm's RandomErasing, mode "pixel").
         mixup, cutmix: alpha of the beta distribution of their share; 0 is off. One of the two is drawn for each batch.
         label_smoothing: in [0, 1).
@@ -71,6 +75,8 @@ class TrainingClips:
     crop_scale: tuple[Share, Share] = (0.08, 1.0)
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
     flip: Share = 0.5
+    frame_interval: PositiveFloat | None = None
+    rand_augment: str | None = None
     erasing: Share = 0.25
     mixup: NonNegativeFloat = 0.8
     cutmix: NonNegativeFloat = 1.0
@@ -79,20 +85,36 @@ class TrainingClips:
     def __post_init__(self):
         mixing = {"label_smoothing": self.label_smoothing, "num_classes": self.num_classes}
         self.mix = Mixup(self.mixup, self.cutmix, **mixing) if self.mixup or self.cutmix else None
+        self.policy = None
+        if self.rand_augment:
+            colour = tuple(round(255 * one) for one in MEAN)
+            hints = {"translate_const": int(0.45 * self.img_size), "img_mean": colour}
+            try:
+                self.policy = rand_augment_transform(self.rand_augment, hints)
+            except (AssertionError, ValueError) as error:
+                raise ValueError(f"augment.rand_augment {self.rand_augment} is no policy of timm's: {error}") from error
 
     def draw(self, sample: dict, rng: np.random.Generator) -> dict[str, Tensor]:
         """Run in a worker on a stored sample -> `inputs` uint8 (1, T, 3, H, W), `target`, `key` (seeds what follows).
 
-        The clip is cut into T equal sections; a frame is taken from the same random place in each.
+        Frames are picked from a random place, and cropped and flipped alike.
         """
-        count = len(sample["ends"])
-        picked = ((np.arange(self.num_frames) + rng.random()) * count / self.num_frames).astype(int).tolist()
+        picked = pick_frames(sample["timestamps"], self.num_frames, self.frame_interval, rng.random())
         frames = {index: data_prep.decode_frame(sample, index) for index in set(picked)}
         box = draw_crop(rng, *frames[picked[0]].shape[:2], self.crop_scale, self.crop_ratio)
         clip = torch.stack([crop_and_scale(frames[index], box, self.img_size) for index in picked])
         if rng.random() < self.flip:
             clip = clip.flip(3)
+        if self.policy:
+            seed = int(rng.integers(2**31))
+            clip = torch.stack([self.augmented(frame, seed) for frame in clip])
         return {"inputs": clip[None], "target": sample["label"], "key": int(rng.integers(2**31))}
+
+    def augmented(self, frame: Tensor, seed: int) -> Tensor:
+        """What the policy makes of a frame (3, H, W) uint8; timm draws from global generators."""
+        random.seed(seed)
+        np.random.seed(seed)
+        return pil_to_tensor(self.policy(to_pil_image(frame)))
 
     def apply(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run on the device: `inputs` normalised, erased and mixed (B, 1, T, 3, H, W); `target` mixed (B, C).
@@ -129,6 +151,7 @@ def load_eval(
     batch_size: PositiveInt = 64,
     num_workers: NonNegativeInt = 0,
     crop_pct: Share = 0.875,
+    frame_interval: PositiveFloat | None = None,
 ) -> DataSpec:
     """The loader of the validation data: one central view of each sample.
 
@@ -136,9 +159,9 @@ def load_eval(
         paths: data sets of data_prep.py.
         batch_size: samples of each rank.
         num_workers: processes of each rank.
-        crop_pct: see EvalViews.
+        crop_pct, frame_interval: see EvalViews.
     """
-    data = EvalViews(paths, img_size, num_frames, crop_pct=crop_pct)
+    data = EvalViews(paths, img_size, num_frames, crop_pct=crop_pct, frame_interval=frame_interval)
     sampler = dist.get_sampler(data, drop_last=False, shuffle=False)
     loader = DataLoader(data, batch_size, sampler=sampler, num_workers=num_workers)
     return DataSpec(loader, batch_transforms=normalise_views)

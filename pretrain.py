@@ -579,6 +579,23 @@ class JsonLines(LoggerDestination):
     epoch_end = eval_end = fit_end = batch_end
 
 
+def pick_frames(timestamps: np.ndarray, num_frames: int, frame_interval: float | None, place: float) -> list[int]:
+    """Indices of `num_frames` stored frames of a clip.
+
+    Args:
+        timestamps: (n,) seconds, ascending.
+        frame_interval: seconds between two; the frame on screen at each time is taken, the last again where the clip is
+            short. None for the whole clip, cut into equal sections with a frame of each.
+        place: in [0, 1): where between its first and last possible place the picked piece begins, or in each section.
+    """
+    if frame_interval is None:
+        return ((np.arange(num_frames) + place) * len(timestamps) / num_frames).astype(int).tolist()
+    first, last = timestamps[0], timestamps[-1]
+    free = max(0.0, last - first - (num_frames - 1) * frame_interval)
+    times = first + place * free + np.arange(num_frames) * frame_interval + 0.02 * frame_interval  # packs' times are rounded
+    return (np.searchsorted(timestamps, times, "right") - 1).tolist()
+
+
 @dataclass
 class EvalViews(Dataset):
     """Views of every sample of some data sets, without chance: `inputs` uint8 (V, T, 3, H, W), `target`.
@@ -586,8 +603,8 @@ class EvalViews(Dataset):
     Args:
         paths: data sets of data_prep.py.
         img_size: pixels.
-        num_frames: T: the clip is cut into T equal sections, and a frame taken from each.
-        temporal_views: in how many ways the frame is taken.
+        num_frames, frame_interval: T and seconds, see pick_frames.
+        temporal_views: pieces of the clip, evenly placed from its beginning to its end; 1 is the middle.
         spatial_views: square crops along the longer side; 1 is the centre.
         crop_pct: side of the crop as a fraction of the shorter side, in (0, 1].
 
@@ -600,6 +617,7 @@ class EvalViews(Dataset):
     temporal_views: int = 1
     spatial_views: int = 1
     crop_pct: float = 0.875
+    frame_interval: float | None = None
 
     def __post_init__(self):
         self.data = ConcatDataset([data_prep.Clips(path) for path in self.paths])
@@ -609,9 +627,11 @@ class EvalViews(Dataset):
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         sample = self.data[number]
-        count, views = len(sample["ends"]), []
-        for offset in (np.arange(self.temporal_views) + 0.5) / self.temporal_views:
-            picked = ((np.arange(self.num_frames) + offset) * count / self.num_frames).astype(int).tolist()
+        views, places = [], (np.arange(self.temporal_views) + 0.5) / self.temporal_views
+        if self.frame_interval and self.temporal_views > 1:
+            places = np.linspace(0, 1, self.temporal_views)
+        for place in places:
+            picked = pick_frames(sample["timestamps"], self.num_frames, self.frame_interval, place)
             frames = {index: data_prep.decode_frame(sample, index) for index in set(picked)}
             height, width = frames[picked[0]].shape[:2]
             side = max(1, round(min(height, width) * self.crop_pct))

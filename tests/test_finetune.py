@@ -2,14 +2,16 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import ROOT, launch, run_stage
 from streaming import LocalDataset
 
+import eval as evaluation
 import finetune
 from finetune import TrainingClips
 from model import Classifier, read_checkpoint
-from pretrain import build_optimizer, load_config
+from pretrain import build_optimizer, load_config, pick_frames
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 PLAIN = {"erasing": 0.0, "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0}
@@ -166,3 +168,71 @@ def test_finetuning_yaml_constructs():
         net = Classifier(10, **config["model"])
     build_optimizer(net, config["data"]["global_train_batch_size"], **config["optimizer"])
     TrainingClips(net.encoder.img_size, 16, 10, **config["augment"])
+
+
+def test_frames_are_picked_by_their_times_whatever_the_rate_of_the_pack():
+    """16 frames, every fourth of 30 a second, from packs of 30, 15, 7.5 and 10 a second, and of an uneven rate."""
+    interval = 4 / 30
+    for rate in (30, 15, 7.5, 10):
+        times = np.arange(int(10 * rate)) / rate + 3.0
+        for place in (0.0, 0.37, 1.0):
+            picked = times[pick_frames(times, 16, interval, place)]
+            begin = 3.0 + place * (times[-1] - 3.0 - 15 * interval)
+            wanted = begin + np.arange(16) * interval
+            assert (picked <= wanted + 0.02 * interval + 1e-9).all() and (wanted - picked < 1 / rate + 1e-9).all()
+        if rate != 10:
+            assert np.allclose(np.diff(times[pick_frames(times, 16, interval, 0.0)]), interval)
+    uneven = np.array([0.0, 0.1, 0.9, 1.0, 5.0])
+    assert pick_frames(uneven, 3, 0.45, 0.0) == [0, 1, 2] and pick_frames(uneven, 3, 0.45, 1.0) == [3, 3, 4]
+
+
+def test_short_clip_repeats_its_last_frame_and_a_still_its_only_one():
+    assert pick_frames(np.array([0.0, 1.0, 2.0]), 6, 0.5, 0.7) == [0, 0, 1, 1, 2, 2]
+    assert pick_frames(np.array([0.0, 1.0]), 5, 1.0, 0.2) == [0, 1, 1, 1, 1]
+    assert pick_frames(np.array([0.0]), 4, 0.1, 0.9) == pick_frames(np.array([0.0]), 4, None, 0.9) == [0, 0, 0, 0]
+
+
+def test_whole_clip_gives_a_frame_of_each_equal_section():
+    assert pick_frames(np.arange(8) / 8, 4, None, 0.0) == [0, 2, 4, 6]
+    assert pick_frames(np.arange(8) / 8, 4, None, 0.9) == [1, 3, 5, 7]
+
+
+def test_policy_treats_all_frames_of_a_clip_alike_and_clips_differently(demo):
+    sample = LocalDataset(str(demo / "train_videos"))[0]
+    first = int(sample["ends"][0])
+    still = sample | {"frames": sample["frames"][:first] * 16, "ends": np.arange(1, 17, dtype=np.uint32) * first}
+    plain = TrainingClips(32, 16, 4, **PLAIN, flip=0.0)
+    clips = TrainingClips(32, 16, 4, **PLAIN, flip=0.0, rand_augment="rand-m9-mstd0.5-inc1")
+    seen = []
+    for seed in range(8):
+        views = clips.draw(still, np.random.default_rng(seed))["inputs"][0]
+        assert views.dtype == torch.uint8 and all(torch.equal(views[0], frame) for frame in views)
+        assert torch.equal(views, clips.draw(still, np.random.default_rng(seed))["inputs"][0])
+        seen.append(not torch.equal(views, plain.draw(still, np.random.default_rng(seed))["inputs"][0]))
+    assert sum(seen) >= 6
+
+
+def test_policy_that_timm_does_not_know_is_named():
+    with pytest.raises(ValueError, match=r"augment\.rand_augment rand-x9 is no policy of timm's"):
+        TrainingClips(32, 1, 4, rand_augment="rand-x9")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "yamls").glob("finetune_*_vit*.yaml")), ids=lambda path: path.stem)
+def test_recipe_constructs_with_the_size_and_learning_rates_it_names(path):
+    config = load_config([str(path)], finetune.finetune)
+    with torch.device("meta"):
+        net = Classifier(400, **config["model"])
+    TrainingClips(net.encoder.img_size, net.encoder.num_frames, 400, **config["augment"])
+    optimizer, batch = config["optimizer"], config["data"]["global_train_batch_size"]
+    adamw = build_optimizer(net, batch, **optimizer)
+    assert max(group["lr"] for group in adamw.param_groups) == pytest.approx(optimizer["base_lr"] * batch / 256)
+    name = {768: "vit_base_patch16_224", 1024: "vit_large_patch16_224"}[config["model"]["embed_dim"]]
+    with torch.device("meta"):
+        theirs = timm.create_model(name, num_classes=400)
+    if net.encoder.num_frames == 1:
+        assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in theirs.parameters())
+    evaluated = load_config([str(path.with_name(path.name.replace("finetune", "eval")))], evaluation.evaluate)
+    shared = {key: value for key, value in config["model"].items() if key not in ("drop_path", "head_init_std")}
+    assert evaluated["classifier"] == shared
+    assert evaluated["accuracy"].get("frame_interval") == config["augment"].get("frame_interval")
+    assert evaluated["checkpoint"] == f"runs/{config['run_name']}/checkpoints/latest-rank0.pt"
