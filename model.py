@@ -594,7 +594,28 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
     weights = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
     if not any("blocks.0." in key for key in weights):
         raise ValueError(f"{path} holds no ViT (no key named blocks.0.*)")
-    return {our_name(key): value for key, value in weights.items()}
+    return our_layout({our_name(key): value for key, value in weights.items()})
+
+
+def our_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as this file has them from those of ST-MAE (mae_st), which splits qkv and positions, and of VideoMAE.
+
+    VideoMAE has no bias for k, whose effect on attention is nothing, no CLS and no stored positions.
+    """
+    weights = dict(weights)
+    for key in list(weights):
+        if split := re.fullmatch(r"(.*attn\.)q\.(weight|bias)", key):
+            parts = [weights.pop(f"{split[1]}{part}.{split[2]}") for part in "qkv"]
+            weights[f"{split[1]}qkv.{split[2]}"] = torch.cat(parts)
+        elif split := re.fullmatch(r"(.*attn\.)q_bias", key):
+            q, v = weights.pop(key), weights.pop(f"{split[1]}v_bias")
+            weights[f"{split[1]}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+        elif key.endswith("pos_embed_spatial"):
+            prefix = key.removesuffix("_spatial")
+            cls = weights.pop(f"{prefix}_class")
+            weights[prefix] = torch.cat([cls, weights.pop(key)], dim=1)
+            weights["encoder.temporal_embed"] = weights.pop(f"{prefix}_temporal")
+    return weights
 
 
 def our_name(key: str) -> str:
@@ -602,8 +623,8 @@ def our_name(key: str) -> str:
     key = key.removeprefix("module.")
     key = re.sub(r"^decoder_(embed|pos_embed|blocks|norm|pred)", r"decoder.\1", key)
     key = re.sub(r"^mask_token", "decoder.mask_token", key)
-    key = re.sub(r"^fc_norm", "norm", key)  # where MAE's fine-tuning pools before the norm
-    return re.sub(r"^(?=(cls_token|pos_embed|patch_embed|blocks|norm)\b)", "encoder.", key)
+    key = re.sub(r"^(encoder\.)?fc_norm", r"\1norm", key)  # where MAE's fine-tuning pools before the norm
+    return re.sub(r"^(?=(cls_token|pos_embed|patch_embed|blocks|norm)(\b|_))", "encoder.", key)
 
 
 def is_grid(positions: Tensor) -> bool:
@@ -614,8 +635,9 @@ def is_grid(positions: Tensor) -> bool:
 def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[str, list[str]]:
     """Fill a ViCMAE or a Classifier from a checkpoint file or from a state dict in our or the official names.
 
-    The encoder must be there whole; a decoder, projector or head is filled if it is. A 2-D patch embedding is inflated to
-    tubelets (repeated over the frames and divided by their number); positions are interpolated to another grid.
+    The encoder must be there whole, but for CLS and positions where the source, as VideoMAE, has none; a decoder, projector
+    or head is filled if it is. A 2-D patch embedding is inflated to tubelets (repeated over the frames and divided by their
+    number), tubelets are summed up for images; positions are interpolated to another grid or number of steps.
 
     Returns:
         Names by what became of them: `loaded`, `resized` (loaded after inflation or interpolation), `missing` (stay as they
@@ -625,7 +647,7 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[
         ValueError: no checkpoint, an encoder that is not whole, or of another size.
     """
     name = source if isinstance(source, str) else "the state dict"
-    found = read_checkpoint(source) if isinstance(source, str) else {our_name(k): v for k, v in source.items()}
+    found = read_checkpoint(source) if isinstance(source, str) else our_layout({our_name(k): v for k, v in source.items()})
     own = module.state_dict()
     report = {"loaded": [], "resized": [], "missing": [key for key in own if key not in found], "unused": []}
     filled = {}
@@ -637,6 +659,12 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[
         if key.endswith("patch_embed.proj.weight") and value.ndim == 4 and len(shape) == 5:
             value = value[:, :, None].expand(-1, -1, shape[2], -1, -1) / shape[2]
             report["resized"].append(key)
+        elif key.endswith("patch_embed.proj.weight") and value.ndim == 5 and len(shape) == 4:
+            value = value.sum(dim=2)  # what a still clip gives
+            report["resized"].append(key)
+        elif key.endswith("temporal_embed") and value.shape != shape and value.shape[2] == shape[2]:
+            value = F.interpolate(value.transpose(1, 2), shape[1], mode="linear").transpose(1, 2)
+            report["resized"].append(key)
         elif key.endswith("pos_embed") and value.shape != shape and is_grid(value):
             value = resample_abs_pos_embed(value, [math.isqrt(shape[1] - 1)] * 2)
             report["resized"].append(key)
@@ -647,6 +675,8 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[
         filled[key] = value
         report["loaded"].append(key)
     absent = [key for key in report["missing"] if key.startswith("encoder.") and "temporal_embed" not in key]
+    if "encoder.cls_token" in absent and "encoder.pos_embed" in absent:
+        absent = [key for key in absent if not key.endswith(("cls_token", "pos_embed"))]
     if absent:
         raise ValueError(
             f"{name} lacks {len(absent)} weights of the encoder, {absent[0]} first; set the model's depth as trained"

@@ -333,3 +333,62 @@ def test_contrastive_loss_and_gradients_on_two_ranks_equal_one_rank(tmp_path, on
         for name, parameter in net.named_parameters():
             if parameter.requires_grad and parameter.grad.norm() > 1e-12:
                 assert (found[name] - parameter.grad).norm() <= 1e-6 * parameter.grad.norm(), name
+
+
+def split_as_mae_st(encoder: Encoder) -> dict[str, torch.Tensor]:
+    """The weights of an encoder of clips by the names and in the layout of mae_st's files."""
+    state = {}
+    for key, value in encoder.state_dict().items():
+        if ".attn.qkv." in key:
+            for name, part in zip("qkv", value.chunk(3), strict=True):
+                state[key.replace("qkv", name)] = part
+        elif key == "pos_embed":
+            state["pos_embed_class"], state["pos_embed_spatial"] = value[:, :1], value[:, 1:]
+        elif key == "temporal_embed":
+            state["pos_embed_temporal"] = value
+        else:
+            state[key] = value
+    return state
+
+
+CLIPS = {"num_frames": 4, "tubelet_size": 2}
+
+
+def test_st_maes_file_gives_the_features_of_its_encoder(tmp_path):
+    theirs = Encoder(**ENCODER, **CLIPS).eval()
+    torch.nn.init.normal_(theirs.temporal_embed)
+    torch.save({"model_state": None, "model": split_as_mae_st(theirs)}, tmp_path / "st.pth")
+    ours = Classifier(3, **ENCODER, **CLIPS).eval()
+    report = load_pretrained(ours, str(tmp_path / "st.pth"))
+    assert report["missing"] == ["head.weight", "head.bias"] and not report["unused"]
+    clip = torch.randn(2, 4, 3, 32, 32)
+    torch.testing.assert_close(ours.encoder(clip), theirs(clip))
+
+
+def test_video_maes_file_gives_its_attention_and_leaves_cls_and_positions(tmp_path):
+    theirs, state = Encoder(**ENCODER, **CLIPS).eval(), {}
+    for block in theirs.blocks:
+        torch.nn.init.normal_(block.attn.qkv.bias)
+    for key, value in theirs.state_dict().items():
+        if key.endswith("attn.qkv.bias"):
+            state[f"encoder.{key.replace('qkv.bias', 'q_bias')}"] = value[:48]
+            state[f"encoder.{key.replace('qkv.bias', 'v_bias')}"] = value[96:]
+        elif not key.endswith(("cls_token", "pos_embed", "temporal_embed")):
+            state[f"encoder.{key}"] = value
+    torch.save({"model": state}, tmp_path / "video.pth")
+    ours = Classifier(3, **ENCODER, **CLIPS).eval()
+    ours.encoder.cls_token.data.copy_(theirs.cls_token)
+    report = load_pretrained(ours, str(tmp_path / "video.pth"))
+    kept = ["encoder.temporal_embed", "encoder.cls_token", "encoder.pos_embed", "head.weight", "head.bias"]
+    assert sorted(report["missing"]) == sorted(kept)
+    clip = torch.randn(2, 4, 3, 32, 32)  # a bias of k shifts all scores of a query alike, and softmax takes that out
+    torch.testing.assert_close(ours.encoder(clip), theirs(clip), rtol=1e-4, atol=1e-4)
+
+
+def test_encoder_of_clips_gives_an_encoder_of_images_what_a_still_clip_has():
+    clips, images = Encoder(**ENCODER, num_frames=2, tubelet_size=2).eval(), Classifier(3, **ENCODER).eval()
+    load_pretrained(images, clips.state_dict())
+    frames = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(
+        images.encoder(frames), clips(frames[:, None].expand(-1, 2, -1, -1, -1)), rtol=1e-4, atol=1e-5
+    )
