@@ -9,8 +9,11 @@ is the result as JSON, which is also in runs/{run_name}/eval.json.
 """
 
 import json
+import os
 import sys
+import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +22,11 @@ import torch.nn.functional as F
 from composer.devices import Device
 from composer.trainer.trainer import get_device
 from composer.utils import dist, reproducibility
+from matplotlib.figure import Figure
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 import data_prep
 from model import Classifier, Encoder, ViCMAE, load_pretrained
@@ -48,16 +53,33 @@ def measure_accuracy(
     frame_interval: PositiveFloat | None = None,
     batch_size: PositiveInt = 64,
     num_workers: NonNegativeInt = 0,
-) -> dict[str, float]:
-    """Top-1 and top-5 accuracy, the softmax averaged over all views of a sample. See EvalViews for the views."""
+) -> tuple[dict[str, float], Tensor]:
+    """Accuracy, the softmax averaged over all views of a sample. See EvalViews for the views.
+
+    Returns top-1, top-5 and samples a second, and the confusion matrix: (C, C) counts, a row for each true class.
+    """
     sizes = (net.encoder.img_size, net.encoder.num_frames, temporal_views, spatial_views, crop_pct)
     views = EvalViews(data, *sizes, frame_interval=frame_interval)
+    begin = time.monotonic()
     probabilities, labels = infer(net, lambda inputs: net.eval_forward({"inputs": inputs}), views, batch_size, num_workers)
-    result = {}
+    result = {"samples_per_second": len(views) / (time.monotonic() - begin)}
     for name, metric in net.get_metrics().items():
         metric.update(probabilities, labels)
         result[name] = float(metric.compute())
-    return result
+    return result, multiclass_confusion_matrix(probabilities, labels, net.num_classes)
+
+
+def draw_confusion(counts: Tensor, classes: list[str], to: Path) -> None:
+    """Draw a confusion matrix, each row as fractions of its class; with names, where they can be read."""
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axis = figure.subplots()
+    picture = axis.imshow(counts / counts.sum(dim=1, keepdim=True).clamp(min=1), vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(picture, label="fraction of the true class")
+    axis.set(xlabel="predicted", ylabel="true")
+    if len(classes) <= 40:
+        axis.set_xticks(range(len(classes)), classes, rotation=90)
+        axis.set_yticks(range(len(classes)), classes)
+    figure.savefig(to, dpi=120)
 
 
 def fit_linear(features: Tensor, labels: Tensor, num_classes: int, l2: float) -> Callable[[Tensor], Tensor]:
@@ -154,6 +176,39 @@ def export_timm(encoder: Encoder, to: str) -> None:
     save_file({name: value.contiguous().cpu() for name, value in encoder.state_dict().items()}, to)
 
 
+def table_row(*, name: str, runs: dict[str, str], paper: dict[str, float] | None = None) -> dict[str, str]:
+    """A row of a table of results -> column: paper's / ours (difference), in %.
+
+    Args:
+        name: what was pre-trained.
+        runs: for each column, the run of eval.py or finetune.py whose result it is, as run_name or run_name:key; the key is
+            top1, if none is given.
+        paper: for each column, in %.
+    """
+    cells = {}
+    for column, source in runs.items():
+        run, _, key = source.partition(":")
+        found = [Path("runs", run, file) for file in ("eval.json", "result.json") if Path("runs", run, file).exists()]
+        values = dict(chain(*(json.loads(path.read_text()).items() for path in found)))
+        ours = values.get(key or "top1", values.get(f"metrics/eval/{key or 'top1'}"))
+        theirs = (paper or {}).get(column)
+        cells[column] = ("-" if theirs is None else f"{theirs:.1f}") + " / "
+        cells[column] += "not run" if ours is None else f"{100 * ours:.1f}"
+        if ours is not None and theirs is not None:
+            cells[column] += f" ({100 * ours - theirs:+.1f})"
+    return {"": name} | cells
+
+
+def write_table(*, to: str, rows: list[Annotated[dict, table_row]]) -> None:
+    """Collect finished runs into a table in Markdown, with what was not run; written to the file `to`."""
+    made = [table_row(**row) for row in rows]
+    columns = list(dict.fromkeys(column for row in made for column in row))
+    head = ["| " + " | ".join([columns[0], *(f"{column}: paper / ours" for column in columns[1:])]) + " |"]
+    lines = ["| " + " | ".join(row.get(column, "") for column in columns) + " |" for row in made]
+    text = "\n".join([*head, "| --- " * len(columns) + "|", *lines]) + "\n"
+    data_prep.Place(os.path.dirname(to) or ".").write(os.path.basename(to), text.encode())
+
+
 def evaluate(
     *,
     run_name: str,
@@ -166,6 +221,7 @@ def evaluate(
     probe: Annotated[dict, measure_probe] | None = None,
     reconstructions: list[str] | None = None,
     export: str | None = None,
+    table: Annotated[dict, write_table] | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint and carry out the measurements that are asked for.
 
@@ -175,13 +231,17 @@ def evaluate(
         classifier: sizes of a classifier, for `accuracy`.
         reconstructions: data sets to draw samples from.
         export: file to write the encoder to, in timm's names.
+        table: of the results of other runs; nothing else is measured then.
 
     Raises:
         ValueError: a checkpoint or data that do not fit, or a measurement without its model.
     """
+    if table:
+        write_table(**table)
+        return {"table": table["to"]}
     asked = {"model": probe or reconstructions or export, "classifier": accuracy}
     if not any(asked.values()):
-        raise ValueError("nothing is asked for; give a block accuracy, probe, reconstructions or export")
+        raise ValueError("nothing is asked for; give a block accuracy, probe, reconstructions, export or table")
     for name, sizes in (("model", model), ("classifier", classifier)):
         if asked[name] and sizes is None:
             raise ValueError(f"the block {name} is missing: it gives the sizes of what is measured")
@@ -206,8 +266,14 @@ def evaluate(
         if export and first:
             export_timm(net.encoder, export)
     if accuracy:
-        net = Classifier(len(common_classes(accuracy["data"])), **classifier)
-        result |= measure_accuracy(load(net, checkpoint, where, ("head.", "neck.")), **accuracy)
+        classes = common_classes(accuracy["data"])
+        net = load(Classifier(len(classes), **classifier), checkpoint, where, ("head.", "neck."))
+        measured, confusion = measure_accuracy(net, **accuracy)
+        result |= measured
+        if first:
+            draw_confusion(confusion, classes, run / "confusion.png")
+            right = (confusion.diag() / confusion.sum(dim=1)).tolist()  # nan for a class without samples
+            data_prep.Place(str(run)).write_json("per_class.json", dict(zip(classes, right, strict=True)))
     if first:
         data_prep.Place(str(run)).write_json("eval.json", result)
     return result

@@ -58,7 +58,7 @@ def test_accuracy_over_views_equals_a_loop_over_samples(demo):
     torch.manual_seed(0)
     net = Classifier(10, img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, head_init_std=1.0).eval()
     paths = [str(demo / "test_videos")]
-    result = evaluation.measure_accuracy(net, data=paths, temporal_views=2, spatial_views=3, batch_size=7)
+    result, confusion = evaluation.measure_accuracy(net, data=paths, temporal_views=2, spatial_views=3, batch_size=7)
     views, hits = EvalViews(paths, 32, 1, 2, 3), {1: 0, 5: 0}
     mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for number in range(len(views)):
@@ -71,7 +71,9 @@ def test_accuracy_over_views_equals_a_loop_over_samples(demo):
         order = probabilities.argsort(descending=True).tolist()
         for k in hits:
             hits[k] += int(sample["target"]) in order[:k]
+    assert result.pop("samples_per_second") > 0
     assert result == {"top1": pytest.approx(hits[1] / 60), "top5": pytest.approx(hits[5] / 60)}
+    assert confusion.sum() == 60 and confusion.diag().sum() == hits[1] and (confusion.sum(dim=1) == 6).all()
 
 
 def test_export_loads_into_timm_with_equal_features(tmp_path):
@@ -137,3 +139,21 @@ def test_evaluation_yaml_constructs():
     config = load_config([YAML], evaluation.evaluate)
     with torch.device("meta"):
         ViCMAE(**config["model"])
+
+
+def test_table_has_papers_and_ours_and_says_what_was_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, file, values in (("a", "eval.json", {"top1": 0.8512}), ("b", "result.json", {"metrics/eval/top1": 0.5})):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / file).write_text(json.dumps(values | {"knn": 0.25}))
+    rows = [
+        {"name": "first", "runs": {"IN1K": "a", "K400": "nowhere"}, "paper": {"IN1K": 86.0, "K400": 80.0}},
+        {"name": "second", "runs": {"K400": "b", "k-NN": "a:knn"}},
+    ]
+    evaluation.evaluate(run_name="table", checkpoint=None, table={"to": "results.md", "rows": rows})
+    assert (tmp_path / "results.md").read_text().splitlines() == [
+        "|  | IN1K: paper / ours | K400: paper / ours | k-NN: paper / ours |",
+        "| --- | --- | --- | --- |",
+        "| first | 86.0 / 85.1 (-0.9) | 80.0 / not run |  |",
+        "| second |  | - / 50.0 | - / 25.0 |",
+    ]
