@@ -547,7 +547,7 @@ def build_optimizer(
     grouped = sorted(id(parameter) for group in groups for parameter in group["params"])
     trainable = sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
     assert grouped == trainable, "the groups must hold every trainable parameter exactly once"
-    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 class JsonLines(LoggerDestination):
@@ -1041,7 +1041,7 @@ class Checkpoints(Callback):
             if dist.get_global_rank() == 0:
                 self.prune()
         except OSError as error:
-            print(f"checkpoints.bucket: {error}; {self.folder} is whole", flush=True)
+            print(f"checkpoints.bucket: {error}; what is in {self.folder} is whole, and the run goes on", flush=True)
 
     def prune(self) -> None:
         for name in self.superseded(path.name for path in self.folder.glob("ep*")):
@@ -1068,7 +1068,7 @@ class Checkpoints(Callback):
         self.told = True
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        total = state.total_loss_dict["loss/train/total"]
+        total = state.total_loss_dict.get("loss/train/total", 0.0)  # none if half precision has skipped the first steps
         if not math.isfinite(total):
             sys.exit(f"the loss is {total} at step {state.timestamp.batch.value}; the newest checkpoint is from before it")
 

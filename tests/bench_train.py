@@ -457,8 +457,10 @@ def main() -> None:
         work, demo = Path(folder), Path(folder, "demo")
         (work / "runs").mkdir()
         data_prep.demo(str(demo), workers=2, garments=12)
-        compare_steps("D 192", configure(batch=32))
-        compare_steps("the demonstration's", configure(model=None, batch=256))
+        for batch in (4, 32):
+            compare_steps(f"D 192, {batch} pairs", configure(batch=batch))
+        for batch in (32, 256):
+            compare_steps(f"the demonstration's, {batch} pairs", configure(model=None, batch=batch))
         measure_trainer(work)
         measure_waiting(demo, MODEL, "D 192", 40)
         measure_waiting(demo, None, "the demonstration's model", 160)
