@@ -95,11 +95,11 @@ def losses_of(run: Path) -> dict[int, dict]:
     return {step: values for step, values in losses.items() if values}
 
 
-def stress(folder: Path, kills: int, seed: int) -> bool:
+def stress(folder: Path, kills: int, seed: int, epochs: int) -> bool:
     """Whether all runs ended as they must."""
     demo, rng, right = folder / "demo", np.random.default_rng(seed), True
     data_prep.demo(str(demo), workers=2, garments=12)
-    arguments = [*small(demo), "trainer.max_duration=16ep", "checkpoints.interval=2ba", "data.num_workers=1"]
+    arguments = [*small(demo), f"trainer.max_duration={epochs}ep", "checkpoints.interval=2ba", "data.num_workers=1"]
     arguments += [f"callbacks.KNN={{bank: [{demo}/train_images], queries: [{demo}/test_images], every: 2}}"]
     whole, duration = {}, {}
     for ranks in (1, 2):
@@ -148,9 +148,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--epochs", type=int, default=16, help="of each run, of three steps; fewer put more kills before training"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        right = stress(Path(folder), options.kills, options.seed)
+        right = stress(Path(folder), options.kills, options.seed, options.epochs)
     print(json.dumps({"kills": options.kills, "seed": options.seed, "right": right}), flush=True)
     sys.exit(not right)
 

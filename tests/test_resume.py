@@ -293,7 +293,7 @@ def test_averages_of_ema_are_what_is_read(arguments, tmp_path):
 
 
 def test_three_kills_leave_no_trace(tmp_path):
-    command = [sys.executable, str(ROOT / "tests" / "stress_resume.py"), "--kills", "3", "--seed", "0"]
+    command = [sys.executable, str(ROOT / "tests" / "stress_resume.py"), "--kills", "3", "--seed", "0", "--epochs", "4"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400, start_new_session=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["right"]
