@@ -527,15 +527,21 @@ HARMLESS = [  # plain values that may stand beside the weights
 ]
 
 
+IN_SHARDS = {  # all that their table of contents is made of, by exact name: a dotted one would lead out of its module
+    *((distributed_checkpoint.metadata.__name__, name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
+    *((distributed_checkpoint.metadata.__name__, f"{name}StorageMetadata") for name in ("Bytes", "Chunk", "Tensor")),
+    *((distributed_checkpoint.metadata.__name__, name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING")),
+    *(("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout")),
+    *(("pathlib", "PosixPath"), ("torch", "Size")),
+    *(("torch", name) for name in ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool")),
+}
+
+
 class PlainUnpickler(pickle.Unpickler):
     """Unpickles the table of contents of FSDP's shards, and refuses whatever does not belong there."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = module == "torch.distributed.checkpoint.metadata" or f"{module}.{name}" in (
-            *("torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout", "torch.Size"),
-            *("pathlib.PosixPath", "builtins.getattr", "collections.OrderedDict"),
-        )
-        if not (known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))):
+        if (module, name) not in IN_SHARDS:
             raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
         return super().find_class(module, name)
 

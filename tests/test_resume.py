@@ -260,18 +260,33 @@ def test_fsdp_on_two_ranks_trains_as_one_rank_and_resumes_to_the_bit(arguments, 
     assert path.is_dir() == (kind == "sharded")
 
 
-class Malicious:
-    def __reduce__(self):
-        return (Path.touch, (Path("was_run"),))
+def global_of(module: str, name: str) -> bytes:
+    """A pickle that looks a name up in a module and calls it to make a file."""
+    strings = [b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name, "touch was_run")]
+    return b"\x80\x04" + strings[0] + strings[1] + b"\x93" + strings[2] + b"\x85R."
 
 
-def test_malicious_table_of_contents_of_shards_is_refused_and_not_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"),
+        ("builtins", "getattr"),
+        ("torch.distributed.checkpoint.metadata", "os.system"),
+        ("torch", "os.system"),
+    ],
+)
+def test_malicious_table_of_contents_of_shards_is_refused_and_not_run(tmp_path, monkeypatch, module, name):
     monkeypatch.chdir(tmp_path)
     Path("shards").mkdir()
-    Path("shards", ".metadata").write_bytes(pickle.dumps(Malicious()))
-    with pytest.raises(ValueError, match=r"shards is no checkpoint that can be read safely: pathlib.*is not allowed in it"):
+    Path("shards", ".metadata").write_bytes(global_of(module, name))
+    with pytest.raises(
+        ValueError, match=rf"shards is no checkpoint that can be read safely: {module}.{name} is not allowed"
+    ):
         read_checkpoint("shards")
     assert not Path("was_run").exists()
+    if module == "os":  # the pickle itself would run
+        pickle.loads(global_of(module, name))
+        assert Path("was_run").exists()
 
 
 def test_averages_of_ema_are_what_is_read(arguments, tmp_path):
