@@ -272,8 +272,9 @@ def evaluate(
         result |= measured
         if first:
             draw_confusion(confusion, classes, run / "confusion.png")
-            right = (confusion.diag() / confusion.sum(dim=1)).tolist()  # nan for a class without samples
-            data_prep.Place(str(run)).write_json("per_class.json", dict(zip(classes, right, strict=True)))
+            counts = zip(classes, confusion.diag().tolist(), confusion.sum(dim=1).tolist(), strict=True)
+            right = {name: hits / count for name, hits, count in counts if count}
+            data_prep.Place(str(run)).write_json("per_class.json", right)
     if first:
         data_prep.Place(str(run)).write_json("eval.json", result)
     return result

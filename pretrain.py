@@ -65,7 +65,6 @@ from streaming.base.dataset import _ShardState
 from streaming.base.shuffle import get_shuffle
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.tensor import DTensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision.transforms.v2.functional import normalize
@@ -74,7 +73,7 @@ from tqdm import tqdm
 from yaml import YAMLError
 
 import data_prep
-from model import ViCMAE, patchify, pool, random_masking, unpatchify
+from model import PlainReader, ViCMAE, patchify, pool, random_masking, unpatchify
 
 # Composer has py-cpuinfo name the processor in each checkpoint. Its two processes wait by sched_yield alone, which on Linux
 # 6.18 starves everything else when two ranks start on two cores: a launch hung for minutes, timers and all.
@@ -888,7 +887,7 @@ def check_checkpoint(path: Path) -> None:
     """
     try:
         if path.is_dir():
-            for part in FileSystemReader(path).read_metadata().storage_data.values():
+            for part in PlainReader(path).read_metadata().storage_data.values():
                 if (path / part.relative_path).stat().st_size < part.offset + part.length:
                     raise ValueError(f"{part.relative_path} is cut")
         else:
