@@ -13,6 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data_prep
+
 METHODS = {
     "random weights": None,
     "MAE alone": ["model.weight_contrast=0.0", "model.weight_recon=1.0"],
@@ -56,6 +59,7 @@ def measure(method: str, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
+    data_prep.demo("data/demo")
     print("| encoder | " + " | ".join(COLUMNS.values()) + " |")
     rows = []
     for method in METHODS:
