@@ -1,7 +1,7 @@
 """Fine-tune a pre-trained encoder, or a linear head on it, to classify images or clips (paper section 4).
 
     composer finetune.py yamls/finetune_demo.yaml                                             # clips, from yamls/demo.yaml
-    composer finetune.py yamls/finetune_demo.yaml run_name=linear_demo model.freeze=true      # a linear head on them
+    composer finetune.py yamls/linprobe_demo.yaml                                             # a linear head on stills
 
 The signature of `finetune` is the schema of its YAML files. All of a run is in runs/{run_name}/, as in pre-training.
 """
@@ -9,6 +9,7 @@ The signature of `finetune` is the schema of its YAML files. All of a run is in 
 import math
 import random
 import sys
+import zlib
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,16 +20,17 @@ from composer import Trainer
 from composer.core import DataSpec
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.utils import dist
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
+from timm.optim import Lars
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor, to_pil_image
 
 import data_prep
-from model import Classifier, load_pretrained
+from model import Classifier, Heads, describe, load_pretrained
 from pretrain import (
     ALGORITHMS,
     CALLBACKS,
@@ -66,6 +68,10 @@ class TrainingClips:
         erasing: probability that a box of a sample becomes noise (timm's RandomErasing, mode "pixel").
         mixup, cutmix: alpha of the beta distribution of their share; 0 is off. One of the two is drawn for each batch.
         label_smoothing: in [0, 1).
+        held_out: fraction of the samples, by a checksum of their names, that are not trained on but choose a linear head.
+
+    Raises:
+        ValueError: a policy that timm does not have, or samples held out where all are mixed.
     """
 
     img_size: int
@@ -81,10 +87,13 @@ class TrainingClips:
     mixup: NonNegativeFloat = 0.8
     cutmix: NonNegativeFloat = 1.0
     label_smoothing: Share = 0.1
+    held_out: Share = 0.0
 
     def __post_init__(self):
         mixing = {"label_smoothing": self.label_smoothing, "num_classes": self.num_classes}
         self.mix = Mixup(self.mixup, self.cutmix, **mixing) if self.mixup or self.cutmix else None
+        if self.mix and self.held_out:
+            raise ValueError("augment.held_out needs augment.mixup and augment.cutmix to be 0: they would mix its labels in")
         self.policy = None
         if self.rand_augment:
             colour = tuple(round(255 * one) for one in MEAN)
@@ -97,7 +106,8 @@ class TrainingClips:
     def draw(self, sample: dict, rng: np.random.Generator) -> dict[str, Tensor]:
         """Run in a worker on a stored sample -> `inputs` uint8 (1, T, 3, H, W), `target`, `key` (seeds what follows).
 
-        Frames are picked from a random place, and cropped and flipped alike.
+        Frames are picked from a random place, and cropped and flipped alike. `held_out` is the label of a sample that is not
+        to be trained on, else -1.
         """
         picked = pick_frames(sample["timestamps"], self.num_frames, self.frame_interval, rng.random())
         frames = {index: data_prep.decode_frame(sample, index) for index in set(picked)}
@@ -108,7 +118,9 @@ class TrainingClips:
         if self.policy:
             seed = int(rng.integers(2**31))
             clip = torch.stack([self.augmented(frame, seed) for frame in clip])
-        return {"inputs": clip[None], "target": sample["label"], "key": int(rng.integers(2**31))}
+        kept_out = zlib.crc32(sample["name"].encode()) < self.held_out * 2**32
+        drawn = {"inputs": clip[None], "target": sample["label"], "held_out": sample["label"] if kept_out else -1}
+        return drawn | {"key": int(rng.integers(2**31))}
 
     def augmented(self, frame: Tensor, seed: int) -> Tensor:
         """What the policy makes of a frame (3, H, W) uint8; timm draws from global generators."""
@@ -117,7 +129,9 @@ class TrainingClips:
         return pil_to_tensor(self.policy(to_pil_image(frame)))
 
     def apply(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run on the device: `inputs` normalised, erased and mixed (B, 1, T, 3, H, W); `target` mixed (B, C).
+        """Run on the device: `inputs` normalised, erased and mixed (B, 1, T, 3, H, W); `target` mixed (B, C); `held_out`.
+
+        The target of a sample that is held out is zero: its cross-entropy is, too.
 
         timm draws from the global generators, and so does drop path in the forward pass that follows: all are seeded by the
         first sample's key, so that a step depends on its batch alone and a resumed run repeats it.
@@ -135,7 +149,8 @@ class TrainingClips:
             x, target = self.mix(x, target)
         else:
             target = mixup_target(target, self.num_classes, smoothing=self.label_smoothing)
-        return {"inputs": x.view(shape), "target": target}
+            target = target * (batch["held_out"] < 0)[:, None]
+        return {"inputs": x.view(shape), "target": target, "held_out": batch["held_out"]}
 
 
 def normalise_views(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -167,6 +182,30 @@ def load_eval(
     return DataSpec(loader, batch_transforms=normalise_views)
 
 
+def build_lars(
+    net: Classifier,
+    global_train_batch_size: int,
+    *,
+    base_lrs: Annotated[list[PositiveFloat], Field(min_length=1)],
+    momentum: Share = 0.9,
+    weight_decay: NonNegativeFloat = 0.0,
+    trust_coeff: PositiveFloat = 0.001,
+) -> Lars:
+    """LARS for the heads of a linear probe, one for each learning rate. Biases have SGD's step (source: MAE).
+
+    Args:
+        base_lrs: for 256 samples; lr = base_lr * batch / 256.
+        trust_coeff: length of a step relative to the weights', at a learning rate of 1.
+    """
+    groups = []
+    heads = net.head if isinstance(net.head, Heads) else [net.head]
+    for head, base_lr in zip(heads, base_lrs, strict=True):
+        lr = base_lr * global_train_batch_size / 256
+        groups.append({"params": [head.weight], "lr": lr, "always_adapt": True, "weight_decay": weight_decay})
+        groups.append({"params": [head.bias], "lr": lr, "always_adapt": False, "weight_decay": 0.0})
+    return Lars(groups, momentum=momentum, trust_coeff=trust_coeff)
+
+
 def finetune(
     *,
     run_name: str,
@@ -176,7 +215,8 @@ def finetune(
     eval_data: Annotated[dict, load_eval],
     augment: Annotated[dict, TrainingClips],
     model: Annotated[dict, Classifier],
-    optimizer: Annotated[dict, build_optimizer],
+    optimizer: Annotated[dict, build_optimizer] | None = None,
+    lars: Annotated[dict, build_lars] | None = None,
     schedule: Annotated[dict, CosineAnnealingWithWarmupScheduler],
     trainer: TrainerBlock,
     checkpoints: Annotated[dict, Checkpoints] | None = None,
@@ -187,23 +227,37 @@ def finetune(
 ) -> Trainer:
     """The Trainer of a fine-tuning run; the parameters are the blocks of its YAML files.
 
-    `pretrained` is a checkpoint of pretrain.py or an official file; null begins with random weights.
+    Args:
+        pretrained: a checkpoint of pretrain.py, an official file or the name of timm's weights; null for random weights.
+        optimizer, lars: the one or the other; LARS is for linear probes, with a head for each of its learning rates.
+
+    Raises:
+        ValueError: blocks that do not go together.
     """
     config = locals().copy()
+    if (optimizer is None) == (lars is None):
+        raise ValueError("give one of the blocks optimizer (AdamW) and lars (for a linear probe)")
+    if lars and not model.get("freeze"):
+        raise ValueError("lars is for a linear probe; set model.freeze to true, or give optimizer in its place")
+    heads = len(lars["base_lrs"]) if lars else 1
+    if heads > 1 and not augment.get("held_out"):
+        raise ValueError("augment.held_out is 0, but one of lars.base_lrs is to be chosen by what is held out; give 0.01")
     run = start_run(config)
     classes = common_classes([stream["path"] for stream in data["streams"]] + eval_data["paths"])
-    net = Classifier(len(classes), **model)
+    net = Classifier(len(classes), heads, **model)
     if pretrained:
         report = load_pretrained(net, pretrained)
-        print(f"{pretrained}: " + ", ".join(f"{len(names)} weights {fate}" for fate, names in report.items()))
+        if dist.get_global_rank() == 0:
+            print(f"weights of {pretrained}:\n{describe(report)}")
     num_frames = model.get("num_frames", 1)
     clips = TrainingClips(net.encoder.img_size, num_frames, len(classes), **augment)
     loader, micro_size = load_stream(clips.draw, clips.apply, seed, net.encoder.patch_size, run, **data)
     if clips.mix and micro_size % 2:
         raise ValueError(f"a micro-batch of {micro_size} on each rank must be even for mixup and cutmix, or set both to 0")
-    adamw = build_optimizer(net, data["global_train_batch_size"], **optimizer)
+    batch_size = data["global_train_batch_size"]
+    built = build_lars(net, batch_size, **lars) if lars else build_optimizer(net, batch_size, **optimizer)
     validation = load_eval(net.encoder.img_size, num_frames, **eval_data)
-    return build_trainer(run, config, net, adamw, loader, micro_size, validation)
+    return build_trainer(run, config, net, built, loader, micro_size, validation)
 
 
 def main() -> None:
@@ -212,8 +266,12 @@ def main() -> None:
         trainer = finetune(**config)
     fit(trainer)
     if dist.get_global_rank() == 0:
-        run = Path("runs", config["run_name"])
-        result = finish_run(run)
+        run, net = Path("runs", config["run_name"]), trainer.state.model
+        head, extra = getattr(net, "module", net).head, {}
+        if isinstance(head, Heads):
+            extra = {"base_lr": config["lars"]["base_lrs"][head.best()]}
+            print(f"best of the learning rates on the samples held out: {extra['base_lr']}")
+        result = finish_run(run, extra)
         top1, top5 = (result.get(f"metrics/eval/{name}", math.nan) for name in ("top1", "top5"))
         print(f"top-1 {top1:.3f}, top-5 {top5:.3f}; all of the run is in {run}")
 

@@ -19,6 +19,7 @@ import math
 import os
 import pickle
 import re
+from collections import Counter
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -29,9 +30,11 @@ import torch.distributed.checkpoint as distributed_checkpoint
 import torch.distributed.nn
 import torch.nn.functional as F
 from composer import ComposerModel
+from huggingface_hub import try_to_load_from_cache
 from pydantic import Field, PositiveFloat, PositiveInt
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
+from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
@@ -102,6 +105,11 @@ def take(tokens: Tensor, ids: Tensor) -> Tensor:
 def is_block(_: nn.Module, module: nn.Module) -> bool:
     """What Composer asks a child of a model, as its method: whether a module is a unit of FSDP, or of checkpointing."""
     return isinstance(module, Block)
+
+
+def flops_of(blocks: nn.ModuleList, tokens: int, width: int) -> int:
+    """Floating-point operations of one sample's forward pass through ViT blocks, 2 for a multiply-add of matrices."""
+    return len(blocks) * (24 * tokens * width**2 + 4 * tokens**2 * width)
 
 
 def init_weights(module: nn.Module) -> None:
@@ -413,22 +421,57 @@ class ViCMAE(ComposerModel):
     def flops_per_batch(self, batch: dict[str, Tensor]) -> int:
         """Floating-point operations of a training step on this rank's batch, for MFU: 2 for a multiply-add of matrices.
 
-        A block of L tokens takes 24 L D^2 + 4 L^2 D. The backward pass takes twice the forward's, but for the patches, which
-        need no gradient. What is computed anew in the backward pass does not count.
+        The backward pass takes twice the forward's, but for the patches, which need no gradient. What is computed anew in it
+        does not count.
         """
         B, V = batch["views"].shape[:2]
         grid, p = batch["views"].shape[-2] // self.encoder.patch_size, self.encoder.patch_size  # square, in either layout
         N, P, D, d = grid**2, 3 * p**2, self.encoder.norm.normalized_shape[0], self.decoder.norm.normalized_shape[0]
         K = int(N * (1 - self.mask_ratio))
         decoded = K + math.ceil((N - K) * self.decode_ratio)
-        embed, layers = 2 * N * P * D, 0
-        for blocks, L, width in ((self.encoder.blocks, 1 + K, D), (self.decoder.blocks, 1 + decoded, d)):
-            layers += len(blocks) * (24 * L * width**2 + 4 * L**2 * width)
+        embed = 2 * N * P * D
+        layers = flops_of(self.encoder.blocks, 1 + K, D) + flops_of(self.decoder.blocks, 1 + decoded, d)
         layers += 2 * (1 + K) * D * d + 2 * decoded * d * P
         gathered = B * (dist.get_world_size() if dist.is_initialized() else 1)
         heads = sum(2 * gathered * V * layer.weight.numel() for layer in self.projector if isinstance(layer, nn.Linear))
         logits = 2 * (gathered * V) ** 2 * self.projector[-1].out_features
         return B * V * (2 * embed + 3 * layers) + 3 * (heads + logits)
+
+
+class GlobalBatchNorm(nn.BatchNorm1d):
+    """A BatchNorm over the samples of all ranks; for features that need no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        gathered = super().forward(all_gather(x))  # (B of all ranks, D)
+        return gathered.view(-1, *x.shape)[dist.get_rank() if len(gathered) > len(x) else 0]
+
+
+class Heads(nn.ModuleList):
+    """Linear heads on the same features, each to be trained at a learning rate of its own; in evaluation, the best of them.
+
+    The best has most of the held-out training samples right, a step counting 0.98 of the next.
+    """
+
+    def __init__(self, dim: int, num_classes: int, count: int):
+        super().__init__(nn.Linear(dim, num_classes) for _ in range(count))
+        self.register_buffer("right", torch.zeros(count))
+
+    def best(self) -> int:
+        return int(self.right.argmax())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, heads, C) in training, (B, C) in evaluation."""
+        return torch.stack([head(x) for head in self], dim=1) if self.training else self[self.best()](x)
+
+    @torch.no_grad()
+    def count(self, logits: Tensor, held_out: Tensor) -> None:
+        """Count what is right of logits (B, heads, C), where held_out (B,) is a label; -1 is a sample trained on."""
+        right = (logits.argmax(dim=-1) == held_out[:, None]).sum(dim=0).float()  # (heads,)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(right)
+        self.right.mul_(0.98).add_(right)
 
 
 class Classifier(ComposerModel):
@@ -444,6 +487,7 @@ class Classifier(ComposerModel):
         dropout: before the head, in [0, 1).
         head_init_std: of the head's weights.
         freeze: linear probe: the encoder is fixed, and an affine-free BatchNorm stands before the head (source: MAE).
+        heads: how many linear heads are trained at once, see Heads.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -452,6 +496,7 @@ class Classifier(ComposerModel):
     def __init__(
         self,
         num_classes: int,
+        heads: int = 1,
         *,
         img_size: PositiveInt = 224,
         patch_size: PositiveInt = 16,
@@ -471,10 +516,11 @@ class Classifier(ComposerModel):
         self.encoder = Encoder(
             img_size, patch_size, embed_dim, depth, num_heads, num_frames, tubelet, drop_path, learn_positions=True
         )
-        self.neck = nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6) if freeze else nn.Dropout(dropout)
-        self.head = nn.Linear(embed_dim, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=head_init_std)
-        nn.init.zeros_(self.head.bias)
+        self.neck = GlobalBatchNorm(embed_dim, affine=False, eps=1e-6) if freeze else nn.Dropout(dropout)
+        self.head = nn.Linear(embed_dim, num_classes) if heads == 1 else Heads(embed_dim, num_classes, heads)
+        for layer in [self.head] if heads == 1 else self.head:
+            nn.init.trunc_normal_(layer.weight, std=head_init_std)
+            nn.init.zeros_(layer.bias)
         self.pool = pool
         self.freeze = freeze
         if freeze:
@@ -495,7 +541,10 @@ class Classifier(ComposerModel):
         return self
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """`inputs` (B, V, T, 3, H, W), normalised; T = 1 for images -> logits of every view (B, V, C)."""
+        """`inputs` (B, V, T, 3, H, W), normalised; T = 1 for images -> logits of every view (B, V, C).
+
+        With several heads, (B, V, heads, C) in training.
+        """
         x = batch["inputs"]
         shape = x.shape[:2]
         x = x.flatten(0, 1)  # (B * V, T, 3, H, W)
@@ -503,9 +552,14 @@ class Classifier(ComposerModel):
         return self.head(self.neck(pool(tokens, self.pool))).unflatten(0, shape)
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Cross-entropy of every view with `target`, (B,) labels or (B, C) mixed ones, in fp32."""
-        target = batch["target"].repeat_interleave(outputs.shape[1], dim=0)
-        return F.cross_entropy(outputs.flatten(0, 1).float(), target)
+        """Cross-entropy of every view with `target`, (B,) labels or (B, C) mixed ones, in fp32; several heads' sum."""
+        V = outputs.shape[1]
+        logits = outputs.flatten(0, 1).float()  # (B * V, C) or (B * V, heads, C)
+        target = batch["target"].repeat_interleave(V, dim=0)
+        if logits.ndim == 2:
+            return F.cross_entropy(logits, target)
+        self.head.count(logits, batch["held_out"].repeat_interleave(V))
+        return sum(F.cross_entropy(one, target) for one in logits.unbind(1))
 
     def eval_forward(self, batch: dict[str, Tensor], outputs: Tensor | None = None) -> Tensor:
         """Class probabilities (B, C), the softmax averaged over the views."""
@@ -518,6 +572,16 @@ class Classifier(ComposerModel):
 
     def update_metric(self, batch: dict[str, Tensor], outputs: Tensor, metric: MulticlassAccuracy) -> None:
         metric.update(outputs, batch["target"])
+
+    def flops_per_batch(self, batch: dict[str, Tensor]) -> int:
+        """Floating-point operations of a training step on this rank's batch, counted as those of ViCMAE."""
+        B, V, _, _, H, _ = batch["inputs"].shape
+        proj, D = self.encoder.patch_embed["proj"], self.encoder.norm.normalized_shape[0]
+        N = self.encoder.steps * (H // self.encoder.patch_size) ** 2
+        embed = 2 * N * proj.weight.numel()
+        blocks = flops_of(self.encoder.blocks, 1 + N, D)
+        heads = sum(2 * parameter.numel() for parameter in self.head.parameters() if parameter.ndim == 2)
+        return B * V * (embed + blocks + 2 * heads if self.freeze else 2 * embed + 3 * (blocks + heads))
 
 
 HARMLESS = [  # plain values that may stand beside the weights
@@ -567,8 +631,23 @@ def read_shards(path: str) -> dict[str, Tensor]:
     return {key.removeprefix("state.model."): value for key, value in state.items()}
 
 
+def timm_file(name: str) -> str:
+    """The file on disk with timm's weights of this name, such as vit_base_patch16_224.mae; nothing is downloaded.
+
+    Raises:
+        ValueError: timm has no such weights, or they are not in Hugging Face's cache.
+    """
+    entry = get_pretrained_cfg(name)
+    if entry is None or not entry.hf_hub_id:
+        raise ValueError(f"checkpoint {name} does not exist, as a file or among timm's weights")
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if isinstance(path := try_to_load_from_cache(entry.hf_hub_id, file), str):
+            return path
+    raise ValueError(f"timm's {name} is not on disk; fetch it with: huggingface-cli download {entry.hf_hub_id}")
+
+
 def read_checkpoint(path: str) -> dict[str, Tensor]:
-    """The weights in a file, by our names.
+    """The weights in a file, by our names; or timm's weights by theirs, see timm_file.
 
     Reads Composer's checkpoints (a file, or a folder of FSDP's shards), the official files of ViC-MAE and MAE ({"model":
     ...}, whole or encoder alone) and bare state dicts, as .pt, .pth or .safetensors. Where Composer's EMA was at work, its
@@ -578,7 +657,7 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
         ValueError: the file is missing or is no such checkpoint.
     """
     if not os.path.exists(path):
-        raise ValueError(f"checkpoint {path} does not exist")
+        path = timm_file(path)
     try:
         if os.path.isdir(path):
             state = read_shards(path)
@@ -606,9 +685,14 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
 def our_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights as this file has them from those of ST-MAE (mae_st), which splits qkv and positions, and of VideoMAE.
 
-    VideoMAE has no bias for k, whose effect on attention is nothing, no CLS and no stored positions.
+    VideoMAE has no bias for k, whose effect on attention is nothing, no CLS and no stored positions. Of a linear probe's
+    heads, the best is taken.
     """
     weights = dict(weights)
+    if "head.right" in weights:
+        best = int(weights["head.right"].argmax())
+        best = {f"head.{name}": weights[f"head.{best}.{name}"] for name in ("weight", "bias")}
+        weights = {key: value for key, value in weights.items() if not key.startswith("head.")} | best
     for key in list(weights):
         if split := re.fullmatch(r"(.*attn\.)q\.(weight|bias)", key):
             parts = [weights.pop(f"{split[1]}{part}.{split[2]}") for part in "qkv"]
@@ -680,6 +764,9 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[
             )
         filled[key] = value
         report["loaded"].append(key)
+    for key in report["unused"]:
+        if key.startswith(("encoder.blocks.", "encoder.norm", "encoder.patch_embed")):
+            raise ValueError(f"{name} has {key}, which the model has not; it is of another depth or kind of ViT")
     absent = [key for key in report["missing"] if key.startswith("encoder.") and "temporal_embed" not in key]
     if "encoder.cls_token" in absent and "encoder.pos_embed" in absent:
         absent = [key for key in absent if not key.endswith(("cls_token", "pos_embed"))]
@@ -689,3 +776,16 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[
         )
     module.load_state_dict(filled, strict=False)
     return report
+
+
+def describe(report: dict[str, list[str]]) -> str:
+    """A report of load_pretrained as a table: how many weights of each part met which fate."""
+    parts = {}
+    for fate, names in report.items():
+        for name in names:
+            words = name.split(".")
+            part = ".".join(words[: 2 if words[0] in ("encoder", "decoder") else 1])
+            parts.setdefault(part, Counter())[fate] += 1
+    lines = [f"{'':28}" + "".join(f"{fate:>9}" for fate in report)]
+    lines += [f"{part:28}" + "".join(f"{fates[fate] or '':>9}" for fate in report) for part, fates in parts.items()]
+    return "\n".join(lines)

@@ -1243,11 +1243,11 @@ def fit(trainer: Trainer) -> None:
         trainer.fit()
 
 
-def finish_run(run: Path) -> dict[str, float]:
-    """Draw loss.png and write result.json, the last value of everything logged, which marks the run as finished."""
+def finish_run(run: Path, extra: dict[str, float]) -> dict[str, float]:
+    """Draw loss.png; write result.json, the last value of everything logged and `extra`, which marks the run as finished."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     draw_losses(lines, run / "loss.png")
-    result = {key: value for line in lines for key, value in line.items()}
+    result = {key: value for line in lines for key, value in line.items()} | extra
     data_prep.Place(str(run)).write_json("result.json", result)
     return result
 
@@ -1296,7 +1296,7 @@ def main() -> None:
     paths = [stream["path"] for stream in config["data"]["streams"]]
     draw_reconstructions(getattr(net, "module", net), paths, run / "reconstructions.png")  # on all ranks, for FSDP
     if dist.get_global_rank() == 0:
-        result = finish_run(run)
+        result = finish_run(run, {})
         if "knn/trained" in result:
             before, after = result.get("knn/random", math.nan), result["knn/trained"]
             print(f"k-NN accuracy: {after:.3f} after pre-training, {before:.3f} with random weights")

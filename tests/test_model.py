@@ -2,12 +2,16 @@ import argparse
 import json
 import math
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from model import Classifier, Encoder, ViCMAE, load_pretrained
@@ -198,6 +202,33 @@ def test_classifier_of_images_equals_timms_vit():
     torch.testing.assert_close(ours({"inputs": images[:, None, None]})[:, 0], theirs(images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", ["small", "base", "large"])
+@pytest.mark.parametrize("kind", ["cls", "mean"])
+def test_classifier_with_timms_weights_has_timms_logits_at_every_size(size, kind):
+    name = f"vit_{size}_patch16_224"
+    pooling = {"global_pool": "token"} if kind == "cls" else {"global_pool": "avg", "fc_norm": False}
+    theirs = timm.create_model(name, num_classes=10, **pooling).eval()
+    torch.nn.init.normal_(theirs.head.weight, std=0.1)
+    widths = {"embed_dim": theirs.embed_dim, "depth": len(theirs.blocks), "num_heads": theirs.blocks[0].attn.num_heads}
+    ours = Classifier(10, **widths, pool=kind).eval()
+    load_pretrained(ours, theirs.state_dict())
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        logits, expected = ours({"inputs": images[:, None, None]})[:, 0], theirs(images)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [7, 20])
+def test_positions_of_another_resolution_are_those_timm_interpolates(grid):
+    theirs = timm.models.VisionTransformer(64, 8, embed_dim=48, depth=1, num_heads=3, num_classes=0).eval()
+    resized = timm.models.VisionTransformer(8 * grid, 8, embed_dim=48, depth=1, num_heads=3, num_classes=0).eval()
+    resized.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(theirs.state_dict(), resized))
+    ours = Encoder(8 * grid, 8, 48, 1, 3).eval()
+    load_pretrained(torch.nn.ModuleDict({"encoder": ours}), theirs.state_dict())
+    images = torch.randn(2, 3, 8 * grid, 8 * grid)
+    torch.testing.assert_close(ours(images), resized.forward_features(images), rtol=1e-5, atol=1e-5)
+
+
 def test_still_clip_of_one_tubelet_has_the_features_of_the_image():
     image, clip = Encoder(**ENCODER).eval(), Encoder(**ENCODER, num_frames=2, tubelet_size=2).eval()
     holder = torch.nn.ModuleDict({"encoder": clip})
@@ -222,6 +253,85 @@ def test_frozen_classifier_trains_its_head_alone():
     assert not net.encoder.training and net.neck.training
 
 
+def test_heads_count_what_they_have_right_of_the_held_out_and_the_best_predicts():
+    net = Classifier(4, 3, **ENCODER, freeze=True, head_init_std=1.0)
+    labels, held_out = torch.tensor([0, 1, 2, 3]), torch.tensor([-1, 1, -1, 3])
+    logits = torch.zeros(4, 1, 3, 4)
+    for head, guesses in enumerate([(0, 0, 2, 0), (1, 1, 1, 3), (0, 1, 2, 0)]):  # right of the held-out: 0, 2 and 1
+        logits[range(4), 0, head, list(guesses)] = 5.0
+    for _ in range(2):
+        net.loss(logits, {"target": labels, "held_out": held_out})
+    torch.testing.assert_close(net.head.right, torch.tensor([0.0, 2 + 2 * 0.98, 1 + 0.98]))
+    net.eval()
+    batch = {"inputs": torch.randn(2, 1, 1, 3, 32, 32)}
+    features = (net.encoder(batch["inputs"][:, 0, 0])[:, 1:].mean(dim=1) - net.neck.running_mean) / (
+        net.neck.running_var + 1e-6
+    ).sqrt()
+    torch.testing.assert_close(net(batch)[:, 0], features @ net.head[1].weight.T + net.head[1].bias)
+
+
+def test_loss_and_gradients_of_several_heads_are_those_of_each_alone():
+    net = Classifier(4, 2, **ENCODER, freeze=True, head_init_std=0.1).train()
+    batch = {"inputs": torch.randn(6, 1, 1, 3, 32, 32), "target": torch.rand(6, 4).softmax(dim=1)}
+    loss = net.loss(net(batch), batch | {"held_out": torch.full((6,), -1)})
+    loss.backward()
+    total = 0.0
+    for head in net.head:
+        alone = Classifier(4, **ENCODER, freeze=True).train()
+        load_pretrained(alone, {f"encoder.{k}": v for k, v in net.encoder.state_dict().items()})
+        alone.head.load_state_dict(head.state_dict())
+        one = alone.loss(alone(batch), batch)
+        one.backward()
+        total += float(one)
+        torch.testing.assert_close(head.weight.grad, alone.head.weight.grad)
+    assert float(loss) == pytest.approx(total, rel=1e-6)
+
+
+def test_checkpoint_of_a_linear_probe_gives_its_best_head(tmp_path):
+    probe = Classifier(4, 3, **ENCODER, freeze=True, head_init_std=1.0).eval()
+    probe.head.right.copy_(torch.tensor([1.0, 5.0, 2.0]))
+    torch.save({"state": {"model": probe.state_dict()}}, tmp_path / "probe.pt")
+    net = Classifier(4, **ENCODER, freeze=True).eval()
+    report = load_pretrained(net, str(tmp_path / "probe.pt"))
+    assert torch.equal(net.head.weight, probe.head[1].weight) and not report["missing"] and not report["unused"]
+    batch = {"inputs": torch.randn(2, 1, 1, 3, 32, 32)}
+    assert torch.equal(net(batch), probe(batch))
+
+
+def probe_on_a_rank(rank: int, out: str) -> None:
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    torch.manual_seed(0)
+    net = Classifier(4, 2, **ENCODER, freeze=True, head_init_std=0.1).train()
+    generator = torch.Generator().manual_seed(1)
+    inputs, target = torch.randn(8, 1, 1, 3, 32, 32, generator=generator), torch.arange(8) % 4
+    held_out = torch.where(torch.arange(8) < 5, target, -1)
+    batch = {"inputs": inputs, "target": target, "held_out": held_out}
+    batch = {key: value.chunk(ranks)[rank] for key, value in batch.items()}
+    logits = net(batch)
+    net.loss(logits, batch)
+    torch.save({"logits": logits.detach()} | net.state_dict(), f"{out}/{ranks}-{rank}")
+
+
+def test_linear_probe_on_two_ranks_has_the_logits_statistics_and_counts_of_one(tmp_path, on_ranks):
+    probe_on_a_rank(0, str(tmp_path))
+    on_ranks(2, probe_on_a_rank, str(tmp_path))
+    one, *two = (torch.load(tmp_path / name, weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    assert one["head.right"].sum() > 0
+    torch.testing.assert_close(torch.cat([rank["logits"] for rank in two]), one["logits"])
+    for rank in two:
+        for name in ("neck.running_mean", "neck.running_var", "head.right"):
+            torch.testing.assert_close(rank[name], one[name])
+
+
+@pytest.mark.parametrize(("num_frames", "freeze"), [(1, False), (4, False), (1, True)])
+def test_flops_of_a_classifiers_step_are_those_torch_counts(num_frames, freeze):
+    net = Classifier(5, **ENCODER, num_frames=num_frames, freeze=freeze).train()
+    batch = {"inputs": torch.randn(3, 1, num_frames, 3, 32, 32), "target": torch.arange(3)}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        net.loss(net(batch), batch).backward()
+    assert net.flops_per_batch(batch) == counter.get_total_flops()
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_official_file_fills_whole_model_or_encoder_alone(tmp_path, golden, whole):
     state = state_of(golden)
@@ -243,6 +353,43 @@ def test_norm_of_an_mae_fine_tuning_is_taken_for_the_encoders(golden):
     torch.nn.init.zeros_(net.encoder.norm.weight)
     load_pretrained(net, state)
     assert torch.equal(net.encoder.norm.weight, golden["state/norm.weight"])
+
+
+def test_timms_weights_are_found_on_disk_by_their_name_and_never_fetched(tmp_path, monkeypatch):
+    name = "vit_small_patch16_224.augreg_in1k"
+    monkeypatch.setattr(model, "try_to_load_from_cache", partial(model.try_to_load_from_cache, cache_dir=tmp_path))
+    with pytest.raises(
+        ValueError, match=r"timm's vit_small.* is not on disk; fetch it with: huggingface-cli download timm/"
+    ):
+        model.read_checkpoint(name)
+    with pytest.raises(ValueError, match=r"vit_smaller does not exist, as a file or among timm's weights"):
+        model.read_checkpoint("vit_smaller")
+    folder = tmp_path / f"models--timm--{name}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0123abc")
+    (folder / "snapshots" / "0123abc").mkdir(parents=True)
+    theirs = timm.models.VisionTransformer(32, 8, embed_dim=48, depth=2, num_heads=3, num_classes=4)
+    save_file(theirs.state_dict(), folder / "snapshots" / "0123abc" / "model.safetensors")
+    ours = Classifier(4, **ENCODER, pool="cls")
+    assert not load_pretrained(ours, name)["missing"]
+    assert torch.equal(ours.encoder.blocks[1].attn.qkv.weight, theirs.blocks[1].attn.qkv.weight)
+
+
+def test_vit_of_another_kind_is_refused_by_the_weights_that_have_no_place():
+    theirs = timm.models.VisionTransformer(32, 8, embed_dim=48, depth=2, num_heads=3, num_classes=0, init_values=1e-5)
+    with pytest.raises(ValueError, match=r"has encoder.blocks.0.ls1.gamma, which the model has not"):
+        load_pretrained(Classifier(4, **ENCODER), theirs.state_dict())
+    deeper = Encoder(**ENCODER | {"depth": 3})
+    with pytest.raises(ValueError, match=r"has encoder.blocks.2"):
+        load_pretrained(Classifier(4, **ENCODER), deeper.state_dict())
+
+
+def test_report_counts_the_weights_of_every_part_by_their_fate(golden):
+    report = load_pretrained(Classifier(3, **ENCODER | {"img_size": 48}), state_of(golden))
+    rows = {line.split()[0]: line.split()[1:] for line in model.describe(report).splitlines()[1:]}
+    assert model.describe(report).split()[:4] == ["loaded", "resized", "missing", "unused"]
+    assert rows["encoder.blocks"] == ["24"] and rows["encoder.pos_embed"] == ["1", "1"] and rows["head"] == ["2"]
+    assert sum(int(count) for row in rows.values() for count in row) == sum(map(len, report.values()))
 
 
 def test_positions_of_another_grid_are_interpolated(golden):
@@ -275,6 +422,7 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
     [
         ({"embed_dim": 96}, "encoder.cls_token is"),
         ({"depth": 3}, "lacks 12 weights"),
+        ({"depth": 1}, "has encoder.blocks.1"),
         ({"patch_size": 16}, "patch_embed"),
     ],
 )
