@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from streaming import LocalDataset
 
 import eval as evaluation
 import finetune
-from finetune import TrainingClips
+from finetune import TrainingClips, build_lars
 from model import Classifier, read_checkpoint
 from pretrain import build_optimizer, load_config, pick_frames
 
@@ -59,9 +60,50 @@ def test_training_frames_are_one_from_each_section(demo):
             assert sorted(i // 4 for i in seen) == [0, 1, 2, 3] and len({i % 4 for i in seen}) == 1
 
 
+def test_lars_steps_equal_its_formula_for_heads_with_learning_rates_of_their_own():
+    net = Classifier(5, 2, **SIZES, freeze=True, head_init_std=0.01)
+    lars = build_lars(net, 512, base_lrs=[0.1, 3.0], momentum=0.9, weight_decay=0.01, trust_coeff=0.02)
+    expected = [{name: p.detach().double().numpy() for name, p in head.named_parameters()} for head in net.head]
+    speeds = [{name: 0.0 for name in head} for head in expected]
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        for head, values, speed, lr in zip(net.head, expected, speeds, (0.2, 6.0), strict=True):
+            for name, p in head.named_parameters():
+                gradient = rng.standard_normal(p.shape)
+                p.grad = torch.from_numpy(gradient).float()
+                if name == "weight":
+                    w = values[name]
+                    length, slope = np.linalg.norm(w), np.linalg.norm(gradient)
+                    gradient = (gradient + 0.01 * w) * 0.02 * length / (slope + 0.01 * length)
+                speed[name] = 0.9 * speed[name] + gradient
+                values[name] = values[name] - lr * speed[name]
+        lars.step()
+    for head, values in zip(net.head, expected, strict=True):
+        for name, p in head.named_parameters():
+            np.testing.assert_allclose(p.detach().numpy(), values[name], rtol=1e-4, atol=1e-6)
+
+
+def test_held_out_samples_are_a_fraction_by_name_whose_labels_are_not_trained_on(demo):
+    sample = LocalDataset(str(demo / "train_images"))[0]
+    clips = TrainingClips(32, 1, 10, **PLAIN, held_out=0.3)
+    drawn = [clips.draw(sample | {"name": f"{n}.png"}, np.random.default_rng(n % 2))["held_out"] for n in range(1000)]
+    again = [clips.draw(sample | {"name": f"{n}.png"}, np.random.default_rng(7))["held_out"] for n in range(1000)]
+    assert drawn == again and set(drawn) == {-1, int(sample["label"])} and 0.25 < np.mean(np.array(drawn) != -1) < 0.35
+    batch = batch_of() | {"held_out": torch.tensor([-1, 1, -1, 3, -1, -1])}
+    net = Classifier(4, **SIZES, freeze=True)
+    gradients = []
+    for labels in ([0, 1, 2, 3, 0, 1], [0, 3, 2, 0, 0, 1]):  # of the second and the fourth, which are held out, others
+        seen = TrainingClips(32, 1, 4, **PLAIN).apply(batch | {"target": torch.tensor(labels)})
+        net.zero_grad()
+        net.loss(net(seen), seen).backward()
+        gradients.append(net.head.weight.grad.clone())
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
+
+
 def batch_of(frames: int = 1, key: int = 3) -> dict[str, torch.Tensor]:
     inputs = torch.randint(256, (6, 1, frames, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return {"inputs": inputs, "target": torch.tensor([0, 1, 2, 3, 0, 1]), "key": torch.full((6,), key)}
+    target, held_out = torch.tensor([0, 1, 2, 3, 0, 1]), torch.full((6,), -1)
+    return {"inputs": inputs, "target": target, "held_out": held_out, "key": torch.full((6,), key)}
 
 
 def test_label_smoothing_without_mixing_is_the_known_target():
@@ -141,7 +183,7 @@ def test_command_line_fine_tunes_through_the_launcher(demo, tmp_path, pretrained
         "trainer.eval_interval=2ba",
     )
     assert result.returncode == 0, result.stderr
-    assert "weights loaded" in result.stdout and "top-1" in result.stdout
+    assert "encoder.blocks                     36" in result.stdout and "top-1" in result.stdout
 
 
 def test_mistakes_are_named_before_training(demo, tmp_path, pretrained, capsys):
@@ -156,10 +198,104 @@ def test_mistakes_are_named_before_training(demo, tmp_path, pretrained, capsys):
         ("data.global_train_batch_size=21", "must be even"),
         ("model.depth=4", "lacks 12 weights of the encoder"),
         ("augment.mixup=many", "augment.mixup is 'many'"),
+        ("lars={base_lrs: [1.0]}", "give one of the blocks optimizer (AdamW) and lars"),
+        ("augment.held_out=0.1", "augment.held_out needs augment.mixup"),
     ):
         with pytest.raises(SystemExit) as exit:
             run_stage(finetune, [*base, f"pretrained={pretrained}", "model.num_frames=1", override], tmp_path)
         assert culprit in str(exit.value) and "\n" not in str(exit.value)
+
+
+def test_mistakes_of_a_linear_probe_are_named_before_training(demo, tmp_path):
+    base = [
+        str(ROOT / "yamls" / "linprobe_demo.yaml"),
+        f"data.streams=[{{path: {demo}/train_images}}]",
+        f"eval_data.paths=[{demo}/test_images]",
+        "pretrained=null",
+    ]
+    for override, culprit in (
+        ("model.freeze=false", "set model.freeze to true"),
+        ("augment.held_out=0", "augment.held_out is 0"),
+        ("lars.base_lrs=[]", "lars.base_lrs is []"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            run_stage(finetune, [*base, override], tmp_path)
+        assert culprit in str(exit.value) and "\n" not in str(exit.value)
+
+
+RUNS = {  # what differs from yamls/finetune_demo.yaml and yamls/linprobe_demo.yaml
+    "finetune_demo": ["model.drop_path=0.2", "model.dropout=0.1", "augment.erasing=0.5", "augment.cutmix=1.0"],
+    "linprobe_demo": [],
+}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def probe_or_whole(request, demo, pretrained, tmp_path_factory):
+    """The name of a YAML, arguments for six steps with a checkpoint after each, and the folder of such a run."""
+    kind = "videos" if request.param == "finetune_demo" else "images"
+    arguments = [
+        str(ROOT / "yamls" / f"{request.param}.yaml"),
+        f"pretrained={pretrained}",
+        f"data.streams=[{{path: {demo}/train_{kind}}}]",
+        "data.global_train_batch_size=20",
+        "data.num_workers=0",
+        f"eval_data.paths=[{demo}/test_{kind}]",
+        "schedule={t_warmup: 1ba, t_max: 2ep}",
+        "trainer.max_duration=2ep",
+        "trainer.eval_interval=1ep",
+        "checkpoints={interval: 1ba, keep: 9}",
+    ]
+    folder = tmp_path_factory.mktemp("whole")
+    run_stage(finetune, [*arguments, *RUNS[request.param], "run_name=whole"], folder)
+    return request.param, arguments, folder
+
+
+def weights(folder, name: str, step: str = "ep1-ba6") -> dict[str, torch.Tensor]:
+    path = folder / "runs" / name / "checkpoints" / f"{step}.pt"
+    return torch.load(path, weights_only=False)["state"]["model"]
+
+
+def result_of(folder, name: str) -> dict[str, float]:
+    return json.loads((folder / "runs" / name / "result.json").read_text())
+
+
+def test_resumed_run_ends_with_the_weights_and_accuracy_of_one_never_stopped(probe_or_whole, tmp_path):
+    name, arguments, whole = probe_or_whole
+    arguments = [*arguments, *RUNS[name], "run_name=stopped"]
+    run_stage(finetune, [*arguments, "trainer.max_duration=4ba"], tmp_path)
+    (tmp_path / "runs" / "stopped" / "result.json").unlink()
+    run_stage(finetune, arguments, tmp_path)
+    ours, theirs = weights(tmp_path, "stopped"), weights(whole, "whole")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    before = weights(whole, "whole", "ep0-ba1")
+    assert any(not torch.equal(before[key], theirs[key]) for key in theirs if key.startswith("head"))
+    assert result_of(tmp_path, "stopped")["metrics/eval/top1"] == result_of(whole, "whole")["metrics/eval/top1"]
+    if name == "linprobe_demo":
+        assert theirs["head.right"].sum() > 0 and result_of(tmp_path, "stopped")["base_lr"] in (3.0, 10.0, 30.0, 100.0)
+
+
+def finetune_rank(rank: int, folder: str, arguments: list[str]) -> None:
+    run_stage(finetune, arguments, Path(folder))
+
+
+def test_two_ranks_fine_tune_as_one(probe_or_whole, tmp_path, on_ranks):
+    """Without what is drawn for each rank: mixing, erasing and dropout."""
+    _, arguments, _ = probe_or_whole
+    plain = [f"augment.{key}={value}" for key, value in PLAIN.items()]
+    run_stage(finetune, [*arguments, *plain, "run_name=one"], tmp_path)
+    on_ranks(2, finetune_rank, str(tmp_path), [*arguments, *plain, "run_name=two"])
+    one, two = (
+        [json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    totals = [[line["loss/train/total"] for line in lines if "loss/train/total" in line] for lines in (one, two)]
+    assert len(totals[0]) == 6 and totals[1] == pytest.approx(totals[0], rel=1e-5)
+    for key in ("metrics/eval/top1", "metrics/eval/top5"):
+        assert result_of(tmp_path, "two")[key] == pytest.approx(result_of(tmp_path, "one")[key], abs=1e-6)
+    ours, theirs = weights(tmp_path, "two", "ep0-ba3"), weights(tmp_path, "one", "ep0-ba3")
+    for key in theirs:
+        if key.startswith(("head", "neck")):
+            torch.testing.assert_close(ours[key.replace("module.", "")].float(), theirs[key].float(), rtol=1e-3, atol=1e-4)
 
 
 def test_finetuning_yaml_constructs():
@@ -215,6 +351,16 @@ def test_policy_treats_all_frames_of_a_clip_alike_and_clips_differently(demo):
 def test_policy_that_timm_does_not_know_is_named():
     with pytest.raises(ValueError, match=r"augment\.rand_augment rand-x9 is no policy of timm's"):
         TrainingClips(32, 1, 4, rand_augment="rand-x9")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "yamls").glob("linprobe_*_vit*.yaml")), ids=lambda path: path.stem)
+def test_linear_probe_constructs_with_a_head_for_each_learning_rate(path):
+    config = load_config([str(path)], finetune.finetune)
+    with torch.device("meta"):
+        net = Classifier(1000, len(config["lars"]["base_lrs"]), **config["model"])
+    TrainingClips(224, 1, 1000, **config["augment"])
+    lars = build_lars(net, config["data"]["global_train_batch_size"], **config["lars"])
+    assert 6.4 in [group["lr"] for group in lars.param_groups]  # MAE's: 0.1 for 256, at 16384
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "yamls").glob("finetune_*_vit*.yaml")), ids=lambda path: path.stem)
