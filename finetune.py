@@ -12,7 +12,7 @@ import sys
 import zlib
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ from pretrain import (
     EvalViews,
     Share,
     TrainerBlock,
+    activation_bytes,
+    asked_plan,
     build_optimizer,
     build_trainer,
     common_classes,
@@ -52,7 +54,9 @@ from pretrain import (
     load_stream,
     one_line_errors,
     pick_frames,
+    size_of,
     start_run,
+    training_plan,
 )
 
 
@@ -260,9 +264,31 @@ def finetune(
     return build_trainer(run, config, net, built, loader, micro_size, validation)
 
 
+def classifier_stacks(net: Classifier) -> list[tuple[int, int, int]]:
+    """Blocks, tokens and width of a view's pass, for activation_bytes."""
+    return [(len(net.encoder.blocks), 1 + net.encoder.num_patches, net.encoder.norm.normalized_shape[0])]
+
+
+def plan(config: dict[str, Any], gpus: int) -> str:
+    """What a fine-tuning or a linear probe would take, from its configuration alone; without its evaluations."""
+    classes = size_of(config["data"]["streams"][0]["path"])[1]
+    with torch.device("meta"):
+        net = Classifier(classes, len(config["lars"]["base_lrs"]) if config.get("lars") else 1, **config["model"])
+        frames, size = net.encoder.num_frames, net.encoder.img_size
+        flops = net.flops_per_batch({"inputs": torch.empty(1, 1, frames, 3, size, size)})
+    pictures = 4 * 4 * frames * 3 * size**2  # bytes and floats, erased and mixed
+    kept = 0 if net.freeze else 17
+    activations = activation_bytes(classifier_stacks(net), config["trainer"].get("precision"), kept) + pictures
+    return training_plan(net, config, gpus, flops, activations)
+
+
 def main() -> None:
     with one_line_errors():
-        config = load_config(sys.argv[1:], finetune)
+        arguments, gpus = asked_plan(sys.argv[1:])
+        config = load_config(arguments, finetune)
+        if gpus:
+            print(plan(config, gpus))
+            return
         trainer = finetune(**config)
     fit(trainer)
     if dist.get_global_rank() == 0:
