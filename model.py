@@ -14,6 +14,7 @@ A tensor named mask has 1 where a patch is removed.
 """
 
 import argparse
+import copy
 import datetime
 import math
 import os
@@ -21,7 +22,7 @@ import pickle
 import re
 from collections import Counter
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -45,56 +46,87 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
+def sincos(dim: int, coordinate: np.ndarray) -> np.ndarray:
+    """Sines, then cosines, of (n,) coordinates at dim / 2 frequencies from 1 down to 1/10000 -> (n, dim)."""
+    angles = np.outer(coordinate, 10000.0 ** (-np.arange(dim // 2) / (dim / 2)))
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
 def sincos_positions(dim: int, grid: int) -> Tensor:
     """Fixed 2-D sine-cosine positions of a square grid, a zero row for CLS first -> (1, 1 + grid * grid, dim).
 
-    The first half of the width encodes the column, the second the row; each half is sines, then cosines, of the
-    coordinate at dim / 4 frequencies from 1 down to 1/10000. Source: MAE, as kept in ViC-MAE's checkpoints.
+    The first half of the width encodes the column, the second the row. Source: MAE, as kept in ViC-MAE's checkpoints.
     """
-    frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
     row, column = np.divmod(np.arange(grid * grid), grid)
-    angles = [np.outer(coordinate, frequencies) for coordinate in (column, row)]
-    table = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)  # (N, D)
+    table = np.concatenate([sincos(dim // 2, column), sincos(dim // 2, row)], axis=1)  # (N, D)
     return torch.from_numpy(np.concatenate([np.zeros((1, dim)), table])).float()[None]
 
 
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut (B, 3, H, W) into patches, row by row, each as (row, column, channel) -> (B, N, P)."""
-    B, _, H, W = images.shape
-    h, w, p = H // patch_size, W // patch_size, patch_size
-    x = images.reshape(B, 3, h, p, w, p).permute(0, 2, 4, 3, 5, 1)  # (B, h, w, p, p, 3)
-    return x.reshape(B, h * w, p * p * 3)
+def sincos_times(dim: int, steps: int) -> Tensor:
+    """Fixed sine-cosine positions in time, to be added to those in space -> (1, steps, dim)."""
+    return torch.from_numpy(sincos(dim, np.arange(steps))).float()[None]
 
 
-def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
-    """Inverse of patchify for square images: (B, N, P) -> (B, 3, H, W)."""
+def patchify(views: Tensor, patch_size: int, tubelet_size: int = 1) -> Tensor:
+    """Cut (B, 3, H, W), or clips (B, T, 3, H, W), into patches, each as (frame, row, column, channel) -> (B, N, P).
+
+    Patches stand row by row; those of a clip, tubelets of `tubelet_size` frames, one time after another.
+    """
+    x = views if views.ndim == 5 else views[:, None]
+    B, T, _, H, W = x.shape
+    t, u, h, w, p = T // tubelet_size, tubelet_size, H // patch_size, W // patch_size, patch_size
+    x = x.reshape(B, t, u, 3, h, p, w, p).permute(0, 1, 4, 6, 2, 5, 7, 3)  # (B, t, h, w, u, p, p, 3)
+    return x.reshape(B, t * h * w, u * p * p * 3)
+
+
+def unpatchify(patches: Tensor, patch_size: int, num_frames: int = 1, tubelet_size: int = 1) -> Tensor:
+    """Inverse of patchify for squares: (B, N, P) -> (B, 3, H, W), or (B, T, 3, H, W) if num_frames > 1."""
     B, N, _ = patches.shape
-    h, p = round(N**0.5), patch_size
-    x = patches.reshape(B, h, h, p, p, 3).permute(0, 5, 1, 3, 2, 4)  # (B, 3, h, p, w, p)
-    return x.reshape(B, 3, h * p, h * p)
+    t, u, p = num_frames // tubelet_size, tubelet_size, patch_size
+    h = math.isqrt(N // t)
+    x = patches.reshape(B, t, h, h, u, p, p, 3).permute(0, 1, 4, 7, 2, 5, 3, 6)  # (B, t, u, 3, h, p, w, p)
+    x = x.reshape(B, num_frames, 3, h * p, h * p)
+    return x if num_frames > 1 else x.squeeze(1)
 
 
-def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+MaskKind = Literal["random", "tube", "none"]
+
+
+def random_masking(
+    noise: Tensor, mask_ratio: float, kind: MaskKind = "random", steps: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the visible patches: those with the smallest noise.
 
     Args:
         noise: (B, N) uniform random numbers, the only source of randomness.
         mask_ratio: fraction of patches removed, in (0, 1).
+        kind: "random" in space and time; "tube" at the same places in all `steps` of a clip; "none" are removed.
 
     Returns:
         ids_keep (B, K), in the order of their noise; ids_restore (B, N), which puts [kept, removed] back in place;
         mask (B, N), 1 = removed.
     """
     N = noise.shape[1]
-    K = int(N * (1 - mask_ratio))
+    K = N if kind == "none" else int(N * (1 - mask_ratio))
+    if kind == "tube":
+        noise = noise[:, : N // steps].repeat(1, steps)  # equal numbers stay together in a stable sort
+        K = steps * int(N // steps * (1 - mask_ratio))
     ids_shuffle = noise.argsort(dim=1, stable=True)  # (B, N)
     ids_restore = ids_shuffle.argsort(dim=1)
     return ids_shuffle[:, :K], ids_restore, (ids_restore >= K).float()
 
 
-def positions_for(pos_embed: Tensor, grid: int) -> Tensor:
-    """Positions (1, 1 + N, D) of CLS and a square grid, interpolated (bicubic) if it is not the one they were made for."""
-    return pos_embed if pos_embed.shape[1] == 1 + grid**2 else resample_abs_pos_embed(pos_embed, [grid, grid])
+def positions_for(pos_embed: Tensor, grid: int, temporal_embed: Tensor | None = None) -> Tensor:
+    """Positions (1, 1 + N, D) of CLS and a square grid, interpolated (bicubic) if it is not the one they were made for.
+
+    With temporal_embed (1, steps, D), those of the grids of all steps, time outermost.
+    """
+    if pos_embed.shape[1] != 1 + grid**2:
+        pos_embed = resample_abs_pos_embed(pos_embed, [grid, grid])
+    if temporal_embed is None:
+        return pos_embed
+    patches = (temporal_embed[:, :, None] + pos_embed[:, None, 1:]).flatten(1, 2)  # (1, N, D)
+    return torch.cat([pos_embed[:, :1], patches], dim=1)
 
 
 def take(tokens: Tensor, ids: Tensor) -> Tensor:
@@ -127,7 +159,7 @@ class Encoder(nn.Module):
         embed_dim, depth, num_heads: D, blocks, heads.
         num_frames, tubelet_size: frames of a clip and of one of its patches; 1 for images.
         drop_path: stochastic depth rate of the last block, rising linearly from 0.
-        learn_positions: whether the spatial positions are trained (fine-tuning) or fixed (pre-training).
+        learn_positions: whether positions are trained (fine-tuning; those in time begin at zero) or fixed (pre-training).
     """
 
     def __init__(
@@ -156,10 +188,12 @@ class Encoder(nn.Module):
         self.num_patches = self.steps * self.grid**2
         if num_frames == 1:
             proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+            self.temporal_embed = None
         else:
             kernel = (tubelet_size, patch_size, patch_size)
             proj = nn.Conv3d(3, embed_dim, kernel, kernel)
-            self.temporal_embed = nn.Parameter(torch.zeros(1, self.steps, embed_dim))
+            times = torch.zeros(1, self.steps, embed_dim) if learn_positions else sincos_times(embed_dim, self.steps)
+            self.temporal_embed = nn.Parameter(times, requires_grad=learn_positions)
         self.patch_embed = nn.ModuleDict({"proj": proj})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.grid), requires_grad=learn_positions)
@@ -180,12 +214,10 @@ class Encoder(nn.Module):
         H and W may be other multiples of patch_size than img_size: N follows them.
         Returns the tokens after the final norm, CLS first: (B, 1 + N, D) or (B, 1 + K, D).
         """
-        pos_embed = positions_for(self.pos_embed, x.shape[-1] // self.patch_size)
-        positions = pos_embed[:, 1:]  # (1, N, D)
+        pos_embed = positions_for(self.pos_embed, x.shape[-1] // self.patch_size, self.temporal_embed)
         if x.ndim == 5:
             x = x.transpose(1, 2)  # (B, 3, T, H, W)
-            positions = (self.temporal_embed[:, :, None] + positions[:, None]).flatten(1, 2)  # (1, N, D), time outermost
-        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + positions  # (B, N, D)
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + pos_embed[:, 1:]  # (B, N, D)
         if ids_keep is not None:
             x = take(x, ids_keep)  # (B, K, D)
         cls = self.cls_token + pos_embed[:, :1]
@@ -198,16 +230,19 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """A narrow ViT that predicts every patch from the visible tokens and a learned token in place of the rest."""
 
-    def __init__(self, encoder_dim: int, grid: int, patch_size: int, embed_dim: int, depth: int, num_heads: int):
+    def __init__(self, encoder: Encoder, embed_dim: int, depth: int, num_heads: int):
         super().__init__()
         if embed_dim % num_heads or embed_dim % 4:
             raise ValueError(f"decoder_embed_dim {embed_dim} must be a multiple of its heads {num_heads} and of 4")
-        self.embed = nn.Linear(encoder_dim, embed_dim)
+        self.embed = nn.Linear(encoder.norm.normalized_shape[0], embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(sincos_positions(embed_dim, grid), requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_positions(embed_dim, encoder.grid), requires_grad=False)
+        self.steps = encoder.steps
+        times = nn.Parameter(sincos_times(embed_dim, encoder.steps), requires_grad=False)
+        self.temporal_embed = times if encoder.num_frames > 1 else None
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth))
         self.norm = LayerNorm(embed_dim)
-        self.pred = nn.Linear(embed_dim, patch_size**2 * 3)
+        self.pred = nn.Linear(embed_dim, encoder.patch_size**2 * 3 * encoder.num_frames // encoder.steps)
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -225,13 +260,24 @@ class Decoder(nn.Module):
         decoded = decoded or N
         masked = self.mask_token.expand(B, decoded + 1 - L, D).to(x.dtype)
         ids = ids_restore.argsort(dim=1)[:, :decoded]  # (B, decoded), visible first
-        pos_embed = positions_for(self.pos_embed, math.isqrt(N)).expand(B, -1, -1)
+        pos_embed = positions_for(self.pos_embed, math.isqrt(N // self.steps), self.temporal_embed)
+        pos_embed = pos_embed.expand(B, -1, -1)
         positions = torch.cat([pos_embed[:, :1], take(pos_embed[:, 1:], ids)], dim=1)
         x = torch.cat([x, masked], dim=1) + positions  # (B, 1 + decoded, D)
         for block in self.blocks:
             x = block(x)
         pred = self.pred(self.norm(x)[:, 1:])  # (B, decoded, P)
         return take(F.pad(pred, (0, 0, 0, N - decoded)), ids_restore)  # (B, N, P)
+
+
+class Predictor(nn.Sequential):
+    """The second head, out - hidden - out, with BatchNorm and ReLU between (SimSiam, MoCo v3)."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__(
+            nn.Linear(dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, dim)
+        )
+        self.apply(init_weights)
 
 
 class Projector(nn.Sequential):
@@ -250,9 +296,18 @@ class Projector(nn.Sequential):
         self.apply(init_weights)
 
 
-def pool(tokens: Tensor, kind: str) -> Tensor:
-    """(B, 1 + N, D) -> (B, D): "mean" of the patches without CLS, or "cls"."""
-    return tokens[:, 0] if kind == "cls" else tokens[:, 1:].mean(dim=1)
+PoolKind = Literal["mean", "max", "gem", "cls"]
+
+
+def pool(tokens: Tensor, kind: PoolKind) -> Tensor:
+    """(B, 1 + N, D) -> (B, D): "cls", or of the patches without it "mean", "max" or "gem".
+
+    "gem" is the generalised mean with exponent 3, of what is positive (Radenovic et al. 2018).
+    """
+    patches = tokens[:, 1:]
+    if kind == "gem":
+        return patches.clamp(min=1e-6).pow(3).mean(dim=1).pow(1 / 3)
+    return {"cls": lambda: tokens[:, 0], "mean": lambda: patches.mean(dim=1), "max": lambda: patches.amax(dim=1)}[kind]()
 
 
 def all_gather(x: Tensor) -> Tensor:
@@ -267,16 +322,18 @@ def widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def reconstruction_loss(pred: Tensor, images: Tensor, mask: Tensor, patch_size: int, norm_pix_loss: bool) -> Tensor:
+def reconstruction_loss(
+    pred: Tensor, views: Tensor, mask: Tensor, patch_size: int, norm_pix_loss: bool, tubelet_size: int = 1
+) -> Tensor:
     """Mean squared error over the removed patches, at least in fp32.
 
     Args:
         pred: (B, N, P).
-        images: (B, 3, H, W), the input itself.
+        views: (B, 3, H, W), or (B, T, 3, H, W): the input itself.
         mask: (B, N), 1 = removed.
         norm_pix_loss: normalise each target patch by its own mean and unbiased variance.
     """
-    target = patchify(widen(images), patch_size)
+    target = patchify(widen(views), patch_size, tubelet_size)
     if norm_pix_loss:
         var, mean = torch.var_mean(target, dim=-1, keepdim=True)
         target = (target - mean) / (var + 1e-6).sqrt()
@@ -284,36 +341,151 @@ def reconstruction_loss(pred: Tensor, images: Tensor, mask: Tensor, patch_size: 
     return (error * mask).sum() / mask.sum()
 
 
-def info_nce(projections: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """NT-Xent over all views of all samples, at least in fp32: each view must find its partner among the other 2B - 1.
+class Projected(NamedTuple):
+    """What a contrastive term is given, of the whole global batch.
 
-    Returns the loss, and the fraction of views that do find it.
+    predictions: (B, V, out), with gradient.
+    targets: (B, V, out): the predictions themselves; or what they are to be like, without gradient.
+    labels: (B,), -1 where there is none; for a triplet's positives.
+    queue: (Q, out), normalised; MoCo's negatives, else None.
+    """
+
+    predictions: Tensor
+    targets: Tensor
+    labels: Tensor | None = None
+    queue: Tensor | None = None
+
+
+def rows(x: Tensor) -> Tensor:
+    """(B, V, out) -> (V * B, out), normalised, at least in fp32; view 1 of all samples first."""
+    return F.normalize(widen(x), dim=-1).transpose(0, 1).flatten(0, 1)
+
+
+def info_nce(z: Projected, temperature: float) -> tuple[Tensor, Tensor]:
+    """NT-Xent over both views of all samples: each must find its partner among the targets of the other 2B - 1.
+
+    Returns the loss, and the fraction of views that do find it. With a queue, its rows are the others (MoCo).
 
     Args:
-        projections: (B, 2, out), of the whole global batch; normalised here.
         temperature: divides the cosine similarities, > 0.
 
     Deviation: the official labels lack the rank's offset, and its loss is exp, sum and log; here the samples of all
     ranks are one batch before the labels are made, and the loss is a cross-entropy.
     """
-    with torch.autocast(projections.device.type, enabled=False):
-        z = F.normalize(widen(projections), dim=-1).transpose(0, 1).flatten(0, 1)  # (2B, out), view 1 first
-        logits = z @ z.T / temperature  # (2B, 2B)
-        logits.fill_diagonal_(float("-inf"))
-        labels = torch.arange(len(z), device=z.device).roll(len(z) // 2)
-        return F.cross_entropy(logits, labels), (logits.argmax(dim=1) == labels).float().mean()
+    p, t = rows(z.predictions), rows(z.targets)  # (2B, out)
+    partner = torch.arange(len(p), device=p.device).roll(len(p) // 2)
+    if z.queue is None:
+        logits = (p @ t.T).fill_diagonal_(float("-inf"))  # (2B, 2B)
+    else:
+        logits = torch.cat([(p * t[partner]).sum(dim=1, keepdim=True), p @ widen(z.queue).T], dim=1)  # (2B, 1 + Q)
+        partner = torch.zeros_like(partner)
+    return F.cross_entropy(logits / temperature, partner), (logits.argmax(dim=1) == partner).float().mean()
+
+
+def triplet(z: Projected, margin: float) -> tuple[Tensor, Tensor]:
+    """FaceNet's: for all pairs of an anchor and a positive, [|a - p|^2 - |a - n|^2 + margin]+ with a semi-hard negative.
+
+    That is the nearest of those further away than the positive, or, if there is none, the furthest of all. Positives are the
+    other view of a sample, and every view of its label's, where there are labels. The mean over the pairs.
+
+    Returns the loss, and the fraction of pairs whose positive is nearer than that negative.
+    """
+    p = rows(z.predictions)
+    B = len(z.predictions)
+    same = torch.arange(B, device=p.device) if z.labels is None else z.labels
+    same = same.repeat(len(p) // B)
+    distance = 2 - 2 * p @ p.T  # (n, n), of unit vectors
+    positive = (same[:, None] == same) & ~torch.eye(len(p), dtype=torch.bool, device=p.device)
+    anchor, other = positive.nonzero(as_tuple=True)  # (pairs,)
+    reached = distance[anchor, other]
+    negatives = distance[anchor].masked_fill(same[anchor, None] == same, float("nan"))  # (pairs, n)
+    beyond = negatives.masked_fill(~(negatives > reached[:, None]), float("inf")).amin(dim=1)
+    furthest = negatives.nan_to_num(nan=float("-inf")).amax(dim=1)
+    negative = torch.where(beyond.isinf(), furthest, beyond)
+    return F.relu(reached - negative + margin).mean(), (reached < negative).float().mean()
+
+
+def matched(z: Projected) -> Tensor:
+    """The fraction of views whose partner's target is nearer than any other sample's."""
+    B = len(z.predictions)
+    similar = rows(z.predictions) @ rows(z.targets).T  # (2B, 2B)
+    partner = torch.arange(len(similar), device=similar.device).roll(B)
+    return (similar.fill_diagonal_(float("-inf")).argmax(dim=1) == partner).float().mean()
+
+
+def simsiam(z: Projected) -> tuple[Tensor, Tensor]:
+    """Minus the cosine of each view's prediction and the other view's target, no sample repels (Chen and He 2021).
+
+    Returns the loss, and see matched.
+    """
+    p, t = rows(z.predictions), rows(z.targets)
+    return -(p * t.roll(len(p) // 2, dims=0)).sum(dim=1).mean(), matched(z)
+
+
+def vicreg(z: Projected) -> tuple[Tensor, Tensor]:
+    """Invariance 25, variance 25 and covariance 1 of the projections of both views (Bardes et al. 2022).
+
+    Returns the loss, and see matched.
+    """
+    one, two = widen(z.predictions).unbind(1)  # (B, out)
+    loss = 25 * F.mse_loss(one, two)
+    for view in (one, two):
+        covariance = view.T.cov()  # (out, out)
+        deviation = (covariance.diag() + 1e-4).sqrt()
+        off = covariance - covariance.diag().diag()
+        loss = loss + 25 * F.relu(1 - deviation).mean() / 2 + off.square().sum() / len(covariance)
+    return loss, matched(z)
+
+
+class Momentum(nn.Module):
+    """MoCo's second encoder and projector, moving averages of the first ones, and the queue of what they projected.
+
+    Args:
+        momentum: share of the average that stays in a step, in [0, 1).
+        queue_size: projections kept, a multiple of those of a global batch.
+    """
+
+    def __init__(self, encoder: Encoder, projector: Projector, momentum: float, queue_size: int):
+        super().__init__()
+        self.encoder, self.projector = copy.deepcopy(encoder), copy.deepcopy(projector)
+        self.requires_grad_(False)
+        self.momentum = momentum
+        queue = torch.randn(queue_size, projector[-1].out_features, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("queue", F.normalize(queue, dim=-1))
+
+    @torch.no_grad()
+    def follow(self, encoder: Encoder, projector: Projector) -> None:
+        for mine, theirs in ((self.encoder, encoder), (self.projector, projector)):
+            for average, new in zip(mine.parameters(), theirs.parameters(), strict=True):
+                average.lerp_(new, 1 - self.momentum)
+
+    @torch.no_grad()
+    def push(self, keys: Tensor) -> None:
+        """Put keys (B, V, out) in the place of the oldest."""
+        new = rows(keys).to(self.queue.dtype)
+        self.queue.copy_(torch.cat([new, self.queue])[: len(self.queue)])
 
 
 class ViCMAE(ComposerModel):
     """The encoder, the decoder and the projector, with the loss that trains them (paper section 3; `code` preset).
 
+    Other methods of the comparison are other arguments; README, "The family", says which.
+
     Args:
         img_size, patch_size: pixels.
+        num_frames, tubelet_size: frames of a view and of one of its patches; 1 frame: views are images.
         embed_dim, depth, num_heads: of the encoder. S 384/12/6, B 768/12/12, L 1024/24/16, H 1280/32/16 (patch 14).
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder. 512/8/16; S 256/8/8.
         projector_hidden_dim, projector_out_dim: of the contrastive head.
-        mask_ratio: fraction of patches removed from each view, in (0, 1).
+        predictor_hidden_dim: of a second head, which predicts the other view's projection; that is then a target without
+            gradient. None for one head, shared by both views.
+        mask, mask_ratio: see random_masking. With "none" there is no decoder.
+        pool: what of the visible tokens is projected, see pool.
+        contrast: the contrastive term; "moco" is InfoNCE with a momentum encoder and a queue. With "none" no head is there.
+        positives: of "triplet": the other view of a sample, or views of its label's samples too.
         temperature: of InfoNCE, > 0.
+        margin: of "triplet", in squared distance of unit vectors.
+        momentum, queue_size: see Momentum.
         weight_contrast, weight_recon: of the two terms in the total.
         norm_pix_loss: whether the target of a patch is normalised by its own mean and variance.
         chunk_size: pairs that pass encoder and decoder at a time, and again in the backward pass, so that memory holds the
@@ -321,9 +493,10 @@ class ViCMAE(ComposerModel):
 
     Attributes:
         decode_ratio: fraction of the removed patches, in (0, 1], that is decoded in training; see PartialDecoding.
+        ramp: factor of weight_contrast, in [0, 1]; see ContrastRamp.
 
     Raises:
-        ValueError: sizes that do not divide, or a mask_ratio that keeps no patch or removes none.
+        ValueError: sizes that do not divide, a mask_ratio that keeps no patch or removes none, or nothing to learn.
     """
 
     def __init__(
@@ -344,47 +517,88 @@ class ViCMAE(ComposerModel):
         weight_recon: float = 0.97,
         norm_pix_loss: bool = True,
         chunk_size: PositiveInt | None = None,
+        num_frames: PositiveInt = 1,
+        tubelet_size: PositiveInt = 2,
+        mask: MaskKind = "random",
+        pool: PoolKind = "mean",
+        contrast: Literal["info_nce", "triplet", "moco", "simsiam", "vicreg", "none"] = "info_nce",
+        predictor_hidden_dim: PositiveInt | None = None,
+        positives: Literal["view", "label"] = "view",
+        margin: PositiveFloat = 0.2,
+        momentum: Fraction = 0.999,
+        queue_size: PositiveInt = 65536,
     ):
         super().__init__()
-        self.encoder = Encoder(img_size, patch_size, embed_dim, depth, num_heads)
+        self.tubelet_size = tubelet_size if num_frames > 1 else 1
+        self.encoder = Encoder(img_size, patch_size, embed_dim, depth, num_heads, num_frames, self.tubelet_size)
         N = self.encoder.num_patches
-        if not 0 < int(N * (1 - mask_ratio)) < N:
+        K = random_masking(torch.zeros(1, N, device="cpu"), mask_ratio, mask, self.encoder.steps)[0].shape[1]
+        if mask != "none" and not 0 < K < N:
             raise ValueError(f"mask_ratio {mask_ratio} must keep and remove at least one of {N} patches")
-        self.decoder = Decoder(embed_dim, self.encoder.grid, patch_size, decoder_embed_dim, decoder_depth, decoder_num_heads)
-        self.projector = Projector(embed_dim, projector_hidden_dim, projector_out_dim)
-        self.mask_ratio = mask_ratio
+        if mask == contrast == "none":
+            raise ValueError("mask and contrast are both none: there is nothing to learn")
+        if contrast == "simsiam" and not predictor_hidden_dim:
+            raise ValueError("contrast simsiam needs predictor_hidden_dim: without a predictor all features become the same")
+        self.decoder = self.projector = self.predictor = self.momentum = None
+        if mask != "none":
+            self.decoder = Decoder(self.encoder, decoder_embed_dim, decoder_depth, decoder_num_heads)
+        if contrast != "none":
+            self.projector = Projector(embed_dim, projector_hidden_dim, projector_out_dim)
+        if contrast != "none" and predictor_hidden_dim:
+            self.predictor = Predictor(projector_out_dim, predictor_hidden_dim)
+        if contrast == "moco":
+            self.momentum = Momentum(self.encoder, self.projector, momentum, queue_size)
+        self.contrast = contrast
+        self.mask, self.mask_ratio = mask, mask_ratio
+        self.pool = pool
+        self.positives = positives
         self.temperature = temperature
+        self.margin = margin
         self.weight_contrast = weight_contrast
         self.weight_recon = weight_recon
         self.norm_pix_loss = norm_pix_loss
         self.chunk_size = chunk_size
-        self.decode_ratio = 1.0
+        self.decode_ratio = self.ramp = 1.0
 
-    def reconstruct(self, images: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-        """Images (B, 3, H, W) with noise (B, N) -> pred (B, N, P), mask (B, N), scored (B, N), features (B, D).
+    def kept(self, N: int) -> tuple[int, int]:
+        """How many of N patches the encoder sees, and how many the decoder decodes in training."""
+        K = random_masking(torch.zeros(1, N, device="cpu"), self.mask_ratio, self.mask, self.encoder.steps)[0].shape[1]
+        return K, K + math.ceil((N - K) * self.decode_ratio)
 
-        scored is 1 where a patch is removed and decoded.
+    def reconstruct(self, views: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        """Views (B, [T,] 3, H, W) with noise (B, N) -> features (B, D); and, where patches are removed, see forward, pred
+        (B, N, P), mask (B, N), scored (B, N).
         """
-        ids_keep, ids_restore, mask = random_masking(noise, self.mask_ratio)
-        N, K = noise.shape[1], ids_keep.shape[1]
-        decoded = K + math.ceil((N - K) * self.decode_ratio) if self.training else N
-        tokens = self.encoder(images, ids_keep)  # (B, 1 + K, D)
-        return self.decoder(tokens, ids_restore, decoded), mask, mask * (ids_restore < decoded), pool(tokens, "mean")
+        ids_keep, ids_restore, mask = random_masking(noise, self.mask_ratio, self.mask, self.encoder.steps)
+        if self.decoder is None:
+            return (pool(self.encoder(views), self.pool),)
+        decoded = self.kept(noise.shape[1])[1] if self.training else noise.shape[1]
+        tokens = self.encoder(views, ids_keep)  # (B, 1 + K, D)
+        features, pred = pool(tokens, self.pool), self.decoder(tokens, ids_restore, decoded)
+        return features, pred, mask, mask * (ids_restore < decoded)
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Reconstruct both views and project the means of their visible tokens.
+    def project(self, projector: nn.Module, features: Tensor) -> Tensor:
+        """Features (B, V, D) of this rank -> (B of all ranks, V, out).
+
+        Deviation: the official projector sees one GPU's samples. Gathered first, its BatchNorm spans the global batch, one
+        view at a time as there, and the result does not depend on the number of ranks.
+        """
+        return torch.stack([projector(view) for view in all_gather(features).unbind(1)], dim=1)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """Reconstruct all views and project what is pooled of their visible tokens.
 
         Args:
-            batch: `views` (B, V, 3, H, W), normalised; `noise` (B, V, N), uniform; where the views are smaller than
-                img_size, only the first of the noise is used.
+            batch: `views` (B, V, 3, H, W), or (B, V, T, 3, H, W), normalised; `noise` (B, V, N), uniform, of which only the
+                first is used where the views are smaller than img_size; `target` (B,), if positives are by label.
 
         Returns:
-            pred (B, V, N, P); mask, scored (B, V, N), see reconstruct; features (B, V, D), pooled; projections (B of all
-            ranks, V, out).
+            features (B, V, D), pooled; where patches are removed, pred (B, V, N, P), mask (B, V, N) and scored (B, V, N), 1
+            where a patch is removed and decoded; with a contrastive term, projected (of all ranks).
         """
         shape = batch["views"].shape[:2]  # (B, V)
         views, noise = batch["views"].flatten(0, 1), batch["noise"].flatten(0, 1)  # (B * V, ...)
-        noise = noise[:, : (views.shape[-1] // self.encoder.patch_size) ** 2]
+        noise = noise[:, : self.encoder.steps * (views.shape[-1] // self.encoder.patch_size) ** 2]
         if self.chunk_size and self.training:
             size = self.chunk_size * shape[1]
             chunks = zip(views.split(size), noise.split(size), strict=True)
@@ -392,50 +606,88 @@ class ViCMAE(ComposerModel):
             parts = [torch.cat(part) for part in zip(*parts, strict=True)]
         else:
             parts = self.reconstruct(views, noise)
-        pred, mask, scored, features = (part.unflatten(0, shape) for part in parts)
-        # Deviation: the official projector sees one GPU's samples. Gathered first, its BatchNorm spans the global batch,
-        # one view at a time as there, and the result does not depend on the number of ranks.
-        projections = torch.stack([self.projector(view) for view in all_gather(features).unbind(1)], dim=1)
-        return {"pred": pred, "mask": mask, "scored": scored, "features": features, "projections": projections}
+        names = ("features", "pred", "mask", "scored")
+        outputs = {name: part.unflatten(0, shape) for name, part in zip(names, parts, strict=False)}
+        if self.projector is not None:
+            outputs["projected"] = self.contrasted(outputs["features"], views, noise, batch)
+        return outputs
 
-    def loss(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def contrasted(self, features: Tensor, views: Tensor, noise: Tensor, batch: dict[str, Tensor]) -> Projected:
+        """What the contrastive term is given: the projections, and with a predictor or MoCo what they are to be like."""
+        predictions = targets = self.project(self.projector, features)
+        if self.predictor is not None:
+            predictions = torch.stack([self.predictor(view) for view in targets.unbind(1)], dim=1)
+            targets = targets.detach()
+        labels = all_gather(batch["target"]) if self.positives == "label" else None
+        if self.momentum is None:
+            return Projected(predictions, targets, labels)
+        with torch.no_grad():
+            if self.training:
+                self.momentum.follow(self.encoder, self.projector)
+            ids_keep = random_masking(noise, self.mask_ratio, self.mask, self.encoder.steps)[0]
+            keys = pool(self.momentum.encoder(views, ids_keep), self.pool).unflatten(0, features.shape[:2])
+            keys, queue = self.project(self.momentum.projector, keys), self.momentum.queue.clone()
+            if self.training:
+                self.momentum.push(keys)
+        return Projected(predictions, keys, labels, queue)
+
+    def loss(self, outputs: dict[str, Any], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """total = weight_recon * reconstruction + weight_contrast * contrastive, and these; all scalars.
 
-        Beside them, what tells whether the contrastive task is learnt, or solved by collapse: `accuracy`, see info_nce, and
+        Beside them, what tells whether the contrastive task is learnt, or solved by collapse: `accuracy`, see the terms, and
         `feature_std`, of the normalised features over this rank's samples, times sqrt(D): 1 if spread out, 0 if collapsed.
         """
-        pred, views, scored = (x.flatten(0, 1) for x in (outputs["pred"], batch["views"], outputs["scored"]))
-        reconstruction = reconstruction_loss(pred, views, scored, self.encoder.patch_size, self.norm_pix_loss)
-        contrastive, accuracy = info_nce(outputs["projections"], self.temperature)
-        total = self.weight_recon * reconstruction + self.weight_contrast * contrastive
+        losses = {}
         z = F.normalize(widen(outputs["features"].detach()), dim=-1)  # (B, V, D)
-        spread = z.var(dim=0, unbiased=False).sum(dim=-1).mean().sqrt()
-        return {
-            "total": total,
-            "reconstruction": reconstruction.detach(),
-            "contrastive": contrastive.detach(),
-            "accuracy": accuracy,
-            "feature_std": spread,
-        }
+        total = 0.0
+        if self.decoder is not None:
+            pred, views, scored = (x.flatten(0, 1) for x in (outputs["pred"], batch["views"], outputs["scored"]))
+            sizes = (self.encoder.patch_size, self.norm_pix_loss, self.tubelet_size)
+            reconstruction = reconstruction_loss(pred, views, scored, *sizes)
+            total = self.weight_recon * reconstruction
+            losses["reconstruction"] = reconstruction.detach()
+        if self.projector is not None:
+            contrastive, losses["accuracy"] = self.term(outputs["projected"])
+            total = total + self.ramp * self.weight_contrast * contrastive
+            losses["contrastive"] = contrastive.detach()
+        losses["feature_std"] = z.var(dim=0, unbiased=False).sum(dim=-1).mean().sqrt()
+        return {"total": total} | losses
+
+    def term(self, projected: Projected) -> tuple[Tensor, Tensor]:
+        """The contrastive loss, and the fraction of views that find their partner; at least in fp32."""
+        with torch.autocast(projected.predictions.device.type, enabled=False):
+            if self.contrast in ("info_nce", "moco"):
+                return info_nce(projected, self.temperature)
+            if self.contrast == "triplet":
+                return triplet(projected, self.margin)
+            return simsiam(projected) if self.contrast == "simsiam" else vicreg(projected)
 
     def flops_per_batch(self, batch: dict[str, Tensor]) -> int:
         """Floating-point operations of a training step on this rank's batch, for MFU: 2 for a multiply-add of matrices.
 
         The backward pass takes twice the forward's, but for the patches, which need no gradient. What is computed anew in it
-        does not count.
+        does not count, nor do the few products of a contrastive term but InfoNCE's.
         """
         B, V = batch["views"].shape[:2]
-        grid, p = batch["views"].shape[-2] // self.encoder.patch_size, self.encoder.patch_size  # square, in either layout
-        N, P, D, d = grid**2, 3 * p**2, self.encoder.norm.normalized_shape[0], self.decoder.norm.normalized_shape[0]
-        K = int(N * (1 - self.mask_ratio))
-        decoded = K + math.ceil((N - K) * self.decode_ratio)
-        embed = 2 * N * P * D
-        layers = flops_of(self.encoder.blocks, 1 + K, D) + flops_of(self.decoder.blocks, 1 + decoded, d)
-        layers += 2 * (1 + K) * D * d + 2 * decoded * d * P
-        gathered = B * (dist.get_world_size() if dist.is_initialized() else 1)
-        heads = sum(2 * gathered * V * layer.weight.numel() for layer in self.projector if isinstance(layer, nn.Linear))
-        logits = 2 * (gathered * V) ** 2 * self.projector[-1].out_features
-        return B * V * (2 * embed + 3 * layers) + 3 * (heads + logits)
+        side, p = batch["views"].shape[-2], self.encoder.patch_size  # square, in either layout
+        N, P, D = self.encoder.steps * (side // p) ** 2, 3 * p**2 * self.tubelet_size, self.encoder.norm.normalized_shape[0]
+        K, decoded = self.kept(N)
+        embed, encode, decode = 2 * N * P * D, flops_of(self.encoder.blocks, 1 + K, D), 0
+        if self.decoder is not None:
+            d = self.decoder.norm.normalized_shape[0]
+            decode = flops_of(self.decoder.blocks, 1 + decoded, d) + 2 * (1 + K) * D * d + 2 * decoded * d * P
+        total = B * V * (2 * embed + 3 * (encode + decode))
+        if self.projector is None:
+            return total
+        gathered = V * B * (dist.get_world_size() if dist.is_initialized() else 1)
+        one, two = (
+            sum(2 * gathered * layer.weight.numel() for layer in head or () if isinstance(layer, nn.Linear))
+            for head in (self.projector, self.predictor)
+        )
+        out = self.projector[-1].out_features
+        if self.momentum is not None:
+            return total + B * V * (embed + encode) + 4 * one + 2 * 2 * gathered * self.momentum.queue.numel()
+        return total + 3 * (one + two) + 3 * 2 * gathered**2 * out
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):

@@ -141,7 +141,7 @@ def test_info_nce_equals_a_loop_over_views():
         partner = (i + 5) % 10
         weights = [math.exp(views[i] @ views[j] / 0.1) for j in range(10) if j != i]
         terms.append(-math.log(math.exp(views[i] @ views[partner] / 0.1) / sum(weights)))
-    loss, accuracy = model.info_nce(z, 0.1)
+    loss, accuracy = model.info_nce(model.Projected(z, z), 0.1)
     assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
     nearest = [max((j for j in range(10) if j != i), key=lambda j: views[i] @ views[j]) for i in range(10)]
     assert accuracy.item() == pytest.approx(np.mean([nearest[i] == (i + 5) % 10 for i in range(10)]))
@@ -149,14 +149,15 @@ def test_info_nce_equals_a_loop_over_views():
 
 def test_info_nce_of_two_orthogonal_pairs_is_known():
     z = torch.eye(2)[:, None].expand(2, 2, 2)  # both views of a sample alike, the samples at right angles
-    assert model.info_nce(z, 0.5)[0].item() == pytest.approx(math.log(math.exp(2) + 2) - 2, rel=1e-6)
+    assert model.info_nce(model.Projected(z, z), 0.5)[0].item() == pytest.approx(math.log(math.exp(2) + 2) - 2, rel=1e-6)
 
 
-def test_info_nce_in_half_precision_is_computed_in_full():
+def test_contrastive_terms_in_half_precision_are_computed_in_full():
     z = torch.randn(64, 2, 32)
+    net = ViCMAE(**TINY)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed, _ = model.info_nce(z, 0.1)
-    assert mixed.dtype == torch.float32 and torch.equal(mixed, model.info_nce(z, 0.1)[0])
+        mixed, _ = net.term(model.Projected(z, z))
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, model.info_nce(model.Projected(z, z), 0.1)[0])
 
 
 def test_reconstruction_loss_of_a_known_error():
@@ -230,7 +231,7 @@ def test_positions_of_another_resolution_are_those_timm_interpolates(grid):
 
 
 def test_still_clip_of_one_tubelet_has_the_features_of_the_image():
-    image, clip = Encoder(**ENCODER).eval(), Encoder(**ENCODER, num_frames=2, tubelet_size=2).eval()
+    image, clip = Encoder(**ENCODER).eval(), Encoder(**ENCODER, num_frames=2, tubelet_size=2, learn_positions=True).eval()
     holder = torch.nn.ModuleDict({"encoder": clip})
     report = load_pretrained(holder, image.state_dict())
     assert report["missing"] == ["encoder.temporal_embed"]
@@ -514,7 +515,7 @@ def test_st_maes_file_gives_the_features_of_its_encoder(tmp_path):
 
 
 def test_video_maes_file_gives_its_attention_and_leaves_cls_and_positions(tmp_path):
-    theirs, state = Encoder(**ENCODER, **CLIPS).eval(), {}
+    theirs, state = Encoder(**ENCODER, **CLIPS, learn_positions=True).eval(), {}
     for block in theirs.blocks:
         torch.nn.init.normal_(block.attn.qkv.bias)
     for key, value in theirs.state_dict().items():
@@ -534,7 +535,10 @@ def test_video_maes_file_gives_its_attention_and_leaves_cls_and_positions(tmp_pa
 
 
 def test_encoder_of_clips_gives_an_encoder_of_images_what_a_still_clip_has():
-    clips, images = Encoder(**ENCODER, num_frames=2, tubelet_size=2).eval(), Classifier(3, **ENCODER).eval()
+    clips, images = (
+        Encoder(**ENCODER, num_frames=2, tubelet_size=2, learn_positions=True).eval(),
+        Classifier(3, **ENCODER).eval(),
+    )
     load_pretrained(images, clips.state_dict())
     frames = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(

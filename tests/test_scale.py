@@ -132,9 +132,9 @@ def test_two_ranks_have_the_losses_of_one_in_single_precision(train_on):
             assert distance(mean, expected[name]) <= 1e-4, (step, name)
 
 
-def info_nce_of_own_rows(projections: Tensor, temperature: float, offset: bool) -> tuple[Tensor, Tensor]:
+def info_nce_of_own_rows(projected: model.Projected, temperature: float, offset: bool) -> tuple[Tensor, Tensor]:
     """As the official code splits it: this rank's views are the rows, those of all ranks the columns."""
-    z = F.normalize(projections, dim=-1).transpose(0, 1)  # (2, B of all ranks, out)
+    z = F.normalize(projected.predictions, dim=-1).transpose(0, 1)  # (2, B of all ranks, out)
     size = z.shape[1] // dist.get_world_size()
     own = torch.arange(size) + dist.get_rank() * size
     column = own if offset else torch.arange(size)
@@ -385,7 +385,8 @@ def losses_of(features: Tensor, projections: Tensor) -> dict[str, float]:
     """What loss gives for (B, 2, D) features and (B, 2, out) projections."""
     B = len(features)
     outputs = {"pred": torch.zeros(B, 2, 16, 192), "scored": torch.ones(B, 2, 16)}
-    losses = build().loss(outputs | {"features": features, "projections": projections}, random_batch(B))
+    outputs |= {"features": features, "projected": model.Projected(projections, projections)}
+    losses = build().loss(outputs, random_batch(B))
     return {name: float(value) for name, value in losses.items()}
 
 
