@@ -12,6 +12,7 @@ what was drawn to the whole batch at once.
 """
 
 import difflib
+import hashlib
 import inspect
 import json
 import math
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
-from itertools import takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,7 @@ import composer.algorithms
 import composer.callbacks
 import composer.loggers
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from composer import Algorithm, Callback, Event, Logger, State, Trainer
@@ -66,7 +68,7 @@ from streaming.base.shuffle import get_shuffle
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision.transforms.v2.functional import normalize
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -658,6 +660,15 @@ def common_classes(paths: list[str]) -> list[str]:
     return first
 
 
+def read_part(folder: Path, begin: int, end: int) -> dict[str, Tensor] | None:
+    """`outputs` and `labels` of samples begin..end that infer left in a folder; None if they are not there undamaged."""
+    for path in folder.glob(f"{begin}-{end}-*.safetensors"):
+        data = path.read_bytes()
+        if path.stem.endswith(hashlib.sha256(data).hexdigest()[:16]):
+            return safetensors.torch.load(data)
+    return None
+
+
 @torch.no_grad()
 def infer(
     module: nn.Module,
@@ -665,31 +676,62 @@ def infer(
     data: EvalViews,
     batch_size: int = 256,
     num_workers: int = 0,
+    parts: Path | None = None,
+    part_size: int = 4096,
 ) -> tuple[Tensor, Tensor]:
-    """forward(normalised `inputs`, (B, V, T, 3, H, W)) and label of every sample once, in order; the same on all ranks."""
+    """forward(normalised `inputs`, (B, V, T, 3, H, W)) and label of every sample once, in order; the same on all ranks.
+
+    Args:
+        parts: folder of rank 0 where the outputs of every `part_size` samples are kept as soon as they are there. What is
+            found there is not computed again. None to keep nothing.
+    """
     device, training = next(module.parameters()).device, module.training
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
-    mine = [number % len(data) for number in range(rank, math.ceil(len(data) / ranks) * ranks, ranks)]
-    loader = DataLoader(Subset(data, mine), batch_size, num_workers=num_workers)
+    done, batches = {}, {}
+    for begin in range(0, len(data), part_size):
+        end = min(begin + part_size, len(data))
+        found = [read_part(parts, begin, end) if parts and rank == 0 else None]
+        if parts:
+            dist.broadcast_object_list(found)
+        done[begin, end] = found[0]
+        if found[0] is None:
+            mine = torch.arange(begin + rank, begin + math.ceil((end - begin) / ranks) * ranks, ranks).clamp(max=end - 1)
+            batches[begin, end] = [batch.tolist() for batch in mine.split(batch_size)]
+    loader = iter(DataLoader(data, batch_sampler=list(chain(*batches.values())), num_workers=num_workers))
+    ready = len(data) - sum(end - begin for begin, end in batches)
+    disable = None if rank == 0 else True
     module.eval()
-    outputs, labels = [], []
-    for batch in tqdm(loader, desc="eval", disable=None if rank == 0 else True, leave=False):
-        outputs.append(forward(normalize(batch["inputs"].to(device).float() / 255, MEAN, STD)).float().cpu())
-        labels.append(batch["target"])
+    with tqdm(total=len(data), initial=ready, desc="eval", unit=" samples", disable=disable, leave=False) as bar:
+        for (begin, end), planned in batches.items():
+            outputs, labels = [], []
+            for batch in islice(loader, len(planned)):
+                outputs.append(forward(normalize(batch["inputs"].to(device).float() / 255, MEAN, STD)).float().cpu())
+                labels.append(batch["target"])
+                bar.update(min(len(labels[-1]) * ranks, len(data) - bar.n))
+            shares = dist.all_gather_object({"outputs": torch.cat(outputs), "labels": torch.cat(labels)})
+            part = {key: torch.stack([one[key] for one in shares], dim=1).flatten(0, 1)[: end - begin] for key in shares[0]}
+            done[begin, end] = part
+            if parts and rank == 0:
+                parts.mkdir(parents=True, exist_ok=True)
+                file = safetensors.torch.save(part)
+                name = f"{begin}-{end}-{hashlib.sha256(file).hexdigest()[:16]}.safetensors"
+                data_prep.Place(str(parts)).write(name, file)
     module.train(training)
-    gathered = dist.all_gather_object((torch.cat(outputs), torch.cat(labels)))
-    outputs, labels = (torch.stack(parts, dim=1).flatten(0, 1)[: len(data)] for parts in zip(*gathered, strict=True))
-    return outputs, labels
+    return tuple(torch.cat([part[key] for part in done.values()]) for key in ("outputs", "labels"))
 
 
-def embed(encoder: nn.Module, data: EvalViews, num_workers: int = 0) -> tuple[Tensor, Tensor]:
-    """Pooled features of every sample, the mean over its views and frames, and its label -> (n, D), (n,)."""
+def embed(encoder: nn.Module, data: EvalViews, num_workers: int = 0, parts: Path | None = None) -> tuple[Tensor, Tensor]:
+    """Pooled features of every sample, the mean over its views and frames, and its label -> (n, D), (n,).
+
+    Args:
+        parts: see infer.
+    """
 
     def features(inputs: Tensor) -> Tensor:
         frames = inputs.flatten(0, 2) if encoder.num_frames == 1 else inputs.flatten(0, 1)
         return pool(encoder(frames), "mean").unflatten(0, (len(inputs), -1)).mean(dim=1)
 
-    return infer(encoder, features, data, num_workers=num_workers)
+    return infer(encoder, features, data, num_workers=num_workers, parts=parts)
 
 
 def knn_accuracy(bank: tuple, queries: tuple, k: int = 20, temperature: float = 0.07) -> float:
