@@ -10,6 +10,7 @@ command is given again.
 """
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -18,12 +19,13 @@ import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from composer.core import get_precision_context
 from composer.devices import Device
 from composer.trainer.trainer import get_device
 from composer.utils import dist, reproducibility
@@ -35,19 +37,25 @@ from torchvision.transforms.v2.functional import normalize
 from torchvision.utils import make_grid, save_image
 
 import data_prep
+from finetune import classifier_stacks
 from model import Classifier, Encoder, ViCMAE, load_pretrained, read_checkpoint
 from pretrain import (
     MEAN,
     STD,
     EvalViews,
     Share,
+    activation_bytes,
+    asked_plan,
     common_classes,
     draw_reconstructions,
     embed,
     infer,
+    is_half,
     knn_accuracy,
     load_config,
     one_line_errors,
+    show_plan,
+    size_of,
 )
 
 
@@ -338,6 +346,7 @@ def evaluate(
     checkpoint: str | None,
     seed: int = 0,
     device: str | None = None,
+    precision: Literal["fp32", "amp_fp16", "amp_bf16"] = "fp32",
     model: Annotated[dict, ViCMAE] | None = None,
     classifier: Annotated[dict, Classifier] | None = None,
     accuracy: Annotated[dict, measure_accuracy] | None = None,
@@ -350,7 +359,8 @@ def evaluate(
     """Load a checkpoint and carry out the measurements that are asked for.
 
     Args:
-        checkpoint: of pretrain.py or finetune.py, or an official file; null for random weights.
+        checkpoint: of pretrain.py or finetune.py, an official file or the name of timm's weights; null for random weights.
+        precision: of the forward passes; half precision is for GPUs, and fp32 on a CPU whatever is asked for.
         model: sizes of a pre-trained model, for `probe`, `reconstructions`, `attention` and `export`.
         classifier: sizes of a classifier, for `accuracy`, and for `export` where no `model` is given.
         reconstructions, attention: data sets to draw samples from.
@@ -385,7 +395,9 @@ def evaluate(
     if asked["model"]:
         net = load(ViCMAE(**model), checkpoint, where, ("decoder.",) if reconstructions else ())
         if probe:
-            result |= measure_probe(net.encoder, seed, run, parts_folder(run, checkpoint, seed, model, probe), **probe)
+            with get_precision_context(precision):
+                parts = parts_folder(run, checkpoint, seed, model, probe | {"precision": precision})
+                result |= measure_probe(net.encoder, seed, run, parts, **probe)
         if reconstructions and first:
             draw_reconstructions(net, reconstructions, run / "reconstructions.png")
         if attention and first:
@@ -398,7 +410,9 @@ def evaluate(
         if whole:
             export_timm(net, export)
     if accuracy:
-        measured, confusion = measure_accuracy(net, parts_folder(run, checkpoint, seed, classifier, accuracy), **accuracy)
+        with get_precision_context(precision):
+            parts = parts_folder(run, checkpoint, seed, classifier, accuracy | {"precision": precision})
+            measured, confusion = measure_accuracy(net, parts, **accuracy)
         result |= measured
         if first:
             draw_confusion(confusion, classes, run / "confusion.png")
@@ -450,9 +464,40 @@ def load(net: nn.Module, checkpoint: str | None, device: Device, needed: tuple[s
     return device.module_to_device(net).eval()
 
 
+def plan(config: dict[str, Any], gpus: int) -> str:
+    """What an evaluation would take, from its configuration alone; the linear heads of a probe are not counted.
+
+    Raises:
+        ValueError: neither accuracy nor probe is asked for.
+    """
+    asked = config.get("accuracy") or config.get("probe")
+    if not asked:
+        raise ValueError("--plan: give a block accuracy or probe, which this configuration has not")
+    sizes = config.get("classifier") or {
+        key: value for key, value in config["model"].items() if key in inspect.signature(Encoder).parameters
+    }
+    data = asked.get("data") or asked["bank"] + asked["queries"]
+    views = asked.get("temporal_views", 1) * asked.get("spatial_views", 1)
+    with torch.device("meta"):
+        net = Classifier(size_of(data[0])[1], **sizes | {"freeze": True})  # counted without a backward pass
+        frames, size = net.encoder.num_frames, net.encoder.img_size
+        flops = net.flops_per_batch({"inputs": torch.empty(1, views, frames, 3, size, size)})
+    net.requires_grad_(False)
+    precision, at_once = config.get("precision", "fp32"), asked.get("batch_size", 256)
+    activations = at_once * views * (activation_bytes(classifier_stacks(net), precision, 0) + 2 * 4 * frames * 3 * size**2)
+    state = 4 * sum(parameter.numel() for parameter in net.parameters())
+    samples = sum(size_of(path)[0] for path in data)
+    return show_plan(net, gpus, samples, flops, is_half(precision), state, activations, at_once)
+
+
 def main() -> None:
     with one_line_errors():
-        result = evaluate(**load_config(sys.argv[1:], evaluate))
+        arguments, gpus = asked_plan(sys.argv[1:])
+        config = load_config(arguments, evaluate)
+        if gpus:
+            print(plan(config, gpus))
+            return
+        result = evaluate(**config)
     if dist.get_global_rank() == 0:
         print(json.dumps(result))
 
