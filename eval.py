@@ -5,46 +5,63 @@
     python eval.py yamls/eval_demo.yaml export=encoder.safetensors          # for timm.create_model
 
 The signature of `evaluate` is the schema of its YAML files: each block that is given is a measurement. The last line printed
-is the result as JSON, which is also in runs/{run_name}/eval.json.
+is the result as JSON, which is also in runs/{run_name}/eval.json. An evaluation that was interrupted goes on when the same
+command is given again.
 """
 
+import hashlib
+import inspect
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
+from composer.core import get_precision_context
 from composer.devices import Device
 from composer.trainer.trainer import get_device
 from composer.utils import dist, reproducibility
 from matplotlib.figure import Figure
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
-from safetensors.torch import save_file
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
+from torchvision.transforms.v2.functional import normalize
+from torchvision.utils import make_grid, save_image
 
 import data_prep
-from model import Classifier, Encoder, ViCMAE, load_pretrained
+from finetune import classifier_stacks
+from model import Classifier, Encoder, ViCMAE, load_pretrained, read_checkpoint
 from pretrain import (
+    MEAN,
+    STD,
     EvalViews,
     Share,
+    activation_bytes,
+    asked_plan,
     common_classes,
     draw_reconstructions,
     embed,
     infer,
+    is_half,
     knn_accuracy,
     load_config,
     one_line_errors,
+    show_plan,
+    size_of,
 )
 
 
 def measure_accuracy(
     net: Classifier,
+    parts: Path,
     *,
     data: list[str],
     temporal_views: PositiveInt = 1,
@@ -53,16 +70,28 @@ def measure_accuracy(
     frame_interval: PositiveFloat | None = None,
     batch_size: PositiveInt = 64,
     num_workers: NonNegativeInt = 0,
+    part_size: PositiveInt = 1024,
 ) -> tuple[dict[str, float], Tensor]:
     """Accuracy, the softmax averaged over all views of a sample. See EvalViews for the views.
 
-    Returns top-1, top-5 and samples a second, and the confusion matrix: (C, C) counts, a row for each true class.
+    Args:
+        parts: folder for what is done already, see infer.
+        part_size: samples that an interruption costs at most.
+
+    Returns top-1, top-5 and samples a second, of those not done already, and the confusion matrix: (C, C) counts, a row for
+    each true class.
     """
     sizes = (net.encoder.img_size, net.encoder.num_frames, temporal_views, spatial_views, crop_pct)
     views = EvalViews(data, *sizes, frame_interval=frame_interval)
-    begin = time.monotonic()
-    probabilities, labels = infer(net, lambda inputs: net.eval_forward({"inputs": inputs}), views, batch_size, num_workers)
-    result = {"samples_per_second": len(views) / (time.monotonic() - begin)}
+    begin, computed = time.monotonic(), 0
+
+    def forward(inputs: Tensor) -> Tensor:
+        nonlocal computed
+        computed += len(inputs) * dist.get_world_size()
+        return net.eval_forward({"inputs": inputs})
+
+    probabilities, labels = infer(net, forward, views, batch_size, num_workers, parts, part_size)
+    result = {"samples_per_second": computed / (time.monotonic() - begin)}
     for name, metric in net.get_metrics().items():
         metric.update(probabilities, labels)
         result[name] = float(metric.compute())
@@ -105,23 +134,16 @@ def fit_linear(features: Tensor, labels: Tensor, num_classes: int, l2: float) ->
     return torch.no_grad()(lambda features: head((features - mean) / std))
 
 
-def linear_accuracy(
-    bank: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor], labels_per_class: int | None, seed: int
-) -> float:
+def linear_accuracy(bank: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor]) -> float:
     """Accuracy of a linear head on fixed features.
 
     Args:
-        bank, queries: features (n, D) and labels (n,).
-        labels_per_class: how many of the bank are used, chosen at random by `seed`; None for all.
+        bank, queries: features (n, D) and labels (n,); those of the bank in random order.
 
     The strength of regularisation is chosen on a fifth of the labels, and the head then fitted on all of them.
     """
-    features, labels = bank
-    num_classes = int(labels.max()) + 1
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    ranked = F.one_hot(labels[order]).cumsum(dim=0).gather(1, labels[order, None])[:, 0]  # n-th of its class, from 1
-    chosen = order if labels_per_class is None else order[ranked <= labels_per_class]
-    x, y = features[chosen], labels[chosen]
+    x, y = bank
+    num_classes = int(y.max()) + 1
     fifth = max(1, len(y) // 5)
 
     def right(l2: float) -> float:
@@ -133,47 +155,156 @@ def linear_accuracy(
     return float((predict(queries[0]).argmax(dim=1) == queries[1]).float().mean())
 
 
+def choose(labels: Tensor, limits: Tensor, seed: int) -> Tensor:
+    """Indices of at most limits[c] samples (C,) of each class c of labels (n,), by `seed` at random and in random order."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    grouped, by_class = labels[order].sort(stable=True)
+    counts = labels.bincount()
+    nth = torch.arange(len(labels)) - (counts.cumsum(dim=0) - counts)[grouped]  # of its class, from 0
+    return order[by_class[nth < limits[grouped]].sort().values]
+
+
+def middle_frames(views: EvalViews, numbers: Tensor) -> Tensor:
+    """The first view of some samples, by their numbers (n,) -> (n, 3, H, W) in 0..1."""
+    return torch.stack([views[number]["inputs"][0, 0] for number in numbers.tolist()]).float() / 255
+
+
+def draw_neighbours(
+    bank: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor], views: list[EvalViews], to: Path, count: int = 8, k: int = 5
+) -> None:
+    """Draw a row for each of `count` queries, evenly picked: itself, then its k nearest of the bank by cosine.
+
+    A neighbour of the query's class has a green frame, any other a red one.
+
+    Args:
+        bank, queries: features (n, D) and labels (n,).
+        views: of the bank, of the queries.
+    """
+    picked = torch.linspace(0, len(queries[1]) - 1, count).long()
+    cosine = F.normalize(queries[0][picked], dim=1) @ F.normalize(bank[0], dim=1).T
+    nearest = cosine.topk(min(k, len(bank[1])), dim=1).indices  # (count, k)
+    right = bank[1][nearest] == queries[1][picked, None]
+    colours = torch.stack([~right, right, torch.zeros_like(right)], dim=2).float()  # (count, k, 3)
+    colours = F.pad(colours, (0, 0, 1, 0), value=1.0).flatten(0, 1)  # (count * (1 + k), 3), white around the query
+    found = middle_frames(views[0], nearest.flatten()).unflatten(0, nearest.shape)  # (count, k, 3, H, W)
+    images = torch.cat([middle_frames(views[1], picked)[:, None], found], dim=1).flatten(0, 1)
+    images = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))
+    framed = F.pad(images, (4, 4, 4, 4), value=-1.0)
+    framed = torch.where(framed < 0, colours[:, :, None, None], framed)
+    save_image(make_grid(framed, nrow=1 + nearest.shape[1], pad_value=1.0), to)
+
+
 def measure_probe(
     encoder: Encoder,
     seed: int,
+    run: Path,
+    parts: Path,
     *,
     bank: list[str],
     queries: list[str],
     labels_per_class: list[PositiveInt | None] = (None,),
+    fractions: list[Annotated[float, Field(gt=0, le=1)]] = (),
     k: PositiveInt = 20,
+    temperature: PositiveFloat = 0.07,
     crop_pct: Share = 0.875,
+    features: str | None = None,
+    neighbours: bool = False,
     num_workers: NonNegativeInt = 0,
 ) -> dict[str, float]:
     """k-NN and linear accuracy of fixed features: the mean of the patch tokens of one central view.
 
     Args:
+        parts: folder for what is done already, see infer.
         bank, queries: labelled data sets to learn from and to test on.
-        labels_per_class: a linear head for each number; null for all labels.
-        k: of k-NN.
+        labels_per_class: a linear head for each number, on so many labels of each class; null for all labels.
+        fractions: k-NN and a linear head for each, on that fraction of the labels of each class, rounded up.
+        k, temperature: of k-NN.
+        features: .npz file to write bank_features, bank_labels, queries_features, queries_labels and classes to.
+        neighbours: whether to draw the nearest neighbours of some queries, neighbours.png.
 
     Raises:
         ValueError: data sets that are missing, have no labels or have different ones.
     """
-    if common_classes(bank) != common_classes(queries):
+    classes = common_classes(bank)
+    if classes != common_classes(queries):
         raise ValueError(f"probe: {queries[0]} has other classes than {bank[0]}")
-    learn, test = (
-        embed(encoder, EvalViews(paths, encoder.img_size, crop_pct=crop_pct), num_workers) for paths in (bank, queries)
-    )
-    result = {"knn": knn_accuracy(learn, test, k)}
-    for number in labels_per_class:
-        result[f"linear_{number or 'all'}"] = linear_accuracy(learn, test, number, seed)
+    views = [EvalViews(paths, encoder.img_size, crop_pct=crop_pct) for paths in (bank, queries)]
+    learn, test = (embed(encoder, one, num_workers, parts / str(number)) for number, one in enumerate(views))
+    first = dist.get_global_rank() == 0
+    if features and first:
+        names, values = ("bank_features", "bank_labels", "queries_features", "queries_labels"), (*learn, *test)
+        aside = Path(f"{features}.{os.getpid()}.tmp")
+        with aside.open("wb") as file:
+            np.savez(file, classes=np.array(classes), **dict(zip(names, values, strict=True)))
+        aside.replace(features)
+    if neighbours and first:
+        draw_neighbours(learn, test, views, run / "neighbours.png")
+    result, counts = {"knn": knn_accuracy(learn, test, k, temperature)}, learn[1].bincount()
+    limits = {str(number or "all"): torch.full_like(counts, number or len(learn[1])) for number in labels_per_class}
+    # The product may come out above the whole number that it is: 0.07 * 100.
+    shares = {f"{100 * share:g}%": (counts.double() * share - 1e-9).ceil() for share in fractions}
+    for name, limit in (limits | shares).items():
+        chosen = choose(learn[1], limit, seed)
+        few = learn[0][chosen], learn[1][chosen]
+        result[f"linear_{name}"] = linear_accuracy(few, test)
+        if name in shares:
+            result[f"knn_{name}"] = knn_accuracy(few, test, k, temperature)
     return result
 
 
-def export_timm(encoder: Encoder, to: str) -> None:
-    """Write the encoder in timm's names: timm.create_model(name, num_classes=0, checkpoint_path=to) loads it.
+@torch.no_grad()
+def last_attention(encoder: Encoder, images: Tensor) -> Tensor:
+    """Attention of the last block on images (B, 3, H, W), normalised -> (B, heads, 1 + N, 1 + N), CLS first.
+
+    Row i says how token i, which looks, shares itself out among all: it sums to 1.
+    """
+    attn, seen = encoder.blocks[-1].attn, []
+    with attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        encoder(images)
+    q, k, _ = attn.qkv(seen[0]).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, 1 + N, d)
+    return (attn.q_norm(q) * attn.scale @ attn.k_norm(k).transpose(-2, -1)).softmax(dim=-1)
+
+
+def draw_attention(encoder: Encoder, paths: list[str], to: Path, count: int = 8) -> None:
+    """Draw `count` samples, evenly picked, and below each how much its patches are looked at in the last block.
+
+    That is the mean over heads and over the patches that look, from the least of the image, black, to the most, white. What
+    CLS looks at, as is usually drawn, would say less: ViC-MAE's losses have no target for it.
+    """
+    views = EvalViews(paths, encoder.img_size, crop_pct=1.0)
+    images = middle_frames(views, torch.linspace(0, len(views) - 1, count).long())
+    attention = last_attention(encoder, normalize(images.to(encoder.cls_token.device), MEAN, STD)).cpu()
+    looked = attention[:, :, 1:, 1:].mean(dim=(1, 2)) * encoder.num_patches  # (B, N), 1 if all are looked at alike
+    looked = looked.unflatten(1, (1, encoder.grid, encoder.grid))  # (B, 1, h, w)
+    scale = max(1, 96 // encoder.img_size)
+    looked = F.interpolate(looked, scale_factor=scale * encoder.patch_size, mode="bilinear")  # (B, 1, H, W)
+    above = make_grid(F.interpolate(images, scale_factor=scale), nrow=count, pad_value=1.0)
+    below = make_grid(looked, nrow=count, pad_value=1.0, normalize=True, scale_each=True)
+    save_image(torch.cat([above, below], dim=1), to)
+
+
+def export_timm(net: Encoder | Classifier, to: str) -> None:
+    """Write an encoder, or a classifier, in timm's names: timm.create_model(name, checkpoint_path=to, ...) loads it.
+
+    The other arguments are num_classes=0 for an encoder; for a classifier num_classes=C and, where its pool is "cls",
+    global_pool="token", else global_pool="avg", fc_norm=False. The BatchNorm of a linear probe becomes part of the head.
 
     Raises:
         ValueError: an encoder of clips, which timm does not have.
     """
+    encoder = net.encoder if isinstance(net, Classifier) else net
     if encoder.num_frames > 1:
         raise ValueError("export: timm has no ViT for clips; export an encoder of images")
-    save_file({name: value.contiguous().cpu() for name, value in encoder.state_dict().items()}, to)
+    state = encoder.state_dict()
+    if isinstance(net, Classifier):
+        weight, bias = net.head.weight.detach(), net.head.bias.detach()
+        if net.freeze:
+            weight = weight / (net.neck.running_var + net.neck.eps).sqrt()
+            bias = bias - weight @ net.neck.running_mean
+        state |= {"head.weight": weight, "head.bias": bias}
+    file = safetensors.torch.save({name: value.contiguous().cpu() for name, value in state.items()})
+    if dist.get_global_rank() == 0:
+        data_prep.Place(os.path.dirname(to) or ".").write(os.path.basename(to), file)
 
 
 def table_row(*, name: str, runs: dict[str, str], paper: dict[str, float] | None = None) -> dict[str, str]:
@@ -215,22 +346,25 @@ def evaluate(
     checkpoint: str | None,
     seed: int = 0,
     device: str | None = None,
+    precision: Literal["fp32", "amp_fp16", "amp_bf16"] = "fp32",
     model: Annotated[dict, ViCMAE] | None = None,
     classifier: Annotated[dict, Classifier] | None = None,
     accuracy: Annotated[dict, measure_accuracy] | None = None,
     probe: Annotated[dict, measure_probe] | None = None,
     reconstructions: list[str] | None = None,
+    attention: list[str] | None = None,
     export: str | None = None,
     table: Annotated[dict, write_table] | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint and carry out the measurements that are asked for.
 
     Args:
-        checkpoint: of pretrain.py or finetune.py, or an official file; null for random weights.
-        model: sizes of a pre-trained model, for `probe`, `reconstructions` and `export`.
-        classifier: sizes of a classifier, for `accuracy`.
-        reconstructions: data sets to draw samples from.
-        export: file to write the encoder to, in timm's names.
+        checkpoint: of pretrain.py or finetune.py, an official file or the name of timm's weights; null for random weights.
+        precision: of the forward passes; half precision is for GPUs, and fp32 on a CPU whatever is asked for.
+        model: sizes of a pre-trained model, for `probe`, `reconstructions`, `attention` and `export`.
+        classifier: sizes of a classifier, for `accuracy`, and for `export` where no `model` is given.
+        reconstructions, attention: data sets to draw samples from.
+        export: file to write the encoder, or the classifier, to, in timm's names.
         table: of the results of other runs; nothing else is measured then.
 
     Raises:
@@ -239,17 +373,18 @@ def evaluate(
     if table:
         write_table(**table)
         return {"table": table["to"]}
-    asked = {"model": probe or reconstructions or export, "classifier": accuracy}
+    whole = export and classifier and not model  # to be exported with its head
+    asked = {"model": probe or reconstructions or attention or (export and not whole), "classifier": accuracy or whole}
     if not any(asked.values()):
-        raise ValueError("nothing is asked for; give a block accuracy, probe, reconstructions, export or table")
+        raise ValueError("nothing is asked for; give accuracy, probe, reconstructions, attention, export or table")
     for name, sizes in (("model", model), ("classifier", classifier)):
         if asked[name] and sizes is None:
             raise ValueError(f"the block {name} is missing: it gives the sizes of what is measured")
-    if export and not Path(export).absolute().parent.is_dir():
-        raise ValueError(f"export {export}: its folder does not exist")
-    for paths in (reconstructions or [], accuracy["data"] if accuracy else []):
-        for path in paths:
-            data_prep.read_classes(path)
+    for name, to in (("export", export), ("probe.features", (probe or {}).get("features"))):
+        if to and not Path(to).absolute().parent.is_dir():
+            raise ValueError(f"{name} {to}: its folder does not exist")
+    for path in chain(reconstructions or (), attention or (), (accuracy or {}).get("data", ())):
+        data_prep.read_classes(path)
 
     where = get_device(device)
     dist.initialize_dist(where)
@@ -260,15 +395,24 @@ def evaluate(
     if asked["model"]:
         net = load(ViCMAE(**model), checkpoint, where, ("decoder.",) if reconstructions else ())
         if probe:
-            result |= measure_probe(net.encoder, seed, **probe)
+            with get_precision_context(precision):
+                parts = parts_folder(run, checkpoint, seed, model, probe | {"precision": precision})
+                result |= measure_probe(net.encoder, seed, run, parts, **probe)
         if reconstructions and first:
             draw_reconstructions(net, reconstructions, run / "reconstructions.png")
-        if export and first:
+        if attention and first:
+            draw_attention(net.encoder, attention, run / "attention.png")
+        if export:
             export_timm(net.encoder, export)
-    if accuracy:
-        classes = common_classes(accuracy["data"])
+    if asked["classifier"]:
+        classes = common_classes(accuracy["data"]) if accuracy else range(count_classes(checkpoint))
         net = load(Classifier(len(classes), **classifier), checkpoint, where, ("head.", "neck."))
-        measured, confusion = measure_accuracy(net, **accuracy)
+        if whole:
+            export_timm(net, export)
+    if accuracy:
+        with get_precision_context(precision):
+            parts = parts_folder(run, checkpoint, seed, classifier, accuracy | {"precision": precision})
+            measured, confusion = measure_accuracy(net, parts, **accuracy)
         result |= measured
         if first:
             draw_confusion(confusion, classes, run / "confusion.png")
@@ -277,7 +421,31 @@ def evaluate(
             data_prep.Place(str(run)).write_json("per_class.json", right)
     if first:
         data_prep.Place(str(run)).write_json("eval.json", result)
+        for folder in run.glob("parts-*"):
+            shutil.rmtree(folder)
     return result
+
+
+def parts_folder(run: Path, checkpoint: str | None, seed: int, sizes: dict[str, Any], block: dict[str, Any]) -> Path:
+    """The folder for what is done of a measurement, named by all that decides its numbers: no other finds it."""
+    files = [Path(checkpoint), *sorted(Path(checkpoint).rglob("*"))] if checkpoint and Path(checkpoint).exists() else []
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    data = [data_prep.read_json(path, "index.json") for key in ("data", "bank", "queries") for path in block.get(key, ())]
+    settled = {key: value for key, value in block.items() if key not in ("num_workers", "batch_size", "part_size")}
+    told = json.dumps([checkpoint, stamps, seed, sizes, settled, data], sort_keys=True)
+    return run / f"parts-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+
+def count_classes(checkpoint: str | None) -> int:
+    """C of a classifier's checkpoint.
+
+    Raises:
+        ValueError: it has no head, or none is given.
+    """
+    bias = read_checkpoint(checkpoint).get("head.bias") if checkpoint else None
+    if bias is None:
+        raise ValueError(f"export: checkpoint {checkpoint} has no head; give the block model to export the encoder alone")
+    return len(bias)
 
 
 def load(net: nn.Module, checkpoint: str | None, device: Device, needed: tuple[str, ...]) -> nn.Module:
@@ -296,9 +464,40 @@ def load(net: nn.Module, checkpoint: str | None, device: Device, needed: tuple[s
     return device.module_to_device(net).eval()
 
 
+def plan(config: dict[str, Any], gpus: int) -> str:
+    """What an evaluation would take, from its configuration alone; the linear heads of a probe are not counted.
+
+    Raises:
+        ValueError: neither accuracy nor probe is asked for.
+    """
+    asked = config.get("accuracy") or config.get("probe")
+    if not asked:
+        raise ValueError("--plan: give a block accuracy or probe, which this configuration has not")
+    sizes = config.get("classifier") or {
+        key: value for key, value in config["model"].items() if key in inspect.signature(Encoder).parameters
+    }
+    data = asked.get("data") or asked["bank"] + asked["queries"]
+    views = asked.get("temporal_views", 1) * asked.get("spatial_views", 1)
+    with torch.device("meta"):
+        net = Classifier(size_of(data[0])[1], **sizes | {"freeze": True})  # counted without a backward pass
+        frames, size = net.encoder.num_frames, net.encoder.img_size
+        flops = net.flops_per_batch({"inputs": torch.empty(1, views, frames, 3, size, size)})
+    net.requires_grad_(False)
+    precision, at_once = config.get("precision", "fp32"), asked.get("batch_size", 256)
+    activations = at_once * views * (activation_bytes(classifier_stacks(net), precision, 0) + 2 * 4 * frames * 3 * size**2)
+    state = 4 * sum(parameter.numel() for parameter in net.parameters())
+    samples = sum(size_of(path)[0] for path in data)
+    return show_plan(net, gpus, samples, flops, is_half(precision), state, activations, at_once)
+
+
 def main() -> None:
     with one_line_errors():
-        result = evaluate(**load_config(sys.argv[1:], evaluate))
+        arguments, gpus = asked_plan(sys.argv[1:])
+        config = load_config(arguments, evaluate)
+        if gpus:
+            print(plan(config, gpus))
+            return
+        result = evaluate(**config)
     if dist.get_global_rank() == 0:
         print(json.dumps(result))
 

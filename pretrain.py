@@ -3,6 +3,7 @@
     composer pretrain.py yamls/demo.yaml                                    # a laptop: makes its data, 4 min
     composer -n 8 pretrain.py yamls/vitl.yaml                               # 8 GPUs
     composer pretrain.py yamls/vitl.yaml yamls/paper.yaml seed=1            # files merge left to right, then key=value
+    python pretrain.py yamls/vitl.yaml --plan                               # what it would take, without data or GPUs
 
 The signature of `pretrain` is the schema of its YAML files: each block is the keyword arguments of one callable. All of a
 run is in runs/{run_name}/: config.yaml, checkpoints/, metrics.jsonl, result.json, loss.png, reconstructions.png.
@@ -12,6 +13,7 @@ what was drawn to the whole batch at once.
 """
 
 import difflib
+import hashlib
 import inspect
 import json
 import math
@@ -28,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
-from itertools import takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +38,7 @@ import composer.algorithms
 import composer.callbacks
 import composer.loggers
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from composer import Algorithm, Callback, Event, Logger, State, Trainer
@@ -66,7 +69,7 @@ from streaming.base.shuffle import get_shuffle
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision.transforms.v2.functional import normalize
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -658,6 +661,15 @@ def common_classes(paths: list[str]) -> list[str]:
     return first
 
 
+def read_part(folder: Path, begin: int, end: int) -> dict[str, Tensor] | None:
+    """`outputs` and `labels` of samples begin..end that infer left in a folder; None if they are not there undamaged."""
+    for path in folder.glob(f"{begin}-{end}-*.safetensors"):
+        data = path.read_bytes()
+        if path.stem.endswith(hashlib.sha256(data).hexdigest()[:16]):
+            return safetensors.torch.load(data)
+    return None
+
+
 @torch.no_grad()
 def infer(
     module: nn.Module,
@@ -665,31 +677,62 @@ def infer(
     data: EvalViews,
     batch_size: int = 256,
     num_workers: int = 0,
+    parts: Path | None = None,
+    part_size: int = 4096,
 ) -> tuple[Tensor, Tensor]:
-    """forward(normalised `inputs`, (B, V, T, 3, H, W)) and label of every sample once, in order; the same on all ranks."""
+    """forward(normalised `inputs`, (B, V, T, 3, H, W)) and label of every sample once, in order; the same on all ranks.
+
+    Args:
+        parts: folder of rank 0 where the outputs of every `part_size` samples are kept as soon as they are there. What is
+            found there is not computed again. None to keep nothing.
+    """
     device, training = next(module.parameters()).device, module.training
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
-    mine = [number % len(data) for number in range(rank, math.ceil(len(data) / ranks) * ranks, ranks)]
-    loader = DataLoader(Subset(data, mine), batch_size, num_workers=num_workers)
+    done, batches = {}, {}
+    for begin in range(0, len(data), part_size):
+        end = min(begin + part_size, len(data))
+        found = [read_part(parts, begin, end) if parts and rank == 0 else None]
+        if parts:
+            dist.broadcast_object_list(found)
+        done[begin, end] = found[0]
+        if found[0] is None:
+            mine = torch.arange(begin + rank, begin + math.ceil((end - begin) / ranks) * ranks, ranks).clamp(max=end - 1)
+            batches[begin, end] = [batch.tolist() for batch in mine.split(batch_size)]
+    loader = iter(DataLoader(data, batch_sampler=list(chain(*batches.values())), num_workers=num_workers))
+    ready = len(data) - sum(end - begin for begin, end in batches)
+    disable = None if rank == 0 else True
     module.eval()
-    outputs, labels = [], []
-    for batch in tqdm(loader, desc="eval", disable=None if rank == 0 else True, leave=False):
-        outputs.append(forward(normalize(batch["inputs"].to(device).float() / 255, MEAN, STD)).float().cpu())
-        labels.append(batch["target"])
+    with tqdm(total=len(data), initial=ready, desc="eval", unit=" samples", disable=disable, leave=False) as bar:
+        for (begin, end), planned in batches.items():
+            outputs, labels = [], []
+            for batch in islice(loader, len(planned)):
+                outputs.append(forward(normalize(batch["inputs"].to(device).float() / 255, MEAN, STD)).float().cpu())
+                labels.append(batch["target"])
+                bar.update(min(len(labels[-1]) * ranks, len(data) - bar.n))
+            shares = dist.all_gather_object({"outputs": torch.cat(outputs), "labels": torch.cat(labels)})
+            part = {key: torch.stack([one[key] for one in shares], dim=1).flatten(0, 1)[: end - begin] for key in shares[0]}
+            done[begin, end] = part
+            if parts and rank == 0:
+                parts.mkdir(parents=True, exist_ok=True)
+                file = safetensors.torch.save(part)
+                name = f"{begin}-{end}-{hashlib.sha256(file).hexdigest()[:16]}.safetensors"
+                data_prep.Place(str(parts)).write(name, file)
     module.train(training)
-    gathered = dist.all_gather_object((torch.cat(outputs), torch.cat(labels)))
-    outputs, labels = (torch.stack(parts, dim=1).flatten(0, 1)[: len(data)] for parts in zip(*gathered, strict=True))
-    return outputs, labels
+    return tuple(torch.cat([part[key] for part in done.values()]) for key in ("outputs", "labels"))
 
 
-def embed(encoder: nn.Module, data: EvalViews, num_workers: int = 0) -> tuple[Tensor, Tensor]:
-    """Pooled features of every sample, the mean over its views and frames, and its label -> (n, D), (n,)."""
+def embed(encoder: nn.Module, data: EvalViews, num_workers: int = 0, parts: Path | None = None) -> tuple[Tensor, Tensor]:
+    """Pooled features of every sample, the mean over its views and frames, and its label -> (n, D), (n,).
+
+    Args:
+        parts: see infer.
+    """
 
     def features(inputs: Tensor) -> Tensor:
         frames = inputs.flatten(0, 2) if encoder.num_frames == 1 else inputs.flatten(0, 1)
         return pool(encoder(frames), "mean").unflatten(0, (len(inputs), -1)).mean(dim=1)
 
-    return infer(encoder, features, data, num_workers=num_workers)
+    return infer(encoder, features, data, num_workers=num_workers, parts=parts)
 
 
 def knn_accuracy(bank: tuple, queries: tuple, k: int = 20, temperature: float = 0.07) -> float:
@@ -1278,6 +1321,125 @@ def pretrain(
     return build_trainer(run, config, net, adamw, loader, micro_size)
 
 
+PUBLISHED = {  # samples and classes of data sets by the last two parts of their paths, for a plan where they are not there
+    **{"in1k/train": (1_281_167, 1000), "in1k/val": (50_000, 1000)},
+    **{"k400/train": (240_000, 400), "k400/val": (20_000, 400), "k600/train": (366_000, 600), "k700/train": (532_000, 700)},
+    **{"mit/train": (1_000_000, 305), "ssv2/train": (169_000, 174), "ssv2/val": (24_777, 174)},
+    **{"places365/train": (1_803_460, 365), "places365/val": (36_500, 365)},
+    **{f"demo/train_{kind}": (3000, 10) for kind in ("videos", "images")},
+    **{f"demo/train_{kind}_200": (200, 10) for kind in ("videos", "images")},
+    **{f"demo/test_{kind}": (500, 10) for kind in ("videos", "images")},
+}
+PEAK = {True: 312e12, False: 19.5e12}  # operations a second of an A100, in half precision or in fp32
+UTILISATION = 0.4  # how much of it is taken to be reached
+
+
+def size_of(path: str) -> tuple[int, int]:
+    """Samples and classes of a data set, or of the published one that its path names.
+
+    Raises:
+        ValueError: it is not there, and no published one is so named.
+    """
+    if not data_prep.Place(path).has("index.json") and (known := PUBLISHED.get("/".join(path.split("/")[-2:]))):
+        return known
+    return len(data_prep.Clips(path)), len(data_prep.read_classes(path))
+
+
+def asked_plan(arguments: list[str]) -> tuple[list[str], int | None]:
+    """The other arguments of a command line, and the number of --plan=GPUS: 8 of a plain --plan, None without one."""
+    rest = [argument for argument in arguments if not argument.startswith("--plan")]
+    if rest == arguments:
+        return arguments, None
+    number = next(argument for argument in arguments if argument.startswith("--plan")).removeprefix("--plan") or "=8"
+    if not re.fullmatch(r"=[1-9]\d*", number):
+        raise ValueError(f"--plan{number}: give a number of GPUs, as in --plan=8")
+    return rest, int(number[1:])
+
+
+def is_half(precision: str | None) -> bool:
+    """Whether a precision of Composer's, None for its choice on GPUs, computes in 16 bits."""
+    return precision != "fp32"
+
+
+def activation_bytes(stacks: list[tuple[int, int, int]], precision: str | None, kept: int) -> int:
+    """What a sample's forward pass through ViT blocks leaves in memory.
+
+    Args:
+        stacks: blocks, tokens of the sample, width.
+        precision: Composer's.
+        kept: numbers of each block, token and unit of width that stay for the backward pass: 17 of all layers, 1 with
+            activation checkpointing, 0 without a backward pass. With fewer than 17, one block at a time has them all.
+    """
+    numbers = sum(kept * blocks * tokens * width for blocks, tokens, width in stacks)
+    numbers += 0 if kept == 17 else 17 * max(tokens * width for _, tokens, width in stacks)
+    return numbers * (2 if is_half(precision) else 4)
+
+
+def training_samples(data: dict[str, Any], max_duration: str) -> int:
+    """How many samples a training takes, whole batches of each epoch."""
+    batch = data["global_train_batch_size"]
+    epoch = data.get("epoch_size") or sum(size_of(stream["path"])[0] for stream in data["streams"])
+    steps, duration = epoch * data.get("repeats", 1) // batch, ensure_time(max_duration, "ep")
+    if duration.unit.value not in ("ep", "ba"):
+        raise ValueError(f"trainer.max_duration {max_duration}: a plan needs epochs (ep) or steps (ba)")
+    return batch * duration.value * (steps if duration.unit.value == "ep" else 1)
+
+
+def training_plan(net: nn.Module, config: dict[str, Any], gpus: int, flops: float, activations: int) -> str:
+    """A plan of a training: see show_plan. flops of a step and bytes of activations are a sample's."""
+    data, trainer = config["data"], config["trainer"]
+    at_once = (data.get("global_micro_batch_size") or data["global_train_batch_size"]) // gpus
+    state = sum((16 if parameter.requires_grad else 4) * parameter.numel() for parameter in net.parameters())
+    if (trainer.get("parallelism_config") or {}).get("fsdp"):
+        state //= gpus
+    samples = training_samples(data, trainer["max_duration"])
+    at_once = min(at_once, getattr(net, "chunk_size", None) or at_once)
+    return show_plan(net, gpus, samples, flops, is_half(trainer.get("precision")), state, at_once * activations, at_once)
+
+
+def show_plan(
+    net: nn.Module, gpus: int, samples: int, flops: float, half: bool, state: int, activations: int, at_once: int
+) -> str:
+    """What a run takes, computed: nothing is measured.
+
+    Args:
+        samples, flops: of the whole run, and floating-point operations of one, in half precision or in fp32.
+        state: bytes of weights, gradients and averages on a GPU.
+        activations, at_once: bytes on a GPU, of so many samples at a time.
+    """
+    count, trained = (sum(p.numel() for p in net.parameters() if p.requires_grad or every) for every in (True, False))
+    hours, unit = samples * flops / (UTILISATION * PEAK[half]) / 3600, "half precision" if half else "fp32"
+    return "\n".join(
+        [
+            f"weights     {count / 1e6:.4g} M, of them trained {trained / 1e6:.4g} M",
+            f"a sample    {flops / 1e9:.4g} GFLOP",
+            f"samples     {samples:,}",
+            f"memory      {state / 1e9:.3g} GB of weights and their like on each of {gpus} GPUs, and "
+            f"{activations / 1e9:.3g} GB for {at_once} samples at a time",
+            f"cost        {hours:,.{max(0, 1 - math.floor(math.log10(hours)))}f} GPU-hours at {UTILISATION:.0%} of "
+            f"{PEAK[half] / 1e12:g} TFLOPS (A100, {unit})",
+        ]
+    )
+
+
+def plan(config: dict[str, Any], gpus: int) -> str:
+    """What a pre-training would take, from its configuration alone; without speed-up algorithms."""
+    with torch.device("meta"):
+        net = ViCMAE(**config["model"])
+        size, N = net.encoder.img_size, net.encoder.num_patches
+        micro = config["data"].get("global_micro_batch_size") or config["data"]["global_train_batch_size"]
+        flops = net.flops_per_batch({"views": torch.empty(micro, 2, 3, size, size)}) / micro
+    stacks = [  # both views of a pair
+        (len(net.encoder.blocks), 2 * (1 + int(N * (1 - net.mask_ratio))), net.encoder.norm.normalized_shape[0]),
+        (len(net.decoder.blocks), 2 * (1 + N), net.decoder.norm.normalized_shape[0]),
+    ]
+    fsdp = (config["trainer"].get("parallelism_config") or {}).get("fsdp") or {}
+    kept = 1 if fsdp.get("activation_checkpointing") else 17
+    pictures = 12 * 4 * 2 * 3 * size**2  # views, targets, predictions, errors and their gradients, in fp32
+    activations = activation_bytes(stacks, config["trainer"].get("precision"), kept) + pictures
+    return training_plan(net, config, gpus, flops, activations)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """What the user can mend before any long work ends the program in one line."""
@@ -1289,7 +1451,11 @@ def one_line_errors() -> Iterator[None]:
 
 def main() -> None:
     with one_line_errors():
-        config = load_config(sys.argv[1:], pretrain)
+        arguments, gpus = asked_plan(sys.argv[1:])
+        config = load_config(arguments, pretrain)
+        if gpus:
+            print(plan(config, gpus))
+            return
         trainer = pretrain(**config)
     fit(trainer)
     run, net = Path("runs", config["run_name"]), trainer.state.model

@@ -28,11 +28,6 @@ COLUMNS = {
     "clips": "fine-tuned, 200 clips",
     "stills": "fine-tuned, 200 stills",
 }
-STILLS = [
-    "model.num_frames=1",
-    "data.streams=[{path: data/demo/train_images_200}]",
-    "eval_data.paths=[data/demo/test_images]",
-]
 
 
 def run(script: str, *arguments: str) -> None:
@@ -50,10 +45,10 @@ def measure(method: str, seed: int) -> dict[str, float]:
         checkpoint = f"runs/{name}/checkpoints/latest-rank0.pt"
     run("eval.py", "eval_demo", f"run_name={name}_eval", f"seed={seed}", f"checkpoint={checkpoint}")
     found = json.loads(Path("runs", f"{name}_eval", "eval.json").read_text())
-    for kind, changes in (("clips", []), ("stills", STILLS)):
+    for kind, changes in (("clips", []), ("stills", ["yamls/finetune_stills.yaml"])):
         tuned = f"{name}_{kind}"
         always = [f"run_name={tuned}", f"seed={seed}", f"pretrained={checkpoint}", "trainer.progress_bar=false"]
-        run("finetune.py", "finetune_demo", *always, *changes)
+        run("finetune.py", "finetune_demo", *changes, *always)
         found[kind] = json.loads(Path("runs", tuned, "result.json").read_text())["metrics/eval/top1"]
     return {key: found[key] for key in COLUMNS}
 

@@ -36,6 +36,7 @@ def join(rank: int, ranks: int, store: str, function, arguments: tuple) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     function(rank, *arguments)
+    torch.distributed.barrier()  # gloo may not outlive a group that is destroyed right after gathering objects
     torch.distributed.destroy_process_group()
 
 

@@ -298,12 +298,14 @@ def test_two_ranks_fine_tune_as_one(probe_or_whole, tmp_path, on_ranks):
             torch.testing.assert_close(ours[key.replace("module.", "")].float(), theirs[key].float(), rtol=1e-3, atol=1e-4)
 
 
-def test_finetuning_yaml_constructs():
-    config = load_config([str(ROOT / "yamls" / "finetune_demo.yaml")], finetune.finetune)
+@pytest.mark.parametrize("overlay", [[], ["finetune_stills.yaml"]])
+def test_finetuning_yaml_constructs(overlay):
+    files = [str(ROOT / "yamls" / file) for file in ("finetune_demo.yaml", *overlay)]
+    config = load_config(files, finetune.finetune)
     with torch.device("meta"):
         net = Classifier(10, **config["model"])
     build_optimizer(net, config["data"]["global_train_batch_size"], **config["optimizer"])
-    TrainingClips(net.encoder.img_size, 16, 10, **config["augment"])
+    TrainingClips(net.encoder.img_size, net.encoder.num_frames, 10, **config["augment"])
 
 
 def test_frames_are_picked_by_their_times_whatever_the_rate_of_the_pack():
