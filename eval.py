@@ -14,10 +14,11 @@ import inspect
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +31,7 @@ from composer.devices import Device
 from composer.trainer.trainer import get_device
 from composer.utils import dist, reproducibility
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
@@ -40,6 +42,7 @@ import data_prep
 from finetune import classifier_stacks
 from model import Classifier, Encoder, ViCMAE, load_pretrained, read_checkpoint
 from pretrain import (
+    LATEST,
     MEAN,
     STD,
     EvalViews,
@@ -228,7 +231,7 @@ def measure_probe(
     classes = common_classes(bank)
     if classes != common_classes(queries):
         raise ValueError(f"probe: {queries[0]} has other classes than {bank[0]}")
-    views = [EvalViews(paths, encoder.img_size, crop_pct=crop_pct) for paths in (bank, queries)]
+    views = [EvalViews(paths, encoder.img_size, encoder.num_frames, crop_pct=crop_pct) for paths in (bank, queries)]
     learn, test = (embed(encoder, one, num_workers, parts / str(number)) for number, one in enumerate(views))
     first = dist.get_global_rank() == 0
     if features and first:
@@ -340,6 +343,108 @@ def write_table(*, to: str, rows: list[Annotated[dict, table_row]]) -> None:
     data_prep.Place(os.path.dirname(to) or ".").write(os.path.basename(to), text.encode())
 
 
+def trained(run_name: str, command: list[str]) -> dict[str, float]:
+    """The result of a run, which is begun, or gone on with, if it is not finished.
+
+    Raises:
+        ValueError: it fails.
+    """
+    result = Path("runs", run_name, "result.json")
+    if not result.exists():
+        words = [sys.executable, *command, f"run_name={run_name}", "trainer.progress_bar=false"]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"{' '.join(words)} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(result.read_text())
+
+
+def measured(
+    run: Path, sizes: dict[str, Any], seed: int, probes: dict[str, dict], checkpoint: str | None
+) -> dict[str, float]:
+    """What probes make of an encoder, by probe and measure; kept in the folder of its run.
+
+    Args:
+        sizes: of the encoder, among others.
+        checkpoint: None for random weights.
+    """
+    found = run / "compare.json"
+    if not found.exists():
+        reproducibility.seed_all(seed)
+        encoder = Encoder(**{key: sizes[key] for key in sizes.keys() & inspect.signature(Encoder).parameters})
+        if checkpoint:
+            load_pretrained(nn.ModuleDict({"encoder": encoder}), checkpoint)
+        run.mkdir(parents=True, exist_ok=True)
+        result = {}
+        for name, block in probes.items():
+            values = measure_probe(encoder.eval(), seed, run, run / f"parts-{name}", **block)
+            result |= {f"{name}, {key}": value for key, value in values.items()}
+        data_prep.Place(str(run)).write_json(found.name, result)
+    return json.loads(found.read_text())
+
+
+def compare(
+    *,
+    to: str,
+    methods: dict[str, list[str]],
+    seconds: PositiveFloat,
+    stills: Annotated[dict, measure_probe],
+    clips: Annotated[dict, measure_probe],
+    seeds: PositiveInt = 3,
+) -> None:
+    """Train methods for the same time on this machine, probe their encoders, and write a table and a picture.
+
+    What is finished is not done again: an interrupted comparison goes on where it was.
+
+    Args:
+        to: file of the table; the picture has its name, with .png.
+        methods: the command of each, without run_name. The encoder of the first is measured untrained, too.
+        seconds: of training steps. How many steps that are is measured once, on 40 of each method's.
+        stills, clips: see measure_probe.
+        seeds: runs of each, of which mean and standard deviation are given.
+    """
+    probes, rows = {"stills": stills, "clips": clips}, {}
+    for method, command in methods.items():
+        name = f"compare_{method}"
+        fast = ["callbacks=null", "checkpoints.interval=1000000ba", "schedule.t_warmup=0.07dur"]
+        timed = ["callbacks={SpeedMonitor: {window_size: 20}}", "trainer.max_duration=40ba"]
+        steps = round(seconds * trained(f"{name}_speed", [*command, *fast, *timed])["throughput/batches_per_sec"])
+        sizes = OmegaConf.to_container(OmegaConf.load(f"runs/{name}_speed/config.yaml").model)
+        results = {"random weights": [], method: []} if not rows else {method: []}
+        for seed, name_of_row in product(range(seeds), results):
+            run, checkpoint = Path(f"runs/compare_random_{seed}"), None
+            if name_of_row == method:
+                trained(f"{name}_{seed}", [*command, *fast, f"seed={seed}", f"trainer.max_duration={steps}ba"])
+                run = Path(f"runs/{name}_{seed}")
+                checkpoint = str(run / "checkpoints" / LATEST)
+            results[name_of_row].append(measured(run, sizes, seed, probes, checkpoint))
+        for name_of_row, found in results.items():
+            values = {key: [100 * one[key] for one in found] for key in found[0]}
+            rows[name_of_row] = {"steps": [steps if name_of_row == method else 0]} | values
+        write_comparison(rows, to)
+
+
+def write_comparison(rows: dict[str, dict[str, list[float]]], to: str) -> None:
+    """Write values by method and column, one for each seed, as a table of means and standard deviations, and as bars."""
+    columns = list(next(iter(rows.values())))
+    lines = ["| | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
+    for method, row in rows.items():
+        cells = [
+            f"{np.mean(row[key]):.1f} ± {np.std(row[key], ddof=1):.1f}" if len(row[key]) > 1 else f"{row[key][0]:g}"
+            for key in columns
+        ]
+        lines.append("| " + " | ".join([method, *cells]) + " |")
+    folder = data_prep.Place(os.path.dirname(to) or ".")
+    folder.write(os.path.basename(to), ("\n".join(lines) + "\n").encode())
+    shown = [key for key in columns if len(rows[next(iter(rows))][key]) > 1]
+    figure = Figure(figsize=(3 * len(shown), 0.4 * len(rows) + 1), layout="constrained")
+    for axis, key in zip(figure.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown, strict=True):
+        means, spreads = zip(*((np.mean(row[key]), np.std(row[key], ddof=1)) for row in rows.values()), strict=True)
+        axis.barh(list(rows), means, xerr=spreads)
+        axis.set(title=key, xlabel="%")
+        axis.invert_yaxis()
+    figure.savefig(Path(to).with_suffix(".png"), dpi=100)
+
+
 def evaluate(
     *,
     run_name: str,
@@ -355,6 +460,7 @@ def evaluate(
     attention: list[str] | None = None,
     export: str | None = None,
     table: Annotated[dict, write_table] | None = None,
+    comparison: Annotated[dict, compare] | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint and carry out the measurements that are asked for.
 
@@ -365,7 +471,7 @@ def evaluate(
         classifier: sizes of a classifier, for `accuracy`, and for `export` where no `model` is given.
         reconstructions, attention: data sets to draw samples from.
         export: file to write the encoder, or the classifier, to, in timm's names.
-        table: of the results of other runs; nothing else is measured then.
+        table, comparison: of other runs; nothing else is measured then.
 
     Raises:
         ValueError: a checkpoint or data that do not fit, or a measurement without its model.
@@ -373,6 +479,9 @@ def evaluate(
     if table:
         write_table(**table)
         return {"table": table["to"]}
+    if comparison:
+        compare(**comparison)
+        return {"comparison": comparison["to"]}
     whole = export and classifier and not model  # to be exported with its head
     asked = {"model": probe or reconstructions or attention or (export and not whole), "classifier": accuracy or whole}
     if not any(asked.values()):

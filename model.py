@@ -398,10 +398,11 @@ def triplet(z: Projected, margin: float) -> tuple[Tensor, Tensor]:
     positive = (same[:, None] == same) & ~torch.eye(len(p), dtype=torch.bool, device=p.device)
     anchor, other = positive.nonzero(as_tuple=True)  # (pairs,)
     reached = distance[anchor, other]
-    negatives = distance[anchor].masked_fill(same[anchor, None] == same, float("nan"))  # (pairs, n)
-    beyond = negatives.masked_fill(~(negatives > reached[:, None]), float("inf")).amin(dim=1)
-    furthest = negatives.nan_to_num(nan=float("-inf")).amax(dim=1)
-    negative = torch.where(beyond.isinf(), furthest, beyond)
+    with torch.no_grad():  # the choice has no gradient, and would cost most of the time
+        far = distance.masked_fill(same[:, None] == same, float("-inf"))[anchor]  # (pairs, n), the negatives'
+        beyond = far.masked_fill(far <= reached[:, None], float("inf"))
+        chosen = torch.where(beyond.amin(dim=1).isinf(), far.argmax(dim=1), beyond.argmin(dim=1))
+    negative = distance[anchor, chosen]
     return F.relu(reached - negative + margin).mean(), (reached < negative).float().mean()
 
 

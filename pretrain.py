@@ -42,7 +42,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from composer import Algorithm, Callback, Event, Logger, State, Trainer
-from composer.core import DataSpec, ensure_time
+from composer.core import DataSpec, TimeUnit, ensure_time
 from composer.loggers import LoggerDestination
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.trainer.trainer import get_device
@@ -255,39 +255,51 @@ def draw_frame_pair(rng: np.random.Generator, count: int, frame_gap: FrameGap, s
 
 
 @dataclass
-class PairOfViews:
-    """A stored sample and a generator -> `views` uint8 (2, H, W, 3), `augment` (2, A), `noise` (2, N).
+class SampleViews:
+    """A stored sample and a generator -> `views` uint8 (V, [T,] H, W, 3), `augment` (V, A), `noise` (V, N), `target`.
 
     Args:
-        video, image: how the views of clips and of images are drawn.
-        frame_gap, sections: see draw_frame_pair.
+        num_frames: T; 1 for views that are images, and have no T.
+        video, image: how the views of clips and of images are drawn; all frames of a view alike.
+        views: V.
+        frame_gap, sections: of views that are images, see draw_frame_pair.
+        frame_interval: of views that are clips, each from a random place, see pick_frames.
     """
 
     img_size: int
     num_patches: int
+    num_frames: int = 1
     _: KW_ONLY
     video: Annotated[dict, ViewRecipe] = field(default_factory=dict)
     image: Annotated[dict, ViewRecipe] = field(default_factory=dict)
+    views: Literal[1, 2] = 2
     frame_gap: FrameGap = "any"
     sections: Annotated[int, Field(ge=2)] = 2
+    frame_interval: PositiveFloat | None = None
 
     def __post_init__(self):
         self.video, self.image = ViewRecipe(**self.video), ViewRecipe(**self.image)
 
-    def __call__(self, sample: dict, rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, sample: dict, rng: np.random.Generator) -> dict[str, Any]:
         count = len(sample["ends"])
         recipe = self.video if count > 1 else self.image
-        pair = draw_frame_pair(rng, count, self.frame_gap, self.sections)
-        frames = sample.setdefault("decoded", {})  # an image is decoded once, and a frame that several pairs share
-        for index in set(pair) - frames.keys():
+        if self.num_frames == 1:
+            picked = [[index] for index in draw_frame_pair(rng, count, self.frame_gap, self.sections)][: self.views]
+        else:
+            places = rng.random(self.views)
+            picked = [pick_frames(sample["timestamps"], self.num_frames, self.frame_interval, place) for place in places]
+        frames = sample.setdefault("decoded", {})  # an image is decoded once, and a frame that several views share
+        for index in set(chain(*picked)) - frames.keys():
             frames[index] = data_prep.decode_frame(sample, index)
         views, augment = [], []
-        for view, frame in enumerate(frames[index] for index in pair):
-            box = draw_crop(rng, *frame.shape[:2], recipe.crop_scale, recipe.crop_ratio)
-            views.append(crop_and_scale(frame, box, self.img_size).permute(1, 2, 0))  # as it lies in memory: copied faster
+        for view, indices in enumerate(picked):
+            box = draw_crop(rng, *frames[indices[0]].shape[:2], recipe.crop_scale, recipe.crop_ratio)
+            crops = {index: crop_and_scale(frames[index], box, self.img_size).permute(1, 2, 0) for index in set(indices)}
+            # As it lies in memory, (H, W, 3): copied faster.
+            views.append(torch.stack([crops[index] for index in indices]) if self.num_frames > 1 else crops[indices[0]])
             augment.append(recipe.draw(rng, view))
-        noise = rng.random((2, self.num_patches), np.float32)
-        return {"views": torch.stack(views), "augment": np.stack(augment), "noise": noise}
+        noise = rng.random((self.views, self.num_patches), np.float32)
+        return {"views": torch.stack(views), "augment": np.stack(augment), "noise": noise, "target": int(sample["label"])}
 
 
 class KeyedStream(StreamingDataset):
@@ -480,9 +492,15 @@ def load_stream(
 
 
 def augment_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`views` uint8 (B, V, H, W, 3), `augment` (B, V, A) -> `views` (B, V, 3, H, W), augmented and normalised; `noise`."""
-    views = augment_views(batch["views"].flatten(0, 1).permute(0, 3, 1, 2), batch["augment"].flatten(0, 1))
-    return {"views": normalize(views, MEAN, STD).unflatten(0, batch["views"].shape[:2]), "noise": batch["noise"]}
+    """`views` uint8 (B, V, [T,] H, W, 3), `augment` (B, V, A) -> `views` (B, V, [T,] 3, H, W), augmented and normalised.
+
+    The rest of the batch stays as it is, but for `augment`, which is used up.
+    """
+    shape = batch["views"].shape[:-3]  # (B, V) or (B, V, T)
+    parameters = batch["augment"].flatten(0, 1).repeat_interleave(math.prod(shape[2:]), dim=0)
+    views = augment_views(batch["views"].flatten(0, -4).permute(0, 3, 1, 2), parameters)
+    rest = {key: value for key, value in batch.items() if key != "augment"}
+    return rest | {"views": normalize(views, MEAN, STD).unflatten(0, shape)}
 
 
 def augment_views(views: Tensor, parameters: Tensor) -> Tensor:
@@ -758,7 +776,7 @@ class KNN(Callback):
 
     Args:
         every: epochs after which it is measured during training too; None for the last alone.
-        bank, queries: labelled data sets; a clip is represented by its middle frame.
+        bank, queries: labelled data sets; a clip is represented by its middle frame, to an encoder of images.
         crop_pct: see EvalViews.
         num_workers: processes that read.
 
@@ -784,7 +802,8 @@ class KNN(Callback):
 
     def measure(self, name: str, state: State, logger: Logger) -> None:
         encoder = getattr(state.model, "module", state.model).encoder  # without DDP around it
-        views = [EvalViews(paths, encoder.img_size, crop_pct=self.crop_pct) for paths in (self.bank, self.queries)]
+        sizes = (encoder.img_size, encoder.num_frames)
+        views = [EvalViews(paths, *sizes, crop_pct=self.crop_pct) for paths in (self.bank, self.queries)]
         accuracy = knn_accuracy(*(embed(encoder, data, num_workers=self.num_workers) for data in views))
         logger.log_metrics({f"knn/{name}": accuracy})
 
@@ -818,6 +837,27 @@ class PartialDecoding(Algorithm):
         if not isinstance(state.model, ViCMAE):
             raise ValueError("algorithms.PartialDecoding is for pre-training, whose model has a decoder")
         state.model.decode_ratio = self.ratio
+
+
+class ContrastRamp(Algorithm):
+    """Let the weight of the contrastive term rise from 0 to model.weight_contrast over a duration, such as 40ep (paper)."""
+
+    def __init__(self, duration: str):
+        try:
+            self.duration = ensure_time(duration, "ep")
+        except ValueError as error:
+            raise ValueError(f"algorithms.ContrastRamp.duration: {error}") from error
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.BATCH_START
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        done = state.timestamp.get(self.duration.unit).value
+        if self.duration.unit == TimeUnit.EPOCH:
+            done += state.timestamp.batch_in_epoch.value / int(state.dataloader_len)
+        net = getattr(state.model, "module", state.model)
+        net.ramp = min(1.0, done / self.duration.value)
+        logger.log_metrics({"contrast_ramp": net.ramp})
 
 
 class ProgressiveResizing(Algorithm):
@@ -870,10 +910,10 @@ class ProgressiveResizing(Algorithm):
             return
         side = self.side(full, float(state.get_elapsed_duration()))
         if side < full:
-            views = state.batch["views"]  # (B, V, H, W, 3)
-            small = views.flatten(0, 1).permute(0, 3, 1, 2).float()  # (B * V, 3, H, W)
+            views = state.batch["views"]  # (B, V, [T,] H, W, 3)
+            small = views.flatten(0, -4).permute(0, 3, 1, 2).float()  # (B * V * T, 3, H, W)
             small = F.interpolate(small, (side, side), mode="bilinear", antialias=True).round().to(views.dtype)
-            state.batch = state.batch | {"views": small.permute(0, 2, 3, 1).unflatten(0, views.shape[:2])}
+            state.batch = state.batch | {"views": small.permute(0, 2, 3, 1).unflatten(0, views.shape[:-3])}
         logger.log_metrics({"progressive_resizing/width": side})
 
 
@@ -1151,20 +1191,26 @@ def draw_losses(lines: list[dict], to: Path) -> None:
 
 @torch.no_grad()
 def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int = 8) -> None:
-    """Draw four rows for `count` samples of some data sets: original, masked, reconstructed, reconstructed where masked."""
-    device, size = next(model.parameters()).device, model.encoder.img_size
-    sets = [EvalViews([path], size, crop_pct=1.0) for path in paths]
+    """Draw four rows for `count` samples of some data sets: original, masked, reconstructed, reconstructed where masked.
+
+    Of clips, the first frame.
+    """
+    device, size, frames = next(model.parameters()).device, model.encoder.img_size, model.encoder.num_frames
+    sets = [EvalViews([path], size, frames, crop_pct=1.0) for path in paths]
     turns = [(sets[number % len(sets)], number / count) for number in range(count)]
-    picked = [data[int(place * len(data))]["inputs"][0, 0] for data, place in turns]
-    images = normalize(torch.stack(picked).to(device).float() / 255, MEAN, STD)  # (B, 3, H, W)
+    picked = [data[int(place * len(data))]["inputs"][0] for data, place in turns]
+    views = normalize(torch.stack(picked).to(device).float() / 255, MEAN, STD)  # (B, T, 3, H, W)
     noise = torch.rand(count, model.encoder.num_patches, generator=torch.Generator().manual_seed(0)).to(device)
-    ids_keep, ids_restore, mask = random_masking(noise, model.mask_ratio)
-    pred = model.decoder(model.encoder(images, ids_keep), ids_restore).float()  # (B, N, P)
-    target, removed = patchify(images, model.encoder.patch_size), mask[:, :, None].bool()
+    ids_keep, ids_restore, mask = random_masking(noise, model.mask_ratio, model.mask, model.encoder.steps)
+    tokens = model.encoder(views if frames > 1 else views[:, 0], ids_keep)
+    pred = model.decoder(tokens, ids_restore).float()  # (B, N, P)
+    patch = (model.encoder.patch_size, model.tubelet_size)
+    target, removed = patchify(views, *patch), mask[:, :, None].bool()
     if model.norm_pix_loss:  # the prediction is relative to its patch: give it the patch's mean and deviation back
         var, mean = torch.var_mean(target, dim=-1, keepdim=True)
         pred = pred * (var + 1e-6).sqrt() + mean
     rows = torch.cat([target, target.masked_fill(removed, 0.0), pred, torch.where(removed, pred, target)])
+    rows = rows[:, : model.encoder.grid**2, : target.shape[2] // model.tubelet_size]  # the first frame of a clip
     grey = [-m / s for m, s in zip(MEAN, STD, strict=True)]
     pictures = normalize(unpatchify(rows, model.encoder.patch_size), grey, [1 / s for s in STD]).clamp(0, 1)
     if dist.get_global_rank() == 0:
@@ -1210,7 +1256,7 @@ def classes_of(module: Any) -> tuple[type, ...]:
 
 
 ALGORITHMS = classes_of(composer.algorithms)
-OWN = (LayerFreezing, PartialDecoding, ProgressiveResizing)  # the first and the last in the place of Composer's
+OWN = (ContrastRamp, LayerFreezing, PartialDecoding, ProgressiveResizing)  # two of them in the place of Composer's
 ALGORITHMS = tuple({made.__name__: made for made in (*ALGORITHMS, *OWN)}.values())
 CALLBACKS = (*classes_of(composer.callbacks), KNN)
 LOGGERS = tuple(made for made in classes_of(composer.loggers) if issubclass(made, LoggerDestination))
@@ -1300,7 +1346,7 @@ def pretrain(
     run_name: str,
     seed: int,
     data: Annotated[dict, load_stream],
-    augment: Annotated[dict, PairOfViews],
+    augment: Annotated[dict, SampleViews],
     model: Annotated[dict, ViCMAE],
     optimizer: Annotated[dict, build_optimizer],
     schedule: Annotated[dict, CosineAnnealingWithWarmupScheduler],
@@ -1315,8 +1361,10 @@ def pretrain(
     config = locals().copy()
     run = start_run(config)
     net = ViCMAE(**model)
-    pairs = PairOfViews(net.encoder.img_size, net.encoder.num_patches, **augment)
-    loader, micro_size = load_stream(pairs, augment_batch, seed, net.encoder.patch_size, run, **data)
+    views = SampleViews(net.encoder.img_size, net.encoder.num_patches, net.encoder.num_frames, **augment)
+    if net.projector is not None and views.views < 2:
+        raise ValueError(f"augment.views is 1, but model.contrast {net.contrast} compares two views of a sample; give 2")
+    loader, micro_size = load_stream(views, augment_batch, seed, net.encoder.patch_size, run, **data)
     adamw = build_optimizer(net, data["global_train_batch_size"], **optimizer)
     return build_trainer(run, config, net, adamw, loader, micro_size)
 
@@ -1428,16 +1476,20 @@ def plan(config: dict[str, Any], gpus: int) -> str:
         net = ViCMAE(**config["model"])
         size, N = net.encoder.img_size, net.encoder.num_patches
         micro = config["data"].get("global_micro_batch_size") or config["data"]["global_train_batch_size"]
-        flops = net.flops_per_batch({"views": torch.empty(micro, 2, 3, size, size)}) / micro
-    stacks = [  # both views of a pair
-        (len(net.encoder.blocks), 2 * (1 + int(N * (1 - net.mask_ratio))), net.encoder.norm.normalized_shape[0]),
-        (len(net.decoder.blocks), 2 * (1 + N), net.decoder.norm.normalized_shape[0]),
+        V, T = config["augment"].get("views", 2), net.encoder.num_frames
+        flops = net.flops_per_batch(
+            {"views": torch.empty((micro, V, T, 3, size, size) if T > 1 else (micro, V, 3, size, size))}
+        )
+    stacks = [
+        (len(part.blocks), V * (1 + tokens), part.norm.normalized_shape[0])
+        for part, tokens in ((net.encoder, net.kept(N)[0]), (net.decoder, N))
+        if part is not None
     ]
     fsdp = (config["trainer"].get("parallelism_config") or {}).get("fsdp") or {}
     kept = 1 if fsdp.get("activation_checkpointing") else 17
-    pictures = 12 * 4 * 2 * 3 * size**2  # views, targets, predictions, errors and their gradients, in fp32
+    pictures = 12 * 4 * V * T * 3 * size**2  # views, targets, predictions, errors and their gradients, in fp32
     activations = activation_bytes(stacks, config["trainer"].get("precision"), kept) + pictures
-    return training_plan(net, config, gpus, flops, activations)
+    return training_plan(net, config, gpus, flops / micro, activations)
 
 
 @contextmanager
@@ -1460,7 +1512,9 @@ def main() -> None:
     fit(trainer)
     run, net = Path("runs", config["run_name"]), trainer.state.model
     paths = [stream["path"] for stream in config["data"]["streams"]]
-    draw_reconstructions(getattr(net, "module", net), paths, run / "reconstructions.png")  # on all ranks, for FSDP
+    net = getattr(net, "module", net)
+    if net.decoder is not None:
+        draw_reconstructions(net, paths, run / "reconstructions.png")  # on all ranks, for FSDP
     if dist.get_global_rank() == 0:
         result = finish_run(run, {})
         if "knn/trained" in result:

@@ -153,7 +153,7 @@ def compare_loaders(images: Path, work: Path) -> None:
             file.add(path, path.name)
     loaders = {}
     for workers in (0, 1):
-        pairs = stream_of(work / "images", work, workers, pretrain.PairOfViews(SIZE, PATCHES), 4 * IMAGES)
+        pairs = stream_of(work / "images", work, workers, pretrain.SampleViews(SIZE, PATCHES), 4 * IMAGES)
         loaders[f"ours, {workers} workers"] = partial(read, pairs)
         loaders[f"webdataset, PIL, torchvision, {workers} workers"] = partial(read, webdataset_of(tar, workers))
     if importlib.util.find_spec("ffcv"):
@@ -282,7 +282,7 @@ def compare_kinds(clip: Path, work: Path) -> None:
     packs = {"packs of 16 frames": data_prep.Recipe("videos"), "packs of 75 frames": data_prep.Recipe("videos", fps=7.5)}
     for name, recipe in packs.items():
         data_prep.convert(str(films), str(work / name), recipe)
-    pairs, clips = pretrain.PairOfViews(SIZE, PATCHES), finetune.TrainingClips(SIZE, 16, 2)
+    pairs, clips = pretrain.SampleViews(SIZE, PATCHES), finetune.TrainingClips(SIZE, 16, 2)
     kinds = {name: (name, pairs, 768) for name in ("images", *packs)}
     kinds["clips of 16 frames, of packs of 16"] = ("packs of 16 frames", clips.draw, 128)
     contenders = {
@@ -305,7 +305,7 @@ def compare_kinds(clip: Path, work: Path) -> None:
 
 def compare_prefetching(work: Path) -> None:
     """Batches that each of 2 workers has ready or under way, while the training process is busy half of the time."""
-    pairs = pretrain.PairOfViews(SIZE, PATCHES)
+    pairs = pretrain.SampleViews(SIZE, PATCHES)
     contenders = {}
     for factor in (1, 2, 4, 8):
         data = stream_of(work / "images", work, 0, pairs, 24 * BATCH).dataset

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from functools import partial
 from pathlib import Path
 
 import boto3
@@ -40,19 +41,20 @@ def join(rank: int, ranks: int, store: str, function, arguments: tuple) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture
-def on_ranks(tmp_path):
-    """on_ranks(n, function, *arguments): function(rank, *arguments) in n processes of one gloo group.
+def start_ranks(folder: Path, ranks: int, function, *arguments) -> None:
+    """function(rank, *arguments) in processes of one gloo group, which meet in a file of the folder.
 
     They are forked from a server that has the libraries loaded but no process group, which this process may have.
     """
     multiprocessing.set_forkserver_preload(["composer", "streaming", "timm"])
+    store = folder / f"store-{uuid.uuid4()}"  # one that an earlier group has left would mislead the next
+    mp.start_processes(join, (ranks, str(store), function, arguments), nprocs=ranks, start_method="forkserver")
 
-    def start(ranks: int, function, *arguments) -> None:
-        store = tmp_path / f"store-{uuid.uuid4()}"  # one that an earlier group has left would mislead the next
-        mp.start_processes(join, (ranks, str(store), function, arguments), nprocs=ranks, start_method="forkserver")
 
-    return start
+@pytest.fixture
+def on_ranks(tmp_path):
+    """on_ranks(n, function, *arguments), see start_ranks."""
+    return partial(start_ranks, tmp_path)
 
 
 def small(demo: Path) -> list[str]:

@@ -156,7 +156,7 @@ def test_training_streams_the_same_batches_from_a_bucket_as_from_disk(bucket, de
         {"path": str(demo / "train_videos")},
         {"path": "s3://bkt/train_videos", "cache": str(tmp_path / "cache")},
     ):
-        pairs = pretrain.PairOfViews(32, 16)
+        pairs = pretrain.SampleViews(32, 16)
         options = {"global_train_batch_size": 20, "num_workers": 2}
         spec, _ = pretrain.load_stream(pairs, pretrain.augment_batch, 0, 8, tmp_path, streams=[stream], **options)
         batches.append(list(spec.dataloader))

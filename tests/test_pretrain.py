@@ -19,7 +19,7 @@ from torchvision.transforms import RandomResizedCrop
 import data_prep
 import pretrain
 from model import ViCMAE, read_checkpoint
-from pretrain import BLUR_KERNEL, PARAMETERS, KeyedStream, PairOfViews, ViewRecipe, augment_views, load_config
+from pretrain import BLUR_KERNEL, PARAMETERS, KeyedStream, SampleViews, ViewRecipe, augment_views, load_config
 
 NEUTRAL = {name: float(name in ("brightness", "contrast", "saturation")) for name in PARAMETERS}
 
@@ -166,7 +166,7 @@ def test_frame_pairs_are_as_their_names_say():
 
 def make_loader(demo: Path, num_workers: int, seed: int = 0, streams: tuple = ("train_videos", "train_images"), **options):
     dist.initialize_dist("cpu")
-    pairs = PairOfViews(32, 16, video={}, image={})
+    pairs = SampleViews(32, 16, video={}, image={})
     spec, _ = pretrain.load_stream(
         pairs,
         pretrain.augment_batch,
@@ -278,7 +278,7 @@ def test_image_gives_two_crops_of_one_frame_and_a_clip_two_frames(demo):
 
     seen = []
     whole = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}
-    pairs = PairOfViews(40, 16, video=whole, image=whole)
+    pairs = SampleViews(40, 16, video=whole, image=whole)
     with pytest.MonkeyPatch.context() as patch:
         decode = data_prep.decode_frame
         patch.setattr(data_prep, "decode_frame", lambda sample, index: seen.append(index) or decode(sample, index))
@@ -503,7 +503,7 @@ def test_pretraining_yaml_constructs(name, overlay):
     config = load_config(files, pretrain.pretrain)
     with torch.device("meta"):
         net = ViCMAE(**config["model"])
-    pairs = PairOfViews(net.encoder.img_size, net.encoder.num_patches, **config["augment"])
+    pairs = SampleViews(net.encoder.img_size, net.encoder.num_patches, **config["augment"])
     pretrain.build_optimizer(net, config["data"]["global_train_batch_size"], **config["optimizer"])
     pretrain.CosineAnnealingWithWarmupScheduler(**config["schedule"])
     pretrain.build_named(pretrain.CALLBACKS, {k: v for k, v in config["callbacks"].items() if k != "KNN"})  # needs data

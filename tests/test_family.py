@@ -1,0 +1,315 @@
+"""The methods that ViC-MAE is compared with: their terms, masks, poolings, clips and second encoder."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import start_ranks
+from test_model import TINY
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+import model
+from model import Projected, ViCMAE, info_nce, simsiam, triplet, vicreg
+
+CLIPS = {"num_frames": 4, "tubelet_size": 2}
+
+
+def unit(x: Tensor) -> np.ndarray:
+    x = x.double().numpy()
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def views(seed: int, size: int = 5, out: int = 6) -> Tensor:
+    return torch.randn(size, 2, out, generator=torch.Generator().manual_seed(seed))
+
+
+def semi_hard(reached: float, others: list[float]) -> float:
+    """The nearest of the distances beyond `reached`, or else the largest."""
+    beyond = [other for other in others if other > reached]
+    return min(beyond) if beyond else max(others)
+
+
+@pytest.mark.parametrize("labels", [None, [0, 1, 0, 2, 1]])
+def test_triplet_equals_a_loop_over_anchors_positives_and_negatives(labels):
+    z = views(0)
+    points = [(sample, unit(z)[sample, view]) for view in (0, 1) for sample in range(5)]
+    same = list(range(5)) if labels is None else labels
+    losses, right = [], []
+    for i, (a, anchor) in enumerate(points):
+        for j, (p, positive) in enumerate(points):
+            if i == j or same[a] != same[p]:
+                continue
+            reached = ((anchor - positive) ** 2).sum()
+            others = [((anchor - negative) ** 2).sum() for n, negative in points if same[n] != same[a]]
+            negative = semi_hard(reached, others)
+            losses.append(max(0.0, reached - negative + 0.2))
+            right.append(reached < negative)
+    loss, accuracy = triplet(Projected(z, z, None if labels is None else torch.tensor(labels)), 0.2)
+    assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5) and float(loss) > 0
+    assert float(accuracy) == pytest.approx(np.mean(right))
+
+
+def test_triplet_of_four_known_points():
+    """On the unit circle: a pair at 0 and 90 degrees, another at 180 twice.
+
+    Anchors of the first pair are 2 apart; their negatives are at 4 and, from 90 degrees, at 2, which is not further: the
+    furthest of all, also 2. Those of the second pair are 0 apart, and the nearest negative is at 2.
+    """
+    z = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [-1.0, 0.0]]])
+    loss, accuracy = triplet(Projected(z, z), 0.2)
+    assert float(loss) == pytest.approx((0.0 + 0.2 + 0.0 + 0.0) / 4) and float(accuracy) == 0.75
+
+
+def test_simsiam_equals_a_loop_and_its_targets_have_no_gradient():
+    p, t = views(1), views(2)
+    cosines = [unit(p)[i, v] @ unit(t)[i, 1 - v] for i in range(5) for v in (0, 1)]
+    assert float(simsiam(Projected(p, t))[0]) == pytest.approx(-np.mean(cosines), rel=1e-5)
+    net = ViCMAE(**TINY, contrast="simsiam", predictor_hidden_dim=8).train()
+    batch = {"views": torch.randn(6, 2, 3, 32, 32), "noise": torch.rand(6, 2, 16)}
+    assert not net(batch)["projected"].targets.requires_grad
+
+
+def test_vicreg_equals_numpy():
+    z = views(3, size=7)
+    one, two = z.double().numpy().transpose(1, 0, 2)
+    expected = 25 * ((one - two) ** 2).mean()
+    for view in (one, two):
+        centred = view - view.mean(axis=0)
+        covariance = centred.T @ centred / 6
+        expected += 25 * np.maximum(0, 1 - np.sqrt(np.diag(covariance) + 1e-4)).mean() / 2
+        expected += (covariance**2).sum() / 6 - (np.diag(covariance) ** 2).sum() / 6
+    assert float(vicreg(Projected(z, z))[0]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("queue", [None, 9])
+def test_info_nce_of_predictions_equals_a_loop_over_targets_or_over_a_queue(queue):
+    p, t = views(4), views(5)
+    held = torch.nn.functional.normalize(torch.randn(9, 6), dim=1) if queue else None
+    losses = []
+    for v in (0, 1):
+        for i in range(5):
+            partner = unit(p)[i, v] @ unit(t)[i, 1 - v] / 0.2
+            if queue:
+                others = [unit(p)[i, v] @ row / 0.2 for row in held.double().numpy()]
+            else:
+                others = [unit(p)[i, v] @ unit(t)[j, w] / 0.2 for j in range(5) for w in (0, 1) if j != i]
+            losses.append(np.log(np.exp([partner, *others]).sum()) - partner)
+    loss, _ = info_nce(Projected(p, t, queue=held), 0.2)
+    assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_poolings_equal_numpy():
+    tokens = torch.randn(3, 5, 4)
+    patches = tokens[:, 1:].double().numpy()
+    expected = {
+        "cls": tokens[:, 0].double().numpy(),
+        "mean": patches.mean(axis=1),
+        "max": patches.max(axis=1),
+        "gem": (np.maximum(patches, 1e-6) ** 3).mean(axis=1) ** (1 / 3),
+    }
+    for kind, values in expected.items():
+        np.testing.assert_allclose(model.pool(tokens, kind).numpy(), values, rtol=1e-5, atol=1e-6)
+
+
+def test_tube_hides_the_same_places_in_every_tubelet_and_random_does_not():
+    noise = torch.rand(6, 4 * 16)
+    for kind, alike in (("tube", True), ("random", False)):
+        ids_keep, ids_restore, mask = model.random_masking(noise, 0.75, kind, steps=4)
+        assert ids_keep.shape == (6, 16) and (mask.sum(dim=1) == 48).all()
+        steps = mask.view(6, 4, 16)
+        assert all(torch.equal(steps[:, 0], one) for one in steps.unbind(1)) is alike
+        assert torch.equal(torch.gather(mask, 1, ids_keep), torch.zeros(6, 16))
+        assert all(sorted(row) == list(range(64)) for row in ids_restore.tolist())
+    *_, mask = model.random_masking(noise, 0.75, "none", steps=4)
+    assert not mask.any()
+
+
+def test_tubelet_is_frame_row_column_channel_and_unpatchify_inverts():
+    clips = torch.randn(2, 4, 3, 16, 16)
+    patches = model.patchify(clips, 8, 2)  # 2 times of 2 x 2 places
+    assert patches.shape == (2, 8, 2 * 64 * 3)
+    place = clips[1, 2:4, :, 8:, :8]  # second time, below on the left
+    assert torch.equal(patches[1, 4 + 2], place.permute(0, 2, 3, 1).flatten())
+    assert torch.equal(model.unpatchify(patches, 8, 4, 2), clips)
+
+
+def test_positions_of_a_clip_are_those_in_space_plus_those_in_time():
+    net = ViCMAE(**TINY, **CLIPS)
+    for part, dim in ((net.encoder, 48), (net.decoder, 24)):
+        table = model.positions_for(part.pos_embed, 4, part.temporal_embed)[0]
+        assert table.shape == (1 + 2 * 16, dim) and not table[0].any()
+        for number in range(2 * 16):
+            time, place = divmod(number, 16)
+            wave = [f(time / 10000 ** (i / (dim / 2))) for f in (math.sin, math.cos) for i in range(dim // 2)]
+            expected = part.pos_embed[0, 1 + place] + torch.tensor(wave)
+            torch.testing.assert_close(table[1 + number], expected, atol=1e-5, rtol=1e-5)
+        assert not part.temporal_embed.requires_grad
+
+
+def test_clips_are_reconstructed_at_the_removed_tubelets_alone():
+    net = ViCMAE(**TINY, **CLIPS, mask="tube", mask_ratio=0.75, contrast="none").train()
+    batch = {"views": torch.randn(2, 1, 4, 3, 32, 32), "noise": torch.rand(2, 1, 32)}
+    outputs = net(batch)
+    assert outputs["pred"].shape == (2, 1, 32, 2 * 64 * 3)
+    losses = net.loss(outputs, batch)
+    error = []
+    for b in range(2):
+        for n in outputs["mask"][b, 0].nonzero()[:, 0].tolist():
+            time, (row, column) = n // 16, divmod(n % 16, 4)
+            frames = batch["views"][b, 0, 2 * time : 2 * time + 2, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            target = frames.permute(0, 2, 3, 1).flatten()
+            target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
+            error.append(float((outputs["pred"][b, 0, n] - target).square().mean()))
+    assert len(error) == 2 * 24 and float(losses["reconstruction"]) == pytest.approx(np.mean(error), rel=1e-5)
+    hidden = model.unpatchify(outputs["mask"].flatten(0, 1)[:, :, None].expand(-1, -1, 384), 8, 4, 2).view(
+        batch["views"].shape
+    )
+    changed = batch | {"views": batch["views"] + hidden}
+    assert torch.equal(net(changed)["features"], outputs["features"])
+
+
+def test_what_a_method_does_not_use_is_not_there():
+    simclr = ViCMAE(**TINY, mask="none")
+    mae = ViCMAE(**TINY, contrast="none")
+    assert simclr.decoder is None and mae.projector is None and mae.predictor is None and mae.momentum is None
+    batch = {"views": torch.randn(3, 1, 3, 32, 32), "noise": torch.rand(3, 1, 16)}
+    losses = mae.loss(mae(batch), batch)
+    assert losses.keys() == {"total", "reconstruction", "feature_std"}
+    for sizes, culprit in (
+        ({"mask": "none", "contrast": "none"}, "nothing to learn"),
+        ({"contrast": "simsiam"}, "needs predictor_hidden_dim"),
+        ({**CLIPS, "mask": "tube", "mask_ratio": 0.95}, "must keep and remove"),
+    ):
+        with pytest.raises(ValueError, match=culprit):
+            ViCMAE(**TINY | sizes)
+
+
+def test_unmasked_views_give_the_features_of_the_whole_image():
+    net = ViCMAE(**TINY, mask="none", pool="cls").eval()
+    batch = {"views": torch.randn(2, 2, 3, 32, 32), "noise": torch.rand(2, 2, 16)}
+    torch.testing.assert_close(net(batch)["features"].flatten(0, 1), net.encoder(batch["views"].flatten(0, 1))[:, 0])
+
+
+MOCO = {"contrast": "moco", "momentum": 0.9, "queue_size": 24}
+
+
+def test_queue_and_second_encoder_after_five_steps_are_those_of_a_plain_computation():
+    torch.manual_seed(0)
+    net = ViCMAE(**TINY, **MOCO, mask="none").train()
+    queue = net.momentum.queue.clone()
+    average = copy.deepcopy({"encoder": net.encoder, "projector": net.projector})
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    for step in range(5):
+        batch = {"views": torch.randn(4, 2, 3, 32, 32), "noise": torch.rand(4, 2, 16)}
+        with torch.no_grad():
+            for name, part in average.items():
+                for mine, theirs in zip(part.parameters(), getattr(net, name).parameters(), strict=True):
+                    mine.mul_(0.9).add_(0.1 * theirs)
+            keys = [average["projector"](average["encoder"](v)[:, 1:].mean(dim=1)) for v in batch["views"].unbind(1)]
+            queue = torch.cat([torch.nn.functional.normalize(torch.cat(keys), dim=1), queue])[:24]
+        net.loss(net(batch), batch)["total"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert len(net.momentum.queue) == 24, step
+    torch.testing.assert_close(net.momentum.queue, queue, atol=1e-5, rtol=1e-5)
+    for name, part in average.items():
+        for mine, theirs in zip(part.parameters(), getattr(net.momentum, name).parameters(), strict=True):
+            torch.testing.assert_close(theirs, mine, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(net.momentum.encoder.norm.weight, net.encoder.norm.weight)
+
+
+def test_measuring_leaves_the_queue_and_the_second_encoder_as_they_are():
+    net = ViCMAE(**TINY, **MOCO).eval()
+    before = copy.deepcopy(net.state_dict())
+    torch.nn.init.zeros_(net.encoder.norm.bias)
+    net({"views": torch.randn(4, 2, 3, 32, 32), "noise": torch.rand(4, 2, 16)})
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+METHODS = {
+    "vicmae": {},
+    "predictor": {"predictor_hidden_dim": 24},
+    "triplet": {"contrast": "triplet"},
+    "triplet_by_label": {"contrast": "triplet", "positives": "label"},
+    "simsiam": {"contrast": "simsiam", "predictor_hidden_dim": 24},
+    "vicreg": {"contrast": "vicreg"},
+    "moco": MOCO,
+    "simclr": {"mask": "none"},
+    "tubes": {**CLIPS, "mask": "tube", "mask_ratio": 0.75},
+}
+
+
+def steps(changes: dict, count: int = 3) -> dict[str, Tensor]:
+    """Losses of some steps, and gradients and state after them, of this rank's share of the batches, in float64."""
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    torch.manual_seed(0)
+    net = ViCMAE(**TINY | changes).train().double()
+    trained = DistributedDataParallel(net) if ranks > 1 else net
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    shape = (8, 2, net.encoder.num_frames, 3, 32, 32) if net.encoder.num_frames > 1 else (8, 2, 3, 32, 32)
+    found = {}
+    for step in range(count):
+        generator = torch.Generator().manual_seed(step)
+        batch = {
+            "views": torch.randn(shape, generator=generator, dtype=torch.float64),
+            "noise": torch.rand(8, 2, net.encoder.num_patches, generator=generator, dtype=torch.float64),
+            "target": torch.arange(8) % 3,
+        }
+        batch = {key: value.chunk(ranks)[rank] for key, value in batch.items()}
+        optimizer.zero_grad()
+        losses = net.loss(trained(batch), batch)
+        losses["total"].backward()
+        optimizer.step()
+        found |= {f"{step} {name}": value.detach() for name, value in losses.items() if name != "feature_std"}
+    found |= {f"gradient of {name}": p.grad for name, p in net.named_parameters() if p.requires_grad}
+    return found | net.state_dict()
+
+
+def steps_on_a_rank(rank: int, out: str) -> None:
+    torch.save({name: steps(changes) for name, changes in METHODS.items()}, f"{out}/{rank}")
+
+
+@pytest.fixture(scope="module")
+def ranks_of_two(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
+    out = tmp_path_factory.mktemp("ranks")
+    start_ranks(out, 2, steps_on_a_rank, str(out))
+    return [torch.load(out / str(rank), weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_two_ranks_has_the_losses_gradients_and_state_of_one(ranks_of_two, method):
+    one, two = steps(METHODS[method]), [rank[method] for rank in ranks_of_two]
+    assert not two[0].keys() ^ one.keys()
+    for name, expected in one.items():
+        found = torch.stack([rank[name] for rank in two]).double()
+        found = found.mean(dim=0) if name[0].isdigit() else found[0]
+        scale = max(float(expected.double().abs().max()), 1e-6)
+        assert float((found - expected).abs().max()) / scale < 1e-8 or scale == 1e-6, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flops_of_every_method_are_those_torch_counts(method):
+    net = ViCMAE(**TINY | METHODS[method]).train()
+    T = net.encoder.num_frames
+    shape = (4, 2, T, 3, 32, 32) if T > 1 else (4, 2, 3, 32, 32)
+    batch = {"views": torch.randn(shape), "noise": torch.rand(4, 2, net.encoder.num_patches), "target": torch.arange(4)}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        net.loss(net(batch), batch)["total"].backward()
+    counted = counter.get_total_flops()
+    assert net.flops_per_batch(batch) == pytest.approx(counted, rel=0.002)
+
+
+@pytest.mark.parametrize("method", ["vicmae", "predictor", "vicreg", "moco", "triplet"])
+def test_collapse_shows_in_the_spread_of_the_features(method):
+    net = ViCMAE(**TINY | METHODS[method]).train()
+    batch = {"views": torch.randn(16, 2, 3, 32, 32), "noise": torch.rand(16, 2, 16)}
+    alive = float(net.loss(net(batch), batch)["feature_std"])
+    torch.nn.init.zeros_(net.encoder.norm.weight)
+    torch.nn.init.ones_(net.encoder.norm.bias)
+    assert float(net.loss(net(batch), batch)["feature_std"]) < 1e-3 < 10e-3 < alive
