@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -402,24 +402,24 @@ def compare(
         stills, clips: see measure_probe.
         seeds: runs of each, of which mean and standard deviation are given.
     """
-    probes, rows = {"stills": stills, "clips": clips}, {}
-    for method, command in methods.items():
-        name = f"compare_{method}"
-        fast = ["callbacks=null", "checkpoints.interval=1000000ba", "schedule.t_warmup=0.07dur"]
-        timed = ["callbacks={SpeedMonitor: {window_size: 20}}", "trainer.max_duration=40ba"]
-        steps = round(seconds * trained(f"{name}_speed", [*command, *fast, *timed])["throughput/batches_per_sec"])
-        sizes = OmegaConf.to_container(OmegaConf.load(f"runs/{name}_speed/config.yaml").model)
-        results = {"random weights": [], method: []} if not rows else {method: []}
-        for seed, name_of_row in product(range(seeds), results):
-            run, checkpoint = Path(f"runs/compare_random_{seed}"), None
-            if name_of_row == method:
-                trained(f"{name}_{seed}", [*command, *fast, f"seed={seed}", f"trainer.max_duration={steps}ba"])
-                run = Path(f"runs/{name}_{seed}")
-                checkpoint = str(run / "checkpoints" / LATEST)
-            results[name_of_row].append(measured(run, sizes, seed, probes, checkpoint))
-        for name_of_row, found in results.items():
-            values = {key: [100 * one[key] for one in found] for key in found[0]}
-            rows[name_of_row] = {"steps": [steps if name_of_row == method else 0]} | values
+    fast = ["callbacks=null", "checkpoints.interval=1000000ba", "schedule.t_warmup=0.07dur"]
+    timed = ["callbacks={SpeedMonitor: {window_size: 20}}", "trainer.max_duration=40ba"]
+    steps = {}
+    for method, command in methods.items():  # all before any training, on a machine that is idle alike
+        speed = trained(f"compare_{method}_speed", [*command, *fast, *timed])
+        steps[method] = round(seconds * speed["throughput/batches_per_sec"])
+    rows, first = {}, OmegaConf.load(f"runs/compare_{next(iter(methods))}_speed/config.yaml").model
+    for method, command in ({"random weights": []} | methods).items():
+        results = []
+        for seed in range(seeds):
+            run, sizes, checkpoint = Path(f"runs/compare_random_{seed}"), first, None
+            if command:
+                run = Path(f"runs/compare_{method}_{seed}")
+                trained(run.name, [*command, *fast, f"seed={seed}", f"trainer.max_duration={steps[method]}ba"])
+                sizes, checkpoint = OmegaConf.load(run / "config.yaml").model, str(run / "checkpoints" / LATEST)
+            results.append(measured(run, sizes, seed, {"stills": stills, "clips": clips}, checkpoint))
+        values = {key: [100 * one[key] for one in results] for key in results[0]}
+        rows[method] = {"steps": [steps.get(method, 0)]} | values
         write_comparison(rows, to)
 
 

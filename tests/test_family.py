@@ -1,21 +1,26 @@
 """The methods that ViC-MAE is compared with: their terms, masks, poolings, clips and second encoder."""
 
 import copy
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import start_ranks
+from conftest import ROOT, run_stage, small, start_ranks
+from streaming import LocalDataset
 from test_model import TINY
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+import eval as evaluation
 import model
-from model import Projected, ViCMAE, info_nce, simsiam, triplet, vicreg
+import pretrain
+from model import Projected, ViCMAE, info_nce, read_checkpoint, simsiam, triplet, vicreg
 
 CLIPS = {"num_frames": 4, "tubelet_size": 2}
 
@@ -303,6 +308,87 @@ def test_flops_of_every_method_are_those_torch_counts(method):
         net.loss(net(batch), batch)["total"].backward()
     counted = counter.get_total_flops()
     assert net.flops_per_batch(batch) == pytest.approx(counted, rel=0.002)
+
+
+def weights(folder: Path, name: str) -> dict[str, Tensor]:
+    return read_checkpoint(str(folder / "runs" / name / "checkpoints" / pretrain.LATEST))
+
+
+@pytest.mark.parametrize("method", ["methods/moco_v2", "methods/triplet_supervised", "methods/videomae", "paper"])
+def test_method_trains_by_its_yaml_and_resumes_to_the_bit(demo, tmp_path, method):
+    base, *settings = small(demo)
+    arguments = [base, str(ROOT / "yamls" / f"{method}.yaml"), *settings, "schedule.t_max=2ep", "checkpoints.interval=1ba"]
+    arguments += ["callbacks=null", "data.num_workers=0"]
+    run_stage(pretrain, [*arguments, "run_name=whole"], tmp_path)
+    run_stage(pretrain, [*arguments, "run_name=stopped", "trainer.max_duration=4ba"], tmp_path)
+    (tmp_path / "runs" / "stopped" / "result.json").unlink()
+    run_stage(pretrain, [*arguments, "run_name=stopped"], tmp_path)
+    whole, resumed = weights(tmp_path, "whole"), weights(tmp_path, "stopped")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert ("momentum.queue" in whole) is (method == "methods/moco_v2")
+    drawn = (tmp_path / "runs" / "whole" / "reconstructions.png").exists()
+    assert drawn is (method in ("methods/videomae", "paper"))
+
+
+def test_weight_of_the_contrastive_term_rises_over_its_duration(demo, tmp_path):
+    arguments = [*small(demo), "algorithms={ContrastRamp: {duration: 4ba}}", "callbacks=null", "run_name=ramp"]
+    run_stage(pretrain, arguments, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "ramp" / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss/train/total" in line]
+    assert [line["contrast_ramp"] for line in lines] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    for line in lines:
+        total = 0.7 * line["loss/train/reconstruction"] + 0.3 * line["contrast_ramp"] * line["loss/train/contrastive"]
+        assert line["loss/train/total"] == pytest.approx(total, rel=1e-5)
+
+
+def test_clip_of_a_view_is_cropped_and_coloured_alike_and_views_differ(demo):
+    sample = LocalDataset(str(demo / "train_videos"))[0]
+    first = int(sample["ends"][0])
+    still = sample | {"frames": sample["frames"][:first] * 16, "ends": np.arange(1, 17, dtype=np.uint32) * first}
+    drawn = pretrain.SampleViews(32, 32, 4)(still, np.random.default_rng(0))
+    assert drawn["views"].shape == (2, 4, 32, 32, 3) and drawn["noise"].shape == (2, 32)
+    assert drawn["target"] == sample["label"]
+    batch = {key: torch.as_tensor(np.asarray(value))[None] for key, value in drawn.items()}
+    views = pretrain.augment_batch(batch)["views"]
+    assert views.shape == (1, 2, 4, 3, 32, 32)
+    for view in views[0]:
+        assert all(torch.equal(view[0], frame) for frame in view)
+    assert not torch.equal(views[0, 0], views[0, 1])
+    picked = []
+    with pytest.MonkeyPatch.context() as patch:
+        decode = pretrain.data_prep.decode_frame
+        patch.setattr(pretrain.data_prep, "decode_frame", lambda s, i: picked.append(i) or decode(s, i))
+        pretrain.SampleViews(32, 32, 4, views=1)(sample, np.random.default_rng(0))
+    assert sorted(i // 4 for i in picked) == [0, 1, 2, 3]
+
+
+def test_one_view_is_too_few_for_a_contrastive_term(demo, tmp_path):
+    with pytest.raises(SystemExit, match=r"augment.views is 1, but model.contrast info_nce compares two views"):
+        run_stage(pretrain, [*small(demo), "augment.views=1"], tmp_path)
+
+
+def test_comparison_trains_what_is_missing_and_writes_means_and_spreads(demo, tmp_path):
+    base, *settings = small(demo)
+    command = ", ".join([str(ROOT / "pretrain.py"), base, *(f"'{setting}'" for setting in settings[:3])])
+    mae = f"{command}, {ROOT / 'yamls' / 'methods' / 'mae.yaml'}"
+    probe = f"{{bank: [{demo}/train_images], queries: [{demo}/test_images], labels_per_class: [3]}}"
+    arguments = [
+        *("run_name=compare", "checkpoint=null", "comparison.to=compare.md", "comparison.seconds=0.3", "comparison.seeds=2"),
+        f"comparison.methods={{vicmae: [{command}], mae: [{mae}]}}",
+        *(f"comparison.stills={probe}", f"comparison.clips={probe}"),
+    ]
+    run_stage(evaluation, arguments, tmp_path)
+    lines = (tmp_path / "compare.md").read_text().splitlines()
+    assert lines[0] == "| | steps | stills, knn | stills, linear_3 | clips, knn | clips, linear_3 |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| random weights", "| vicmae", "| mae"]
+    found = [json.loads((tmp_path / "runs" / f"compare_mae_{seed}" / "compare.json").read_text()) for seed in (0, 1)]
+    knn = [100 * one["stills, knn"] for one in found]
+    assert lines[4].split(" | ")[2] == f"{np.mean(knn):.1f} ± {np.std(knn, ddof=1):.1f}"
+    steps = json.loads((tmp_path / "runs" / "compare_mae_1" / "result.json").read_text())["step"]
+    assert lines[4].split(" | ")[1] == str(steps) and (tmp_path / "compare.png").stat().st_size > 0
+    (tmp_path / "runs" / "compare_mae_1" / "compare.json").write_text(json.dumps(found[1] | {"stills, knn": 1.0}))
+    run_stage(evaluation, arguments, tmp_path)  # nothing is trained or measured again
+    assert f"{(knn[0] + 100) / 2:.1f}" in (tmp_path / "compare.md").read_text()
 
 
 @pytest.mark.parametrize("method", ["vicmae", "predictor", "vicreg", "moco", "triplet"])
