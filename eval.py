@@ -407,7 +407,7 @@ def compare(
     steps = {}
     for method, command in methods.items():  # all before any training, on a machine that is idle alike
         speed = trained(f"compare_{method}_speed", [*command, *fast, *timed])
-        steps[method] = round(seconds * speed["throughput/batches_per_sec"])
+        steps[method] = max(1, round(seconds * speed["throughput/batches_per_sec"]))
     rows, first = {}, OmegaConf.load(f"runs/compare_{next(iter(methods))}_speed/config.yaml").model
     for method, command in ({"random weights": []} | methods).items():
         results = []
