@@ -392,8 +392,8 @@ def triplet(z: Projected, margin: float) -> tuple[Tensor, Tensor]:
     """
     p = rows(z.predictions)
     B = len(z.predictions)
-    same = torch.arange(B, device=p.device) if z.labels is None else z.labels
-    same = same.repeat(len(p) // B)
+    same = -1 - torch.arange(B, device=p.device)  # none but itself, where there is no label
+    same = (same if z.labels is None else torch.where(z.labels < 0, same, z.labels)).repeat(len(p) // B)
     distance = 2 - 2 * p @ p.T  # (n, n), of unit vectors
     positive = (same[:, None] == same) & ~torch.eye(len(p), dtype=torch.bool, device=p.device)
     anchor, other = positive.nonzero(as_tuple=True)  # (pairs,)
@@ -443,7 +443,7 @@ class Momentum(nn.Module):
 
     Args:
         momentum: share of the average that stays in a step, in [0, 1).
-        queue_size: projections kept, a multiple of those of a global batch.
+        queue_size: projections kept.
     """
 
     def __init__(self, encoder: Encoder, projector: Projector, momentum: float, queue_size: int):
@@ -486,7 +486,7 @@ class ViCMAE(ComposerModel):
         positives: of "triplet": the other view of a sample, or views of its label's samples too.
         temperature: of InfoNCE, > 0.
         margin: of "triplet", in squared distance of unit vectors.
-        momentum, queue_size: see Momentum.
+        momentum, queue_size: see Momentum. It takes a step with each forward pass in training.
         weight_contrast, weight_recon: of the two terms in the total.
         norm_pix_loss: whether the target of a patch is normalised by its own mean and variance.
         chunk_size: pairs that pass encoder and decoder at a time, and again in the backward pass, so that memory holds the
@@ -538,6 +538,8 @@ class ViCMAE(ComposerModel):
             raise ValueError(f"mask_ratio {mask_ratio} must keep and remove at least one of {N} patches")
         if mask == contrast == "none":
             raise ValueError("mask and contrast are both none: there is nothing to learn")
+        if positives == "label" and contrast != "triplet":
+            raise ValueError(f"positives label is for contrast triplet, not {contrast}")
         if contrast == "simsiam" and not predictor_hidden_dim:
             raise ValueError("contrast simsiam needs predictor_hidden_dim: without a predictor all features become the same")
         self.decoder = self.projector = self.predictor = self.momentum = None

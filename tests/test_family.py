@@ -40,11 +40,11 @@ def semi_hard(reached: float, others: list[float]) -> float:
     return min(beyond) if beyond else max(others)
 
 
-@pytest.mark.parametrize("labels", [None, [0, 1, 0, 2, 1]])
+@pytest.mark.parametrize("labels", [None, [0, 1, 0, 2, 1], [0, -1, 0, -1, 1]])
 def test_triplet_equals_a_loop_over_anchors_positives_and_negatives(labels):
     z = views(0)
     points = [(sample, unit(z)[sample, view]) for view in (0, 1) for sample in range(5)]
-    same = list(range(5)) if labels is None else labels
+    same = [-1 - n if label < 0 else label for n, label in enumerate(labels or [-1] * 5)]
     losses, right = [], []
     for i, (a, anchor) in enumerate(points):
         for j, (p, positive) in enumerate(points):
@@ -189,6 +189,7 @@ def test_what_a_method_does_not_use_is_not_there():
     for sizes, culprit in (
         ({"mask": "none", "contrast": "none"}, "nothing to learn"),
         ({"contrast": "simsiam"}, "needs predictor_hidden_dim"),
+        ({"positives": "label"}, "positives label is for contrast triplet"),
         ({**CLIPS, "mask": "tube", "mask_ratio": 0.95}, "must keep and remove"),
     ):
         with pytest.raises(ValueError, match=culprit):
