@@ -112,7 +112,12 @@ class TrainingClips:
 
         Frames are picked from a random place, and cropped and flipped alike. `held_out` is the label of a sample that is not
         to be trained on, else -1.
+
+        Raises:
+            ValueError: the sample has no label; the stream names it and goes on with the next.
         """
+        if sample["label"] < 0:
+            raise ValueError("has no label")
         picked = pick_frames(sample["timestamps"], self.num_frames, self.frame_interval, rng.random())
         frames = {index: data_prep.decode_frame(sample, index) for index in set(picked)}
         box = draw_crop(rng, *frames[picked[0]].shape[:2], self.crop_scale, self.crop_ratio)

@@ -100,6 +100,27 @@ def test_held_out_samples_are_a_fraction_by_name_whose_labels_are_not_trained_on
     assert torch.equal(*gradients) and gradients[0].abs().max() > 0
 
 
+def test_sample_without_a_label_is_named_and_gives_way_to_the_next(demo, tmp_path):
+    clips = TrainingClips(32, 1, 10, **PLAIN)
+    data = finetune.load_stream(
+        clips.draw,
+        clips.apply,
+        0,
+        8,
+        tmp_path,
+        streams=[{"path": str(demo / "train_images")}],
+        global_train_batch_size=60,
+        num_workers=0,
+        max_unreadable=0.1,
+    )[0].dataloader
+    spoilt = LocalDataset(str(demo / "train_images"))[7]["name"]
+    draw = data.dataset.transform
+    data.dataset.transform = lambda s, rng: draw(s | {"label": -1} if s["name"] == spoilt else s, rng)
+    (batch,) = list(data)
+    assert len(batch["target"]) == 60 and (batch["target"] >= 0).all()
+    assert (tmp_path / "unreadable.jsonl").read_text() == json.dumps([spoilt, "has no label"]) + "\n"
+
+
 def batch_of(frames: int = 1, key: int = 3) -> dict[str, torch.Tensor]:
     inputs = torch.randint(256, (6, 1, frames, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     target, held_out = torch.tensor([0, 1, 2, 3, 0, 1]), torch.full((6,), -1)
