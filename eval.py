@@ -347,7 +347,7 @@ def trained(run_name: str, command: list[str]) -> dict[str, float]:
     """The result of a run, which is begun, or gone on with, if it is not finished.
 
     Raises:
-        ValueError: it fails.
+        ValueError: it fails; with the last line that it printed.
     """
     result = Path("runs", run_name, "result.json")
     if not result.exists():

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -368,7 +369,14 @@ def test_one_view_is_too_few_for_a_contrastive_term(demo, tmp_path):
         run_stage(pretrain, [*small(demo), "augment.views=1"], tmp_path)
 
 
-def test_comparison_trains_what_is_missing_and_writes_means_and_spreads(demo, tmp_path):
+def in_this_process(command: list[str], capture_output: bool, text: bool) -> SimpleNamespace:
+    """What subprocess.run would do with a stage, without the interpreter's start."""
+    run_stage(pretrain, command[2:], Path.cwd())
+    return SimpleNamespace(returncode=0)
+
+
+def test_comparison_trains_what_is_missing_and_writes_means_and_spreads(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "subprocess", SimpleNamespace(run=in_this_process))
     base, *settings = small(demo)
     command = ", ".join([str(ROOT / "pretrain.py"), base, *(f"'{setting}'" for setting in settings[:3])])
     mae = f"{command}, {ROOT / 'yamls' / 'methods' / 'mae.yaml'}"
@@ -388,6 +396,7 @@ def test_comparison_trains_what_is_missing_and_writes_means_and_spreads(demo, tm
     steps = json.loads((tmp_path / "runs" / "compare_mae_1" / "result.json").read_text())["step"]
     assert lines[4].split(" | ")[1] == str(steps) and (tmp_path / "compare.png").stat().st_size > 0
     (tmp_path / "runs" / "compare_mae_1" / "compare.json").write_text(json.dumps(found[1] | {"stills, knn": 1.0}))
+    monkeypatch.setattr(evaluation, "subprocess", None)
     run_stage(evaluation, arguments, tmp_path)  # nothing is trained or measured again
     assert f"{(knn[0] + 100) / 2:.1f}" in (tmp_path / "compare.md").read_text()
 
