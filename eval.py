@@ -3,6 +3,7 @@
     python eval.py yamls/eval_demo.yaml                                     # k-NN, linear probe, pictures of runs/demo
     python eval.py yamls/eval_demo.yaml checkpoint=null run_name=random     # the same of random weights
     python eval.py yamls/eval_demo.yaml export=encoder.safetensors          # for timm.create_model
+    python eval.py yamls/compare.yaml                                       # trains and compares methods
 
 The signature of `evaluate` is the schema of its YAML files: each block that is given is a measurement. The last line printed
 is the result as JSON, which is also in runs/{run_name}/eval.json. An evaluation that was interrupted goes on when the same
@@ -401,7 +402,12 @@ def compare(
         seconds: of training steps. How many steps that are is measured once, on 40 of each method's.
         stills, clips: see measure_probe.
         seeds: runs of each, of which mean and standard deviation are given.
+
+    Raises:
+        ValueError: a run fails, or this is one of several ranks.
     """
+    if dist.get_world_size() > 1:
+        raise ValueError("comparison: it launches its runs itself; start it as python eval.py, as one process")
     fast = ["callbacks=null", "checkpoints.interval=1000000ba", "schedule.t_warmup=0.07dur"]
     timed = ["callbacks={SpeedMonitor: {window_size: 20}}", "trainer.max_duration=40ba"]
     steps = {}
@@ -424,24 +430,26 @@ def compare(
 
 
 def write_comparison(rows: dict[str, dict[str, list[float]]], to: str) -> None:
-    """Write values by method and column, one for each seed, as a table of means and standard deviations, and as bars."""
+    """Write values by method and column, one for each seed, as a table of means and standard deviations, and as bars.
+
+    The column `steps` comes first, and has one value.
+    """
     columns = list(next(iter(rows.values())))
     lines = ["| | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
+    means, spreads = {}, {}
     for method, row in rows.items():
-        cells = [
-            f"{np.mean(row[key]):.1f} ± {np.std(row[key], ddof=1):.1f}" if len(row[key]) > 1 else f"{row[key][0]:g}"
-            for key in columns
-        ]
-        lines.append("| " + " | ".join([method, *cells]) + " |")
+        means[method] = [np.mean(row[key]) for key in columns]
+        spreads[method] = [np.std(row[key], ddof=1) if len(row[key]) > 1 else 0.0 for key in columns]
+        cells = [f"{mean:.1f} ± {spread:.1f}" for mean, spread in zip(means[method], spreads[method], strict=True)]
+        lines.append("| " + " | ".join([method, f"{row['steps'][0]}", *cells[1:]]) + " |")
     folder = data_prep.Place(os.path.dirname(to) or ".")
     folder.write(os.path.basename(to), ("\n".join(lines) + "\n").encode())
-    shown = [key for key in columns if len(rows[next(iter(rows))][key]) > 1]
-    figure = Figure(figsize=(3 * len(shown), 0.4 * len(rows) + 1), layout="constrained")
-    for axis, key in zip(figure.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown, strict=True):
-        means, spreads = zip(*((np.mean(row[key]), np.std(row[key], ddof=1)) for row in rows.values()), strict=True)
-        axis.barh(list(rows), means, xerr=spreads)
-        axis.set(title=key, xlabel="%")
-        axis.invert_yaxis()
+    figure = Figure(figsize=(3 * len(columns[1:]), 0.4 * len(rows) + 1), layout="constrained")
+    axes = figure.subplots(1, len(columns[1:]), squeeze=False, sharey=True)[0]
+    for number, axis in enumerate(axes, start=1):
+        axis.barh(list(rows), [mean[number] for mean in means.values()], xerr=[one[number] for one in spreads.values()])
+        axis.set(title=columns[number], xlabel="%")
+    axes[0].invert_yaxis()  # of all, which share it: the first method above
     figure.savefig(Path(to).with_suffix(".png"), dpi=100)
 
 

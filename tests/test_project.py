@@ -1,17 +1,20 @@
 """What holds for the project as a whole: its imports, its README, its configurations' headers."""
 
 import ast
+import itertools
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 import data_prep
 import eval as evaluation
 import finetune
 import pretrain
+from model import Classifier, ViCMAE
 
 ORDER = ["data_prep", "model", "pretrain", "finetune", "eval"]
 STAGES = {"pretrain.py": pretrain.pretrain, "finetune.py": finetune.finetune, "eval.py": evaluation.evaluate}
@@ -88,6 +91,21 @@ def test_every_yaml_is_built_without_data_or_gpus_and_its_header_states_the_cost
     stated = re.search(r"([\d,.]+) GPU-hours", path.read_text())
     assert not stated or stated[1] == re.search(r"cost +([\d,.]+) GPU-hours", printed)[1]
     assert stated or "2 CPU cores" in path.read_text() or "those of the file it is laid over" in path.read_text()
+
+
+@pytest.mark.parametrize("path", [*(ROOT / "yamls").glob("compare.yaml"), *sorted((ROOT / "yamls" / "ablations").glob("*"))])
+def test_every_row_of_a_comparison_is_a_command_that_its_stage_takes(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    rows = pretrain.load_config([str(path)], evaluation.evaluate)["comparison"]["methods"]
+    assert "vicmae" in rows or path.stem == "frame_gap"
+    configs = [pretrain.load_config(words, STAGES[script]) for script, *words in rows.values()]
+    for config in configs:
+        config.pop("run_name")
+        with torch.device("meta"):
+            net = ViCMAE(**config["model"]) if "projector_out_dim" in config["model"] else Classifier(10, **config["model"])
+        if isinstance(net, ViCMAE):
+            pretrain.SampleViews(net.encoder.img_size, net.encoder.num_patches, net.encoder.num_frames, **config["augment"])
+    assert all(one != other for one, other in itertools.combinations(configs, 2))  # each row differs
 
 
 def test_plan_of_a_known_run_is_its_arithmetic(monkeypatch, capsys):
