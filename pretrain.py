@@ -606,7 +606,7 @@ def pick_frames(timestamps: np.ndarray, num_frames: int, frame_interval: float |
         timestamps: (n,) seconds, ascending.
         frame_interval: seconds between two; the frame on screen at each time is taken, the last again where the clip is
             short. None for the whole clip, cut into equal sections with a frame of each.
-        place: in [0, 1], below 1 for the whole clip: where between its first and last possible place the picked piece begins, or in each section.
+        place: in [0, 1], from the first to the last possible place of the piece; in [0, 1) within each section.
     """
     if frame_interval is None:
         return ((np.arange(num_frames) + place) * len(timestamps) / num_frames).astype(int).tolist()
