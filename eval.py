@@ -27,7 +27,6 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from composer.core import get_precision_context
 from composer.devices import Device
 from composer.trainer.trainer import get_device
 from composer.utils import dist, reproducibility
@@ -474,7 +473,7 @@ def evaluate(
 
     Args:
         checkpoint: of pretrain.py or finetune.py, an official file or the name of timm's weights; null for random weights.
-        precision: of the forward passes; half precision is for GPUs, and fp32 on a CPU whatever is asked for.
+        precision: of the forward passes.
         model: sizes of a pre-trained model, for `probe`, `reconstructions`, `attention` and `export`.
         classifier: sizes of a classifier, for `accuracy`, and for `export` where no `model` is given.
         reconstructions, attention: data sets to draw samples from.
@@ -504,6 +503,8 @@ def evaluate(
         data_prep.read_classes(path)
 
     where = get_device(device)
+    kind, half = {"gpu": "cuda"}.get(where.name, where.name), {"amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}
+    autocast = torch.autocast(kind, half.get(precision), enabled=precision in half)
     dist.initialize_dist(where)
     reproducibility.seed_all(seed)
     run, first = Path("runs", run_name), dist.get_global_rank() == 0
@@ -512,7 +513,7 @@ def evaluate(
     if asked["model"]:
         net = load(ViCMAE(**model), checkpoint, where, ("decoder.",) if reconstructions else ())
         if probe:
-            with get_precision_context(precision):
+            with autocast:
                 parts = parts_folder(run, checkpoint, seed, model, probe | {"precision": precision})
                 result |= measure_probe(net.encoder, seed, run, parts, **probe)
         if reconstructions and first:
@@ -527,7 +528,7 @@ def evaluate(
         if whole:
             export_timm(net, export)
     if accuracy:
-        with get_precision_context(precision):
+        with autocast:
             parts = parts_folder(run, checkpoint, seed, classifier, accuracy | {"precision": precision})
             measured, confusion = measure_accuracy(net, parts, **accuracy)
         result |= measured

@@ -1302,6 +1302,9 @@ def build_trainer(
             settings = settings | {"parallelism_config": {"fsdp": FSDP2Config(**fsdp)}}
         except TypeError as error:
             raise ValueError(f"trainer.parallelism_config.fsdp: {error}") from error
+    if settings.get("precision") == "amp_bf16" and get_device(settings.get("device")).name == "cpu":
+        settings = settings | {"precision": "fp32"}  # Composer's is for GPUs alone
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     checkpoints = Checkpoints(run, **config["checkpoints"] or {})
     newest = checkpoints.newest()
     built = Trainer(

@@ -8,6 +8,7 @@ steps; what is first, and slower, is not counted. The data are the demonstration
 """
 
 import contextlib
+import copy
 import json
 import multiprocessing
 import os
@@ -176,7 +177,10 @@ def step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, times: in
 
 
 def compare_steps(what: str, config: dict) -> None:
-    """Ours without a Trainer beside the plain one; both begin with the same weights, and must find the same loss."""
+    """Ours without a Trainer beside the plain one; both begin with the same weights, and must find the same loss.
+
+    Ours comes in both precisions that a CPU has, fp32 and amp_bf16; the plain one is in fp32, as one would write it down.
+    """
     torch.manual_seed(0)
     size = config["data"]["global_train_batch_size"]
     net = ViCMAE(**config["model"])
@@ -185,8 +189,12 @@ def compare_steps(what: str, config: dict) -> None:
     side = net.encoder.img_size
     batch = {"views": torch.randn(size, 2, 3, side, side), "noise": torch.rand(size, 2, net.encoder.num_patches)}
     plain = {"attention in one call": Plain(net, fused=True), "attention written out": Plain(net, fused=False)}
-    ours = pretrain.build_optimizer(net, size, **config["optimizer"])
+    half = copy.deepcopy(net)
+    half.forward = torch.autocast("cpu", torch.bfloat16)(half.forward)  # as build_trainer has it
     contenders = {}
+    for precision, mine in {"fp32": net, "amp_bf16": half}.items():
+        ours = pretrain.build_optimizer(mine, size, **config["optimizer"])
+        contenders[precision] = partial(step, partial(our_loss, mine, batch), ours, 2)
     for name, other in plain.items():
         with torch.no_grad():
             for theirs, mine in zip(other.parameters(), trained, strict=True):
@@ -194,11 +202,12 @@ def compare_steps(what: str, config: dict) -> None:
         torch.testing.assert_close(other(**batch), our_loss(net, batch))
         optimizer = torch.optim.AdamW(other.parameters(), lr=ours.param_groups[0]["lr"], weight_decay=0.05)
         contenders[name] = partial(step, partial(other, **batch), optimizer, 2)
-    seconds = take_turns(contenders | {"ours": partial(step, partial(our_loss, net, batch), ours, 2)})
-    more = {"batch": size, "seconds": round(statistics.median(seconds["ours"]), 3)}
-    for name in plain:
-        value = ratio(seconds[name], seconds["ours"])
-        report(f"step time of a plain implementation, {name}, {what}", value, "ours", "wall time of a step", **more)
+    seconds = take_turns(contenders)
+    for precision, name in product(("fp32", "amp_bf16"), plain):
+        more = {"batch": size, "seconds": round(statistics.median(seconds[precision]), 3)}
+        value = ratio(seconds[name], seconds[precision])
+        what_is = f"step time of a plain implementation, {name}, {what}"
+        report(what_is, value, f"ours in {precision}", "wall time of a step", **more)
 
 
 class Batches:
@@ -457,7 +466,7 @@ def main() -> None:
         work, demo = Path(folder), Path(folder, "demo")
         (work / "runs").mkdir()
         data_prep.demo(str(demo), workers=2, garments=12)
-        for batch in (4, 32):
+        for batch in (4, BATCH, 32):
             compare_steps(f"D 192, {batch} pairs", configure(batch=batch))
         for batch in (32, 256):
             compare_steps(f"the demonstration's, {batch} pairs", configure(model=None, batch=batch))

@@ -74,6 +74,34 @@ def test_channels_last_changes_the_layout_of_the_patch_embedding_and_no_loss(arg
     assert losses(tmp_path, "run") == pytest.approx(plain, rel=1e-5)
 
 
+def test_half_precision_on_a_cpu_multiplies_matrices_in_bfloat16_and_resumes_to_the_bit(
+    arguments, plain, tmp_path, monkeypatch
+):
+    arguments, kinds = [*arguments, "trainer.precision=amp_bf16"], set()
+    with monkeypatch.context() as patch:
+        forward = nn.Linear.forward
+
+        def watched(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+            y = forward(self, x)
+            kinds.add(y.dtype)
+            return y
+
+        patch.setattr(nn.Linear, "forward", watched)
+        patch.setattr(pretrain, "draw_reconstructions", lambda *_: None)  # in fp32, after the training
+        run_stage(pretrain, [*arguments, "run_name=whole"], tmp_path)
+    assert kinds == {torch.bfloat16}
+    weights = read_checkpoint(str(tmp_path / "runs" / "whole" / "checkpoints" / "latest-rank0.pt"))
+    assert all(weight.dtype == torch.float32 for weight in weights.values() if weight.is_floating_point())
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.Checkpoints, "batch_start", signal_at(5))
+        with pytest.raises(SystemExit):
+            run_stage(pretrain, [*arguments, "run_name=run"], tmp_path)
+    run_stage(pretrain, [*arguments, "run_name=run"], tmp_path)
+    half = losses(tmp_path, "whole")
+    assert losses(tmp_path, "run") == half != plain
+    assert half == pytest.approx(plain, rel=2e-2)  # of bfloat16's 8 bits
+
+
 def test_gradient_clipping_bounds_the_norm():
     net = ViCMAE(**TINY)
     for parameter in net.parameters():

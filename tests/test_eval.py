@@ -15,6 +15,7 @@ from conftest import ROOT, launch, run_stage
 from torchvision.io import ImageReadMode, decode_image
 
 import eval as evaluation
+import pretrain
 from model import Classifier, Encoder, ViCMAE, load_pretrained
 from pretrain import MEAN, STD, EvalViews, infer, knn_accuracy, load_config
 
@@ -305,6 +306,18 @@ def test_features_are_written_with_labels_and_class_names_and_are_the_mean_of_th
                 expected = encoder(image)[0, 1:].mean(dim=0).numpy()
             np.testing.assert_allclose(arrays[f"{name}_features"][number], expected, atol=1e-5)
             assert arrays[f"{name}_labels"][number] == int(views[number]["target"])
+
+
+def test_half_precision_has_the_features_of_full_precision_to_its_eight_bits(demo, pretrained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    probe, found = {"bank": [str(demo / "train_images")], "queries": [str(demo / "test_images")]}, {}
+    sizes = load_config([str(ROOT / "yamls" / "demo.yaml")], pretrain.pretrain)["model"]
+    for precision in ("fp32", "amp_bf16"):
+        asked = {"model": sizes, "probe": probe | {"features": f"{precision}.npz"}}
+        evaluation.evaluate(run_name=precision, checkpoint=str(pretrained), precision=precision, **asked)
+        found[precision] = np.load(f"{precision}.npz", allow_pickle=False)["bank_features"]
+    error = np.abs(found["amp_bf16"] - found["fp32"]).max() / np.abs(found["fp32"]).max()
+    assert 1e-5 < error < 2e-2
 
 
 def test_neighbours_are_the_nearest_and_their_frames_tell_right_from_wrong(demo, tmp_path):
