@@ -419,7 +419,7 @@ def compare(
         for seed in range(seeds):
             run, sizes, checkpoint = Path(f"runs/compare_random_{seed}"), first, None
             if command:
-                run = Path(f"runs/compare_{method}_{seed}")
+                run = Path(f"runs/compare_{method}_{steps[method]}_{seed}")
                 trained(run.name, [*command, *fast, f"seed={seed}", f"trainer.max_duration={steps[method]}ba"])
                 sizes, checkpoint = OmegaConf.load(run / "config.yaml").model, str(run / "checkpoints" / LATEST)
             results.append(measured(run, sizes, seed, {"stills": stills, "clips": clips}, checkpoint))
@@ -461,6 +461,7 @@ def evaluate(
     precision: Literal["fp32", "amp_fp16", "amp_bf16"] = "fp32",
     model: Annotated[dict, ViCMAE] | None = None,
     classifier: Annotated[dict, Classifier] | None = None,
+    head: NonNegativeInt | None = None,
     accuracy: Annotated[dict, measure_accuracy] | None = None,
     probe: Annotated[dict, measure_probe] | None = None,
     reconstructions: list[str] | None = None,
@@ -476,6 +477,7 @@ def evaluate(
         precision: of the forward passes.
         model: sizes of a pre-trained model, for `probe`, `reconstructions`, `attention` and `export`.
         classifier: sizes of a classifier, for `accuracy`, and for `export` where no `model` is given.
+        head: where the classifier has one for each data set, which of them, from 0.
         reconstructions, attention: data sets to draw samples from.
         export: file to write the encoder, or the classifier, to, in timm's names.
         table, comparison: of other runs; nothing else is measured then.
@@ -523,13 +525,14 @@ def evaluate(
         if export:
             export_timm(net.encoder, export)
     if asked["classifier"]:
-        classes = common_classes(accuracy["data"]) if accuracy else range(count_classes(checkpoint))
-        net = load(Classifier(len(classes), **classifier), checkpoint, where, ("head.", "neck."))
+        source = checkpoint if head is None or checkpoint is None else one_head(checkpoint, head)
+        classes = common_classes(accuracy["data"]) if accuracy else range(count_classes(checkpoint, source))
+        net = load(Classifier(len(classes), **classifier), checkpoint, where, ("head.", "neck."), source)
         if whole:
             export_timm(net, export)
     if accuracy:
         with autocast:
-            parts = parts_folder(run, checkpoint, seed, classifier, accuracy | {"precision": precision})
+            parts = parts_folder(run, checkpoint, seed, classifier, accuracy | {"precision": precision, "head": head})
             measured, confusion = measure_accuracy(net, parts, **accuracy)
         result |= measured
         if first:
@@ -554,27 +557,47 @@ def parts_folder(run: Path, checkpoint: str | None, seed: int, sizes: dict[str, 
     return run / f"parts-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
 
-def count_classes(checkpoint: str | None) -> int:
-    """C of a classifier's checkpoint.
+def one_head(checkpoint: str, head: int) -> dict[str, Tensor]:
+    """A classifier's weights with one of its data sets' heads alone.
+
+    Raises:
+        ValueError: it has no such head.
+    """
+    weights = read_checkpoint(checkpoint)
+    if f"head.{head}.bias" not in weights:
+        raise ValueError(f"checkpoint {checkpoint} has no head.{head}; a run with own_heads has one for each of its streams")
+    return {key.replace(f"head.{head}.", "head."): value for key, value in weights.items()}
+
+
+def count_classes(checkpoint: str | None, source: str | dict[str, Tensor] | None) -> int:
+    """C of a classifier's checkpoint, or of what was read of it.
 
     Raises:
         ValueError: it has no head, or none is given.
     """
-    bias = read_checkpoint(checkpoint).get("head.bias") if checkpoint else None
-    if bias is None:
+    weights = read_checkpoint(source) if isinstance(source, str) else source or {}
+    if "head.bias" not in weights:
         raise ValueError(f"export: checkpoint {checkpoint} has no head; give the block model to export the encoder alone")
-    return len(bias)
+    return len(weights["head.bias"])
 
 
-def load(net: nn.Module, checkpoint: str | None, device: Device, needed: tuple[str, ...]) -> nn.Module:
-    """Fill a model from a checkpoint and put it on the device.
+def load(
+    net: nn.Module,
+    checkpoint: str | None,
+    device: Device,
+    needed: tuple[str, ...],
+    source: dict[str, Tensor] | str | None = None,
+) -> nn.Module:
+    """Fill a model from a checkpoint, or from what was read of it, and put it on the device.
 
     Raises:
         ValueError: the checkpoint lacks weights whose names begin with one of `needed`, or has some that the model has not.
     """
     if checkpoint:
-        report = load_pretrained(net, checkpoint)
+        report = load_pretrained(net, source or checkpoint)
         missing = [name for name in report["missing"] if name.startswith(needed)] if needed else []
+        if "head.0.bias" in report["unused"] and "head.bias" in missing:
+            raise ValueError(f"checkpoint {checkpoint} has a head for each of several data sets; say which, such as head=0")
         if missing:
             raise ValueError(f"checkpoint {checkpoint} lacks {missing[0]}, which is needed here")
         if "neck." in needed and any(name.startswith("neck.") for name in report["unused"]):

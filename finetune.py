@@ -11,6 +11,7 @@ import random
 import sys
 import zlib
 from dataclasses import KW_ONLY, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +66,7 @@ class TrainingClips:
     """How a labelled sample is seen in training: crop and flip, one for all frames, then erasing, mixup and cutmix.
 
     Args:
+        first_class: what is added to the labels of each stream; nothing if not given.
         crop_scale, crop_ratio: of RandomResizedCrop.
         flip: probability; 0 where a label has a direction.
         frame_interval: seconds between two frames, for a piece of the clip; None for the whole clip. See pick_frames.
@@ -75,12 +77,14 @@ class TrainingClips:
         held_out: fraction of the samples, by a checksum of their names, that are not trained on but choose a linear head.
 
     Raises:
-        ValueError: a policy that timm does not have, or samples held out where all are mixed.
+        ValueError: a policy that timm does not have, samples held out where all are mixed, or labels that are smoothed where
+            the classes are of several data sets.
     """
 
     img_size: int
     num_frames: int
     num_classes: int
+    first_class: tuple[int, ...] = ()
     _: KW_ONLY
     crop_scale: tuple[Share, Share] = (0.08, 1.0)
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
@@ -98,6 +102,8 @@ class TrainingClips:
         self.mix = Mixup(self.mixup, self.cutmix, **mixing) if self.mixup or self.cutmix else None
         if self.mix and self.held_out:
             raise ValueError("augment.held_out needs augment.mixup and augment.cutmix to be 0: they would mix its labels in")
+        if self.first_class and self.label_smoothing:
+            raise ValueError("augment.label_smoothing must be 0 with own_heads: it would reach other data sets' classes")
         self.policy = None
         if self.rand_augment:
             colour = tuple(round(255 * one) for one in MEAN)
@@ -128,7 +134,8 @@ class TrainingClips:
             seed = int(rng.integers(2**31))
             clip = torch.stack([self.augmented(frame, seed) for frame in clip])
         kept_out = zlib.crc32(sample["name"].encode()) < self.held_out * 2**32
-        drawn = {"inputs": clip[None], "target": sample["label"], "held_out": sample["label"] if kept_out else -1}
+        label = sample["label"] + (self.first_class[sample["stream"]] if self.first_class else 0)
+        drawn = {"inputs": clip[None], "target": label, "held_out": label if kept_out else -1}
         return drawn | {"key": int(rng.integers(2**31))}
 
     def augmented(self, frame: Tensor, seed: int) -> Tensor:
@@ -170,6 +177,7 @@ def normalise_views(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_eval(
     img_size: int,
     num_frames: int,
+    first_class: tuple[int, ...] = (),
     *,
     paths: list[str],
     batch_size: PositiveInt = 64,
@@ -180,12 +188,13 @@ def load_eval(
     """The loader of the validation data: one central view of each sample.
 
     Args:
+        first_class, crop_pct, frame_interval: see EvalViews.
         paths: data sets of data_prep.py.
         batch_size: samples of each rank.
         num_workers: processes of each rank.
-        crop_pct, frame_interval: see EvalViews.
     """
-    data = EvalViews(paths, img_size, num_frames, crop_pct=crop_pct, frame_interval=frame_interval)
+    sizes = {"crop_pct": crop_pct, "frame_interval": frame_interval}
+    data = EvalViews(paths, img_size, num_frames, first_class=first_class, **sizes)
     sampler = dist.get_sampler(data, drop_last=False, shuffle=False)
     loader = DataLoader(data, batch_size, sampler=sampler, num_workers=num_workers)
     return DataSpec(loader, batch_transforms=normalise_views)
@@ -232,6 +241,7 @@ def finetune(
     algorithms: Annotated[dict, ALGORITHMS] | None = None,
     callbacks: Annotated[dict, CALLBACKS] | None = None,
     loggers: Annotated[dict, LOGGERS] | None = None,
+    own_heads: bool = False,
     allow_changes: bool = False,
 ) -> Trainer:
     """The Trainer of a fine-tuning run; the parameters are the blocks of its YAML files.
@@ -239,6 +249,8 @@ def finetune(
     Args:
         pretrained: a checkpoint of pretrain.py, an official file or the name of timm's weights; null for random weights.
         optimizer, lars: the one or the other; LARS is for linear probes, with a head for each of its learning rates.
+        own_heads: whether each of data.streams has classes and a head of its own (OMNIVORE); eval_data.paths then are of the
+            same data sets, one each.
 
     Raises:
         ValueError: blocks that do not go together.
@@ -251,21 +263,29 @@ def finetune(
     heads = len(lars["base_lrs"]) if lars else 1
     if heads > 1 and not augment.get("held_out"):
         raise ValueError("augment.held_out is 0, but one of lars.base_lrs is to be chosen by what is held out; give 0.01")
+    training, testing = [stream["path"] for stream in data["streams"]], eval_data["paths"]
+    if own_heads and (lars or len(training) != len(testing)):
+        raise ValueError("own_heads: give optimizer, not lars, and for each of data.streams one of eval_data.paths")
     run = start_run(config)
-    classes = common_classes([stream["path"] for stream in data["streams"]] + eval_data["paths"])
-    net = Classifier(len(classes), heads, **model)
+    first_class = ()
+    if own_heads:
+        classes = [len(common_classes(list(pair))) for pair in zip(training, testing, strict=True)]
+        first_class = (0, *accumulate(classes[:-1]))
+    else:
+        classes = len(common_classes(training + testing))
+    net = Classifier(classes, heads, **model)
     if pretrained:
         report = load_pretrained(net, pretrained)
         if dist.get_global_rank() == 0:
             print(f"weights of {pretrained}:\n{describe(report)}")
     num_frames = model.get("num_frames", 1)
-    clips = TrainingClips(net.encoder.img_size, num_frames, len(classes), **augment)
+    clips = TrainingClips(net.encoder.img_size, num_frames, net.num_classes, first_class, **augment)
     loader, micro_size = load_stream(clips.draw, clips.apply, seed, net.encoder.patch_size, run, **data)
     if clips.mix and micro_size % 2:
         raise ValueError(f"a micro-batch of {micro_size} on each rank must be even for mixup and cutmix, or set both to 0")
     batch_size = data["global_train_batch_size"]
     built = build_lars(net, batch_size, **lars) if lars else build_optimizer(net, batch_size, **optimizer)
-    validation = load_eval(net.encoder.img_size, num_frames, **eval_data)
+    validation = load_eval(net.encoder.img_size, num_frames, first_class, **eval_data)
     return build_trainer(run, config, net, built, loader, micro_size, validation)
 
 
@@ -276,7 +296,8 @@ def classifier_stacks(net: Classifier) -> list[tuple[int, int, int]]:
 
 def plan(config: dict[str, Any], gpus: int) -> str:
     """What a fine-tuning or a linear probe would take, from its configuration alone; without its evaluations."""
-    classes = size_of(config["data"]["streams"][0]["path"])[1]
+    classes = [size_of(stream["path"])[1] for stream in config["data"]["streams"]]
+    classes = classes if config.get("own_heads") else classes[0]
     with torch.device("meta"):
         net = Classifier(classes, len(config["lars"]["base_lrs"]) if config.get("lars") else 1, **config["model"])
         frames, size = net.encoder.num_frames, net.encoder.img_size

@@ -729,11 +729,24 @@ class Heads(nn.ModuleList):
         self.right.mul_(0.98).add_(right)
 
 
+class DataSetHeads(nn.ModuleList):
+    """A linear head for each of several data sets, whose classes stand one data set after another."""
+
+    def __init__(self, dim: int, classes: list[int]):
+        super().__init__(nn.Linear(dim, count) for count in classes)
+        owner = [number for number, count in enumerate(classes) for _ in range(count)]
+        self.register_buffer("owner", torch.tensor(owner), persistent=False)  # (C,), the data set of a class
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, C) log-probabilities, of each data set among its own classes."""
+        return torch.cat([head(x).log_softmax(dim=-1) for head in self], dim=-1)
+
+
 class Classifier(ComposerModel):
     """The encoder on whole images or clips, pooled, with a linear head (transfer, paper section 4).
 
     Args:
-        num_classes: C.
+        num_classes: C; or those of several data sets, for a head each.
         img_size, patch_size, embed_dim, depth, num_heads: of the encoder, as pre-trained.
         num_frames: 1 for images; T for clips, then tubelets of `tubelet_size` frames and learned temporal positions that
             begin at zero (source: mae_st's way of adapting a 2-D encoder).
@@ -750,7 +763,7 @@ class Classifier(ComposerModel):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | list[int],
         heads: int = 1,
         *,
         img_size: PositiveInt = 224,
@@ -772,15 +785,18 @@ class Classifier(ComposerModel):
             img_size, patch_size, embed_dim, depth, num_heads, num_frames, tubelet, drop_path, learn_positions=True
         )
         self.neck = GlobalBatchNorm(embed_dim, affine=False, eps=1e-6) if freeze else nn.Dropout(dropout)
-        self.head = nn.Linear(embed_dim, num_classes) if heads == 1 else Heads(embed_dim, num_classes, heads)
-        for layer in [self.head] if heads == 1 else self.head:
+        if isinstance(num_classes, list):
+            self.head = DataSetHeads(embed_dim, num_classes)
+        else:
+            self.head = nn.Linear(embed_dim, num_classes) if heads == 1 else Heads(embed_dim, num_classes, heads)
+        for layer in self.head if isinstance(self.head, nn.ModuleList) else [self.head]:
             nn.init.trunc_normal_(layer.weight, std=head_init_std)
             nn.init.zeros_(layer.bias)
         self.pool = pool
         self.freeze = freeze
         if freeze:
             self.encoder.requires_grad_(False)
-        self.num_classes = num_classes
+        self.num_classes = sum(num_classes) if isinstance(num_classes, list) else num_classes
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """For timm's layer decay: embedding and positions are layer 0, block b is b + 1, norm and head come last."""
@@ -811,14 +827,20 @@ class Classifier(ComposerModel):
         V = outputs.shape[1]
         logits = outputs.flatten(0, 1).float()  # (B * V, C) or (B * V, heads, C)
         target = batch["target"].repeat_interleave(V, dim=0)
+        if isinstance(self.head, DataSetHeads):  # whose probabilities sum up to the number of heads
+            return F.cross_entropy(logits, target) - math.log(len(self.head))
         if logits.ndim == 2:
             return F.cross_entropy(logits, target)
         self.head.count(logits, batch["held_out"].repeat_interleave(V))
         return sum(F.cross_entropy(one, target) for one in logits.unbind(1))
 
     def eval_forward(self, batch: dict[str, Tensor], outputs: Tensor | None = None) -> Tensor:
-        """Class probabilities (B, C), the softmax averaged over the views."""
-        return (self(batch) if outputs is None else outputs).float().softmax(dim=-1).mean(dim=1)
+        """Class probabilities (B, C), the softmax averaged over the views; 0 for classes of a data set not its own."""
+        probabilities = (self(batch) if outputs is None else outputs).float().softmax(dim=-1).mean(dim=1)
+        if isinstance(self.head, DataSetHeads):
+            owner = self.head.owner
+            return probabilities * len(self.head) * (owner == owner[batch["target"]][:, None])
+        return probabilities
 
     def get_metrics(self, is_train: bool = False) -> dict[str, MulticlassAccuracy]:
         """top1 and top5 (topC where there are fewer classes) for evaluation, none in training."""

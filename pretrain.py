@@ -12,6 +12,7 @@ Everything random about a sample is a function of (seed, epoch, sample), drawn i
 what was drawn to the whole batch at once.
 """
 
+import bisect
 import difflib
 import hashlib
 import inspect
@@ -305,6 +306,8 @@ class SampleViews:
 class KeyedStream(StreamingDataset):
     """Streams of samples, each given to `transform` with a generator of its own, seeded by (seed, epoch, sample).
 
+    The number of its stream is among what is stored of it, as `stream`.
+
     With `repeats`, each sample is read once and given to `transform` so many times. One that cannot be decoded is named in
     the file `unreadable` and gives way to the next of the data set; more than a fraction `max_unreadable` ends the run.
 
@@ -330,13 +333,19 @@ class KeyedStream(StreamingDataset):
             samples[shuffled] = samples[self.spread(shuffled, samples)]
         return units, samples
 
+    def stream_of(self, samples: np.ndarray) -> np.ndarray:
+        shard = np.searchsorted(self.sample_offset_per_shard, samples % self.num_samples, "right") - 1
+        return self.stream_per_shard[shard]
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return super().__getitem__(number) | {"stream": int(self.stream_of(np.array(number)))}
+
     def spread(self, shuffled: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """Reorder positions in `samples` so that each stream's are evenly spaced, in their order: batches take runs of them.
 
         Every run then has of each stream what its share of the epoch makes, to within one sample.
         """
-        shard = np.searchsorted(self.sample_offset_per_shard, samples % self.num_samples, "right") - 1
-        stream = self.stream_per_shard[shard]
+        stream = self.stream_of(samples)
         parts = []
         for part in np.array_split(shuffled, self.num_canonical_nodes):
             place = np.empty(len(part))
@@ -627,6 +636,7 @@ class EvalViews(Dataset):
         temporal_views: pieces of the clip, evenly placed from its beginning to its end; 1 is the middle.
         spatial_views: square crops along the longer side; 1 is the centre.
         crop_pct: side of the crop as a fraction of the shorter side, in (0, 1].
+        first_class: what is added to the labels of each data set; nothing if not given.
 
     V = temporal_views * spatial_views.
     """
@@ -638,6 +648,7 @@ class EvalViews(Dataset):
     spatial_views: int = 1
     crop_pct: float = 0.875
     frame_interval: float | None = None
+    first_class: tuple[int, ...] = ()
 
     def __post_init__(self):
         self.data = ConcatDataset([data_prep.Clips(path) for path in self.paths])
@@ -659,7 +670,10 @@ class EvalViews(Dataset):
                 down, right = (place, 0.5) if height > width else (0.5, place)
                 box = (round((height - side) * down), round((width - side) * right), side, side)
                 views.append(torch.stack([crop_and_scale(frames[index], box, self.img_size) for index in picked]))
-        return {"inputs": torch.stack(views), "target": torch.tensor(sample["label"])}
+        label = sample["label"]
+        if self.first_class:
+            label += self.first_class[bisect.bisect_right(self.data.cumulative_sizes, number)]
+        return {"inputs": torch.stack(views), "target": torch.tensor(label)}
 
 
 def common_classes(paths: list[str]) -> list[str]:

@@ -19,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
+import finetune
 import model
 import pretrain
-from model import Projected, ViCMAE, info_nce, read_checkpoint, simsiam, triplet, vicreg
+from model import Classifier, Projected, ViCMAE, info_nce, read_checkpoint, simsiam, triplet, vicreg
 
 CLIPS = {"num_frames": 4, "tubelet_size": 2}
 
@@ -390,15 +391,54 @@ def test_comparison_trains_what_is_missing_and_writes_means_and_spreads(demo, tm
     lines = (tmp_path / "compare.md").read_text().splitlines()
     assert lines[0] == "| | steps | stills, knn | stills, linear_3 | clips, knn | clips, linear_3 |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| random weights", "| vicmae", "| mae"]
-    found = [json.loads((tmp_path / "runs" / f"compare_mae_{seed}" / "compare.json").read_text()) for seed in (0, 1)]
+    runs = sorted((tmp_path / "runs").glob("compare_mae_[0-9]*_[01]"))
+    found = [json.loads((run / "compare.json").read_text()) for run in runs]
     knn = [100 * one["stills, knn"] for one in found]
     assert lines[4].split(" | ")[2] == f"{np.mean(knn):.1f} ± {np.std(knn, ddof=1):.1f}"
-    steps = json.loads((tmp_path / "runs" / "compare_mae_1" / "result.json").read_text())["step"]
+    steps = json.loads((runs[1] / "result.json").read_text())["step"]
     assert lines[4].split(" | ")[1] == str(steps) and (tmp_path / "compare.png").stat().st_size > 0
-    (tmp_path / "runs" / "compare_mae_1" / "compare.json").write_text(json.dumps(found[1] | {"stills, knn": 1.0}))
+    (runs[1] / "compare.json").write_text(json.dumps(found[1] | {"stills, knn": 1.0}))
     monkeypatch.setattr(evaluation, "subprocess", None)
     run_stage(evaluation, arguments, tmp_path)  # nothing is trained or measured again
     assert f"{(knn[0] + 100) / 2:.1f}" in (tmp_path / "compare.md").read_text()
+
+
+def test_one_trunk_learns_two_data_sets_with_a_head_each_and_each_head_is_evaluated(demo, tmp_path):
+    yaml = str(ROOT / "yamls" / "methods" / "omnivore.yaml")
+    sets = [f"data.streams=[{{path: {demo}/train_videos}}, {{path: {demo}/train_images}}]"]
+    sets += [f"eval_data.paths=[{demo}/test_videos, {demo}/test_images]", "data.global_train_batch_size=40"]
+    short = ["model.num_frames=2", "model.depth=1", "trainer.max_duration=2ep", "trainer.eval_interval=2ep"]
+    targets, loss = {}, Classifier.loss
+    with pytest.MonkeyPatch.context() as patch:
+
+        def watch(net: Classifier, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+            moves = batch["inputs"][:, 0].diff(dim=1).abs().amax(dim=(1, 2, 3, 4)) > 0
+            for moving, target in zip(moves.tolist(), batch["target"].argmax(dim=1).tolist(), strict=True):
+                targets.setdefault(moving, set()).add(target)
+            return loss(net, outputs, batch)
+
+        patch.setattr(Classifier, "loss", watch)
+        run_stage(finetune, [yaml, *sets, *short], tmp_path)
+    assert targets[True] == set(range(10)) and targets[False] - targets[True] == set(range(10, 20))
+    run = tmp_path / "runs" / "omnivore"
+    sizes = "{num_frames: 2, img_size: 32, patch_size: 8, embed_dim: 64, depth: 1, num_heads: 4}"
+    asked = [f"checkpoint={run}/checkpoints/latest-rank0.pt", f"classifier={sizes}"]
+    found = []
+    for head, kind in enumerate(("videos", "images")):
+        data = f"accuracy={{data: [{demo}/test_{kind}], crop_pct: 1.0}}"
+        run_stage(evaluation, [f"run_name={kind}", f"head={head}", *asked, data], tmp_path)
+        found.append(json.loads((tmp_path / "runs" / kind / "eval.json").read_text())["top1"])
+    result = json.loads((run / "result.json").read_text())
+    assert result["metrics/eval/top1"] == pytest.approx(np.mean(found)) and max(found) > 0.1
+    for head, culprit in (([], "say which, such as head=0"), (["head=2"], "has no head.2")):
+        with pytest.raises(SystemExit, match=culprit):
+            run_stage(evaluation, ["run_name=x", *head, *asked, data], tmp_path)
+    for change, culprit in (
+        ("augment.label_smoothing=0.1", "must be 0 with own_heads"),
+        (f"data.streams=[{{path: {demo}/train_videos}}]", "one of eval_data"),
+    ):
+        with pytest.raises(SystemExit, match=culprit):
+            run_stage(finetune, [yaml, *sets, *short, "run_name=y", change], tmp_path)
 
 
 @pytest.mark.parametrize("method", ["vicmae", "predictor", "vicreg", "moco", "triplet"])

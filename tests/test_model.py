@@ -288,6 +288,26 @@ def test_loss_and_gradients_of_several_heads_are_those_of_each_alone():
     assert float(loss) == pytest.approx(total, rel=1e-6)
 
 
+def test_heads_of_two_data_sets_are_each_trained_and_asked_on_their_own_samples_alone():
+    torch.manual_seed(0)
+    net = Classifier([4, 3], **ENCODER, head_init_std=1.0)
+    batch = {"inputs": torch.randn(5, 2, 1, 3, 32, 32), "target": torch.tensor([3, 4, 0, 6, 5])}  # 4, 6, 5: of the second
+    net.loss(net(batch), batch).backward()
+    found = [head.weight.grad.clone() for head in net.head]
+    features = net.encoder(batch["inputs"].flatten(0, 2))[:, 1:].mean(dim=1)  # (10, D)
+    net.zero_grad()
+    loss, expected = 0.0, torch.zeros(5, 7)
+    for sample, (head, label) in enumerate([(0, 3), (1, 0), (0, 0), (1, 2), (1, 1)]):
+        logits = net.head[head](features[2 * sample : 2 * sample + 2])  # (V, C of the data set)
+        loss = loss - logits.log_softmax(dim=1)[:, label].sum() / 10
+        expected[sample, 4 * head : 4 + 3 * head] = logits.softmax(dim=1).mean(dim=0)
+    loss.backward()
+    assert net.loss(net(batch), batch).item() == pytest.approx(loss.item(), rel=1e-5)
+    for head, gradient in zip(net.head, found, strict=True):
+        torch.testing.assert_close(gradient, head.weight.grad)
+    torch.testing.assert_close(net.eval_forward(batch), expected)
+
+
 def test_checkpoint_of_a_linear_probe_gives_its_best_head(tmp_path):
     probe = Classifier(4, 3, **ENCODER, freeze=True, head_init_std=1.0).eval()
     probe.head.right.copy_(torch.tensor([1.0, 5.0, 2.0]))
