@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -413,6 +414,7 @@ def compare(
     for method, command in methods.items():  # all before any training, on a machine that is idle alike
         speed = trained(f"compare_{method}_speed", [*command, *fast, *timed])
         steps[method] = max(1, round(seconds * speed["throughput/batches_per_sec"]))
+    budget = f"{seconds:g} s of training steps each, {seeds} seeds, {os.cpu_count()} cores ({platform.machine()})"
     rows, first = {}, OmegaConf.load(f"runs/compare_{next(iter(methods))}_speed/config.yaml").model
     for method, command in ({"random weights": []} | methods).items():
         results = []
@@ -425,16 +427,17 @@ def compare(
             results.append(measured(run, sizes, seed, {"stills": stills, "clips": clips}, checkpoint))
         values = {key: [100 * one[key] for one in results] for key in results[0]}
         rows[method] = {"steps": [steps.get(method, 0)]} | values
-        write_comparison(rows, to)
+        write_comparison(rows, to, budget)
 
 
-def write_comparison(rows: dict[str, dict[str, list[float]]], to: str) -> None:
+def write_comparison(rows: dict[str, dict[str, list[float]]], to: str, budget: str) -> None:
     """Write values by method and column, one for each seed, as a table of means and standard deviations, and as bars.
 
-    The column `steps` comes first, and has one value.
+    The column `steps` comes first, and has one value. `budget` is what every row was given, in words.
     """
     columns = list(next(iter(rows.values())))
-    lines = ["| | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
+    lines = [f"Accuracy in %, mean ± standard deviation: {budget}.", ""]
+    lines += ["| | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
     means, spreads = {}, {}
     for method, row in rows.items():
         means[method] = [np.mean(row[key]) for key in columns]
@@ -448,6 +451,7 @@ def write_comparison(rows: dict[str, dict[str, list[float]]], to: str) -> None:
     for number, axis in enumerate(axes, start=1):
         axis.barh(list(rows), [mean[number] for mean in means.values()], xerr=[one[number] for one in spreads.values()])
         axis.set(title=columns[number], xlabel="%")
+    figure.suptitle(budget)
     axes[0].invert_yaxis()  # of all, which share it: the first method above
     figure.savefig(Path(to).with_suffix(".png"), dpi=100)
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -388,7 +389,8 @@ def test_comparison_trains_what_is_missing_and_writes_means_and_spreads(demo, tm
         *(f"comparison.stills={probe}", f"comparison.clips={probe}"),
     ]
     run_stage(evaluation, arguments, tmp_path)
-    lines = (tmp_path / "compare.md").read_text().splitlines()
+    budget, _, *lines = (tmp_path / "compare.md").read_text().splitlines()
+    assert f"0.3 s of training steps each, 2 seeds, {os.cpu_count()} cores" in budget
     assert lines[0] == "| | steps | stills, knn | stills, linear_3 | clips, knn | clips, linear_3 |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| random weights", "| vicmae", "| mae"]
     runs = sorted((tmp_path / "runs").glob("compare_mae_[0-9]*_[01]"))
