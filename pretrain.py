@@ -833,6 +833,14 @@ class KNN(Callback):
         self.measure("trained", state, logger)
 
 
+def vicmae_of(algorithm: Algorithm, state: State) -> ViCMAE:
+    """The model, of which an algorithm needs more than a classifier has."""
+    net = getattr(state.model, "module", state.model)
+    if not isinstance(net, ViCMAE):
+        raise ValueError(f"algorithms.{type(algorithm).__name__} is for pre-training; take it out")
+    return net
+
+
 class PartialDecoding(Algorithm):
     """Decode only a fraction `ratio` of the removed patches, drawn anew for each view: those with the smallest noise.
 
@@ -848,9 +856,7 @@ class PartialDecoding(Algorithm):
         return event == Event.INIT
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        if not isinstance(state.model, ViCMAE):
-            raise ValueError("algorithms.PartialDecoding is for pre-training, whose model has a decoder")
-        state.model.decode_ratio = self.ratio
+        vicmae_of(self, state).decode_ratio = self.ratio
 
 
 class ContrastRamp(Algorithm):
@@ -863,13 +869,15 @@ class ContrastRamp(Algorithm):
             raise ValueError(f"algorithms.ContrastRamp.duration: {error}") from error
 
     def match(self, event: Event, state: State) -> bool:
-        return event == Event.BATCH_START
+        return event in (Event.INIT, Event.BATCH_START)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
+        net = vicmae_of(self, state)
+        if event == Event.INIT:
+            return
         done = state.timestamp.get(self.duration.unit).value
         if self.duration.unit == TimeUnit.EPOCH:
             done += state.timestamp.batch_in_epoch.value / int(state.dataloader_len)
-        net = getattr(state.model, "module", state.model)
         net.ramp = min(1.0, done / self.duration.value)
         logger.log_metrics({"contrast_ramp": net.ramp})
 
@@ -912,7 +920,7 @@ class ProgressiveResizing(Algorithm):
         return min(full, round(full * scale / self.size_increment) * self.size_increment)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        net = getattr(state.model, "module", state.model)
+        net = vicmae_of(self, state)
         full, patch_size = net.encoder.img_size, net.encoder.patch_size
         if event == Event.INIT:
             kept = int((self.side(full, 0.0) // patch_size) ** 2 * (1 - net.mask_ratio))

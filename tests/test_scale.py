@@ -27,7 +27,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 import model
 import pretrain
 from model import Classifier, Encoder, ViCMAE
-from pretrain import PartialDecoding, ProgressiveResizing
+from pretrain import ContrastRamp, PartialDecoding, ProgressiveResizing
 
 STEPS, BATCH = 20, 8
 LOSSES = ("total", "reconstruction", "contrastive")
@@ -232,14 +232,18 @@ def test_decoder_equals_maes_which_restores_the_order_first():
     assert distance(decoder(tokens, ids_restore, 16), expected) <= 1e-10
 
 
-def test_partial_decoding_is_set_once_and_refuses_another_model():
+def test_partial_decoding_is_set_once():
     algorithm, net = PartialDecoding(0.25), build()
     assert [event for event in Event if algorithm.match(event, None)] == [Event.INIT]
     assert net.decode_ratio == 1.0
     Trainer(model=net, algorithms=[algorithm], device="cpu", progress_bar=False)
     assert net.decode_ratio == 0.25
+
+
+@pytest.mark.parametrize("algorithm", [PartialDecoding(0.25), ContrastRamp("1ep"), ProgressiveResizing()])
+def test_algorithm_of_pretraining_refuses_another_model_before_training(algorithm):
     classifier = Classifier(3, img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
-    with pytest.raises(ValueError, match=r"algorithms\.PartialDecoding is for pre-training"):
+    with pytest.raises(ValueError, match=rf"algorithms\.{type(algorithm).__name__} is for pre-training"):
         Trainer(model=classifier, algorithms=[algorithm], device="cpu", progress_bar=False)
 
 
