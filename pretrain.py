@@ -1390,6 +1390,8 @@ def pretrain(
     if net.projector is not None and views.views < 2:
         raise ValueError(f"augment.views is 1, but model.contrast {net.contrast} compares two views of a sample; give 2")
     loader, micro_size = load_stream(views, augment_batch, seed, net.encoder.patch_size, run, **data)
+    if net.positives == "label":
+        common_classes([stream["path"] for stream in data["streams"]])
     adamw = build_optimizer(net, data["global_train_batch_size"], **optimizer)
     return build_trainer(run, config, net, adamw, loader, micro_size)
 

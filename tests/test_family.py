@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -369,6 +370,17 @@ def test_clip_of_a_view_is_cropped_and_coloured_alike_and_views_differ(demo):
 def test_one_view_is_too_few_for_a_contrastive_term(demo, tmp_path):
     with pytest.raises(SystemExit, match=r"augment.views is 1, but model.contrast info_nce compares two views"):
         run_stage(pretrain, [*small(demo), "augment.views=1"], tmp_path)
+
+
+def test_positives_by_label_need_data_sets_of_the_same_classes(demo, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(demo / "train_images", other)
+    (other / "classes.json").write_text(json.dumps([f"class {number}" for number in range(10)]))
+    yaml = str(ROOT / "yamls" / "methods" / "triplet_supervised.yaml")
+    base, *settings = small(demo)
+    streams = f"data.streams=[{{path: {demo}/train_videos}}, {{path: {other}}}]"
+    with pytest.raises(SystemExit, match="other has other classes than"):
+        run_stage(pretrain, [base, yaml, *settings, streams], tmp_path)
 
 
 def in_this_process(command: list[str], capture_output: bool, text: bool) -> SimpleNamespace:
