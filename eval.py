@@ -529,9 +529,8 @@ def evaluate(
         if export:
             export_timm(net.encoder, export)
     if asked["classifier"]:
-        source = checkpoint if head is None or checkpoint is None else one_head(checkpoint, head)
-        classes = common_classes(accuracy["data"]) if accuracy else range(count_classes(checkpoint, source))
-        net = load(Classifier(len(classes), **classifier), checkpoint, where, ("head.", "neck."), source)
+        classes = common_classes(accuracy["data"]) if accuracy else range(count_classes(checkpoint, head))
+        net = load(Classifier(len(classes), **classifier), checkpoint, where, ("head.", "neck."), head)
         if whole:
             export_timm(net, export)
     if accuracy:
@@ -561,44 +560,28 @@ def parts_folder(run: Path, checkpoint: str | None, seed: int, sizes: dict[str, 
     return run / f"parts-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
 
-def one_head(checkpoint: str, head: int) -> dict[str, Tensor]:
-    """A classifier's weights with one of its data sets' heads alone.
-
-    Raises:
-        ValueError: it has no such head.
-    """
-    weights = read_checkpoint(checkpoint)
-    if f"head.{head}.bias" not in weights:
-        raise ValueError(f"checkpoint {checkpoint} has no head.{head}; a run with own_heads has one for each of its streams")
-    return {key.replace(f"head.{head}.", "head."): value for key, value in weights.items()}
-
-
-def count_classes(checkpoint: str | None, source: str | dict[str, Tensor] | None) -> int:
-    """C of a classifier's checkpoint, or of what was read of it.
+def count_classes(checkpoint: str | None, head: int | None) -> int:
+    """C of a classifier's checkpoint; see read_checkpoint.
 
     Raises:
         ValueError: it has no head, or none is given.
     """
-    weights = read_checkpoint(source) if isinstance(source, str) else source or {}
-    if "head.bias" not in weights:
+    bias = read_checkpoint(checkpoint, head).get("head.bias") if checkpoint else None
+    if bias is None:
         raise ValueError(f"export: checkpoint {checkpoint} has no head; give the block model to export the encoder alone")
-    return len(weights["head.bias"])
+    return len(bias)
 
 
 def load(
-    net: nn.Module,
-    checkpoint: str | None,
-    device: Device,
-    needed: tuple[str, ...],
-    source: dict[str, Tensor] | str | None = None,
+    net: nn.Module, checkpoint: str | None, device: Device, needed: tuple[str, ...], head: int | None = None
 ) -> nn.Module:
-    """Fill a model from a checkpoint, or from what was read of it, and put it on the device.
+    """Fill a model from a checkpoint, see load_pretrained, and put it on the device.
 
     Raises:
         ValueError: the checkpoint lacks weights whose names begin with one of `needed`, or has some that the model has not.
     """
     if checkpoint:
-        report = load_pretrained(net, source or checkpoint)
+        report = load_pretrained(net, checkpoint, head)
         missing = [name for name in report["missing"] if name.startswith(needed)] if needed else []
         if "head.0.bias" in report["unused"] and "head.bias" in missing:
             raise ValueError(f"checkpoint {checkpoint} has a head for each of several data sets; say which, such as head=0")

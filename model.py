@@ -923,15 +923,16 @@ def timm_file(name: str) -> str:
     raise ValueError(f"timm's {name} is not on disk; fetch it with: huggingface-cli download {entry.hf_hub_id}")
 
 
-def read_checkpoint(path: str) -> dict[str, Tensor]:
+def read_checkpoint(path: str, head: int | None = None) -> dict[str, Tensor]:
     """The weights in a file, by our names; or timm's weights by theirs, see timm_file.
 
     Reads Composer's checkpoints (a file, or a folder of FSDP's shards), the official files of ViC-MAE and MAE ({"model":
     ...}, whole or encoder alone) and bare state dicts, as .pt, .pth or .safetensors. Where Composer's EMA was at work, its
-    averages are taken. Nothing but tensors and plain values is unpickled.
+    averages are taken. Nothing but tensors and plain values is unpickled. With `head`, of a classifier's heads for several
+    data sets, that one is taken.
 
     Raises:
-        ValueError: the file is missing or is no such checkpoint.
+        ValueError: the file is missing, is no such checkpoint, or has no such head.
     """
     if not os.path.exists(path):
         path = timm_file(path)
@@ -956,7 +957,12 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
     weights = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
     if not any("blocks.0." in key for key in weights):
         raise ValueError(f"{path} holds no ViT (no key named blocks.0.*)")
-    return our_layout({our_name(key): value for key, value in weights.items()})
+    weights = our_layout({our_name(key): value for key, value in weights.items()})
+    if head is None:
+        return weights
+    if f"head.{head}.bias" not in weights:
+        raise ValueError(f"checkpoint {path} has no head.{head}; a run with own_heads has one for each of its streams")
+    return {key.replace(f"head.{head}.", "head."): value for key, value in weights.items()}
 
 
 def our_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -999,12 +1005,13 @@ def is_grid(positions: Tensor) -> bool:
     return positions.ndim == 3 and math.isqrt(positions.shape[1] - 1) ** 2 == positions.shape[1] - 1
 
 
-def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[str, list[str]]:
+def load_pretrained(module: nn.Module, source: str | dict[str, Tensor], head: int | None = None) -> dict[str, list[str]]:
     """Fill a ViCMAE or a Classifier from a checkpoint file or from a state dict in our or the official names.
 
     The encoder must be there whole, but for CLS and positions where the source, as VideoMAE, has none; a decoder, projector
     or head is filled if it is. A 2-D patch embedding is inflated to tubelets (repeated over the frames and divided by their
-    number), tubelets are summed up for images; positions are interpolated to another grid or number of steps.
+    number), tubelets are summed up for images; positions are interpolated to another grid or number of steps. `head`: see
+    read_checkpoint.
 
     Returns:
         Names by what became of them: `loaded`, `resized` (loaded after inflation or interpolation), `missing` (stay as they
@@ -1014,7 +1021,10 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[
         ValueError: no checkpoint, an encoder that is not whole, or of another size.
     """
     name = source if isinstance(source, str) else "the state dict"
-    found = read_checkpoint(source) if isinstance(source, str) else our_layout({our_name(k): v for k, v in source.items()})
+    if isinstance(source, str):
+        found = read_checkpoint(source, head)
+    else:
+        found = our_layout({our_name(key): value for key, value in source.items()})
     own = module.state_dict()
     report = {"loaded": [], "resized": [], "missing": [key for key in own if key not in found], "unused": []}
     filled = {}
