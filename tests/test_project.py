@@ -65,6 +65,14 @@ def test_yaml_opens_with_its_command_hardware_cost_and_expectation(path):
     assert all(word in header.lower() for word in ("hardware", "cost", "expected"))
 
 
+def test_lines_that_the_readme_gives_for_parts_of_the_model_are_theirs():
+    parts = {node.name: node for node in ast.parse((ROOT / "model.py").read_text()).body if hasattr(node, "name")}
+    named = re.findall(r"`(\w+)`, lines (\d+)-(\d+)", README)
+    assert len(named) >= 10
+    for name, first, last in named:
+        assert (int(first), int(last)) == (parts[name].lineno, parts[name].end_lineno), name
+
+
 PLANS = {"pretrain.py": pretrain, "finetune.py": finetune, "eval.py": evaluation}
 
 
