@@ -138,6 +138,7 @@ def fit_linear(features: Tensor, labels: Tensor, num_classes: int, l2: float) ->
     return torch.no_grad()(lambda features: head((features - mean) / std))
 
 
+@torch.autocast("cpu", enabled=False)
 def linear_accuracy(bank: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor]) -> float:
     """Accuracy of a linear head on fixed features.
 
@@ -173,6 +174,7 @@ def middle_frames(views: EvalViews, numbers: Tensor) -> Tensor:
     return torch.stack([views[number]["inputs"][0, 0] for number in numbers.tolist()]).float() / 255
 
 
+@torch.autocast("cpu", enabled=False)
 def draw_neighbours(
     bank: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor], views: list[EvalViews], to: Path, count: int = 8, k: int = 5
 ) -> None:

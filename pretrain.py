@@ -767,6 +767,7 @@ def embed(encoder: nn.Module, data: EvalViews, num_workers: int = 0, parts: Path
     return infer(encoder, features, data, num_workers=num_workers, parts=parts)
 
 
+@torch.autocast("cpu", enabled=False)  # whatever precision the features were computed in
 def knn_accuracy(bank: tuple, queries: tuple, k: int = 20, temperature: float = 0.07) -> float:
     """Fraction of queries whose k nearest of the bank by cosine, weighted by exp(cosine / temperature), vote right.
 
