@@ -31,34 +31,13 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor, to_pil_image
 
 import data_prep
-from model import Classifier, Heads, describe, load_pretrained
-from pretrain import (
-    ALGORITHMS,
-    CALLBACKS,
-    LOGGERS,
-    MEAN,
-    STD,
-    Checkpoints,
-    EvalViews,
-    Share,
-    TrainerBlock,
-    activation_bytes,
-    asked_plan,
-    build_optimizer,
-    build_trainer,
-    common_classes,
-    crop_and_scale,
-    draw_crop,
-    finish_run,
-    fit,
-    load_config,
-    load_stream,
-    one_line_errors,
-    pick_frames,
-    size_of,
-    start_run,
-    training_plan,
-)
+from checkpoints import Checkpoints, describe
+from config import load_config, one_line_errors
+from model import Classifier, Heads, load_pretrained
+from plans import activation_bytes, asked_plan, size_of, training_plan
+from pretrain import ALGORITHMS, CALLBACKS, LOGGERS, TrainerBlock, build_optimizer, build_trainer, finish_run, fit, start_run
+from streams import common_classes, load_stream
+from views import MEAN, STD, EvalViews, Share, crop_and_scale, draw_crop, pick_frames
 
 
 @dataclass

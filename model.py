@@ -13,313 +13,24 @@ Shapes, here and in every other file:
 A tensor named mask has 1 where a patch is removed.
 """
 
-import argparse
-import copy
-import datetime
 import math
-import os
-import pickle
-import re
-from collections import Counter
-from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as distributed_checkpoint
 import torch.distributed.nn
 import torch.nn.functional as F
 from composer import ComposerModel
-from huggingface_hub import try_to_load_from_cache
 from pydantic import Field, PositiveFloat, PositiveInt
-from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed
-from timm.models import get_pretrained_cfg
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
 from torch.utils.checkpoint import checkpoint
 from torchmetrics.classification import MulticlassAccuracy
 
+from checkpoints import our_layout, read_checkpoint, resized
+from contrast import Head, Momentum, Projected, all_gather, info_nce, simsiam, triplet, vicreg, widen
+from vit import Decoder, Encoder, MaskKind, PoolKind, flops_of, patchify, pool, random_masking
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
-
-
-def sincos(dim: int, coordinate: np.ndarray) -> np.ndarray:
-    """Sines, then cosines, of (n,) coordinates at dim / 2 frequencies from 1 down to 1/10000 -> (n, dim)."""
-    angles = np.outer(coordinate, 10000.0 ** (-np.arange(dim // 2) / (dim / 2)))
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-
-def sincos_positions(dim: int, grid: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions of a square grid, a zero row for CLS first -> (1, 1 + grid * grid, dim).
-
-    The first half of the width encodes the column, the second the row. Source: MAE, as kept in ViC-MAE's checkpoints.
-    """
-    row, column = np.divmod(np.arange(grid * grid), grid)
-    table = np.concatenate([sincos(dim // 2, column), sincos(dim // 2, row)], axis=1)  # (N, D)
-    return torch.from_numpy(np.concatenate([np.zeros((1, dim)), table])).float()[None]
-
-
-def sincos_times(dim: int, steps: int) -> Tensor:
-    """Fixed sine-cosine positions in time, to be added to those in space -> (1, steps, dim)."""
-    return torch.from_numpy(sincos(dim, np.arange(steps))).float()[None]
-
-
-def patchify(views: Tensor, patch_size: int, tubelet_size: int = 1) -> Tensor:
-    """Cut (B, 3, H, W), or clips (B, T, 3, H, W), into patches, each as (frame, row, column, channel) -> (B, N, P).
-
-    Patches stand row by row; those of a clip, tubelets of `tubelet_size` frames, one time after another.
-    """
-    x = views if views.ndim == 5 else views[:, None]
-    B, T, _, H, W = x.shape
-    t, u, h, w, p = T // tubelet_size, tubelet_size, H // patch_size, W // patch_size, patch_size
-    x = x.reshape(B, t, u, 3, h, p, w, p).permute(0, 1, 4, 6, 2, 5, 7, 3)  # (B, t, h, w, u, p, p, 3)
-    return x.reshape(B, t * h * w, u * p * p * 3)
-
-
-def unpatchify(patches: Tensor, patch_size: int, num_frames: int = 1, tubelet_size: int = 1) -> Tensor:
-    """Inverse of patchify for squares: (B, N, P) -> (B, 3, H, W), or (B, T, 3, H, W) if num_frames > 1."""
-    B, N, _ = patches.shape
-    t, u, p = num_frames // tubelet_size, tubelet_size, patch_size
-    h = math.isqrt(N // t)
-    x = patches.reshape(B, t, h, h, u, p, p, 3).permute(0, 1, 4, 7, 2, 5, 3, 6)  # (B, t, u, 3, h, p, w, p)
-    x = x.reshape(B, num_frames, 3, h * p, h * p)
-    return x if num_frames > 1 else x.squeeze(1)
-
-
-MaskKind = Literal["random", "tube", "none"]
-
-
-def random_masking(
-    noise: Tensor, mask_ratio: float, kind: MaskKind = "random", steps: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the visible patches: those with the smallest noise.
-
-    Args:
-        noise: (B, N) uniform random numbers, the only source of randomness.
-        mask_ratio: fraction of patches removed, in (0, 1).
-        kind: "random" in space and time; "tube" at the same places in all `steps` of a clip; "none" are removed.
-
-    Returns:
-        ids_keep (B, K), in the order of their noise; ids_restore (B, N), which puts [kept, removed] back in place;
-        mask (B, N), 1 = removed.
-    """
-    N = noise.shape[1]
-    K = N if kind == "none" else int(N * (1 - mask_ratio))
-    if kind == "tube":
-        noise = noise[:, : N // steps].repeat(1, steps)  # equal numbers stay together in a stable sort
-        K = steps * int(N // steps * (1 - mask_ratio))
-    ids_shuffle = noise.argsort(dim=1, stable=True)  # (B, N)
-    ids_restore = ids_shuffle.argsort(dim=1)
-    return ids_shuffle[:, :K], ids_restore, (ids_restore >= K).float()
-
-
-def positions_for(pos_embed: Tensor, grid: int, temporal_embed: Tensor | None = None) -> Tensor:
-    """Positions (1, 1 + N, D) of CLS and a square grid, interpolated (bicubic) if it is not the one they were made for.
-
-    With temporal_embed (1, steps, D), those of the grids of all steps, time outermost.
-    """
-    if pos_embed.shape[1] != 1 + grid**2:
-        pos_embed = resample_abs_pos_embed(pos_embed, [grid, grid])
-    if temporal_embed is None:
-        return pos_embed
-    patches = (temporal_embed[:, :, None] + pos_embed[:, None, 1:]).flatten(1, 2)  # (1, N, D)
-    return torch.cat([pos_embed[:, :1], patches], dim=1)
-
-
-def take(tokens: Tensor, ids: Tensor) -> Tensor:
-    """Rows of (B, N, D) by (B, K) indices -> (B, K, D)."""
-    return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
-
-
-def is_block(_: nn.Module, module: nn.Module) -> bool:
-    """What Composer asks a child of a model, as its method: whether a module is a unit of FSDP, or of checkpointing."""
-    return isinstance(module, Block)
-
-
-def flops_of(blocks: nn.ModuleList, tokens: int, width: int) -> int:
-    """Floating-point operations of one sample's forward pass through ViT blocks, 2 for a multiply-add of matrices."""
-    return len(blocks) * (24 * tokens * width**2 + 4 * tokens**2 * width)
-
-
-def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for every Linear; LayerNorms begin as the identity. Source: MAE."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-
-
-class Encoder(nn.Module):
-    """A ViT that is given only the visible patches of an image, or of a clip as joint space-time tubelets.
-
-    Args:
-        img_size, patch_size: pixels; the first a multiple of the second.
-        embed_dim, depth, num_heads: D, blocks, heads.
-        num_frames, tubelet_size: frames of a clip and of one of its patches; 1 for images.
-        drop_path: stochastic depth rate of the last block, rising linearly from 0.
-        learn_positions: whether positions are trained (fine-tuning; those in time begin at zero) or fixed (pre-training).
-    """
-
-    def __init__(
-        self,
-        img_size: int,
-        patch_size: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        num_frames: int = 1,
-        tubelet_size: int = 1,
-        drop_path: float = 0.0,
-        learn_positions: bool = False,
-    ):
-        super().__init__()
-        if img_size % patch_size:
-            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
-        if embed_dim % num_heads or embed_dim % 4:
-            raise ValueError(f"embed_dim {embed_dim} must be a multiple of num_heads {num_heads} and of 4")
-        if num_frames % tubelet_size:
-            raise ValueError(f"num_frames {num_frames} is not a multiple of tubelet_size {tubelet_size}")
-        self.img_size, self.patch_size = img_size, patch_size
-        self.grid = img_size // patch_size
-        self.num_frames = num_frames
-        self.steps = num_frames // tubelet_size
-        self.num_patches = self.steps * self.grid**2
-        if num_frames == 1:
-            proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
-            self.temporal_embed = None
-        else:
-            kernel = (tubelet_size, patch_size, patch_size)
-            proj = nn.Conv3d(3, embed_dim, kernel, kernel)
-            times = torch.zeros(1, self.steps, embed_dim) if learn_positions else sincos_times(embed_dim, self.steps)
-            self.temporal_embed = nn.Parameter(times, requires_grad=learn_positions)
-        self.patch_embed = nn.ModuleDict({"proj": proj})
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.grid), requires_grad=learn_positions)
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate) for rate in rates
-        )
-        self.norm = LayerNorm(embed_dim)
-        self.apply(init_weights)
-        nn.init.xavier_uniform_(proj.weight.view(embed_dim, -1))
-        nn.init.normal_(self.cls_token, std=0.02)
-
-    fsdp_wrap_fn = activation_checkpointing_fn = is_block
-
-    def forward(self, x: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Encode (B, 3, H, W), or (B, T, 3, H, W) if num_frames > 1, with all patches or those of ids_keep (B, K).
-
-        H and W may be other multiples of patch_size than img_size: N follows them.
-        Returns the tokens after the final norm, CLS first: (B, 1 + N, D) or (B, 1 + K, D).
-        """
-        pos_embed = positions_for(self.pos_embed, x.shape[-1] // self.patch_size, self.temporal_embed)
-        if x.ndim == 5:
-            x = x.transpose(1, 2)  # (B, 3, T, H, W)
-        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + pos_embed[:, 1:]  # (B, N, D)
-        if ids_keep is not None:
-            x = take(x, ids_keep)  # (B, K, D)
-        cls = self.cls_token + pos_embed[:, :1]
-        x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + K, D)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
-
-
-class Decoder(nn.Module):
-    """A narrow ViT that predicts every patch from the visible tokens and a learned token in place of the rest."""
-
-    def __init__(self, encoder: Encoder, embed_dim: int, depth: int, num_heads: int):
-        super().__init__()
-        if embed_dim % num_heads or embed_dim % 4:
-            raise ValueError(f"decoder_embed_dim {embed_dim} must be a multiple of its heads {num_heads} and of 4")
-        self.embed = nn.Linear(encoder.norm.normalized_shape[0], embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(sincos_positions(embed_dim, encoder.grid), requires_grad=False)
-        self.steps = encoder.steps
-        times = nn.Parameter(sincos_times(embed_dim, encoder.steps), requires_grad=False)
-        self.temporal_embed = times if encoder.num_frames > 1 else None
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth))
-        self.norm = LayerNorm(embed_dim)
-        self.pred = nn.Linear(embed_dim, encoder.patch_size**2 * 3 * encoder.num_frames // encoder.steps)
-        self.apply(init_weights)
-        nn.init.normal_(self.mask_token, std=0.02)
-
-    fsdp_wrap_fn = activation_checkpointing_fn = is_block
-
-    def forward(self, tokens: Tensor, ids_restore: Tensor, decoded: int | None = None) -> Tensor:
-        """Visible tokens with CLS (B, 1 + K, D) and ids_restore (B, N) -> pred (B, N, P).
-
-        With `decoded`, only the K visible and the first decoded - K removed patches, in the order of their noise, take part:
-        pred of the others is 0.
-        """
-        x = self.embed(tokens)
-        B, L, D = x.shape
-        N = ids_restore.shape[1]
-        decoded = decoded or N
-        masked = self.mask_token.expand(B, decoded + 1 - L, D).to(x.dtype)
-        ids = ids_restore.argsort(dim=1)[:, :decoded]  # (B, decoded), visible first
-        pos_embed = positions_for(self.pos_embed, math.isqrt(N // self.steps), self.temporal_embed)
-        pos_embed = pos_embed.expand(B, -1, -1)
-        positions = torch.cat([pos_embed[:, :1], take(pos_embed[:, 1:], ids)], dim=1)
-        x = torch.cat([x, masked], dim=1) + positions  # (B, 1 + decoded, D)
-        for block in self.blocks:
-            x = block(x)
-        pred = self.pred(self.norm(x)[:, 1:])  # (B, decoded, P)
-        return take(F.pad(pred, (0, 0, 0, N - decoded)), ids_restore)  # (B, N, P)
-
-
-class Predictor(nn.Sequential):
-    """The second head, out - hidden - out, with BatchNorm and ReLU between (SimSiam, MoCo v3)."""
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__(
-            nn.Linear(dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, dim)
-        )
-        self.apply(init_weights)
-
-
-class Projector(nn.Sequential):
-    """The contrastive head, D - hidden - hidden - out, with BatchNorm and ReLU between."""
-
-    def __init__(self, dim: int, hidden_dim: int, out_dim: int):
-        super().__init__(
-            nn.Linear(dim, hidden_dim),
-            nn.BatchNorm1d(hidden_dim),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.BatchNorm1d(hidden_dim),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden_dim, out_dim),
-        )
-        self.apply(init_weights)
-
-
-PoolKind = Literal["mean", "max", "gem", "cls"]
-
-
-def pool(tokens: Tensor, kind: PoolKind) -> Tensor:
-    """(B, 1 + N, D) -> (B, D): "cls", or of the patches without it "mean", "max" or "gem".
-
-    "gem" is the generalised mean with exponent 3, of what is positive (Radenovic et al. 2018).
-    """
-    patches = tokens[:, 1:]
-    if kind == "gem":
-        return patches.clamp(min=1e-6).pow(3).mean(dim=1).pow(1 / 3)
-    return {"cls": lambda: tokens[:, 0], "mean": lambda: patches.mean(dim=1), "max": lambda: patches.amax(dim=1)}[kind]()
-
-
-def all_gather(x: Tensor) -> Tensor:
-    """Concatenate x over the ranks along dimension 0, with gradient; x itself where there is one rank."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return x
-    return torch.cat(torch.distributed.nn.functional.all_gather(x.contiguous()))
-
-
-def widen(x: Tensor) -> Tensor:
-    """In fp32, or in float64 if it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def reconstruction_loss(
@@ -339,132 +50,6 @@ def reconstruction_loss(
         target = (target - mean) / (var + 1e-6).sqrt()
     error = (widen(pred) - target).square().mean(dim=-1)  # (B, N)
     return (error * mask).sum() / mask.sum()
-
-
-class Projected(NamedTuple):
-    """What a contrastive term is given, of the whole global batch.
-
-    predictions: (B, V, out), with gradient.
-    targets: (B, V, out): the predictions themselves; or what they are to be like, without gradient.
-    labels: (B,), -1 where there is none; for a triplet's positives.
-    queue: (Q, out), normalised; MoCo's negatives, else None.
-    """
-
-    predictions: Tensor
-    targets: Tensor
-    labels: Tensor | None = None
-    queue: Tensor | None = None
-
-
-def rows(x: Tensor) -> Tensor:
-    """(B, V, out) -> (V * B, out), normalised, at least in fp32; view 1 of all samples first."""
-    return F.normalize(widen(x), dim=-1).transpose(0, 1).flatten(0, 1)
-
-
-def info_nce(z: Projected, temperature: float) -> tuple[Tensor, Tensor]:
-    """NT-Xent over both views of all samples: each must find its partner among the targets of the other 2B - 1.
-
-    Returns the loss, and the fraction of views that do find it. With a queue, its rows are the others (MoCo).
-
-    Args:
-        temperature: divides the cosine similarities, > 0.
-
-    Deviation: the official labels lack the rank's offset, and its loss is exp, sum and log; here the samples of all
-    ranks are one batch before the labels are made, and the loss is a cross-entropy.
-    """
-    p, t = rows(z.predictions), rows(z.targets)  # (2B, out)
-    partner = torch.arange(len(p), device=p.device).roll(len(p) // 2)
-    if z.queue is None:
-        logits = (p @ t.T).fill_diagonal_(float("-inf"))  # (2B, 2B)
-    else:
-        logits = torch.cat([(p * t[partner]).sum(dim=1, keepdim=True), p @ widen(z.queue).T], dim=1)  # (2B, 1 + Q)
-        partner = torch.zeros_like(partner)
-    return F.cross_entropy(logits / temperature, partner), (logits.argmax(dim=1) == partner).float().mean()
-
-
-def triplet(z: Projected, margin: float) -> tuple[Tensor, Tensor]:
-    """FaceNet's: for all pairs of an anchor and a positive, [|a - p|^2 - |a - n|^2 + margin]+ with a semi-hard negative.
-
-    That is the nearest of those further away than the positive, or, if there is none, the furthest of all. Positives are the
-    other view of a sample, and every view of its label's, where there are labels. The mean over the pairs.
-
-    Returns the loss, and the fraction of pairs whose positive is nearer than that negative.
-    """
-    p = rows(z.predictions)
-    B = len(z.predictions)
-    same = -1 - torch.arange(B, device=p.device)  # none but itself, where there is no label
-    same = (same if z.labels is None else torch.where(z.labels < 0, same, z.labels)).repeat(len(p) // B)
-    distance = 2 - 2 * p @ p.T  # (n, n), of unit vectors
-    positive = (same[:, None] == same) & ~torch.eye(len(p), dtype=torch.bool, device=p.device)
-    anchor, other = positive.nonzero(as_tuple=True)  # (pairs,)
-    reached = distance[anchor, other]
-    with torch.no_grad():  # the choice has no gradient, and would cost most of the time
-        far = distance.masked_fill(same[:, None] == same, float("-inf"))[anchor]  # (pairs, n), the negatives'
-        beyond = far.masked_fill(far <= reached[:, None], float("inf"))
-        chosen = torch.where(beyond.amin(dim=1).isinf(), far.argmax(dim=1), beyond.argmin(dim=1))
-    negative = distance[anchor, chosen]
-    return F.relu(reached - negative + margin).mean(), (reached < negative).float().mean()
-
-
-def matched(z: Projected) -> Tensor:
-    """The fraction of views whose partner's target is nearer than any other sample's."""
-    B = len(z.predictions)
-    similar = rows(z.predictions) @ rows(z.targets).T  # (2B, 2B)
-    partner = torch.arange(len(similar), device=similar.device).roll(B)
-    return (similar.fill_diagonal_(float("-inf")).argmax(dim=1) == partner).float().mean()
-
-
-def simsiam(z: Projected) -> tuple[Tensor, Tensor]:
-    """Minus the cosine of each view's prediction and the other view's target, no sample repels (Chen and He 2021).
-
-    Returns the loss, and see matched.
-    """
-    p, t = rows(z.predictions), rows(z.targets)
-    return -(p * t.roll(len(p) // 2, dims=0)).sum(dim=1).mean(), matched(z)
-
-
-def vicreg(z: Projected) -> tuple[Tensor, Tensor]:
-    """Invariance 25, variance 25 and covariance 1 of the projections of both views (Bardes et al. 2022).
-
-    Returns the loss, and see matched.
-    """
-    one, two = widen(z.predictions).unbind(1)  # (B, out)
-    loss = 25 * F.mse_loss(one, two)
-    for view in (one, two):
-        covariance = view.T.cov()  # (out, out)
-        deviation = (covariance.diag() + 1e-4).sqrt()
-        off = covariance - covariance.diag().diag()
-        loss = loss + 25 * F.relu(1 - deviation).mean() / 2 + off.square().sum() / len(covariance)
-    return loss, matched(z)
-
-
-class Momentum(nn.Module):
-    """MoCo's second encoder and projector, moving averages of the first ones, and the queue of what they projected.
-
-    Args:
-        momentum: share of the average that stays in a step, in [0, 1).
-        queue_size: projections kept.
-    """
-
-    def __init__(self, encoder: Encoder, projector: Projector, momentum: float, queue_size: int):
-        super().__init__()
-        self.encoder, self.projector = copy.deepcopy(encoder), copy.deepcopy(projector)
-        self.requires_grad_(False)
-        self.momentum = momentum
-        queue = torch.randn(queue_size, projector[-1].out_features, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("queue", F.normalize(queue, dim=-1))
-
-    @torch.no_grad()
-    def follow(self, encoder: Encoder, projector: Projector) -> None:
-        for mine, theirs in ((self.encoder, encoder), (self.projector, projector)):
-            for average, new in zip(mine.parameters(), theirs.parameters(), strict=True):
-                average.lerp_(new, 1 - self.momentum)
-
-    @torch.no_grad()
-    def push(self, keys: Tensor) -> None:
-        """Put keys (B, V, out) in the place of the oldest."""
-        new = rows(keys).to(self.queue.dtype)
-        self.queue.copy_(torch.cat([new, self.queue])[: len(self.queue)])
 
 
 class ViCMAE(ComposerModel):
@@ -532,9 +117,9 @@ class ViCMAE(ComposerModel):
         super().__init__()
         self.tubelet_size = tubelet_size if num_frames > 1 else 1
         self.encoder = Encoder(img_size, patch_size, embed_dim, depth, num_heads, num_frames, self.tubelet_size)
+        self.mask, self.mask_ratio, self.decode_ratio, self.ramp = mask, mask_ratio, 1.0, 1.0
         N = self.encoder.num_patches
-        K = random_masking(torch.zeros(1, N, device="cpu"), mask_ratio, mask, self.encoder.steps)[0].shape[1]
-        if mask != "none" and not 0 < K < N:
+        if mask != "none" and not 0 < self.kept(N)[0] < N:
             raise ValueError(f"mask_ratio {mask_ratio} must keep and remove at least one of {N} patches")
         if mask == contrast == "none":
             raise ValueError("mask and contrast are both none: there is nothing to learn")
@@ -546,13 +131,12 @@ class ViCMAE(ComposerModel):
         if mask != "none":
             self.decoder = Decoder(self.encoder, decoder_embed_dim, decoder_depth, decoder_num_heads)
         if contrast != "none":
-            self.projector = Projector(embed_dim, projector_hidden_dim, projector_out_dim)
+            self.projector = Head(embed_dim, projector_hidden_dim, projector_hidden_dim, projector_out_dim)
         if contrast != "none" and predictor_hidden_dim:
-            self.predictor = Predictor(projector_out_dim, predictor_hidden_dim)
+            self.predictor = Head(projector_out_dim, predictor_hidden_dim, projector_out_dim)
         if contrast == "moco":
             self.momentum = Momentum(self.encoder, self.projector, momentum, queue_size)
         self.contrast = contrast
-        self.mask, self.mask_ratio = mask, mask_ratio
         self.pool = pool
         self.positives = positives
         self.temperature = temperature
@@ -561,7 +145,6 @@ class ViCMAE(ComposerModel):
         self.weight_recon = weight_recon
         self.norm_pix_loss = norm_pix_loss
         self.chunk_size = chunk_size
-        self.decode_ratio = self.ramp = 1.0
 
     def kept(self, N: int) -> tuple[int, int]:
         """How many of N patches the encoder sees, and how many the decoder decodes in training."""
@@ -861,156 +444,11 @@ class Classifier(ComposerModel):
         return B * V * (embed + blocks + 2 * heads if self.freeze else 2 * embed + 3 * (blocks + heads))
 
 
-HARMLESS = [  # plain values that may stand beside the weights
-    argparse.Namespace,  # the official files' arguments
-    *(datetime.timedelta, torch.torch_version.TorchVersion),  # Composer's time stamp and versions
-    *(np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType),  # Composer's generator states
-]
-
-
-IN_SHARDS = {  # all that their table of contents is made of, by exact name: a dotted one would lead out of its module
-    *((distributed_checkpoint.metadata.__name__, name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
-    *((distributed_checkpoint.metadata.__name__, f"{name}StorageMetadata") for name in ("Bytes", "Chunk", "Tensor")),
-    *((distributed_checkpoint.metadata.__name__, name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING")),
-    *(("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout")),
-    *(("pathlib", "PosixPath"), ("torch", "Size")),
-    *(("torch", name) for name in ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool")),
-}
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Unpickles the table of contents of FSDP's shards, and refuses whatever does not belong there."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in IN_SHARDS:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
-        return super().find_class(module, name)
-
-
-class PlainReader(FileSystemReader):
-    """FSDP's shards, read without running what a pickle says."""
-
-    def read_metadata(self) -> Metadata:
-        with open(os.path.join(self.path, ".metadata"), "rb") as file:
-            return PlainUnpickler(file).load()
-
-
-def read_shards(path: str) -> dict[str, Tensor]:
-    """The model's weights in a folder of FSDP's shards, each whole."""
-    reader = PlainReader(path)
-    shapes = reader.read_metadata().state_dict_metadata
-    state = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in shapes.items()
-        if key.startswith("state.model.") and isinstance(entry, TensorStorageMetadata)
-    }
-    distributed_checkpoint.load(state, storage_reader=reader)
-    return {key.removeprefix("state.model."): value for key, value in state.items()}
-
-
-def timm_file(name: str) -> str:
-    """The file on disk with timm's weights of this name, such as vit_base_patch16_224.mae; nothing is downloaded.
-
-    Raises:
-        ValueError: timm has no such weights, or they are not in Hugging Face's cache.
-    """
-    entry = get_pretrained_cfg(name)
-    if entry is None or not entry.hf_hub_id:
-        raise ValueError(f"checkpoint {name} does not exist, as a file or among timm's weights")
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        if isinstance(path := try_to_load_from_cache(entry.hf_hub_id, file), str):
-            return path
-    raise ValueError(f"timm's {name} is not on disk; fetch it with: huggingface-cli download {entry.hf_hub_id}")
-
-
-def read_checkpoint(path: str, head: int | None = None) -> dict[str, Tensor]:
-    """The weights in a file, by our names; or timm's weights by theirs, see timm_file.
-
-    Reads Composer's checkpoints (a file, or a folder of FSDP's shards), the official files of ViC-MAE and MAE ({"model":
-    ...}, whole or encoder alone) and bare state dicts, as .pt, .pth or .safetensors. Where Composer's EMA was at work, its
-    averages are taken. Nothing but tensors and plain values is unpickled. With `head`, of a classifier's heads for several
-    data sets, that one is taken.
-
-    Raises:
-        ValueError: the file is missing, is no such checkpoint, or has no such head.
-    """
-    if not os.path.exists(path):
-        path = timm_file(path)
-    try:
-        if os.path.isdir(path):
-            state = read_shards(path)
-        elif path.endswith(".safetensors"):
-            state = load_file(path)
-        else:
-            with torch.serialization.safe_globals(HARMLESS):
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is no checkpoint that can be read safely: {reason}") from error
-    averages = {}
-    for key in ("state", "model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            ema = dict(state.get("algorithms") or ()).get("EMA", {}).get("ema_model", {})
-            averages |= ema.get("named_parameters_dict", {}) | ema.get("named_buffers_dict", {})
-    items = (state | averages).items() if isinstance(state, dict) else ()
-    weights = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
-    if not any("blocks.0." in key for key in weights):
-        raise ValueError(f"{path} holds no ViT (no key named blocks.0.*)")
-    weights = our_layout({our_name(key): value for key, value in weights.items()})
-    if head is None:
-        return weights
-    if f"head.{head}.bias" not in weights:
-        raise ValueError(f"checkpoint {path} has no head.{head}; a run with own_heads has one for each of its streams")
-    return {key.replace(f"head.{head}.", "head."): value for key, value in weights.items()}
-
-
-def our_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as this file has them from those of ST-MAE (mae_st), which splits qkv and positions, and of VideoMAE.
-
-    VideoMAE has no bias for k, whose effect on attention is nothing, no CLS and no stored positions. Of a linear probe's
-    heads, the best is taken.
-    """
-    weights = dict(weights)
-    if "head.right" in weights:
-        best = int(weights["head.right"].argmax())
-        best = {f"head.{name}": weights[f"head.{best}.{name}"] for name in ("weight", "bias")}
-        weights = {key: value for key, value in weights.items() if not key.startswith("head.")} | best
-    for key in list(weights):
-        if split := re.fullmatch(r"(.*attn\.)q\.(weight|bias)", key):
-            parts = [weights.pop(f"{split[1]}{part}.{split[2]}") for part in "qkv"]
-            weights[f"{split[1]}qkv.{split[2]}"] = torch.cat(parts)
-        elif split := re.fullmatch(r"(.*attn\.)q_bias", key):
-            q, v = weights.pop(key), weights.pop(f"{split[1]}v_bias")
-            weights[f"{split[1]}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
-        elif key.endswith("pos_embed_spatial"):
-            prefix = key.removesuffix("_spatial")
-            cls = weights.pop(f"{prefix}_class")
-            weights[prefix] = torch.cat([cls, weights.pop(key)], dim=1)
-            weights["encoder.temporal_embed"] = weights.pop(f"{prefix}_temporal")
-    return weights
-
-
-def our_name(key: str) -> str:
-    """A parameter's name in this file for its name in the official ones; our own names stay as they are."""
-    key = key.removeprefix("module.")
-    key = re.sub(r"^decoder_(embed|pos_embed|blocks|norm|pred)", r"decoder.\1", key)
-    key = re.sub(r"^mask_token", "decoder.mask_token", key)
-    key = re.sub(r"^(encoder\.)?fc_norm", r"\1norm", key)  # where MAE's fine-tuning pools before the norm
-    return re.sub(r"^(?=(cls_token|pos_embed|patch_embed|blocks|norm)(\b|_))", "encoder.", key)
-
-
-def is_grid(positions: Tensor) -> bool:
-    """Whether these are positions (1, 1 + grid * grid, D) of CLS and a square grid."""
-    return positions.ndim == 3 and math.isqrt(positions.shape[1] - 1) ** 2 == positions.shape[1] - 1
-
-
 def load_pretrained(module: nn.Module, source: str | dict[str, Tensor], head: int | None = None) -> dict[str, list[str]]:
     """Fill a ViCMAE or a Classifier from a checkpoint file or from a state dict in our or the official names.
 
     The encoder must be there whole, but for CLS and positions where the source, as VideoMAE, has none; a decoder, projector
-    or head is filled if it is. A 2-D patch embedding is inflated to tubelets (repeated over the frames and divided by their
-    number), tubelets are summed up for images; positions are interpolated to another grid or number of steps. `head`: see
+    or head is filled if it is. Weights for another kind of input are brought to this one's, see resized. `head`: see
     read_checkpoint.
 
     Returns:
@@ -1021,10 +459,7 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor], head: in
         ValueError: no checkpoint, an encoder that is not whole, or of another size.
     """
     name = source if isinstance(source, str) else "the state dict"
-    if isinstance(source, str):
-        found = read_checkpoint(source, head)
-    else:
-        found = our_layout({our_name(key): value for key, value in source.items()})
+    found = read_checkpoint(source, head) if isinstance(source, str) else our_layout(source)
     own = module.state_dict()
     report = {"loaded": [], "resized": [], "missing": [key for key in own if key not in found], "unused": []}
     filled = {}
@@ -1033,24 +468,14 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor], head: in
             report["unused"].append(key)
             continue
         shape = own[key].shape
-        if key.endswith("patch_embed.proj.weight") and value.ndim == 4 and len(shape) == 5:
-            value = value[:, :, None].expand(-1, -1, shape[2], -1, -1) / shape[2]
-            report["resized"].append(key)
-        elif key.endswith("patch_embed.proj.weight") and value.ndim == 5 and len(shape) == 4:
-            value = value.sum(dim=2)  # what a still clip gives
-            report["resized"].append(key)
-        elif key.endswith("temporal_embed") and value.shape != shape and value.shape[2] == shape[2]:
-            value = F.interpolate(value.transpose(1, 2), shape[1], mode="linear").transpose(1, 2)
-            report["resized"].append(key)
-        elif key.endswith("pos_embed") and value.shape != shape and is_grid(value):
-            value = resample_abs_pos_embed(value, [math.isqrt(shape[1] - 1)] * 2)
-            report["resized"].append(key)
-        if value.shape != shape:
+        filled[key] = fit = resized(key, value, shape)
+        if fit.shape != shape:
             raise ValueError(
-                f"{name}: {key} is {tuple(value.shape)} but the model's is {tuple(shape)}; set the model's sizes as trained"
+                f"{name}: {key} is {tuple(fit.shape)} but the model's is {tuple(shape)}; set the model's sizes as trained"
             )
-        filled[key] = value
         report["loaded"].append(key)
+        if fit is not value:
+            report["resized"].append(key)
     for key in report["unused"]:
         if key.startswith(("encoder.blocks.", "encoder.norm", "encoder.patch_embed")):
             raise ValueError(f"{name} has {key}, which the model has not; it is of another depth or kind of ViT")
@@ -1063,16 +488,3 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor], head: in
         )
     module.load_state_dict(filled, strict=False)
     return report
-
-
-def describe(report: dict[str, list[str]]) -> str:
-    """A report of load_pretrained as a table: how many weights of each part met which fate."""
-    parts = {}
-    for fate, names in report.items():
-        for name in names:
-            words = name.split(".")
-            part = ".".join(words[: 2 if words[0] in ("encoder", "decoder") else 1])
-            parts.setdefault(part, Counter())[fate] += 1
-    lines = [f"{'':28}" + "".join(f"{fate:>9}" for fate in report)]
-    lines += [f"{part:28}" + "".join(f"{fates[fate] or '':>9}" for fate in report) for part, fates in parts.items()]
-    return "\n".join(lines)

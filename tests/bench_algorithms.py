@@ -20,8 +20,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data_prep
+from checkpoints import LATEST
+from config import load_config
 from model import ViCMAE, load_pretrained
-from pretrain import LATEST, EvalViews, embed, knn_accuracy, load_config, pretrain
+from pretrain import pretrain
+from probes import embed, knn_accuracy
+from views import EvalViews
 
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = {

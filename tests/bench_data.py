@@ -40,7 +40,9 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data_prep
 import finetune
-import pretrain
+from sources import Recipe, read_video
+from streams import load_stream
+from views import SampleViews, augment_batch
 
 SIZE, PATCHES, PATCH = 224, 196, 16
 BATCH = 64
@@ -108,7 +110,7 @@ def draw_clip(path: Path, seconds: int = 10, width: int = 340) -> None:
 def stream_of(path: Path, work: Path, workers: int, transform: Callable, samples: int = IMAGES) -> DataLoader:
     streams = [{"path": str(path)}]
     options = {"global_train_batch_size": BATCH, "num_workers": workers, "epoch_size": samples}
-    spec, _ = pretrain.load_stream(transform, pretrain.augment_batch, 0, PATCH, work, streams=streams, **options)
+    spec, _ = load_stream(transform, augment_batch, 0, PATCH, work, streams=streams, **options)
     return spec.dataloader
 
 
@@ -145,7 +147,7 @@ def read(loader: Iterable, epochs: int = 1) -> int:
 
 
 def compare_loaders(images: Path, work: Path) -> None:
-    data_prep.convert(str(images), str(work / "images"), data_prep.Recipe("images"))
+    data_prep.convert(str(images), str(work / "images"), Recipe("images"))
     names = sorted(images.iterdir())
     tar = work / "images.tar"
     with tarfile.open(tar, "w") as file:
@@ -153,7 +155,7 @@ def compare_loaders(images: Path, work: Path) -> None:
             file.add(path, path.name)
     loaders = {}
     for workers in (0, 1):
-        pairs = stream_of(work / "images", work, workers, pretrain.SampleViews(SIZE, PATCHES), 4 * IMAGES)
+        pairs = stream_of(work / "images", work, workers, SampleViews(SIZE, PATCHES), 4 * IMAGES)
         loaders[f"ours, {workers} workers"] = partial(read, pairs)
         loaders[f"webdataset, PIL, torchvision, {workers} workers"] = partial(read, webdataset_of(tar, workers))
     if importlib.util.find_spec("ffcv"):
@@ -174,18 +176,18 @@ def find_ffmpeg() -> str | None:
     return imageio_ffmpeg.get_ffmpeg_exe()
 
 
-def extract(film: Path, recipe: data_prep.Recipe) -> int:
+def extract(film: Path, recipe: Recipe) -> int:
     with film.open("rb") as file:
-        data_prep.read_video(file, recipe)
+        read_video(file, recipe)
     return 1
 
 
-def ffmpeg_command(ffmpeg: str, film: Path, recipe: data_prep.Recipe, out: Path) -> list[str]:
+def ffmpeg_command(ffmpeg: str, film: Path, recipe: Recipe, out: Path) -> list[str]:
     """The command for the frames that read_video takes, at their size."""
     with av.open(str(film)) as container:
         seconds = np.array([frame.time for frame in container.decode(video=0)])
     with film.open("rb") as file:
-        frames, times = data_prep.read_video(file, recipe)
+        frames, times = read_video(file, recipe)
     height, width = simplejpeg.decode_jpeg_header(frames[0])[:2]
     picked = "+".join(f"eq(n,{np.abs(seconds - time).argmin()})" for time in times)
     filters = f"select='{picked}',scale={width}:{height}:flags=bicubic"
@@ -199,7 +201,7 @@ def run(*command: str) -> int:
 
 
 def compare_extraction(clip: Path, work: Path) -> None:
-    ffmpeg, recipe = find_ffmpeg(), data_prep.Recipe("videos")
+    ffmpeg, recipe = find_ffmpeg(), Recipe("videos")
     if not ffmpeg:
         return
     films = [clip, CLIPS / "bikes.mp4", CLIPS / "bigbuckbunny.mp4", CLIPS / "carphone_pristine.mp4"]
@@ -220,7 +222,7 @@ def compare_extraction(clip: Path, work: Path) -> None:
 
 def convert(source: Path, out: Path, workers: int) -> int:
     shutil.rmtree(out, ignore_errors=True)
-    return data_prep.convert(str(source), str(out), data_prep.Recipe("images"), workers)["samples"]
+    return data_prep.convert(str(source), str(out), Recipe("images"), workers)["samples"]
 
 
 def compare_workers(images: Path, work: Path) -> None:
@@ -238,8 +240,8 @@ def compare_workers(images: Path, work: Path) -> None:
 
 def measure_costs(images: Path, work: Path) -> None:
     """CPU time and room of an input of the common data sets, whose like are drawn here."""
-    packs = {"16 frames": data_prep.Recipe("videos"), "7.5 frames a second": data_prep.Recipe("videos", fps=7.5)}
-    few = {"8 frames": data_prep.Recipe("videos", frames=8)}
+    packs = {"16 frames": Recipe("videos"), "7.5 frames a second": Recipe("videos", fps=7.5)}
+    few = {"8 frames": Recipe("videos", frames=8)}
     for name, seconds, width, recipes in (
         ("Kinetics, 10 s of 340x256", 10, 340, packs),
         ("MiT, 3 s of 256x256", 3, 256, few),
@@ -251,10 +253,10 @@ def measure_costs(images: Path, work: Path) -> None:
             os.link(folder / "0.mp4", folder / f"{number}.mp4")
         for pack, recipe in recipes.items():
             cost(f"{name}, {pack}", folder, work / "cost", recipe)
-    cost("ImageNet, 500x375", images, work / "cost", data_prep.Recipe("images"))
+    cost("ImageNet, 500x375", images, work / "cost", Recipe("images"))
 
 
-def cost(what: str, source: Path, out: Path, recipe: data_prep.Recipe) -> None:
+def cost(what: str, source: Path, out: Path, recipe: Recipe) -> None:
     shutil.rmtree(out, ignore_errors=True)
     begin = cpu_seconds()
     count = data_prep.convert(str(source), str(out), recipe, 1)["samples"]
@@ -279,10 +281,10 @@ def compare_kinds(clip: Path, work: Path) -> None:
     films.mkdir()
     for number in range(8):
         os.link(clip, films / f"{number}.mp4")
-    packs = {"packs of 16 frames": data_prep.Recipe("videos"), "packs of 75 frames": data_prep.Recipe("videos", fps=7.5)}
+    packs = {"packs of 16 frames": Recipe("videos"), "packs of 75 frames": Recipe("videos", fps=7.5)}
     for name, recipe in packs.items():
         data_prep.convert(str(films), str(work / name), recipe)
-    pairs, clips = pretrain.SampleViews(SIZE, PATCHES), finetune.TrainingClips(SIZE, 16, 2)
+    pairs, clips = SampleViews(SIZE, PATCHES), finetune.TrainingClips(SIZE, 16, 2)
     kinds = {name: (name, pairs, 768) for name in ("images", *packs)}
     kinds["clips of 16 frames, of packs of 16"] = ("packs of 16 frames", clips.draw, 128)
     contenders = {
@@ -305,7 +307,7 @@ def compare_kinds(clip: Path, work: Path) -> None:
 
 def compare_prefetching(work: Path) -> None:
     """Batches that each of 2 workers has ready or under way, while the training process is busy half of the time."""
-    pairs = pretrain.SampleViews(SIZE, PATCHES)
+    pairs = SampleViews(SIZE, PATCHES)
     contenders = {}
     for factor in (1, 2, 4, 8):
         data = stream_of(work / "images", work, 0, pairs, 24 * BATCH).dataset

@@ -38,7 +38,11 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data_prep
 import pretrain
+import streams
+from checkpoints import Checkpoints
+from config import load_config
 from model import ViCMAE
+from views import ViewRecipe, augment_batch
 
 ROOT = Path(__file__).parents[1]
 BATCH, TURNS = 16, 7
@@ -72,7 +76,7 @@ def configure(*changes: str, model: dict | None = MODEL, batch: int = BATCH) -> 
     """The demonstration's configuration with another model and batch, and no k-NN, which is not of a step."""
     changes += tuple(f"model.{key}={value}" for key, value in (model or {}).items())
     always = ["data.make_demo=null", f"data.global_train_batch_size={batch}", "schedule.t_warmup=2ba"]
-    config = pretrain.load_config([str(ROOT / "yamls" / "demo.yaml"), *always, *changes], pretrain.pretrain)
+    config = load_config([str(ROOT / "yamls" / "demo.yaml"), *always, *changes], pretrain.pretrain)
     config["callbacks"].pop("KNN")
     return {"algorithms": None, "loggers": None} | config
 
@@ -235,7 +239,7 @@ class Batches:
 def draw_batches(config: dict, size: int, count: int = 4) -> list[dict[str, Tensor]]:
     """What the loader gives, without pictures in it."""
     rng, side = np.random.default_rng(0), config["model"]["img_size"]
-    recipe, patches = pretrain.ViewRecipe(**config["augment"]["video"]), (side // config["model"]["patch_size"]) ** 2
+    recipe, patches = ViewRecipe(**config["augment"]["video"]), (side // config["model"]["patch_size"]) ** 2
     return [
         {
             "views": torch.from_numpy(rng.integers(0, 256, (size, 2, side, side, 3), np.uint8)),
@@ -251,7 +255,7 @@ def build_on(batches: Batches, config: dict, run: Path, size: int) -> Trainer:
     torch.manual_seed(0)
     net = ViCMAE(**config["model"])
     adamw = pretrain.build_optimizer(net, config["data"]["global_train_batch_size"], **config["optimizer"])
-    spec = DataSpec(batches, microbatch_transforms=pretrain.augment_batch)
+    spec = DataSpec(batches, microbatch_transforms=augment_batch)
     return pretrain.build_trainer(run, config, net, adamw, spec, size)
 
 
@@ -264,7 +268,7 @@ def measure_trainer(work: Path, steps: int = 40) -> None:
     batches = Batches(
         draw_batches(config, BATCH),
         steps,
-        lambda batch: step(lambda: our_loss(net, pretrain.augment_batch(batch)), adamw),
+        lambda batch: step(lambda: our_loss(net, augment_batch(batch)), adamw),
     )
     with (
         open(os.devnull, "w") as nowhere,
@@ -305,7 +309,7 @@ def run_settings(demo: Path, steps: int, workers: int) -> list[str]:
 def measure_waiting(demo: Path, model: dict | None, what: str, steps: int) -> None:
     config = configure(*run_settings(demo, steps, 2), f"run_name=waiting{steps}", model=model)
     TimedLoader.waits.clear()
-    with mock.patch.object(pretrain, "DataLoader", TimedLoader):
+    with mock.patch.object(streams, "DataLoader", TimedLoader):
         trainer = pretrain.pretrain(**config)
         trainer.fit()
     trainer.close()
@@ -322,7 +326,7 @@ def measure_waiting(demo: Path, model: dict | None, what: str, steps: int) -> No
     )
 
 
-def note_time(self: pretrain.Checkpoints, state: pretrain.State, logger: pretrain.Logger) -> None:
+def note_time(self: Checkpoints, state: pretrain.State, logger: pretrain.Logger) -> None:
     """At the start of a step, add a line to times.jsonl: steps done, seconds."""
     with (self.folder.parent / "times.jsonl").open("a") as file:
         file.write(json.dumps([state.timestamp.batch.value, time.time()]) + "\n")
@@ -439,7 +443,7 @@ def measure_memory(few: int = 4, many: int = 8) -> None:
     small = {"embed_dim": 192, "depth": 6, "num_heads": 3, "decoder_embed_dim": 128, "decoder_depth": 4}
     sizes = {
         "D 192, depth 6, decoder 128 x 4": small | {"decoder_num_heads": 4},
-        "ViT-S (yamls/vits.yaml)": pretrain.load_config([str(ROOT / "yamls" / "vits.yaml")], pretrain.pretrain)["model"],
+        "ViT-S (yamls/vits.yaml)": load_config([str(ROOT / "yamls" / "vits.yaml")], pretrain.pretrain)["model"],
     }
     options = {"plain": (None, 1.0), "chunk_size=2": (2, 1.0), "PartialDecoding 0.5": (None, 0.5), "both": (2, 0.5)}
     for size, model in sizes.items():
@@ -457,7 +461,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[1:2] == ["--child"]:
         del sys.argv[1]
-        pretrain.Checkpoints.batch_start = note_time
+        Checkpoints.batch_start = note_time
         pretrain.main()
         return
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import data_prep  # noqa: E402
 import pretrain  # noqa: E402
+from places import s3_client  # noqa: E402
 
 torch.set_num_threads(1)  # what is tested is small; threads only get in each other's way
 
@@ -131,11 +132,11 @@ def bucket(endpoint, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data_prep, "PART_SIZE", 5)
-    data_prep.s3_client.cache_clear()
+    s3_client.cache_clear()
     client = boto3.client("s3", endpoint_url=endpoint)
     client.create_bucket(Bucket="bkt")
     yield client
     for page in client.get_paginator("list_objects_v2").paginate(Bucket="bkt"):
         for found in page.get("Contents", ()):
             client.delete_object(Bucket="bkt", Key=found["Key"])
-    data_prep.s3_client.cache_clear()
+    s3_client.cache_clear()

@@ -31,12 +31,12 @@ from conftest import small
 
 import data_prep
 import pretrain
-from model import read_checkpoint
+from checkpoints import LATEST, Checkpoints, read_checkpoint
 
 LIMIT = 15  # seconds from SIGTERM to the end of the launcher, a checkpoint included
 
 
-def note_samples(self: pretrain.Checkpoints, state: pretrain.State, logger: pretrain.Logger) -> None:
+def note_samples(self: Checkpoints, state: pretrain.State, logger: pretrain.Logger) -> None:
     """At the start of a step, add a line to samples.jsonl: a checksum of each sample's noise, which is its own."""
     keys = [zlib.crc32(noise.numpy().tobytes()) for noise in state.batch["noise"]]
     with (self.folder.parent / "samples.jsonl").open("a") as file:
@@ -86,7 +86,7 @@ def samples_of(run: Path) -> dict[int, set[tuple]]:
 
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    return read_checkpoint(str(run / "checkpoints" / pretrain.LATEST))
+    return read_checkpoint(str(run / "checkpoints" / LATEST))
 
 
 def losses_of(run: Path) -> dict[int, dict]:
@@ -142,7 +142,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         del sys.argv[1]
         torch.set_num_threads(1)
-        pretrain.Checkpoints.batch_start = note_samples
+        Checkpoints.batch_start = note_samples
         pretrain.main()
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

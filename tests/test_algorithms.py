@@ -15,7 +15,10 @@ from torch import nn
 
 import finetune
 import pretrain
-from model import Classifier, ViCMAE, read_checkpoint
+from checkpoints import LATEST, Checkpoints, read_checkpoint, step_of
+from model import Classifier, ViCMAE
+from probes import infer
+from views import EvalViews
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 TINY |= {"decoder_embed_dim": 24, "decoder_depth": 1, "decoder_num_heads": 2}
@@ -68,7 +71,7 @@ def test_channels_last_changes_the_layout_of_the_patch_embedding_and_no_loss(arg
     def batch_start(self, state, logger) -> None:
         layouts.append(state.model.encoder.patch_embed["proj"].weight.is_contiguous(memory_format=torch.channels_last))
 
-    monkeypatch.setattr(pretrain.Checkpoints, "batch_start", batch_start)
+    monkeypatch.setattr(Checkpoints, "batch_start", batch_start)
     run_stage(pretrain, [*arguments, "run_name=run", "algorithms={ChannelsLast: {}}"], tmp_path)
     assert all(layouts)
     assert losses(tmp_path, "run") == pytest.approx(plain, rel=1e-5)
@@ -93,7 +96,7 @@ def test_half_precision_on_a_cpu_multiplies_matrices_in_bfloat16_and_resumes_to_
     weights = read_checkpoint(str(tmp_path / "runs" / "whole" / "checkpoints" / "latest-rank0.pt"))
     assert all(weight.dtype == torch.float32 for weight in weights.values() if weight.is_floating_point())
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain.Checkpoints, "batch_start", signal_at(5))
+        patch.setattr(Checkpoints, "batch_start", signal_at(5))
         with pytest.raises(SystemExit):
             run_stage(pretrain, [*arguments, "run_name=run"], tmp_path)
     run_stage(pretrain, [*arguments, "run_name=run"], tmp_path)
@@ -118,7 +121,7 @@ def test_own_algorithms_train_by_a_line_of_yaml_and_resume_to_the_bit(arguments,
     arguments = [*arguments, f"algorithms={block}", "trainer.max_duration=6ba"]
     run_stage(pretrain, [*arguments, "run_name=whole"], tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain.Checkpoints, "batch_start", signal_at(5))
+        patch.setattr(Checkpoints, "batch_start", signal_at(5))
         with pytest.raises(SystemExit):
             run_stage(pretrain, [*arguments, "run_name=run"], tmp_path)
     run_stage(pretrain, [*arguments, "run_name=run"], tmp_path)
@@ -138,7 +141,7 @@ def test_layer_freezing_leaves_the_first_layers_as_they_are(demo, pretrained, tm
     ]
     run_stage(finetune, arguments, tmp_path)
     folder = tmp_path / "runs" / "finetune_demo" / "checkpoints"
-    paths = sorted(folder.glob("ep*.pt"), key=lambda path: pretrain.step_of(path.name))
+    paths = sorted(folder.glob("ep*.pt"), key=lambda path: step_of(path.name))
     weights = [read_checkpoint(str(path)) for path in (pretrained, *paths)]
     names = [f"encoder.{name}.weight" for name in ("patch_embed.proj", "blocks.0.attn.qkv", "blocks.1.attn.qkv", "norm")]
     changes = ["".join("-x"[not torch.equal(a[name], b[name])] for name in names) for a, b in pairwise(weights)]
@@ -155,15 +158,15 @@ def test_ema_averages_are_what_fine_tuning_evaluates(demo, pretrained, tmp_path)
     ]
     run_stage(finetune, arguments, tmp_path)
     run = tmp_path / "runs" / "finetune_demo"
-    path = str(run / "checkpoints" / pretrain.LATEST)
+    path = str(run / "checkpoints" / LATEST)
     averages, trained = read_checkpoint(path), torch.load(path, weights_only=False)["state"]["model"]
     start = read_checkpoint(str(pretrained))
     name = "encoder.blocks.0.mlp.fc1.weight"
     assert (averages[name] - start[name]).norm() < (trained[name] - start[name]).norm()
     net = Classifier(10, img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=4)
     net.load_state_dict(averages)
-    views = pretrain.EvalViews([f"{demo}/test_images"], 32, crop_pct=1.0)
-    probabilities, labels = pretrain.infer(net, lambda inputs: net.eval_forward({"inputs": inputs}), views)
+    views = EvalViews([f"{demo}/test_images"], 32, crop_pct=1.0)
+    probabilities, labels = infer(net, lambda inputs: net.eval_forward({"inputs": inputs}), views)
     right = float((probabilities.argmax(dim=1) == labels).float().mean())
     assert json.loads((run / "result.json").read_text())["metrics/eval/top1"] == pytest.approx(right, abs=1e-6)
 

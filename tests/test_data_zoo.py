@@ -25,7 +25,8 @@ from streaming import LocalDataset
 from test_data_prep import BIKES
 
 import data_prep
-from data_prep import Recipe, convert
+from data_prep import convert
+from sources import Recipe, read_image, read_video
 
 CORNERS = np.array([[(220, 30, 30), (30, 200, 40)], [(40, 60, 220), (230, 220, 40)]], np.uint8)  # red green, blue yellow
 CODED = {"ITU601": (0.299, 0.114), "ITU709": (0.2126, 0.0722), "BT2020": (0.2627, 0.0593)}  # weights of red and blue in luma
@@ -355,7 +356,7 @@ def test_grey_video_comes_out_as_the_luma_of_what_was_drawn(videos):
 @pytest.mark.parametrize("recipe", [Recipe("videos", frames=12), Recipe("videos", fps=10)], ids=["frames", "fps"])
 def test_variable_rate_gives_the_frame_on_screen_at_each_wanted_time(videos, name, recipe):
     with (videos.source / name).open("rb") as file:
-        frames, times = data_prep.read_video(file, recipe)
+        frames, times = read_video(file, recipe)
     last = float(np.median(np.diff(VARIABLE)))  # how long the last frame is taken to stay
     length = (VARIABLE[-1] + last) / 1000
     wanted = np.arange(int(10 * length)) / 10 if recipe.fps else (np.arange(12) + 0.5) * length / 12
@@ -551,7 +552,7 @@ def test_small_jpeg_is_stored_byte_for_byte_and_everything_else_is_encoded(image
 
 PEAKS = """
 import json, resource, sys
-from data_prep import Recipe, convert
+from data_prep import convert
 peaks = []
 for folder in ("small", "huge"):
     report = convert(f"{sys.argv[1]}/{folder}", f"{sys.argv[1]}/{folder}_out", Recipe("images"), 1, max_skipped=1.0)
@@ -655,7 +656,7 @@ def test_decoder_that_crashes_or_hangs_costs_that_input_alone(tmp_path, monkeypa
     (tmp_path / "in").mkdir()
     for number in range(8):
         (tmp_path / "in" / f"{number}.jpg").write_bytes(jpeg(quality=80 + number))
-    read = data_prep.read_image
+    read = read_image
 
     def deadly(file, recipe):
         name = os.path.basename(file.name)

@@ -16,8 +16,12 @@ from torchvision.io import ImageReadMode, decode_image
 
 import eval as evaluation
 import pretrain
-from model import Classifier, Encoder, ViCMAE, load_pretrained
-from pretrain import MEAN, STD, EvalViews, infer, knn_accuracy, load_config
+import probes
+from config import load_config
+from model import Classifier, ViCMAE, load_pretrained
+from probes import choose, draw_neighbours, fit_linear, infer, knn_accuracy, linear_accuracy, measure_probe
+from views import MEAN, STD, EvalViews
+from vit import Encoder
 
 YAML = str(ROOT / "yamls" / "eval_demo.yaml")
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -28,15 +32,15 @@ TINY = SIZES | DECODER | {"projector_hidden_dim": 32, "projector_out_dim": 16}
 def test_linear_probe_tells_clusters_apart_and_guesses_where_nothing_is_to_be_learnt():
     features, labels = torch.randn(400, 5, generator=torch.Generator().manual_seed(0)), torch.arange(400) % 2
     halves = (features[:200], labels[:200]), (features[200:], labels[200:])
-    assert 0.4 < evaluation.linear_accuracy(*halves) < 0.6
+    assert 0.4 < linear_accuracy(*halves) < 0.6
     features[:, 0] += 8.0 * labels
-    assert evaluation.linear_accuracy(*halves) == 1.0
+    assert linear_accuracy(*halves) == 1.0
 
 
 def test_fit_linear_is_at_the_minimum_of_its_objective():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(60, 4, generator=generator), torch.randint(3, (60,), generator=generator)
-    predict = evaluation.fit_linear(x, y, 3, l2=0.1)
+    predict = fit_linear(x, y, 3, l2=0.1)
     standard = ((x - x.mean(dim=0)) / x.std(dim=0)).double().numpy()
     design = np.hstack([standard, np.ones((60, 1))])
     weights = np.linalg.lstsq(design, predict(x).double().numpy(), rcond=None)[0]  # (4 + 1, 3), as the logits are linear
@@ -53,13 +57,13 @@ def test_fit_linear_is_at_the_minimum_of_its_objective():
 
 def test_choice_is_of_each_class_as_many_as_its_limit_at_random_and_in_random_order():
     labels = torch.arange(3).repeat_interleave(torch.tensor([50, 200, 4]))
-    chosen = evaluation.choose(labels, torch.tensor([7, 20, 9]), seed=0)
+    chosen = choose(labels, torch.tensor([7, 20, 9]), seed=0)
     assert torch.bincount(labels[chosen]).tolist() == [7, 20, 4] and len(set(chosen.tolist())) == 31
-    assert chosen.tolist() == evaluation.choose(labels, torch.tensor([7, 20, 9]), seed=0).tolist()
+    assert chosen.tolist() == choose(labels, torch.tensor([7, 20, 9]), seed=0).tolist()
     assert labels[chosen].tolist() != labels[chosen].sort().values.tolist()
     often = torch.zeros(254)
     for seed in range(400):
-        often[evaluation.choose(labels, torch.tensor([7, 20, 9]), seed)] += 1 / 400
+        often[choose(labels, torch.tensor([7, 20, 9]), seed)] += 1 / 400
     expected = torch.tensor([7 / 50, 20 / 200, 1.0])[labels]
     assert (often - expected).abs().max() < 5 * (0.14 * 0.86 / 400) ** 0.5  # five standard deviations
 
@@ -69,13 +73,13 @@ def test_fractions_are_those_of_each_class_rounded_up_and_labels_per_class_as_ma
     counts = [100, 30, 10, 1]
     labels = torch.arange(4).repeat_interleave(torch.tensor(counts))
     features, used = torch.randn(141, 2, generator=torch.Generator().manual_seed(0)), []
-    monkeypatch.setattr(evaluation, "common_classes", lambda paths: list("abcd"))
-    monkeypatch.setattr(evaluation, "EvalViews", lambda *sizes, crop_pct: None)
-    monkeypatch.setattr(evaluation, "embed", lambda *arguments: (features, labels))
-    monkeypatch.setattr(evaluation, "linear_accuracy", lambda bank, queries: used.append(bank) or 0.5)
+    monkeypatch.setattr(probes, "common_classes", lambda paths: list("abcd"))
+    monkeypatch.setattr(probes, "EvalViews", lambda *sizes, crop_pct: None)
+    monkeypatch.setattr(probes, "embed", lambda *arguments: (features, labels))
+    monkeypatch.setattr(probes, "linear_accuracy", lambda bank, queries: used.append(bank) or 0.5)
     encoder = ViCMAE(**TINY).encoder
     options = {"bank": ["x"], "queries": ["x"], "labels_per_class": [7, None], "fractions": [fraction], "k": 3}
-    result = evaluation.measure_probe(encoder, 0, tmp_path, tmp_path, **options, temperature=0.5)
+    result = measure_probe(encoder, 0, tmp_path, tmp_path, **options, temperature=0.5)
     share = f"{Fraction(str(fraction)) * 100}%"
     assert result.keys() == {"knn", "linear_7", "linear_all", f"linear_{share}", f"knn_{share}"}
     rounded_up = [math.ceil(Fraction(str(fraction)) * count) for count in counts]
@@ -288,7 +292,7 @@ def test_features_are_written_with_labels_and_class_names_and_are_the_mean_of_th
     torch.manual_seed(0)
     encoder, file = ViCMAE(**TINY).encoder.eval(), tmp_path / "features.npz"
     probe = {"bank": [str(demo / "train_images")], "queries": [str(demo / "test_videos"), str(demo / "test_images")]}
-    evaluation.measure_probe(encoder, 0, tmp_path, tmp_path / "parts", **probe, features=str(file))
+    measure_probe(encoder, 0, tmp_path, tmp_path / "parts", **probe, features=str(file))
     assert sorted(os.listdir(tmp_path)) == ["features.npz", "parts"]
     with np.load(file, allow_pickle=False) as saved:
         arrays = dict(saved)
@@ -325,7 +329,7 @@ def test_neighbours_are_the_nearest_and_their_frames_tell_right_from_wrong(demo,
     views = [EvalViews([str(demo / name)], 32) for name in ("train_images", "test_images")]
     labels = [torch.tensor([int(data[number]["target"]) for number in range(60)]) for data in views]
     features = [torch.randn(60, 4, generator=generator) + 2 * torch.eye(10)[y][:, :4] for y in labels]
-    evaluation.draw_neighbours(*zip(features, labels, strict=True), views, tmp_path / "n.png", count=4, k=5)
+    draw_neighbours(*zip(features, labels, strict=True), views, tmp_path / "n.png", count=4, k=5)
     picture = decode_image(str(tmp_path / "n.png"), ImageReadMode.RGB)
     side, frames = 3 * 32 + 2 * 4, Counter()
     for row, query in enumerate((0, 19, 39, 59)):

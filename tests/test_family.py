@@ -20,11 +20,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+import comparison
+import data_prep
 import eval as evaluation
 import finetune
-import model
 import pretrain
-from model import Classifier, Projected, ViCMAE, info_nce, read_checkpoint, simsiam, triplet, vicreg
+from checkpoints import LATEST, read_checkpoint
+from contrast import Projected, info_nce, simsiam, triplet, vicreg
+from model import Classifier, ViCMAE
+from views import SampleViews, augment_batch
+from vit import patchify, pool, positions_for, random_masking, unpatchify
 
 CLIPS = {"num_frames": 4, "tubelet_size": 2}
 
@@ -123,35 +128,35 @@ def test_poolings_equal_numpy():
         "gem": (np.maximum(patches, 1e-6) ** 3).mean(axis=1) ** (1 / 3),
     }
     for kind, values in expected.items():
-        np.testing.assert_allclose(model.pool(tokens, kind).numpy(), values, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(pool(tokens, kind).numpy(), values, rtol=1e-5, atol=1e-6)
 
 
 def test_tube_hides_the_same_places_in_every_tubelet_and_random_does_not():
     noise = torch.rand(6, 4 * 16)
     for kind, alike in (("tube", True), ("random", False)):
-        ids_keep, ids_restore, mask = model.random_masking(noise, 0.75, kind, steps=4)
+        ids_keep, ids_restore, mask = random_masking(noise, 0.75, kind, steps=4)
         assert ids_keep.shape == (6, 16) and (mask.sum(dim=1) == 48).all()
         steps = mask.view(6, 4, 16)
         assert all(torch.equal(steps[:, 0], one) for one in steps.unbind(1)) is alike
         assert torch.equal(torch.gather(mask, 1, ids_keep), torch.zeros(6, 16))
         assert all(sorted(row) == list(range(64)) for row in ids_restore.tolist())
-    *_, mask = model.random_masking(noise, 0.75, "none", steps=4)
+    *_, mask = random_masking(noise, 0.75, "none", steps=4)
     assert not mask.any()
 
 
 def test_tubelet_is_frame_row_column_channel_and_unpatchify_inverts():
     clips = torch.randn(2, 4, 3, 16, 16)
-    patches = model.patchify(clips, 8, 2)  # 2 times of 2 x 2 places
+    patches = patchify(clips, 8, 2)  # 2 times of 2 x 2 places
     assert patches.shape == (2, 8, 2 * 64 * 3)
     place = clips[1, 2:4, :, 8:, :8]  # second time, below on the left
     assert torch.equal(patches[1, 4 + 2], place.permute(0, 2, 3, 1).flatten())
-    assert torch.equal(model.unpatchify(patches, 8, 4, 2), clips)
+    assert torch.equal(unpatchify(patches, 8, 4, 2), clips)
 
 
 def test_positions_of_a_clip_are_those_in_space_plus_those_in_time():
     net = ViCMAE(**TINY, **CLIPS)
     for part, dim in ((net.encoder, 48), (net.decoder, 24)):
-        table = model.positions_for(part.pos_embed, 4, part.temporal_embed)[0]
+        table = positions_for(part.pos_embed, 4, part.temporal_embed)[0]
         assert table.shape == (1 + 2 * 16, dim) and not table[0].any()
         for number in range(2 * 16):
             time, place = divmod(number, 16)
@@ -176,9 +181,7 @@ def test_clips_are_reconstructed_at_the_removed_tubelets_alone():
             target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
             error.append(float((outputs["pred"][b, 0, n] - target).square().mean()))
     assert len(error) == 2 * 24 and float(losses["reconstruction"]) == pytest.approx(np.mean(error), rel=1e-5)
-    hidden = model.unpatchify(outputs["mask"].flatten(0, 1)[:, :, None].expand(-1, -1, 384), 8, 4, 2).view(
-        batch["views"].shape
-    )
+    hidden = unpatchify(outputs["mask"].flatten(0, 1)[:, :, None].expand(-1, -1, 384), 8, 4, 2).view(batch["views"].shape)
     changed = batch | {"views": batch["views"] + hidden}
     assert torch.equal(net(changed)["features"], outputs["features"])
 
@@ -316,7 +319,7 @@ def test_flops_of_every_method_are_those_torch_counts(method):
 
 
 def weights(folder: Path, name: str) -> dict[str, Tensor]:
-    return read_checkpoint(str(folder / "runs" / name / "checkpoints" / pretrain.LATEST))
+    return read_checkpoint(str(folder / "runs" / name / "checkpoints" / LATEST))
 
 
 @pytest.mark.parametrize("method", ["methods/moco_v2", "methods/triplet_supervised", "methods/videomae", "paper"])
@@ -350,20 +353,20 @@ def test_clip_of_a_view_is_cropped_and_coloured_alike_and_views_differ(demo):
     sample = LocalDataset(str(demo / "train_videos"))[0]
     first = int(sample["ends"][0])
     still = sample | {"frames": sample["frames"][:first] * 16, "ends": np.arange(1, 17, dtype=np.uint32) * first}
-    drawn = pretrain.SampleViews(32, 32, 4)(still, np.random.default_rng(0))
+    drawn = SampleViews(32, 32, 4)(still, np.random.default_rng(0))
     assert drawn["views"].shape == (2, 4, 32, 32, 3) and drawn["noise"].shape == (2, 32)
     assert drawn["target"] == sample["label"]
     batch = {key: torch.as_tensor(np.asarray(value))[None] for key, value in drawn.items()}
-    views = pretrain.augment_batch(batch)["views"]
+    views = augment_batch(batch)["views"]
     assert views.shape == (1, 2, 4, 3, 32, 32)
     for view in views[0]:
         assert all(torch.equal(view[0], frame) for frame in view)
     assert not torch.equal(views[0, 0], views[0, 1])
     picked = []
     with pytest.MonkeyPatch.context() as patch:
-        decode = pretrain.data_prep.decode_frame
-        patch.setattr(pretrain.data_prep, "decode_frame", lambda s, i: picked.append(i) or decode(s, i))
-        pretrain.SampleViews(32, 32, 4, views=1)(sample, np.random.default_rng(0))
+        decode = data_prep.decode_frame
+        patch.setattr(data_prep, "decode_frame", lambda s, i: picked.append(i) or decode(s, i))
+        SampleViews(32, 32, 4, views=1)(sample, np.random.default_rng(0))
     assert sorted(i // 4 for i in picked) == [0, 1, 2, 3]
 
 
@@ -390,7 +393,7 @@ def in_this_process(command: list[str], capture_output: bool, text: bool) -> Sim
 
 
 def test_comparison_trains_what_is_missing_and_writes_means_and_spreads(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "subprocess", SimpleNamespace(run=in_this_process))
+    monkeypatch.setattr(comparison, "subprocess", SimpleNamespace(run=in_this_process))
     base, *settings = small(demo)
     command = ", ".join([str(ROOT / "pretrain.py"), base, *(f"'{setting}'" for setting in settings[:3])])
     mae = f"{command}, {ROOT / 'yamls' / 'methods' / 'mae.yaml'}"
@@ -412,7 +415,7 @@ def test_comparison_trains_what_is_missing_and_writes_means_and_spreads(demo, tm
     steps = json.loads((runs[1] / "result.json").read_text())["step"]
     assert lines[4].split(" | ")[1] == str(steps) and (tmp_path / "compare.png").stat().st_size > 0
     (runs[1] / "compare.json").write_text(json.dumps(found[1] | {"stills, knn": 1.0}))
-    monkeypatch.setattr(evaluation, "subprocess", None)
+    monkeypatch.setattr(comparison, "subprocess", None)
     run_stage(evaluation, arguments, tmp_path)  # nothing is trained or measured again
     assert f"{(knn[0] + 100) / 2:.1f}" in (tmp_path / "compare.md").read_text()
 

@@ -8,11 +8,16 @@ import torch
 from conftest import ROOT, launch, run_stage
 from streaming import LocalDataset
 
+import data_prep
 import eval as evaluation
 import finetune
+from checkpoints import read_checkpoint
+from config import load_config
 from finetune import TrainingClips, build_lars
-from model import Classifier, read_checkpoint
-from pretrain import build_optimizer, load_config, pick_frames
+from model import Classifier
+from pretrain import build_optimizer
+from streams import load_stream
+from views import pick_frames
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 PLAIN = {"erasing": 0.0, "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0}
@@ -52,8 +57,8 @@ def test_training_frames_are_one_from_each_section(demo):
     sample = LocalDataset(str(demo / "train_videos"))[0]
     seen = set()
     with pytest.MonkeyPatch.context() as patch:
-        decode = finetune.data_prep.decode_frame
-        patch.setattr(finetune.data_prep, "decode_frame", lambda s, i: seen.add(i) or decode(s, i))
+        decode = data_prep.decode_frame
+        patch.setattr(data_prep, "decode_frame", lambda s, i: seen.add(i) or decode(s, i))
         for seed in range(20):
             seen.clear()
             TrainingClips(32, 4, 10, **PLAIN).draw(sample, np.random.default_rng(seed))
@@ -102,7 +107,7 @@ def test_held_out_samples_are_a_fraction_by_name_whose_labels_are_not_trained_on
 
 def test_sample_without_a_label_is_named_and_gives_way_to_the_next(demo, tmp_path):
     clips = TrainingClips(32, 1, 10, **PLAIN)
-    data = finetune.load_stream(
+    data = load_stream(
         clips.draw,
         clips.apply,
         0,

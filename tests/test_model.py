@@ -13,8 +13,12 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoints
 import model
-from model import Classifier, Encoder, ViCMAE, load_pretrained
+from checkpoints import describe, our_name, read_checkpoint
+from contrast import Projected, info_nce
+from model import Classifier, ViCMAE, load_pretrained
+from vit import Encoder, patchify, random_masking, sincos_positions, take, unpatchify
 
 GOLDEN = Path(__file__).parent / "golden" / "vicmae_tiny.npz"
 TINY = {
@@ -67,7 +71,7 @@ def test_loss_predictions_and_every_gradient_equal_the_official_objective(golden
     removed = golden["mask"].bool()
     torch.testing.assert_close(outputs["pred"].detach()[removed], golden["pred"][removed], rtol=1e-4, atol=1e-5)
 
-    expected = {model.our_name(k.removeprefix("grad/")): v for k, v in golden.items() if k.startswith("grad/")}
+    expected = {our_name(k.removeprefix("grad/")): v for k, v in golden.items() if k.startswith("grad/")}
     gradients = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
@@ -79,7 +83,7 @@ def test_loss_predictions_and_every_gradient_equal_the_official_objective(golden
 
 def test_positions_equal_a_loop_over_places_and_frequencies():
     dim, grid = 16, 3
-    table = model.sincos_positions(dim, grid)[0]
+    table = sincos_positions(dim, grid)[0]
     assert not table[0].any()
     for row in range(grid):
         for column in range(grid):
@@ -92,16 +96,16 @@ def test_positions_equal_a_loop_over_places_and_frequencies():
 
 def test_unpatchify_inverts_patchify_and_a_patch_is_row_column_channel():
     images = torch.randn(2, 3, 24, 24)
-    patches = model.patchify(images, 8)
+    patches = patchify(images, 8)
     assert patches.shape == (2, 9, 192)
     assert torch.equal(patches[1, 5].view(8, 8, 3), images[1, :, 8:16, 16:24].permute(1, 2, 0))
-    assert torch.equal(model.unpatchify(patches, 8), images)
+    assert torch.equal(unpatchify(patches, 8), images)
 
 
 @pytest.mark.parametrize("mask_ratio", [0.25, 0.5, 0.75, 0.9])
 def test_masking_keeps_the_patches_of_smallest_noise_and_restores_their_order(mask_ratio):
     noise = torch.rand(5, 16)
-    ids_keep, ids_restore, mask = model.random_masking(noise, mask_ratio)
+    ids_keep, ids_restore, mask = random_masking(noise, mask_ratio)
     kept = int(16 * (1 - mask_ratio))
     assert ids_keep.shape == (5, kept) and mask.sum(dim=1).tolist() == [16 - kept] * 5
     for row in range(5):
@@ -110,8 +114,8 @@ def test_masking_keeps_the_patches_of_smallest_noise_and_restores_their_order(ma
         assert {patch for patch in range(16) if mask[row, patch] == 0} == set(smallest)
     tokens = torch.arange(16.0).expand(5, 16)[:, :, None]
     order = noise.argsort(dim=1)
-    shuffled = model.take(tokens, order)
-    assert torch.equal(model.take(shuffled, ids_restore), tokens)
+    shuffled = take(tokens, order)
+    assert torch.equal(take(shuffled, ids_restore), tokens)
 
 
 def test_nothing_in_a_step_is_random_but_the_noise():
@@ -128,7 +132,7 @@ def test_nothing_in_a_step_is_random_but_the_noise():
 def test_encoder_does_not_see_removed_patches():
     net, batch = ViCMAE(**TINY).eval(), random_batch(2)
     mask = net(batch)["mask"]
-    pixels = model.unpatchify(mask.flatten(0, 1)[:, :, None].expand(-1, -1, 192), 8).view(2, 2, 3, 32, 32)
+    pixels = unpatchify(mask.flatten(0, 1)[:, :, None].expand(-1, -1, 192), 8).view(2, 2, 3, 32, 32)
     changed = batch["views"] + 10 * pixels * torch.randn_like(batch["views"])
     assert torch.equal(net(batch)["features"], net(batch | {"views": changed})["features"])
 
@@ -141,7 +145,7 @@ def test_info_nce_equals_a_loop_over_views():
         partner = (i + 5) % 10
         weights = [math.exp(views[i] @ views[j] / 0.1) for j in range(10) if j != i]
         terms.append(-math.log(math.exp(views[i] @ views[partner] / 0.1) / sum(weights)))
-    loss, accuracy = model.info_nce(model.Projected(z, z), 0.1)
+    loss, accuracy = info_nce(Projected(z, z), 0.1)
     assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
     nearest = [max((j for j in range(10) if j != i), key=lambda j: views[i] @ views[j]) for i in range(10)]
     assert accuracy.item() == pytest.approx(np.mean([nearest[i] == (i + 5) % 10 for i in range(10)]))
@@ -149,15 +153,15 @@ def test_info_nce_equals_a_loop_over_views():
 
 def test_info_nce_of_two_orthogonal_pairs_is_known():
     z = torch.eye(2)[:, None].expand(2, 2, 2)  # both views of a sample alike, the samples at right angles
-    assert model.info_nce(model.Projected(z, z), 0.5)[0].item() == pytest.approx(math.log(math.exp(2) + 2) - 2, rel=1e-6)
+    assert info_nce(Projected(z, z), 0.5)[0].item() == pytest.approx(math.log(math.exp(2) + 2) - 2, rel=1e-6)
 
 
 def test_contrastive_terms_in_half_precision_are_computed_in_full():
     z = torch.randn(64, 2, 32)
     net = ViCMAE(**TINY)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed, _ = net.term(model.Projected(z, z))
-    assert mixed.dtype == torch.float32 and torch.equal(mixed, model.info_nce(model.Projected(z, z), 0.1)[0])
+        mixed, _ = net.term(Projected(z, z))
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, info_nce(Projected(z, z), 0.1)[0])
 
 
 def test_reconstruction_loss_of_a_known_error():
@@ -378,13 +382,15 @@ def test_norm_of_an_mae_fine_tuning_is_taken_for_the_encoders(golden):
 
 def test_timms_weights_are_found_on_disk_by_their_name_and_never_fetched(tmp_path, monkeypatch):
     name = "vit_small_patch16_224.augreg_in1k"
-    monkeypatch.setattr(model, "try_to_load_from_cache", partial(model.try_to_load_from_cache, cache_dir=tmp_path))
+    monkeypatch.setattr(
+        checkpoints, "try_to_load_from_cache", partial(checkpoints.try_to_load_from_cache, cache_dir=tmp_path)
+    )
     with pytest.raises(
         ValueError, match=r"timm's vit_small.* is not on disk; fetch it with: huggingface-cli download timm/"
     ):
-        model.read_checkpoint(name)
+        read_checkpoint(name)
     with pytest.raises(ValueError, match=r"vit_smaller does not exist, as a file or among timm's weights"):
-        model.read_checkpoint("vit_smaller")
+        read_checkpoint("vit_smaller")
     folder = tmp_path / f"models--timm--{name}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("0123abc")
@@ -407,8 +413,8 @@ def test_vit_of_another_kind_is_refused_by_the_weights_that_have_no_place():
 
 def test_report_counts_the_weights_of_every_part_by_their_fate(golden):
     report = load_pretrained(Classifier(3, **ENCODER | {"img_size": 48}), state_of(golden))
-    rows = {line.split()[0]: line.split()[1:] for line in model.describe(report).splitlines()[1:]}
-    assert model.describe(report).split()[:4] == ["loaded", "resized", "missing", "unused"]
+    rows = {line.split()[0]: line.split()[1:] for line in describe(report).splitlines()[1:]}
+    assert describe(report).split()[:4] == ["loaded", "resized", "missing", "unused"]
     assert rows["encoder.blocks"] == ["24"] and rows["encoder.pos_embed"] == ["1", "1"] and rows["head"] == ["2"]
     assert sum(int(count) for row in rows.values() for count in row) == sum(map(len, report.values()))
 

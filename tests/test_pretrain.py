@@ -18,8 +18,28 @@ from torchvision.transforms import RandomResizedCrop
 
 import data_prep
 import pretrain
-from model import ViCMAE, read_checkpoint
-from pretrain import BLUR_KERNEL, PARAMETERS, KeyedStream, SampleViews, ViewRecipe, augment_views, load_config
+import streams
+from checkpoints import read_checkpoint
+from config import load_config
+from model import ViCMAE
+from probes import infer, knn_accuracy
+from sources import Recipe
+from streams import KeyedStream, common_classes, load_stream
+from views import (
+    BLUR_KERNEL,
+    LUMA,
+    MEAN,
+    PARAMETERS,
+    STD,
+    EvalViews,
+    SampleViews,
+    ViewRecipe,
+    augment_batch,
+    augment_views,
+    crop_and_scale,
+    draw_crop,
+    draw_frame_pair,
+)
 
 NEUTRAL = {name: float(name in ("brightness", "contrast", "saturation")) for name in PARAMETERS}
 
@@ -69,7 +89,7 @@ def test_hue_turns_as_far_as_torchvisions_and_keeps_the_luma(images, hue):
         for before, after in zip(*(x.movedim(1, -1).reshape(-1, 3).tolist() for x in (muted, ours)), strict=True)
     ]
     assert np.median(turned) == pytest.approx(hue, rel=0.25)
-    luma = torch.tensor(pretrain.LUMA)[:, None, None]
+    luma = torch.tensor(LUMA)[:, None, None]
     torch.testing.assert_close((ours * luma).sum(dim=1), (muted * luma).sum(dim=1), atol=5e-3, rtol=0)
 
 
@@ -101,7 +121,7 @@ def test_batch_is_normalised_by_imagenets_mean_and_deviation(images):
     row = torch.tensor(list(NEUTRAL.values())).expand(2, 2, -1)
     batch = {"views": images.permute(0, 2, 3, 1).view(2, 2, 48, 48, 3), "augment": row, "noise": torch.rand(2, 2, 16)}
     expected = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(images / 255).view(2, 2, 3, 48, 48)
-    result = pretrain.augment_batch(batch)
+    result = augment_batch(batch)
     torch.testing.assert_close(result["views"], expected, atol=1e-2, rtol=0)
     assert result["noise"] is batch["noise"]
 
@@ -134,7 +154,7 @@ def test_crops_are_distributed_as_torchvisions(size):
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     frame, scale, ratio = torch.empty(3, *size), (0.08, 1.0), (3 / 4, 4 / 3)
-    ours = np.array([pretrain.draw_crop(rng, *size, scale, ratio) for _ in range(3000)])
+    ours = np.array([draw_crop(rng, *size, scale, ratio) for _ in range(3000)])
     theirs = np.array([RandomResizedCrop.get_params(frame, list(scale), list(ratio)) for _ in range(3000)])
     assert (ours[:, :2] >= 0).all() and (ours[:, 0] + ours[:, 2] <= size[0]).all()
     assert (ours[:, 1] + ours[:, 3] <= size[1]).all()
@@ -148,28 +168,28 @@ def test_crop_and_scale_equals_torchvisions_resized_crop():
     rng = np.random.default_rng(0)
     frame = rng.integers(0, 256, (61, 47, 3), np.uint8)
     for _ in range(20):
-        box = pretrain.draw_crop(rng, 61, 47, (0.08, 1.0), (3 / 4, 4 / 3))
+        box = draw_crop(rng, 61, 47, (0.08, 1.0), (3 / 4, 4 / 3))
         theirs = TF.resized_crop(torch.from_numpy(frame).permute(2, 0, 1), *box, [32, 32], T.InterpolationMode.BICUBIC)
-        assert torch.equal(pretrain.crop_and_scale(frame, box, 32), theirs)
+        assert torch.equal(crop_and_scale(frame, box, 32), theirs)
 
 
 def test_frame_pairs_are_as_their_names_say():
     rng = np.random.default_rng(0)
-    pairs = {gap: [pretrain.draw_frame_pair(rng, 16, gap, 2) for _ in range(500)] for gap in ("any", "distant", 0, 4)}
+    pairs = {gap: [draw_frame_pair(rng, 16, gap, 2) for _ in range(500)] for gap in ("any", "distant", 0, 4)}
     assert all(a != b for a, b in pairs["any"]) and len(set(pairs["any"])) > 200
     assert all((a < 8) != (b < 8) for a, b in pairs["distant"])
     assert {a < 8 for a, _ in pairs["distant"]} == {True, False}
     assert all(a == b for a, b in pairs[0]) and {abs(a - b) for a, b in pairs[4]} == {4}
-    assert pretrain.draw_frame_pair(rng, 1, "any", 2) == (0, 0)
-    assert {abs(a - b) for a, b in (pretrain.draw_frame_pair(rng, 3, 4, 2) for _ in range(20))} == {2}
+    assert draw_frame_pair(rng, 1, "any", 2) == (0, 0)
+    assert {abs(a - b) for a, b in (draw_frame_pair(rng, 3, 4, 2) for _ in range(20))} == {2}
 
 
 def make_loader(demo: Path, num_workers: int, seed: int = 0, streams: tuple = ("train_videos", "train_images"), **options):
     dist.initialize_dist("cpu")
     pairs = SampleViews(32, 16, video={}, image={})
-    spec, _ = pretrain.load_stream(
+    spec, _ = load_stream(
         pairs,
-        pretrain.augment_batch,
+        augment_batch,
         seed,
         8,
         options.pop("run", demo),
@@ -269,7 +289,7 @@ def test_occurrences_of_a_sample_are_numbered_in_order():
     stream = Repeating()
     listed = np.array([3, 1, 3, 2, 1, 3])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain.StreamingDataset, "resample_streams", lambda *_: (None, listed.copy()))
+        patch.setattr(streams.StreamingDataset, "resample_streams", lambda *_: (None, listed.copy()))
         assert stream.resample_streams(0)[1].tolist() == [3, 1, 13, 2, 11, 23]
 
 
@@ -312,23 +332,21 @@ def test_knn_accuracy_equals_a_loop_over_queries():
         for index in sorted(range(40), key=lambda i: -cosine[i])[:5]:
             votes[int(bank[1][index])] += math.exp(cosine[index] / 0.07)
         right += votes.index(max(votes)) == truth
-    assert pretrain.knn_accuracy(bank, asked, k=5) == right / 25
+    assert knn_accuracy(bank, asked, k=5) == right / 25
 
 
 def labels_on_a_rank(rank: int, path: str, out: str) -> None:
-    views = pretrain.EvalViews([path], 8)
-    found = pretrain.infer(torch.nn.Linear(1, 1), lambda x: x.mean(dim=(1, 2, 4, 5)), views, batch_size=7)
+    views = EvalViews([path], 8)
+    found = infer(torch.nn.Linear(1, 1), lambda x: x.mean(dim=(1, 2, 4, 5)), views, batch_size=7)
     torch.save(found, f"{out}/{rank}")
 
 
 def test_every_sample_is_inferred_once_and_in_order_on_one_rank_and_on_two(demo, tmp_path, on_ranks):
     path = str(demo / "test_videos")
     on_ranks(2, labels_on_a_rank, path, str(tmp_path))
-    views = pretrain.EvalViews([path], 8)
+    views = EvalViews([path], 8)
     expected = [int(views[i]["target"]) for i in range(60)]
-    colours = torch.stack(
-        [TF.normalize(views[i]["inputs"] / 255, pretrain.MEAN, pretrain.STD).mean(dim=(0, 1, 3, 4)) for i in range(60)]
-    )
+    colours = torch.stack([TF.normalize(views[i]["inputs"] / 255, MEAN, STD).mean(dim=(0, 1, 3, 4)) for i in range(60)])
     for rank in (0, 1):
         outputs, labels = torch.load(tmp_path / str(rank), weights_only=True)
         assert labels.tolist() == expected
@@ -340,9 +358,7 @@ def test_eval_views_are_spread_over_time_and_along_the_longer_side(demo):
     frames[..., 0] = (np.arange(8) * 30)[:, None, None]  # time
     frames[..., 1] = np.arange(60) * 4  # place
     sample = data_prep.encode_clip([encode(frame) for frame in frames], list(range(8)), 0, "x")
-    views = pretrain.EvalViews(
-        [str(demo / "test_videos")], 20, num_frames=4, temporal_views=2, spatial_views=3, crop_pct=1.0
-    )
+    views = EvalViews([str(demo / "test_videos")], 20, num_frames=4, temporal_views=2, spatial_views=3, crop_pct=1.0)
     views.data = [sample]
     inputs = views[0]["inputs"].float()
     assert inputs.shape == (6, 4, 3, 20, 20)
@@ -424,7 +440,7 @@ def test_files_merge_left_to_right_then_overrides(tmp_path):
 def test_data_that_cannot_be_used_is_named(demo, change, culprit):
     dist.initialize_dist("cpu")
     with pytest.raises(ValueError, match=culprit):
-        pretrain.load_stream(
+        load_stream(
             lambda sample, rng: sample,
             lambda batch: batch,
             0,
@@ -452,9 +468,9 @@ def test_data_set_without_labels_is_refused_where_labels_are_needed(demo, tmp_pa
     (tmp_path / "in").mkdir()
     still = next((demo / "raw" / "train" / "images" / "Bag").iterdir())
     (tmp_path / "in" / "x.jpg").write_bytes(still.read_bytes())
-    data_prep.convert(str(tmp_path / "in"), str(tmp_path / "out"), data_prep.Recipe("images"), 1)
+    data_prep.convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
     with pytest.raises(ValueError, match="out has no labels"):
-        pretrain.common_classes([str(tmp_path / "out")])
+        common_classes([str(tmp_path / "out")])
 
 
 def test_command_line_pretrains_draws_and_says_when_it_is_finished(demo, tmp_path):

@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT, run_stage, small
 
 import pretrain
-from model import read_checkpoint
-from pretrain import LATEST, STOPPED, Checkpoints
+from checkpoints import LATEST, STOPPED, Checkpoints, read_checkpoint, step_of
+from places import Place, s3_client
 
 
 def run(folder: Path, *arguments: str) -> None:
@@ -218,12 +218,12 @@ def test_bucket_that_is_away_does_not_end_a_run_but_keeps_one_from_beginning_ane
         def upload(place, path, name):
             raise OSError(5, "Could not connect", place.at(name))
 
-        patch.setattr(pretrain.data_prep.Place, "upload", upload)
+        patch.setattr(Place, "upload", upload)
         run(tmp_path, *arguments)
     assert "checkpoints.bucket: [Errno 5] Could not connect: 's3://bkt/runs/run/ep1-ba6.pt'; " in capfd.readouterr().out
     assert same(weights(tmp_path, "run"), weights(whole, "whole"))
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:1")
-    pretrain.data_prep.s3_client.cache_clear()
+    s3_client.cache_clear()
     with pytest.raises(SystemExit, match="s3://bkt/other"):
         run(tmp_path, *arguments, "run_name=other", "checkpoints.bucket=s3://bkt/other")
 
@@ -297,7 +297,7 @@ def test_averages_of_ema_are_what_is_read(arguments, tmp_path):
         f"algorithms={{EMA: {{half_life: {half_life}ba, update_interval: 1ba}}}}",
     )
     folder, smoothing = tmp_path / "runs" / "run" / "checkpoints", 2 ** (-1 / half_life)
-    steps = sorted(folder.glob("ep*.pt"), key=lambda path: pretrain.step_of(path.name))
+    steps = sorted(folder.glob("ep*.pt"), key=lambda path: step_of(path.name))
     name = "encoder.blocks.0.attn.qkv.weight"
     trained = [torch.load(path, weights_only=False)["state"]["model"][name] for path in steps]
     average = read_checkpoint(str(steps[0]))[name]

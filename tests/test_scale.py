@@ -26,8 +26,12 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 import model
 import pretrain
-from model import Classifier, Encoder, ViCMAE
-from pretrain import ContrastRamp, PartialDecoding, ProgressiveResizing
+from algorithms import ContrastRamp, PartialDecoding, ProgressiveResizing
+from contrast import Projected
+from contrast import info_nce as info_nce_of_all
+from model import Classifier, ViCMAE
+from views import augment_batch
+from vit import Encoder, random_masking
 
 STEPS, BATCH = 20, 8
 LOSSES = ("total", "reconstruction", "contrastive")
@@ -58,7 +62,7 @@ def step_of(net: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: losses[name].detach() for name in LOSSES} | gradients
 
 
-def train(steps: int, dtype: torch.dtype, info_nce=model.info_nce, **changes) -> list[dict[str, Tensor]]:
+def train(steps: int, dtype: torch.dtype, info_nce=info_nce_of_all, **changes) -> list[dict[str, Tensor]]:
     """This rank's losses, gradients, weights and running statistics at each step of AdamW on its share of the batches."""
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     net = build(**changes).to(dtype)
@@ -132,7 +136,7 @@ def test_two_ranks_have_the_losses_of_one_in_single_precision(train_on):
             assert distance(mean, expected[name]) <= 1e-4, (step, name)
 
 
-def info_nce_of_own_rows(projected: model.Projected, temperature: float, offset: bool) -> tuple[Tensor, Tensor]:
+def info_nce_of_own_rows(projected: Projected, temperature: float, offset: bool) -> tuple[Tensor, Tensor]:
     """As the official code splits it: this rank's views are the rows, those of all ranks the columns."""
     z = F.normalize(projected.predictions, dim=-1).transpose(0, 1)  # (2, B of all ranks, out)
     size = z.shape[1] // dist.get_world_size()
@@ -218,7 +222,7 @@ def test_loss_of_partial_decoding_is_unbiased(ratio):
 
 def test_decoder_equals_maes_which_restores_the_order_first():
     net, batch = build().double(), batch_of_step(0, torch.float64)
-    ids_keep, ids_restore, _ = model.random_masking(batch["noise"][:, 0], 0.5)
+    ids_keep, ids_restore, _ = random_masking(batch["noise"][:, 0], 0.5)
     tokens = torch.randn(BATCH, 1 + ids_keep.shape[1], TINY["embed_dim"], dtype=torch.float64)
     decoder = net.decoder
     x = decoder.embed(tokens)
@@ -297,7 +301,7 @@ def test_views_grow_over_the_training():
     loader = torch.utils.data.DataLoader(samples, batch_size=2)
     trainer = Trainer(
         model=net,
-        train_dataloader=DataSpec(loader, microbatch_transforms=pretrain.augment_batch),
+        train_dataloader=DataSpec(loader, microbatch_transforms=augment_batch),
         optimizers=torch.optim.AdamW(net.parameters(), lr=1e-4),
         max_duration="10ba",
         algorithms=[ProgressiveResizing(0.5, delay_fraction=0.2, finetune_fraction=0.3, size_increment=8)],
@@ -389,7 +393,7 @@ def losses_of(features: Tensor, projections: Tensor) -> dict[str, float]:
     """What loss gives for (B, 2, D) features and (B, 2, out) projections."""
     B = len(features)
     outputs = {"pred": torch.zeros(B, 2, 16, 192), "scored": torch.ones(B, 2, 16)}
-    outputs |= {"features": features, "projected": model.Projected(projections, projections)}
+    outputs |= {"features": features, "projected": Projected(projections, projections)}
     losses = build().loss(outputs, random_batch(B))
     return {name: float(value) for name, value in losses.items()}
 

@@ -1,0 +1,432 @@
+"""Checkpoints: read those of ours and of others safely, write ours so that the newest is always whole.
+
+    weights = read_checkpoint("runs/vitl/checkpoints/latest-rank0.pt")      # by our names; official files alike
+
+`Checkpoints` is the callback of every training; its arguments are the block `checkpoints` of the YAML files.
+"""
+
+import argparse
+import datetime
+import math
+import os
+import pickle
+import platform
+import re
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as distributed_checkpoint
+import torch.nn.functional as F
+from composer import Callback, Event, Logger, State
+from composer.utils import collect_env, create_interval_scheduler, dist
+from composer.utils.checkpoint import save_checkpoint
+from huggingface_hub import try_to_load_from_cache
+from pydantic import PositiveInt
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from timm.models import get_pretrained_cfg
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
+
+from places import Place
+
+HARMLESS = [  # plain values that may stand beside the weights
+    argparse.Namespace,  # the official files' arguments
+    *(datetime.timedelta, torch.torch_version.TorchVersion),  # Composer's time stamp and versions
+    *(np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType),  # Composer's generator states
+]
+IN_SHARDS = {  # all that their table of contents is made of, by exact name: a dotted one would lead out of its module
+    *((distributed_checkpoint.metadata.__name__, name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
+    *((distributed_checkpoint.metadata.__name__, f"{name}StorageMetadata") for name in ("Bytes", "Chunk", "Tensor")),
+    *((distributed_checkpoint.metadata.__name__, name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING")),
+    *(("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout")),
+    *(("pathlib", "PosixPath"), ("torch", "Size")),
+    *(("torch", name) for name in ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool")),
+}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Unpickles the table of contents of FSDP's shards, and refuses whatever does not belong there."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in IN_SHARDS:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
+        return super().find_class(module, name)
+
+
+class PlainReader(FileSystemReader):
+    """FSDP's shards, read without running what a pickle says."""
+
+    def read_metadata(self) -> Metadata:
+        with open(os.path.join(self.path, ".metadata"), "rb") as file:
+            return PlainUnpickler(file).load()
+
+
+def read_shards(path: str) -> dict[str, Tensor]:
+    """The model's weights in a folder of FSDP's shards, each whole."""
+    reader = PlainReader(path)
+    shapes = reader.read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in shapes.items()
+        if key.startswith("state.model.") and isinstance(entry, TensorStorageMetadata)
+    }
+    distributed_checkpoint.load(state, storage_reader=reader)
+    return {key.removeprefix("state.model."): value for key, value in state.items()}
+
+
+def timm_file(name: str) -> str:
+    """The file on disk with timm's weights of this name, such as vit_base_patch16_224.mae; nothing is downloaded.
+
+    Raises:
+        ValueError: timm has no such weights, or they are not in Hugging Face's cache.
+    """
+    entry = get_pretrained_cfg(name)
+    if entry is None or not entry.hf_hub_id:
+        raise ValueError(f"checkpoint {name} does not exist, as a file or among timm's weights")
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if isinstance(path := try_to_load_from_cache(entry.hf_hub_id, file), str):
+            return path
+    raise ValueError(f"timm's {name} is not on disk; fetch it with: huggingface-cli download {entry.hf_hub_id}")
+
+
+def read_checkpoint(path: str, head: int | None = None) -> dict[str, Tensor]:
+    """The weights in a file, by our names; or timm's weights by theirs, see timm_file.
+
+    Reads Composer's checkpoints (a file, or a folder of FSDP's shards), the official files of ViC-MAE and MAE ({"model":
+    ...}, whole or encoder alone) and bare state dicts, as .pt, .pth or .safetensors. Where Composer's EMA was at work, its
+    averages are taken. Nothing but tensors and plain values is unpickled. With `head`, of a classifier's heads for several
+    data sets, that one is taken.
+
+    Raises:
+        ValueError: the file is missing, is no such checkpoint, or has no such head.
+    """
+    if not os.path.exists(path):
+        path = timm_file(path)
+    try:
+        if os.path.isdir(path):
+            state = read_shards(path)
+        elif path.endswith(".safetensors"):
+            state = load_file(path)
+        else:
+            with torch.serialization.safe_globals(HARMLESS):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} is no checkpoint that can be read safely: {reason}") from error
+    averages = {}
+    for key in ("state", "model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            ema = dict(state.get("algorithms") or ()).get("EMA", {}).get("ema_model", {})
+            averages |= ema.get("named_parameters_dict", {}) | ema.get("named_buffers_dict", {})
+    items = (state | averages).items() if isinstance(state, dict) else ()
+    weights = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
+    if not any("blocks.0." in key for key in weights):
+        raise ValueError(f"{path} holds no ViT (no key named blocks.0.*)")
+    weights = our_layout(weights)
+    if head is None:
+        return weights
+    if f"head.{head}.bias" not in weights:
+        raise ValueError(f"checkpoint {path} has no head.{head}; a run with own_heads has one for each of its streams")
+    return {key.replace(f"head.{head}.", "head."): value for key, value in weights.items()}
+
+
+def our_name(key: str) -> str:
+    """A parameter's name in our models for its name in the official files; our own names stay as they are."""
+    key = key.removeprefix("module.")
+    key = re.sub(r"^decoder_(embed|pos_embed|blocks|norm|pred)", r"decoder.\1", key)
+    key = re.sub(r"^mask_token", "decoder.mask_token", key)
+    key = re.sub(r"^(encoder\.)?fc_norm", r"\1norm", key)  # where MAE's fine-tuning pools before the norm
+    return re.sub(r"^(?=(cls_token|pos_embed|patch_embed|blocks|norm)(\b|_))", "encoder.", key)
+
+
+def our_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by our names, and as our models have them, from those of ViC-MAE, MAE, ST-MAE, VideoMAE, or our own.
+
+    ST-MAE (mae_st) splits qkv and positions. VideoMAE has no bias for k, whose effect on attention is nothing, no CLS and no
+    stored positions. Of a linear probe's heads, the best is taken.
+    """
+    weights = {our_name(key): value for key, value in weights.items()}
+    if "head.right" in weights:
+        best = int(weights["head.right"].argmax())
+        best = {f"head.{name}": weights[f"head.{best}.{name}"] for name in ("weight", "bias")}
+        weights = {key: value for key, value in weights.items() if not key.startswith("head.")} | best
+    for key in list(weights):
+        if split := re.fullmatch(r"(.*attn\.)q\.(weight|bias)", key):
+            parts = [weights.pop(f"{split[1]}{part}.{split[2]}") for part in "qkv"]
+            weights[f"{split[1]}qkv.{split[2]}"] = torch.cat(parts)
+        elif split := re.fullmatch(r"(.*attn\.)q_bias", key):
+            q, v = weights.pop(key), weights.pop(f"{split[1]}v_bias")
+            weights[f"{split[1]}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+        elif key.endswith("pos_embed_spatial"):
+            prefix = key.removesuffix("_spatial")
+            cls = weights.pop(f"{prefix}_class")
+            weights[prefix] = torch.cat([cls, weights.pop(key)], dim=1)
+            weights["encoder.temporal_embed"] = weights.pop(f"{prefix}_temporal")
+    return weights
+
+
+def resized(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """A weight brought to the shape that a model has for it, if that is of another kind of input; else the weight itself.
+
+    A 2-D patch embedding is inflated to tubelets (repeated over the frames and divided by their number), tubelets are summed
+    up for images, positions are interpolated to another grid or number of steps.
+    """
+    if name.endswith("patch_embed.proj.weight") and value.ndim == 4 and len(shape) == 5:
+        return value[:, :, None].expand(-1, -1, shape[2], -1, -1) / shape[2]
+    if name.endswith("patch_embed.proj.weight") and value.ndim == 5 and len(shape) == 4:
+        return value.sum(dim=2)  # what a still clip gives
+    if value.shape == shape:
+        return value
+    if name.endswith("temporal_embed") and value.shape[2] == shape[2]:
+        return F.interpolate(value.transpose(1, 2), shape[1], mode="linear").transpose(1, 2)
+    side = math.isqrt(value.shape[1] - 1) if value.ndim == 3 else 0
+    if name.endswith("pos_embed") and value.shape[1:2] == (1 + side**2,):  # of CLS and a square grid
+        return resample_abs_pos_embed(value, [math.isqrt(shape[1] - 1)] * 2)
+    return value
+
+
+def describe(report: dict[str, list[str]]) -> str:
+    """A report of load_pretrained as a table: how many weights of each part met which fate."""
+    parts = {}
+    for fate, names in report.items():
+        for name in names:
+            words = name.split(".")
+            part = ".".join(words[: 2 if words[0] in ("encoder", "decoder") else 1])
+            parts.setdefault(part, Counter())[fate] += 1
+    lines = [f"{'':28}" + "".join(f"{fate:>9}" for fate in report)]
+    lines += [f"{part:28}" + "".join(f"{fates[fate] or '':>9}" for fate in report) for part, fates in parts.items()]
+    return "\n".join(lines)
+
+
+# Composer has py-cpuinfo name the processor in each checkpoint. Its two processes wait by sched_yield alone, which on Linux
+# 6.18 starves everything else when two ranks start on two cores: a launch hung for minutes, timers and all.
+collect_env.get_cpu_model = platform.processor
+
+
+def check_checkpoint(path: Path) -> None:
+    """Compare a checkpoint with its checksums, or FSDP's shards with their sizes.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        if path.is_dir():
+            for part in PlainReader(path).read_metadata().storage_data.values():
+                if (path / part.relative_path).stat().st_size < part.offset + part.length:
+                    raise ValueError(f"{part.relative_path} is cut")
+        else:
+            with zipfile.ZipFile(path) as file:
+                if (bad := file.testzip()) is not None:
+                    raise ValueError(f"{bad} in it has another checksum")
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise ValueError(f"{path} is damaged ({error})") from error
+
+
+LATEST = "latest-rank0.pt"  # a link to the newest checkpoint
+STOPPED = 75  # exit code of a run that was told to stop and wants to be started again: EX_TEMPFAIL of sysexits.h
+CHECKPOINT = re.compile(r"ep(\d+)-ba(\d+)(\.pt)?")  # a file; without .pt a folder, of FSDP's shards
+
+
+def step_of(name: str) -> int:
+    return int(CHECKPOINT.fullmatch(name)[2])
+
+
+class Checkpoints(Callback):
+    """Composer's checkpoints, so that the newest one is always whole; and what ends a run early, at one.
+
+    Each is written aside, renamed, and then copied to the bucket in the background. SIGTERM has one written at the end of
+    the step, and ends the run with exit code STOPPED. A loss or a weight that is not finite ends it with none written.
+
+    Args:
+        interval: time between two, such as 1ep or 500ba; the last step has one too.
+        keep: how many of the newest are kept.
+        milestone: the first after every so many epochs is kept for good.
+        bucket: s3:// address for copies, which are kept alike; a run goes on from them where the disk is gone.
+
+    Raises:
+        ValueError: an interval that is none.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        interval: str = "1ep",
+        keep: PositiveInt = 2,
+        milestone: PositiveInt | None = None,
+        bucket: str | None = None,
+    ):
+        try:
+            self.due = create_interval_scheduler(interval)
+        except ValueError as error:
+            raise ValueError(f"checkpoints.interval: {error}") from error
+        self.folder = run / "checkpoints"
+        self.keep = keep
+        self.milestone = milestone
+        if bucket and not bucket.startswith("s3://"):
+            raise ValueError(f"checkpoints.bucket {bucket} is no s3:// address")
+        self.bucket = Place(bucket) if bucket else None
+        self.copying = ThreadPoolExecutor(1)
+        self.told = False
+        self.saved = -1
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole, fetched from the bucket if it is only there; the same on every rank.
+
+        Damaged ones are said, and set aside as *.damaged.
+
+        Raises:
+            ValueError: there are checkpoints, but none is whole; or this machine cannot reach it.
+        """
+        chosen = [self.choose() if dist.get_global_rank() == 0 else None]
+        dist.broadcast_object_list(chosen)
+        if isinstance(chosen[0], ValueError):
+            raise chosen[0]
+        if chosen[0] is None:
+            return None
+        path = self.folder / chosen[0]
+        if dist.get_local_rank() == 0 and not path.exists():
+            if not self.bucket:
+                raise ValueError(f"{path} is on another machine; give the machines a shared folder, or checkpoints.bucket")
+            self.fetch(path.name)
+        dist.barrier()
+        return path
+
+    def choose(self) -> str | ValueError | None:
+        here = {path.name for path in self.folder.glob("ep*") if CHECKPOINT.fullmatch(path.name)}
+        there = {name.split("/")[0] for name in self.bucket.names()} if self.bucket else set()
+        there = set(filter(CHECKPOINT.fullmatch, there))
+        damaged = []
+        for name in sorted(here | there, key=step_of, reverse=True):
+            for fetch in [False] * (name in here) + [True] * (name in there):
+                try:
+                    if fetch:
+                        self.fetch(name)
+                    check_checkpoint(self.folder / name)
+                except ValueError as error:
+                    damaged.append(str(error))
+                    (self.folder / name).rename(self.folder / f"{name}.damaged.{time.time_ns()}")
+                else:
+                    self.point_to(name)
+                    print("; ".join([*damaged, f"going on from {self.folder / name}"]), flush=True)
+                    return name
+        latest = self.folder / LATEST
+        if damaged or latest.is_symlink():
+            lost = "; ".join(damaged) or f"{latest} points to {os.readlink(latest)}, which is not there"
+            return ValueError(f"{lost}; no checkpoint is left. Delete {self.folder} to begin anew")
+        return None
+
+    def fetch(self, name: str) -> None:
+        """Copy a checkpoint from the bucket."""
+        aside = self.folder / f"{name}.fetched"
+        shutil.rmtree(aside, ignore_errors=True)
+        for part in [name] if name.endswith(".pt") else list(self.bucket.names(name)):
+            self.bucket.download(part, aside / part)
+        (aside / name).rename(self.folder / name)
+        aside.rmdir()
+
+    def point_to(self, name: str) -> None:
+        aside = self.folder / f"{LATEST}.tmp"
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(name)
+        aside.replace(self.folder / LATEST)
+
+    def save(self, state: State) -> None:
+        name = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
+        aside = self.folder / "aside"
+        if dist.get_global_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        dist.barrier()
+        written = save_checkpoint(state, str(aside / f"{name}.pt"))  # for FSDP's shards it makes a folder of that name
+        name += "" if state.fsdp_sharded_state_dict_enabled else ".pt"
+        if written:
+            with open(written, "rb") as file:
+                os.fsync(file.fileno())
+        dist.barrier()
+        if dist.get_global_rank() == 0:
+            shutil.rmtree(self.folder / name, ignore_errors=True)  # shards of a life that ended before it pointed to them
+            (aside / name).replace(self.folder / name)
+            self.point_to(name)
+            aside.rmdir()
+        dist.barrier()
+        parts = [os.path.relpath(written, aside)] if written else []
+        if written and dist.get_global_rank() == 0 and not name.endswith(".pt"):
+            parts.append(f"{name}/.metadata")
+        self.copying.submit(self.finish, parts)
+        self.saved = state.timestamp.batch.value
+
+    def finish(self, parts: list[str]) -> None:
+        """Copy the files of a checkpoint to the bucket, then delete old ones. The run goes on without the bucket."""
+        try:
+            for part in parts if self.bucket else ():
+                self.bucket.upload(self.folder / part, part)
+            if dist.get_global_rank() == 0:
+                self.prune()
+        except OSError as error:
+            print(f"checkpoints.bucket: {error}; what is in {self.folder} is whole, and the run goes on", flush=True)
+
+    def prune(self) -> None:
+        for name in self.superseded(path.name for path in self.folder.glob("ep*")):
+            path = self.folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        there = list(self.bucket.names()) if self.bucket else []
+        old = self.superseded({part.split("/")[0] for part in there})
+        for part in there:
+            if part.split("/")[0] in old:
+                self.bucket.delete(part)
+
+    def superseded(self, names: Iterable[str]) -> list[str]:
+        """The names of checkpoints that are neither among the newest nor a milestone."""
+        names = sorted(filter(CHECKPOINT.fullmatch, names), key=step_of)
+        first = {int(CHECKPOINT.fullmatch(name)[1]): name for name in reversed(names)}  # of each epoch
+        kept = [name for epoch, name in first.items() if self.milestone and epoch and epoch % self.milestone == 0]
+        return [name for name in names[: -self.keep] if name not in kept]
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self.saved = state.timestamp.batch.value
+        self.before = signal.signal(signal.SIGTERM, self.note)
+
+    def note(self, number: int, frame: Any) -> None:
+        self.told = True
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        total = state.total_loss_dict.get("loss/train/total", 0.0)  # none if half precision has skipped the first steps
+        if not math.isfinite(total):
+            sys.exit(f"the loss is {total} at step {state.timestamp.batch.value}; the newest checkpoint is from before it")
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        self.save_if(state, Event.BATCH_CHECKPOINT)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        self.save_if(state, Event.EPOCH_CHECKPOINT)
+
+    def save_if(self, state: State, event: Event) -> None:
+        step, due = state.timestamp.batch.value, self.due(state, event)
+        broken = (due or self.told) and not all(parameter.isfinite().all() for parameter in state.model.parameters())
+        flags = state.device.tensor_to_device(torch.tensor([self.told, broken], dtype=torch.int32))
+        dist.all_reduce(flags, "MAX")  # the signal may not have reached every rank yet
+        told, broken = flags.tolist()
+        if broken:
+            sys.exit(f"a weight is not finite after step {step}; the newest checkpoint is from before it")
+        if (due or told) and self.saved != step:
+            self.save(state)
+        if told:
+            self.copying.shutdown()
+            sys.exit(STOPPED)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+        self.copying.shutdown()  # once the last is copied

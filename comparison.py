@@ -1,0 +1,173 @@
+"""Tables: finished runs beside the paper's numbers; methods trained for the same time and probed alike.
+
+python eval.py yamls/table.yaml
+python eval.py yamls/compare.yaml
+"""
+
+import inspect
+import json
+import os
+import platform
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from composer.utils import dist, reproducibility
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from pydantic import PositiveFloat, PositiveInt
+from torch import nn
+
+from checkpoints import LATEST
+from model import load_pretrained
+from places import Place
+from probes import measure_probe
+from vit import Encoder
+
+
+def table_row(*, name: str, runs: dict[str, str], paper: dict[str, float] | None = None) -> dict[str, str]:
+    """A row of a table of results -> column: paper's / ours (difference), in %.
+
+    Args:
+        name: what was pre-trained.
+        runs: for each column, the run of eval.py or finetune.py whose result it is, as run_name or run_name:key; the key is
+            top1, if none is given.
+        paper: for each column, in %.
+    """
+    cells = {}
+    for column, source in runs.items():
+        run, _, key = source.partition(":")
+        found = [Path("runs", run, file) for file in ("eval.json", "result.json") if Path("runs", run, file).exists()]
+        values = dict(chain(*(json.loads(path.read_text()).items() for path in found)))
+        ours = values.get(key or "top1", values.get(f"metrics/eval/{key or 'top1'}"))
+        theirs = (paper or {}).get(column)
+        cells[column] = ("-" if theirs is None else f"{theirs:.1f}") + " / "
+        cells[column] += "not run" if ours is None else f"{100 * ours:.1f}"
+        if ours is not None and theirs is not None:
+            cells[column] += f" ({100 * ours - theirs:+.1f})"
+    return {"": name} | cells
+
+
+def write_table(*, to: str, rows: list[Annotated[dict, table_row]]) -> None:
+    """Collect finished runs into a table in Markdown, with what was not run; written to the file `to`."""
+    made = [table_row(**row) for row in rows]
+    columns = list(dict.fromkeys(column for row in made for column in row))
+    head = ["| " + " | ".join([columns[0], *(f"{column}: paper / ours" for column in columns[1:])]) + " |"]
+    lines = ["| " + " | ".join(row.get(column, "") for column in columns) + " |" for row in made]
+    text = "\n".join([*head, "| --- " * len(columns) + "|", *lines]) + "\n"
+    Place(os.path.dirname(to) or ".").write(os.path.basename(to), text.encode())
+
+
+def trained(run_name: str, command: list[str]) -> dict[str, float]:
+    """The result of a run, which is begun, or gone on with, if it is not finished.
+
+    Raises:
+        ValueError: it fails; with the last line that it printed.
+    """
+    result = Path("runs", run_name, "result.json")
+    if not result.exists():
+        words = [sys.executable, *command, f"run_name={run_name}", "trainer.progress_bar=false"]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"{' '.join(words)} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(result.read_text())
+
+
+def measured(
+    run: Path, sizes: dict[str, Any], seed: int, probes: dict[str, dict], checkpoint: str | None
+) -> dict[str, float]:
+    """What probes make of an encoder, by probe and measure; kept in the folder of its run.
+
+    Args:
+        sizes: of the encoder, among others.
+        checkpoint: None for random weights.
+    """
+    found = run / "compare.json"
+    if not found.exists():
+        reproducibility.seed_all(seed)
+        encoder = Encoder(**{key: sizes[key] for key in sizes.keys() & inspect.signature(Encoder).parameters})
+        if checkpoint:
+            load_pretrained(nn.ModuleDict({"encoder": encoder}), checkpoint)
+        run.mkdir(parents=True, exist_ok=True)
+        result = {}
+        for name, block in probes.items():
+            values = measure_probe(encoder.eval(), seed, run, run / f"parts-{name}", **block)
+            result |= {f"{name}, {key}": value for key, value in values.items()}
+        Place(str(run)).write_json(found.name, result)
+    return json.loads(found.read_text())
+
+
+def compare(
+    *,
+    to: str,
+    methods: dict[str, list[str]],
+    seconds: PositiveFloat,
+    stills: Annotated[dict, measure_probe],
+    clips: Annotated[dict, measure_probe],
+    seeds: PositiveInt = 3,
+) -> None:
+    """Train methods for the same time on this machine, probe their encoders, and write a table and a picture.
+
+    What is finished is not done again: an interrupted comparison goes on where it was.
+
+    Args:
+        to: file of the table; the picture has its name, with .png.
+        methods: the command of each, without run_name. The encoder of the first is measured untrained, too.
+        seconds: of training steps. How many steps that are is measured once, on 40 of each method's.
+        stills, clips: see measure_probe.
+        seeds: runs of each, of which mean and standard deviation are given.
+
+    Raises:
+        ValueError: a run fails, or this is one of several ranks.
+    """
+    if dist.get_world_size() > 1:
+        raise ValueError("comparison: it launches its runs itself; start it as python eval.py, as one process")
+    fast = ["callbacks=null", "checkpoints.interval=1000000ba", "schedule.t_warmup=0.07dur"]
+    timed = ["callbacks={SpeedMonitor: {window_size: 20}}", "trainer.max_duration=40ba"]
+    steps = {}
+    for method, command in methods.items():  # all before any training, on a machine that is idle alike
+        speed = trained(f"compare_{method}_speed", [*command, *fast, *timed])
+        steps[method] = max(1, round(seconds * speed["throughput/batches_per_sec"]))
+    budget = f"{seconds:g} s of training steps each, {seeds} seeds, {os.cpu_count()} cores ({platform.machine()})"
+    rows, first = {}, OmegaConf.load(f"runs/compare_{next(iter(methods))}_speed/config.yaml").model
+    for method, command in ({"random weights": []} | methods).items():
+        results = []
+        for seed in range(seeds):
+            run, sizes, checkpoint = Path(f"runs/compare_random_{seed}"), first, None
+            if command:
+                run = Path(f"runs/compare_{method}_{steps[method]}_{seed}")
+                trained(run.name, [*command, *fast, f"seed={seed}", f"trainer.max_duration={steps[method]}ba"])
+                sizes, checkpoint = OmegaConf.load(run / "config.yaml").model, str(run / "checkpoints" / LATEST)
+            results.append(measured(run, sizes, seed, {"stills": stills, "clips": clips}, checkpoint))
+        values = {key: [100 * one[key] for one in results] for key in results[0]}
+        rows[method] = {"steps": [steps.get(method, 0)]} | values
+        write_comparison(rows, to, budget)
+
+
+def write_comparison(rows: dict[str, dict[str, list[float]]], to: str, budget: str) -> None:
+    """Write values by method and column, one for each seed, as a table of means and standard deviations, and as bars.
+
+    The column `steps` comes first, and has one value. `budget` is what every row was given, in words.
+    """
+    columns = list(next(iter(rows.values())))
+    lines = [f"Accuracy in %, mean ± standard deviation: {budget}.", ""]
+    lines += ["| | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
+    means, spreads = {}, {}
+    for method, row in rows.items():
+        means[method] = [np.mean(row[key]) for key in columns]
+        spreads[method] = [np.std(row[key], ddof=1) if len(row[key]) > 1 else 0.0 for key in columns]
+        cells = [f"{mean:.1f} ± {spread:.1f}" for mean, spread in zip(means[method], spreads[method], strict=True)]
+        lines.append("| " + " | ".join([method, f"{row['steps'][0]}", *cells[1:]]) + " |")
+    folder = Place(os.path.dirname(to) or ".")
+    folder.write(os.path.basename(to), ("\n".join(lines) + "\n").encode())
+    figure = Figure(figsize=(3 * len(columns[1:]), 0.4 * len(rows) + 1), layout="constrained")
+    axes = figure.subplots(1, len(columns[1:]), squeeze=False, sharey=True)[0]
+    for number, axis in enumerate(axes, start=1):
+        axis.barh(list(rows), [mean[number] for mean in means.values()], xerr=[one[number] for one in spreads.values()])
+        axis.set(title=columns[number], xlabel="%")
+    figure.suptitle(budget)
+    axes[0].invert_yaxis()  # of all, which share it: the first method above
+    figure.savefig(Path(to).with_suffix(".png"), dpi=100)
