@@ -128,8 +128,10 @@ def read_checkpoint(path: str, head: int | None = None) -> dict[str, Tensor]:
     for key in ("state", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-            ema = dict(state.get("algorithms") or ()).get("EMA", {}).get("ema_model", {})
-            averages |= ema.get("named_parameters_dict", {}) | ema.get("named_buffers_dict", {})
+            ema = dict(state.get("algorithms") or ()).get("EMA", {})
+            if not ema.get("ema_weights_active"):  # else, written within an evaluation, the two had changed places
+                for kind in ("named_parameters_dict", "named_buffers_dict"):
+                    averages |= ema.get("ema_model", {}).get(kind, {})
     items = (state | averages).items() if isinstance(state, dict) else ()
     weights = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
     if not any("blocks.0." in key for key in weights):
@@ -247,7 +249,8 @@ class Checkpoints(Callback):
     """Composer's checkpoints, so that the newest one is always whole; and what ends a run early, at one.
 
     Each is written aside, renamed, and then copied to the bucket in the background. SIGTERM has one written at the end of
-    the step, and ends the run with exit code STOPPED. A loss or a weight that is not finite ends it with none written.
+    the step, or of an evaluation's batch, and ends the run with exit code STOPPED. A loss or a weight that is not finite
+    ends it with none written.
 
     Args:
         interval: time between two, such as 1ep or 500ba; the last step has one too.
@@ -413,8 +416,16 @@ class Checkpoints(Callback):
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
         self.save_if(state, Event.EPOCH_CHECKPOINT)
 
-    def save_if(self, state: State, event: Event) -> None:
-        step, due = state.timestamp.batch.value, self.due(state, event)
+    def eval_batch_end(self, state: State, logger: Logger) -> None:
+        self.save_if(state)
+
+    def save_if(self, state: State, event: Event | None = None) -> None:
+        """Save a checkpoint that is due at this event, or, if the run was told to stop, one in any case, and end it.
+
+        All ranks call it together: after each step and epoch, and within evaluations, which may take longer than a machine
+        that is about to go.
+        """
+        step, due = state.timestamp.batch.value, event is not None and self.due(state, event)
         broken = (due or self.told) and not all(parameter.isfinite().all() for parameter in state.model.parameters())
         flags = state.device.tensor_to_device(torch.tensor([self.told, broken], dtype=torch.int32))
         dist.all_reduce(flags, "MAX")  # the signal may not have reached every rank yet

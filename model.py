@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 import torch.nn.functional as F
 from composer import ComposerModel
 from pydantic import Field, PositiveFloat, PositiveInt

@@ -1,6 +1,8 @@
 """What a run would take, computed from its configuration alone: weights, operations, memory, GPU-hours.
 
-python pretrain.py yamls/vitl.yaml --plan=64                            # of 64 GPUs; 8 if no number is given
+    python pretrain.py yamls/vitl.yaml --plan=64                            # for 64 GPUs; for 8 if no number is given
+
+Every stage takes --plan. Nothing here is measured; README, "Machines that come and go", says where it was compared.
 """
 
 import math

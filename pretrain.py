@@ -24,7 +24,7 @@ import composer.callbacks
 import composer.loggers
 import torch
 import torch.nn.functional as F
-from composer import Logger, State, Trainer
+from composer import Event, Logger, State, Trainer
 from composer.core import DataSpec, ensure_time
 from composer.loggers import LoggerDestination
 from composer.optim import CosineAnnealingWithWarmupScheduler
@@ -258,9 +258,14 @@ def build_trainer(
 
 
 def fit(trainer: Trainer) -> None:
-    """Train, unless a run that was stopped after its last step is there again to be finished."""
+    """Train; where a run was ended between its last step and its end, do what stands there: evaluation and k-NN."""
     if trainer.state.timestamp < trainer.state.max_duration:
         trainer.fit()
+        return
+    trainer.engine.run_event(Event.FIT_START)
+    if trainer.state.evaluators:
+        trainer.eval()
+    trainer.engine.run_event(Event.FIT_END)
 
 
 def finish_run(run: Path, extra: dict[str, float]) -> dict[str, float]:

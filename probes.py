@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,8 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from composer import Callback, Logger, State
+from composer import Callback, Event, Logger, State
+from composer.algorithms import EMA
 from composer.utils import dist
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torchvision.transforms.v2.functional import normalize
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+from checkpoints import Checkpoints
 from places import Place
 from streams import common_classes
 from views import MEAN, STD, EvalViews, Share
@@ -87,14 +90,23 @@ def infer(
     return tuple(torch.cat([part[key] for part in done.values()]) for key in ("outputs", "labels"))
 
 
-def embed(encoder: nn.Module, data: EvalViews, num_workers: int = 0, parts: Path | None = None) -> tuple[Tensor, Tensor]:
+def embed(
+    encoder: nn.Module,
+    data: EvalViews,
+    num_workers: int = 0,
+    parts: Path | None = None,
+    before_batch: Callable[[], None] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Pooled features of every sample, the mean over its views and frames, and its label -> (n, D), (n,).
 
     Args:
         parts: see infer.
+        before_batch: called on all ranks before each batch; may end the program.
     """
 
     def features(inputs: Tensor) -> Tensor:
+        if before_batch:
+            before_batch()
         frames = inputs.flatten(0, 2) if encoder.num_frames == 1 else inputs.flatten(0, 1)
         return pool(encoder(frames), "mean").unflatten(0, (len(inputs), -1)).mean(dim=1)
 
@@ -122,6 +134,8 @@ def knn_accuracy(bank: tuple, queries: tuple, k: int = 20, temperature: float = 
 
 class KNN(Callback):
     """Logs the k-NN accuracy of the encoder with random weights, before the first step, and after the last.
+
+    Where Composer's EMA is at work, it is that of the averages. A run that is told to stop does not wait for it.
 
     Args:
         every: epochs after which it is measured during training too; None for the last alone.
@@ -153,7 +167,14 @@ class KNN(Callback):
         encoder = getattr(state.model, "module", state.model).encoder  # without DDP around it
         sizes = (encoder.img_size, encoder.num_frames)
         views = [EvalViews(paths, *sizes, crop_pct=self.crop_pct) for paths in (self.bank, self.queries)]
-        accuracy = knn_accuracy(*(embed(encoder, data, num_workers=self.num_workers) for data in views))
+        averages = [one for one in state.algorithms if isinstance(one, EMA) and one.ema_started]
+        checkpoints = next(one for one in state.callbacks if isinstance(one, Checkpoints))
+        for one in averages:
+            one.apply(Event.EVAL_START, state, logger)
+        heed = partial(checkpoints.save_if, state)
+        accuracy = knn_accuracy(*(embed(encoder, data, self.num_workers, before_batch=heed) for data in views))
+        for one in averages:
+            one.apply(Event.EVAL_END, state, logger)
         logger.log_metrics({f"knn/{name}": accuracy})
 
     def fit_start(self, state: State, logger: Logger) -> None:

@@ -86,7 +86,9 @@ class KeyedStream(StreamingDataset):
         return super().__len__() * self.repeats
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        return super().state_dict(num_samples // self.repeats, from_beginning)
+        """As Streaming's, but that at the end of an epoch, where Composer counts from 0 again, the next one is due."""
+        state = super().state_dict(num_samples // self.repeats, from_beginning)
+        return state if num_samples else state | {"epoch": max(state["epoch"], self.next_epoch)}
 
     def __iter__(self) -> Iterator[dict]:
         for number, sample in enumerate(super().__iter__()):

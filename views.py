@@ -111,6 +111,23 @@ def draw_frame_pair(rng: np.random.Generator, count: int, frame_gap: FrameGap, s
     return int(pair[0]), int(pair[1])
 
 
+def pick_frames(timestamps: np.ndarray, num_frames: int, frame_interval: float | None, place: float) -> list[int]:
+    """Indices of `num_frames` stored frames of a clip.
+
+    Args:
+        timestamps: (n,) seconds, ascending.
+        frame_interval: seconds between two; the frame on screen at each time is taken, the last again where the clip is
+            short. None for the whole clip, cut into equal sections with a frame of each.
+        place: in [0, 1], from the first to the last possible place of the piece; in [0, 1) within each section.
+    """
+    if frame_interval is None:
+        return ((np.arange(num_frames) + place) * len(timestamps) / num_frames).astype(int).tolist()
+    first, last = timestamps[0], timestamps[-1]
+    free = max(0.0, last - first - (num_frames - 1) * frame_interval)
+    times = first + place * free + np.arange(num_frames) * frame_interval + 0.02 * frame_interval  # packs' times are rounded
+    return (np.searchsorted(timestamps, times, "right") - 1).tolist()
+
+
 @dataclass
 class SampleViews:
     """A stored sample and a generator -> `views` uint8 (V, [T,] H, W, 3), `augment` (V, A), `noise` (V, N), `target`.
@@ -207,23 +224,6 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
         padded = F.pad(x, (0, 0, half, half) if axis == 2 else (half, half, 0, 0), mode="reflect")
         x = sum(padded.narrow(axis, shift, x.shape[axis]) * weights[:, shift] for shift in range(size))
     return x
-
-
-def pick_frames(timestamps: np.ndarray, num_frames: int, frame_interval: float | None, place: float) -> list[int]:
-    """Indices of `num_frames` stored frames of a clip.
-
-    Args:
-        timestamps: (n,) seconds, ascending.
-        frame_interval: seconds between two; the frame on screen at each time is taken, the last again where the clip is
-            short. None for the whole clip, cut into equal sections with a frame of each.
-        place: in [0, 1], from the first to the last possible place of the piece; in [0, 1) within each section.
-    """
-    if frame_interval is None:
-        return ((np.arange(num_frames) + place) * len(timestamps) / num_frames).astype(int).tolist()
-    first, last = timestamps[0], timestamps[-1]
-    free = max(0.0, last - first - (num_frames - 1) * frame_interval)
-    times = first + place * free + np.arange(num_frames) * frame_interval + 0.02 * frame_interval  # packs' times are rounded
-    return (np.searchsorted(timestamps, times, "right") - 1).tolist()
 
 
 @dataclass

@@ -2,9 +2,10 @@
 
     uv run python tests/stress_resume.py --kills 50 --seed 0                # 2 idle CPU cores, 15 min
 
-Runs take turns: one rank, two ranks, and from one to four, drawn for each life. Each life is launched as users do, and ended
-at a random moment between its first instruction and its last: by SIGKILL to all of its processes, as when a machine is
-gone, or by SIGTERM to the launcher, as when one is about to be. Prints a line of JSON for each life and each run.
+Runs take turns: one rank, two ranks, and from one to four, drawn for each life, as is whether checkpoints are written every
+second step or at the ends of epochs. Each life is launched as users do, and ended at a random moment between its first
+instruction and its last: by SIGKILL to all of its processes, as when a machine is gone, or by SIGTERM to the launcher, as
+when one is about to be. Prints a line of JSON for each life and each run.
 
 With the same ranks throughout, the final weights and all losses must be those of a run never stopped, to the bit. In every
 run each step must have seen the samples that it sees in that run, whichever ranks they went to.
@@ -99,7 +100,7 @@ def stress(folder: Path, kills: int, seed: int, epochs: int) -> bool:
     """Whether all runs ended as they must."""
     demo, rng, right = folder / "demo", np.random.default_rng(seed), True
     data_prep.demo(str(demo), workers=2, garments=12)
-    arguments = [*small(demo), f"trainer.max_duration={epochs}ep", "checkpoints.interval=2ba", "data.num_workers=1"]
+    arguments = [*small(demo), f"trainer.max_duration={epochs}ep", "data.num_workers=1"]
     arguments += [f"callbacks.KNN={{bank: [{demo}/train_images], queries: [{demo}/test_images], every: 2}}"]
     whole, duration = {}, {}
     for ranks in (1, 2):
@@ -115,7 +116,8 @@ def stress(folder: Path, kills: int, seed: int, epochs: int) -> bool:
             now = ranks or int(rng.choice([1, 2, 4]))
             moment = rng.uniform(0, 1.05 * duration[min(now, 2)])
             how = signal.SIGKILL if rng.random() < 0.5 else signal.SIGTERM
-            life = live(folder, [*arguments, f"run_name={name}"], now, (moment, how) if done < kills else None)
+            named = [f"run_name={name}", f"checkpoints.interval={rng.choice(['2ba', '1ep'])}"]
+            life = live(folder, [*arguments, *named], now, (moment, how) if done < kills else None)
             done += life["signal"] is not None
             worst = max(worst, life.get("seconds_to_end", 0.0))
             finished = (folder / "runs" / name / "result.json").exists()

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from streaming import LocalDataset
 import data_prep
 import eval as evaluation
 import finetune
-from checkpoints import read_checkpoint
+from checkpoints import STOPPED, Checkpoints, read_checkpoint
 from config import load_config
 from finetune import TrainingClips, build_lars
 from model import Classifier
@@ -298,6 +300,28 @@ def test_resumed_run_ends_with_the_weights_and_accuracy_of_one_never_stopped(pro
     assert result_of(tmp_path, "stopped")["metrics/eval/top1"] == result_of(whole, "whole")["metrics/eval/top1"]
     if name == "linprobe_demo":
         assert theirs["head.right"].sum() > 0 and result_of(tmp_path, "stopped")["base_lr"] in (3.0, 10.0, 30.0, 100.0)
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_sigterm_in_an_evaluation_is_heeded_at_once_and_the_last_is_made_up_for(probe_or_whole, tmp_path, monkeypatch, step):
+    name, arguments, whole = probe_or_whole
+    arguments = [*arguments, *RUNS[name], "run_name=stopped"]
+
+    def eval_batch_start(self: Checkpoints, state, logger) -> None:
+        if state.timestamp.batch.value == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "eval_batch_start", eval_batch_start)
+        with pytest.raises(SystemExit) as end:
+            run_stage(finetune, arguments, tmp_path)
+    assert end.value.code == STOPPED
+    run_stage(finetune, arguments, tmp_path)
+    ours, theirs = weights(tmp_path, "stopped"), weights(whole, "whole")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert result_of(tmp_path, "stopped")["metrics/eval/top1"] == result_of(whole, "whole")["metrics/eval/top1"]
+    lines = (tmp_path / "runs" / "stopped" / "metrics.jsonl").read_text().splitlines()
+    assert any(json.loads(line)["step"] == 6 and "metrics/eval/top1" in line for line in lines)
 
 
 def finetune_rank(rank: int, folder: str, arguments: list[str]) -> None:

@@ -19,7 +19,7 @@ from torchvision.transforms import RandomResizedCrop
 import data_prep
 import pretrain
 import streams
-from checkpoints import read_checkpoint
+from checkpoints import Checkpoints, read_checkpoint
 from config import load_config
 from model import ViCMAE
 from probes import infer, knn_accuracy
@@ -525,6 +525,33 @@ def test_pretraining_yaml_constructs(name, overlay):
     pretrain.build_named(pretrain.CALLBACKS, {k: v for k, v in config["callbacks"].items() if k != "KNN"})  # needs data
     if overlay == ["paper.yaml"]:
         assert net.mask_ratio == 0.75 and pairs.frame_gap == "distant" and pairs.video.jitter == 0
+
+
+def ends_at(step: int):
+    def batch_start(self: Checkpoints, state, logger) -> None:
+        if state.timestamp.batch.value == step:
+            raise SystemExit
+
+    return batch_start
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("step", [3, 4])
+def test_run_goes_on_from_the_checkpoint_at_an_epochs_end_with_the_next_epoch(
+    demo, tmp_path, monkeypatch, num_workers, step
+):
+    arguments = [*small(demo), "trainer.max_duration=3ep", "callbacks=null", f"data.num_workers={num_workers}"]
+    run_stage(pretrain, [*arguments, "run_name=whole"], tmp_path)
+    for last in (step, step + 3):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(Checkpoints, "batch_start", ends_at(last))
+            run_stage(pretrain, [*arguments, "run_name=stopped", "checkpoints.interval=1ep"], tmp_path)
+    run_stage(pretrain, [*arguments, "run_name=stopped"], tmp_path)
+    lines = [(tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "stopped")]
+    whole, resumed = (
+        [line["loss/train/total"] for line in map(json.loads, one) if "loss/train/total" in line] for one in lines
+    )
+    assert whole == resumed and len(whole) == 9
 
 
 @pytest.mark.parametrize(("stop", "repeats"), [("1ep", 1), ("4ba", 1), ("4ba", 2)])

@@ -15,7 +15,11 @@ from conftest import ROOT, run_stage, small
 
 import pretrain
 from checkpoints import LATEST, STOPPED, Checkpoints, read_checkpoint, step_of
+from config import load_config
+from model import ViCMAE, load_pretrained
 from places import Place, s3_client
+from probes import KNN, embed, knn_accuracy
+from views import EvalViews
 
 
 def run(folder: Path, *arguments: str) -> None:
@@ -152,6 +156,55 @@ def test_sigterm_has_a_checkpoint_written_at_once_and_its_own_exit_code(argument
     run(tmp_path, *arguments)
     assert same(weights(tmp_path, "run"), weights(whole, "whole"))
     assert losses(tmp_path, "run") == losses(whole, "whole")
+
+
+@pytest.fixture(scope="module")
+def measured(demo, tmp_path_factory) -> tuple[list[str], Path]:
+    """The arguments, and the folder, of a run with EMA whose k-NN is measured after each of its two epochs."""
+    ema = "algorithms={EMA: {half_life: 2ba, update_interval: 1ba}}"
+    arguments = [*small(demo), "schedule.t_max=2ep", "data.num_workers=0", "callbacks.KNN.every=1", ema]
+    folder = tmp_path_factory.mktemp("measured")
+    run(folder, *arguments, "run_name=whole", "checkpoints={interval: 1ba, keep: 9}")
+    return arguments, folder
+
+
+@pytest.mark.parametrize("name", ["ep1-ba3.pt", "ep2-ba6.pt"])
+def test_sigterm_in_a_knn_measurement_is_heeded_at_once_and_the_last_is_made_up_for(measured, tmp_path, monkeypatch, name):
+    """While it is made, EMA's averages stand in the place of the weights."""
+    arguments, whole = measured
+    whole, measure = whole / "runs" / "whole", KNN.measure
+
+    def signalled(self: KNN, what: str, state, logger) -> None:
+        if state.timestamp.batch.value == step_of(name):
+            os.kill(os.getpid(), signal.SIGTERM)
+        measure(self, what, state, logger)
+
+    arguments = [*arguments, "run_name=run", "checkpoints.interval=9ep"]
+    with monkeypatch.context() as patch:
+        patch.setattr(KNN, "measure", signalled)
+        with pytest.raises(SystemExit) as end:
+            run(tmp_path, *arguments)
+    assert end.value.code == STOPPED
+    ours = tmp_path / "runs" / "run"
+    assert os.readlink(ours / "checkpoints" / LATEST) == name
+    theirs = next((whole / "checkpoints").glob(f"*-ba{step_of(name)}.pt"))
+    assert same(read_checkpoint(str(ours / "checkpoints" / name)), read_checkpoint(str(theirs)))
+    run(tmp_path, *arguments)
+    assert same(weights(tmp_path, "run"), weights(whole.parents[1], "whole"))
+    assert losses(tmp_path, "run") == losses(whole.parents[1], "whole")
+    results = [json.loads((one / "result.json").read_text())["knn/trained"] for one in (ours, whole)]
+    assert results[0] == results[1]
+
+
+def test_knn_accuracy_is_that_of_emas_averages(measured):
+    """Against that of an encoder that is loaded from the checkpoint."""
+    arguments, folder = measured
+    config = load_config(arguments, pretrain.pretrain)
+    net = ViCMAE(**config["model"])
+    load_pretrained(net, str(folder / "runs" / "whole" / "checkpoints" / LATEST))
+    views = [EvalViews(config["callbacks"]["KNN"][key], 32, crop_pct=0.875) for key in ("bank", "queries")]
+    expected = knn_accuracy(*(embed(net.encoder, one) for one in views))
+    assert json.loads((folder / "runs" / "whole" / "result.json").read_text())["knn/trained"] == expected
 
 
 def told_one_rank(rank: int, folder: str, arguments: list[str]) -> None:
