@@ -1,6 +1,6 @@
 """The training step, the Trainer around it, waiting for data, a kill, a second rank and memory, as ratios.
 
-    uv run python tests/bench_train.py                                      # 2 idle CPU cores, 5 min
+    uv run python tests/bench_train.py                                      # 2 idle CPU cores, 15 min
 
 Prints a line of JSON for the machine, then one for each ratio: lower is better, but for the step of a plain implementation
 and for 2 ranks. Every process has one thread. Contenders take turns, and a ratio is the median over the turns, or over the
@@ -183,7 +183,8 @@ def step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, times: in
 def compare_steps(what: str, config: dict) -> None:
     """Ours without a Trainer beside the plain one; both begin with the same weights, and must find the same loss.
 
-    Ours comes in both precisions that a CPU has, fp32 and amp_bf16; the plain one is in fp32, as one would write it down.
+    Ours comes in both precisions that a CPU has, fp32 and amp_bf16, as it is and compiled (trainer.compile_config). The plain
+    one comes in fp32, as one would write it down, and under autocast.
     """
     torch.manual_seed(0)
     size = config["data"]["global_train_batch_size"]
@@ -192,24 +193,33 @@ def compare_steps(what: str, config: dict) -> None:
     trained = [net.encoder.cls_token, net.decoder.mask_token, *others]
     side = net.encoder.img_size
     batch = {"views": torch.randn(size, 2, 3, side, side), "noise": torch.rand(size, 2, net.encoder.num_patches)}
-    plain = {"attention in one call": Plain(net, fused=True), "attention written out": Plain(net, fused=False)}
-    half = copy.deepcopy(net)
-    half.forward = torch.autocast("cpu", torch.bfloat16)(half.forward)  # as build_trainer has it
+    bfloat16 = torch.autocast("cpu", torch.bfloat16)
+    plain = {
+        "fp32": Plain(net, fused=True),
+        "fp32, attention written out": Plain(net, fused=False),
+        "autocast to bfloat16": Plain(net, fused=True),
+    }
+    mine = {precision: copy.deepcopy(net) for precision in ("fp32", "amp_bf16", "fp32, compiled", "amp_bf16, compiled")}
     contenders = {}
-    for precision, mine in {"fp32": net, "amp_bf16": half}.items():
-        ours = pretrain.build_optimizer(mine, size, **config["optimizer"])
-        contenders[precision] = partial(step, partial(our_loss, mine, batch), ours, 2)
+    for precision, one in mine.items():
+        if "compiled" in precision:
+            one.forward = torch.compile(one.forward)
+        if "bf16" in precision:
+            one.forward = bfloat16(one.forward)  # as build_trainer has it
+        ours = pretrain.build_optimizer(one, size, **config["optimizer"])
+        contenders[precision] = partial(step, partial(our_loss, one, batch), ours, 2)
     for name, other in plain.items():
         with torch.no_grad():
-            for theirs, mine in zip(other.parameters(), trained, strict=True):
-                theirs.copy_(mine)
+            for theirs, value in zip(other.parameters(), trained, strict=True):
+                theirs.copy_(value)
         torch.testing.assert_close(other(**batch), our_loss(net, batch))
+        other.forward = bfloat16(other.forward) if "bfloat16" in name else other.forward
         optimizer = torch.optim.AdamW(other.parameters(), lr=ours.param_groups[0]["lr"], weight_decay=0.05)
-        contenders[name] = partial(step, partial(other, **batch), optimizer, 2)
+        contenders[f"plain, {name}"] = partial(step, partial(other, **batch), optimizer, 2)
     seconds = take_turns(contenders)
-    for precision, name in product(("fp32", "amp_bf16"), plain):
+    for name, precision in product(plain, mine):
         more = {"batch": size, "seconds": round(statistics.median(seconds[precision]), 3)}
-        value = ratio(seconds[name], seconds[precision])
+        value = ratio(seconds[f"plain, {name}"], seconds[precision])
         what_is = f"step time of a plain implementation, {name}, {what}"
         report(what_is, value, f"ours in {precision}", "wall time of a step", **more)
 
