@@ -183,8 +183,8 @@ def step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, times: in
 def compare_steps(what: str, config: dict) -> None:
     """Ours without a Trainer beside the plain one; both begin with the same weights, and must find the same loss.
 
-    Ours comes in both precisions that a CPU has, fp32 and amp_bf16, as it is and compiled (trainer.compile_config). The plain
-    one comes in fp32, as one would write it down, and under autocast.
+    Ours comes in both precisions that a CPU has, fp32 and amp_bf16, as it is and compiled (trainer.compile_config), the
+    plain one in fp32, as one would write it down, and under autocast.
     """
     torch.manual_seed(0)
     size = config["data"]["global_train_batch_size"]
