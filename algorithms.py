@@ -1,4 +1,7 @@
-"""Composer algorithms that are ours; blocks under `algorithms` in the YAML files, beside Composer's own."""
+"""Composer algorithms that are ours: blocks under `algorithms` in the YAML files, beside Composer's own.
+
+GradientNorm is no block: every run has it.
+"""
 
 from typing import Annotated
 
@@ -10,8 +13,8 @@ from composer.utils import dist
 from pydantic import Field, PositiveInt
 from torch.distributed.tensor import DTensor
 
+from config import Share
 from model import ViCMAE
-from views import Share
 
 
 def vicmae_of(algorithm: Algorithm, state: State) -> ViCMAE:
@@ -152,7 +155,7 @@ class LayerFreezing(Algorithm):
 
 
 class GradientNorm(Algorithm):
-    """Logs the norm of the gradient before it is clipped."""
+    """Logs the norm of the gradient before it is clipped; on gloo, makes FSDP's sum over the ranks a mean first."""
 
     def match(self, event: Event, state: State) -> bool:
         return event == Event.AFTER_TRAIN_BATCH

@@ -212,11 +212,6 @@ def describe(report: dict[str, list[str]]) -> str:
     return "\n".join(lines)
 
 
-# Composer has py-cpuinfo name the processor in each checkpoint. Its two processes wait by sched_yield alone, which on Linux
-# 6.18 starves everything else when two ranks start on two cores: a launch hung for minutes, timers and all.
-collect_env.get_cpu_model = platform.processor
-
-
 def check_checkpoint(path: Path) -> None:
     """Compare a checkpoint with its checksums, or FSDP's shards with their sizes.
 
@@ -243,6 +238,11 @@ CHECKPOINT = re.compile(r"ep(\d+)-ba(\d+)(\.pt)?")  # a file; without .pt a fold
 
 def step_of(name: str) -> int:
     return int(CHECKPOINT.fullmatch(name)[2])
+
+
+# Composer has py-cpuinfo name the processor in each checkpoint. Its two processes wait by sched_yield alone, which on Linux
+# 6.18 starves everything else when two ranks start on two cores: a launch hung for minutes, timers and all.
+collect_env.get_cpu_model = platform.processor
 
 
 class Checkpoints(Callback):

@@ -25,7 +25,7 @@ from torch import nn
 
 from checkpoints import LATEST
 from model import load_pretrained
-from places import Place
+from places import Place, write_file
 from probes import measure_probe
 from vit import Encoder
 
@@ -60,7 +60,7 @@ def write_table(*, to: str, rows: list[Annotated[dict, table_row]]) -> None:
     head = ["| " + " | ".join([columns[0], *(f"{column}: paper / ours" for column in columns[1:])]) + " |"]
     lines = ["| " + " | ".join(row.get(column, "") for column in columns) + " |" for row in made]
     text = "\n".join([*head, "| --- " * len(columns) + "|", *lines]) + "\n"
-    Place(os.path.dirname(to) or ".").write(os.path.basename(to), text.encode())
+    write_file(to, text.encode())
 
 
 def trained(run_name: str, command: list[str]) -> dict[str, float]:
@@ -163,8 +163,7 @@ def write_comparison(rows: dict[str, dict[str, list[float]]], to: str, budget: s
         spreads[method] = [np.std(row[key], ddof=1) if len(row[key]) > 1 else 0.0 for key in columns]
         cells = [f"{mean:.1f} ± {spread:.1f}" for mean, spread in zip(means[method], spreads[method], strict=True)]
         lines.append("| " + " | ".join([method, f"{row['steps'][0]}", *cells[1:]]) + " |")
-    folder = Place(os.path.dirname(to) or ".")
-    folder.write(os.path.basename(to), ("\n".join(lines) + "\n").encode())
+    write_file(to, ("\n".join(lines) + "\n").encode())
     figure = Figure(figsize=(3 * len(columns[1:]), 0.4 * len(rows) + 1), layout="constrained")
     axes = figure.subplots(1, len(columns[1:]), squeeze=False, sharey=True)[0]
     for number, axis in enumerate(axes, start=1):

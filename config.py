@@ -15,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from yaml import YAMLError
 
+Share = Annotated[float, Field(ge=0, le=1)]  # a fraction or a probability
+
 
 def load_config(arguments: list[str], stage: Callable) -> dict[str, Any]:
     """Merge YAML files left to right, then key=value, into keyword arguments of `stage`, checked against its signature.

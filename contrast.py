@@ -1,7 +1,7 @@
-"""The contrastive terms, ViC-MAE's InfoNCE first, and the heads that they are computed on (paper section 3.2).
+"""The contrastive heads, the terms on what they project, ViC-MAE's InfoNCE first, and MoCo's second encoder (section 3.2).
 
 Each term takes what is projected of the whole global batch, see Projected, and returns the loss, and the fraction of views
-that find their partner. None has parameters, and none knows of ranks: all_gather comes before the heads.
+(for triplets, of pairs) that are right. None has parameters, and none knows of ranks: all_gather comes before the heads.
 """
 
 import copy

@@ -101,6 +101,24 @@ def read_classes(path: str) -> list[str]:
     return read_json(path, "classes.json")
 
 
+def common_classes(paths: list[str]) -> list[str]:
+    """The class names of all of these data sets.
+
+    Raises:
+        ValueError: no data set, or one that is missing, has no labels, or has other classes than the first.
+    """
+    if not paths:
+        raise ValueError("a list of data sets is empty; name at least one")
+    first = read_classes(paths[0])
+    for path in paths:
+        classes = read_classes(path)
+        if not classes:
+            raise ValueError(f"{path} has no labels, which are needed here; convert it from a folder per class")
+        if classes != first:
+            raise ValueError(f"{path} has other classes than {paths[0]}")
+    return first
+
+
 class Clips:
     """The samples of a data set by number, from a folder or straight out of a bucket. Raises as read_json does."""
 
@@ -268,7 +286,7 @@ def convert(
             raise ValueError(
                 f"SOURCE {source} holds {none} {recipe.kind} ({' '.join(EXTENSIONS[recipe.kind])}); for tars, name them"
             )
-        begin(target, folder, {"source": source, "recipe": asdict(recipe), "parts": len(starts), **found})
+        claim(target, folder, {"source": source, "recipe": asdict(recipe), "parts": len(starts), **found})
 
         def work(part: str, spoilt: dict, step: Callable) -> None:
             with open(manifest.name, "rb") as file:
@@ -288,7 +306,7 @@ def convert(
                 (folder / part / "part.json").stat()
             shutil.rmtree(aside, ignore_errors=True)
 
-        done = {name.split("/")[0] for name in target.names() if name.endswith("/part.json")}
+        done = finished_parts(target)
         if target.remote and keep_local:
             done = {part for part in done if (folder / part / "part.json").exists()}
         mine = [f"part-{number:06d}" for number in range(share[0] - 1, len(starts), share[1])]
@@ -306,7 +324,7 @@ def convert(
     return merge(out, max_skipped) if share == (1, 1) else None
 
 
-def begin(target: Place, folder: Path, request: dict) -> None:
+def claim(target: Place, folder: Path, request: dict) -> None:
     """Mark `target` as this data set's.
 
     Raises:
@@ -325,6 +343,10 @@ def begin(target: Place, folder: Path, request: dict) -> None:
         target.write_json("request.json", request)
 
 
+def finished_parts(target: Place) -> set[str]:
+    return {name.split("/")[0] for name in target.names() if name.endswith("/part.json")}
+
+
 def merge(out: str, max_skipped: float = 0.01) -> dict:
     """Make one data set of the parts in `out`, once all are there, and return its report. See convert.
 
@@ -334,7 +356,7 @@ def merge(out: str, max_skipped: float = 0.01) -> dict:
     target = Place(out)
     request = read_json(out, "request.json")
     names = [f"part-{number:06d}" for number in range(request["parts"])]
-    there = {name.split("/")[0] for name in target.names() if name.endswith("/part.json")}
+    there = finished_parts(target)
     missing = [name for name in names if name not in there]
     if missing:
         count = f"{len(missing)} of its {len(names)} parts"

@@ -13,7 +13,6 @@ command is given again.
 import hashlib
 import inspect
 import json
-import os
 import shutil
 import sys
 import time
@@ -37,15 +36,13 @@ from torchvision.utils import make_grid, save_image
 import data_prep
 from checkpoints import read_checkpoint
 from comparison import compare, write_table
-from config import load_config, one_line_errors
-from finetune import classifier_stacks
+from config import Share, load_config, one_line_errors
 from model import Classifier, ViCMAE, load_pretrained
-from places import Place
-from plans import activation_bytes, asked_plan, is_half, show_plan, size_of
+from places import Place, write_file
+from plans import activation_bytes, asked_plan, is_half, show_plan, size_of, stack_of
 from pretrain import draw_reconstructions
-from probes import infer, measure_probe, middle_frames
-from streams import common_classes
-from views import MEAN, STD, EvalViews, Share
+from probes import first_frames, infer, measure_probe
+from views import MEAN, STD, EvalViews
 from vit import Encoder
 
 
@@ -121,7 +118,7 @@ def draw_attention(encoder: Encoder, paths: list[str], to: Path, count: int = 8)
     CLS looks at, as is usually drawn, would say less: ViC-MAE's losses have no target for it.
     """
     views = EvalViews(paths, encoder.img_size, crop_pct=1.0)
-    images = middle_frames(views, torch.linspace(0, len(views) - 1, count).long())
+    images = first_frames(views, torch.linspace(0, len(views) - 1, count).long())
     attention = last_attention(encoder, normalize(images.to(encoder.cls_token.device), MEAN, STD)).cpu()
     looked = attention[:, :, 1:, 1:].mean(dim=(1, 2)) * encoder.num_patches  # (B, N), 1 if all are looked at alike
     looked = looked.unflatten(1, (1, encoder.grid, encoder.grid))  # (B, 1, h, w)
@@ -153,7 +150,7 @@ def export_timm(net: Encoder | Classifier, to: str) -> None:
         state |= {"head.weight": weight, "head.bias": bias}
     file = safetensors.torch.save({name: value.contiguous().cpu() for name, value in state.items()})
     if dist.get_global_rank() == 0:
-        Place(os.path.dirname(to) or ".").write(os.path.basename(to), file)
+        write_file(to, file)
 
 
 def evaluate(
@@ -198,7 +195,7 @@ def evaluate(
     whole = export and classifier and not model  # to be exported with its head
     asked = {"model": probe or reconstructions or attention or (export and not whole), "classifier": accuracy or whole}
     if not any(asked.values()):
-        raise ValueError("nothing is asked for; give accuracy, probe, reconstructions, attention, export or table")
+        raise ValueError("nothing is asked for; give accuracy, probe, reconstructions, attention, export, table, comparison")
     for name, sizes in (("model", model), ("classifier", classifier)):
         if asked[name] and sizes is None:
             raise ValueError(f"the block {name} is missing: it gives the sizes of what is measured")
@@ -229,7 +226,7 @@ def evaluate(
         if export:
             export_timm(net.encoder, export)
     if asked["classifier"]:
-        classes = common_classes(accuracy["data"]) if accuracy else range(count_classes(checkpoint, head))
+        classes = data_prep.common_classes(accuracy["data"]) if accuracy else range(count_classes(checkpoint, head))
         net = load(Classifier(len(classes), **classifier), checkpoint, where, ("head.", "neck."), head)
         if whole:
             export_timm(net, export)
@@ -312,7 +309,8 @@ def plan(config: dict[str, Any], gpus: int) -> str:
         flops = net.flops_per_batch({"inputs": torch.empty(1, views, frames, 3, size, size)})
     net.requires_grad_(False)
     precision, at_once = config.get("precision", "fp32"), asked.get("batch_size", 256)
-    activations = at_once * views * (activation_bytes(classifier_stacks(net), precision, 0) + 2 * 4 * frames * 3 * size**2)
+    stacks = [stack_of(net.encoder, 1 + net.encoder.num_patches)]
+    activations = at_once * views * (activation_bytes(stacks, precision, 0) + 2 * 4 * frames * 3 * size**2)
     state = 4 * sum(parameter.numel() for parameter in net.parameters())
     samples = sum(size_of(path)[0] for path in data)
     return show_plan(net, gpus, samples, flops, is_half(precision), state, activations, at_once)

@@ -28,16 +28,16 @@ from timm.data.random_erasing import RandomErasing
 from timm.optim import Lars
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2.functional import normalize, pil_to_tensor, to_pil_image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 import data_prep
 from checkpoints import Checkpoints, describe
-from config import load_config, one_line_errors
-from model import Classifier, Heads, load_pretrained
-from plans import activation_bytes, asked_plan, size_of, training_plan
+from config import Share, load_config, one_line_errors
+from model import Classifier, ProbeHeads, load_pretrained
+from plans import ALL_KEPT, activation_bytes, asked_plan, size_of, stack_of, training_plan
 from pretrain import ALGORITHMS, CALLBACKS, LOGGERS, TrainerBlock, build_optimizer, build_trainer, finish_run, fit, start_run
-from streams import common_classes, load_stream
-from views import MEAN, STD, EvalViews, Share, crop_and_scale, draw_crop, pick_frames
+from streams import load_stream
+from views import MEAN, EvalViews, crop_and_scale, draw_crop, normalise, pick_frames
 
 
 @dataclass
@@ -137,7 +137,7 @@ class TrainingClips:
         torch.manual_seed(key)
         inputs, target = batch["inputs"], batch["target"]
         shape = inputs.shape
-        x = normalize(inputs.float() / 255, MEAN, STD).flatten(1, 3)  # (B, T * 3, H, W): one box for all frames
+        x = normalise(inputs).flatten(1, 3)  # (B, T * 3, H, W): one box for all frames
         if self.erasing:
             x = RandomErasing(self.erasing, mode="pixel", device=x.device)(x)
         if self.mix:
@@ -150,7 +150,7 @@ class TrainingClips:
 
 def normalise_views(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """`inputs` of EvalViews, uint8 -> normalised."""
-    return {"inputs": normalize(batch["inputs"].float() / 255, MEAN, STD), "target": batch["target"]}
+    return {"inputs": normalise(batch["inputs"]), "target": batch["target"]}
 
 
 def load_eval(
@@ -195,7 +195,7 @@ def build_lars(
         trust_coeff: length of a step relative to the weights', at a learning rate of 1.
     """
     groups = []
-    heads = net.head if isinstance(net.head, Heads) else [net.head]
+    heads = net.head if isinstance(net.head, ProbeHeads) else [net.head]
     for head, base_lr in zip(heads, base_lrs, strict=True):
         lr = base_lr * global_train_batch_size / 256
         groups.append({"params": [head.weight], "lr": lr, "always_adapt": True, "weight_decay": weight_decay})
@@ -248,10 +248,10 @@ def finetune(
     run = start_run(config)
     first_class = ()
     if own_heads:
-        classes = [len(common_classes(list(pair))) for pair in zip(training, testing, strict=True)]
+        classes = [len(data_prep.common_classes(list(pair))) for pair in zip(training, testing, strict=True)]
         first_class = (0, *accumulate(classes[:-1]))
     else:
-        classes = len(common_classes(training + testing))
+        classes = len(data_prep.common_classes(training + testing))
     net = Classifier(classes, heads, **model)
     if pretrained:
         report = load_pretrained(net, pretrained)
@@ -268,11 +268,6 @@ def finetune(
     return build_trainer(run, config, net, built, loader, micro_size, validation)
 
 
-def classifier_stacks(net: Classifier) -> list[tuple[int, int, int]]:
-    """Blocks, tokens and width of a view's pass, for activation_bytes."""
-    return [(len(net.encoder.blocks), 1 + net.encoder.num_patches, net.encoder.norm.normalized_shape[0])]
-
-
 def plan(config: dict[str, Any], gpus: int) -> str:
     """What a fine-tuning or a linear probe would take, from its configuration alone; without its evaluations."""
     classes = [size_of(stream["path"])[1] for stream in config["data"]["streams"]]
@@ -282,8 +277,9 @@ def plan(config: dict[str, Any], gpus: int) -> str:
         frames, size = net.encoder.num_frames, net.encoder.img_size
         flops = net.flops_per_batch({"inputs": torch.empty(1, 1, frames, 3, size, size)})
     pictures = 4 * 4 * frames * 3 * size**2  # bytes and floats, erased and mixed
-    kept = 0 if net.freeze else 17
-    activations = activation_bytes(classifier_stacks(net), config["trainer"].get("precision"), kept) + pictures
+    kept = 0 if net.freeze else ALL_KEPT
+    stacks = [stack_of(net.encoder, 1 + net.encoder.num_patches)]
+    activations = activation_bytes(stacks, config["trainer"].get("precision"), kept) + pictures
     return training_plan(net, config, gpus, flops, activations)
 
 
@@ -299,7 +295,7 @@ def main() -> None:
     if dist.get_global_rank() == 0:
         run, net = Path("runs", config["run_name"]), trainer.state.model
         head, extra = getattr(net, "module", net).head, {}
-        if isinstance(head, Heads):
+        if isinstance(head, ProbeHeads):
             extra = {"base_lr": config["lars"]["base_lrs"][head.best()]}
             print(f"best of the learning rates on the samples held out: {extra['base_lr']}")
         result = finish_run(run, extra)

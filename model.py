@@ -1,8 +1,8 @@
-"""ViC-MAE (arXiv:2303.12001): contrastive masked autoencoding of images and video, in the order of the paper's section 3.
+"""ViC-MAE (arXiv:2303.12001): contrastive masked autoencoding of images and video (paper section 3), and its classifier (4).
 
     model = ViCMAE(embed_dim=1024, depth=24, num_heads=16)                  # ViT-L, the official code's numbers
-    outputs = model({"views": views, "noise": noise})                       # (B, 2, 3, 224, 224), (B, 2, 196)
-    losses = model.loss(outputs, batch)                                     # total, reconstruction, contrastive
+    batch = {"views": views, "noise": noise}                                # (B, 2, 3, 224, 224), (B, 2, 196)
+    losses = model.loss(model(batch), batch)                                # total, reconstruction, contrastive, ...
 
 Two views of one sample, two frames of a video or two crops of an image, pass one encoder, each with its own random mask.
 Both are reconstructed, and the means of their visible tokens attract each other while all other samples repel them.
@@ -10,6 +10,7 @@ Both are reconstructed, and the means of their visible tokens attract each other
 Shapes, here and in every other file:
     B samples   V views of a sample   T frames of a clip   N patches of a view   K patches kept visible   D width
     P numbers of a patch (patch_size * patch_size * 3)     C classes             H, W pixels
+    A numbers that augment a view (PARAMETERS of views.py)
 A tensor named mask has 1 where a patch is removed.
 """
 
@@ -77,8 +78,8 @@ class ViCMAE(ComposerModel):
             activations of one chunk, while InfoNCE still sees the whole batch. None for all at once.
 
     Attributes:
-        decode_ratio: fraction of the removed patches, in (0, 1], that is decoded in training; see PartialDecoding.
-        ramp: factor of weight_contrast, in [0, 1]; see ContrastRamp.
+        decode_ratio: fraction of the removed patches, in (0, 1], that is decoded in training.
+        ramp: factor of weight_contrast, in [0, 1]. PartialDecoding and ContrastRamp of algorithms.py set the two.
 
     Raises:
         ValueError: sizes that do not divide, a mask_ratio that keeps no patch or removes none, or nothing to learn.
@@ -285,7 +286,7 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         return gathered.view(-1, *x.shape)[dist.get_rank() if len(gathered) > len(x) else 0]
 
 
-class Heads(nn.ModuleList):
+class ProbeHeads(nn.ModuleList):
     """Linear heads on the same features, each to be trained at a learning rate of its own; in evaluation, the best of them.
 
     The best has most of the held-out training samples right, a step counting 0.98 of the next.
@@ -337,7 +338,7 @@ class Classifier(ComposerModel):
         dropout: before the head, in [0, 1).
         head_init_std: of the head's weights.
         freeze: linear probe: the encoder is fixed, and an affine-free BatchNorm stands before the head (source: MAE).
-        heads: how many linear heads are trained at once, see Heads.
+        heads: how many linear heads are trained at once, see ProbeHeads.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -370,7 +371,7 @@ class Classifier(ComposerModel):
         if isinstance(num_classes, list):
             self.head = DataSetHeads(embed_dim, num_classes)
         else:
-            self.head = nn.Linear(embed_dim, num_classes) if heads == 1 else Heads(embed_dim, num_classes, heads)
+            self.head = nn.Linear(embed_dim, num_classes) if heads == 1 else ProbeHeads(embed_dim, num_classes, heads)
         for layer in self.head if isinstance(self.head, nn.ModuleList) else [self.head]:
             nn.init.trunc_normal_(layer.weight, std=head_init_std)
             nn.init.zeros_(layer.bias)

@@ -147,3 +147,8 @@ class Place:
 
     def write_json(self, name: str, value: object) -> None:
         self.write(name, json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Place.write for a file by its path."""
+    Place(os.path.dirname(path) or ".").write(os.path.basename(path), data)

@@ -2,7 +2,7 @@
 
     python pretrain.py yamls/vitl.yaml --plan=64                            # for 64 GPUs; for 8 if no number is given
 
-Every stage takes --plan. Nothing here is measured; README, "Machines that come and go", says where it was compared.
+Every stage takes --plan. Nothing here is measured; README, "Transfer" and "Machines that come and go", compares.
 """
 
 import math
@@ -26,6 +26,7 @@ PUBLISHED = {  # samples and classes of data sets by the last two parts of their
 }
 PEAK = {True: 312e12, False: 19.5e12}  # operations a second of an A100, in half precision or in fp32
 UTILISATION = 0.4  # how much of it is taken to be reached
+ALL_KEPT = 17  # numbers of each block, token and unit of width that a forward pass leaves for the backward pass
 
 
 def size_of(path: str) -> tuple[int, int]:
@@ -55,6 +56,11 @@ def is_half(precision: str | None) -> bool:
     return precision != "fp32"
 
 
+def stack_of(part: nn.Module, tokens: int) -> tuple[int, int, int]:
+    """Blocks, tokens and width of a sample's pass through an encoder or a decoder, for activation_bytes."""
+    return len(part.blocks), tokens, part.norm.normalized_shape[0]
+
+
 def activation_bytes(stacks: list[tuple[int, int, int]], precision: str | None, kept: int) -> int:
     """What a sample's forward pass through ViT blocks leaves in memory.
 
@@ -65,7 +71,7 @@ def activation_bytes(stacks: list[tuple[int, int, int]], precision: str | None, 
             activation checkpointing, 0 without a backward pass. With fewer than 17, one block at a time has them all.
     """
     numbers = sum(kept * blocks * tokens * width for blocks, tokens, width in stacks)
-    numbers += 0 if kept == 17 else 17 * max(tokens * width for _, tokens, width in stacks)
+    numbers += 0 if kept == ALL_KEPT else ALL_KEPT * max(tokens * width for _, tokens, width in stacks)
     return numbers * (2 if is_half(precision) else 4)
 
 

@@ -7,9 +7,6 @@
 
 The signature of `pretrain` is the schema of its YAML files: each block is the keyword arguments of one callable. All of a
 run is in runs/{run_name}/: config.yaml, checkpoints/, metrics.jsonl, result.json, loss.png, reconstructions.png.
-
-Everything random about a sample is a function of (seed, epoch, sample), drawn in the data workers. The device then applies
-what was drawn to the whole batch at once.
 """
 
 import inspect
@@ -39,15 +36,16 @@ from torch import nn
 from torchvision.transforms.v2.functional import normalize
 from torchvision.utils import make_grid, save_image
 
+import data_prep
 from algorithms import ContrastRamp, GradientNorm, LayerFreezing, PartialDecoding, ProgressiveResizing
 from checkpoints import Checkpoints
-from config import load_config, one_line_errors
+from config import Share, load_config, one_line_errors
 from model import ViCMAE
 from places import Place
-from plans import activation_bytes, asked_plan, training_plan
+from plans import ALL_KEPT, activation_bytes, asked_plan, stack_of, training_plan
 from probes import KNN
-from streams import common_classes, load_stream
-from views import MEAN, STD, EvalViews, SampleViews, Share, augment_batch
+from streams import load_stream
+from views import MEAN, STD, EvalViews, SampleViews, augment_batch, normalise
 from vit import patchify, random_masking, unpatchify
 
 
@@ -129,7 +127,7 @@ def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int =
     sets = [EvalViews([path], size, frames, crop_pct=1.0) for path in paths]
     turns = [(sets[number % len(sets)], number / count) for number in range(count)]
     picked = [data[int(place * len(data))]["inputs"][0] for data, place in turns]
-    views = normalize(torch.stack(picked).to(device).float() / 255, MEAN, STD)  # (B, T, 3, H, W)
+    views = normalise(torch.stack(picked).to(device))  # (B, T, 3, H, W)
     noise = torch.rand(count, model.encoder.num_patches, generator=torch.Generator().manual_seed(0)).to(device)
     ids_keep, ids_restore, mask = random_masking(noise, model.mask_ratio, model.mask, model.encoder.steps)
     tokens = model.encoder(views if frames > 1 else views[:, 0], ids_keep)
@@ -153,7 +151,8 @@ def start_run(config: dict[str, Any]) -> Path:
     Comes before any StreamingDataset is made: Streaming would else make a process group of its own.
 
     Raises:
-        ValueError: the folder holds a run of another configuration (the trainer, loggers, callbacks and workers may change).
+        ValueError: the folder holds a run of another configuration (the trainer, loggers, callbacks, checkpoints and workers
+            may change).
     """
     dist.initialize_dist(get_device(config["trainer"].get("device")), config["trainer"].get("dist_timeout", 300.0))
     reproducibility.seed_all(config["seed"])  # the same initial weights on every rank
@@ -185,9 +184,8 @@ def classes_of(module: Any) -> tuple[type, ...]:
     return tuple(made for name, made in vars(module).items() if inspect.isclass(made) and made.__name__ == name)
 
 
-ALGORITHMS = classes_of(composer.algorithms)
-OWN = (ContrastRamp, LayerFreezing, PartialDecoding, ProgressiveResizing)  # two of them in the place of Composer's
-ALGORITHMS = tuple({made.__name__: made for made in (*ALGORITHMS, *OWN)}.values())
+ALGORITHMS = (*classes_of(composer.algorithms), ContrastRamp, LayerFreezing, PartialDecoding, ProgressiveResizing)
+ALGORITHMS = tuple({made.__name__: made for made in ALGORITHMS}.values())  # ours in the place of two of Composer's
 CALLBACKS = (*classes_of(composer.callbacks), KNN)
 LOGGERS = tuple(made for made in classes_of(composer.loggers) if issubclass(made, LoggerDestination))
 TrainerBlock = Annotated[  # Composer's Trainer without what build_trainer gives
@@ -246,7 +244,7 @@ def build_trainer(
         train_dataloader=loader,
         eval_dataloader=eval_dataloader,
         device_train_microbatch_size=micro_size,
-        # Composer turns the order about on after-events: the norm is taken, and mended, before it is clipped.
+        # Composer turns the order about on after-events: the gradient is mended, and its norm taken, before it is clipped.
         algorithms=[*build_named(ALGORITHMS, config["algorithms"]), GradientNorm()],
         callbacks=[*build_named(CALLBACKS, config["callbacks"]), checkpoints],
         loggers=[JsonLines(run / "metrics.jsonl"), *build_named(LOGGERS, config["loggers"])],
@@ -302,7 +300,7 @@ def pretrain(
         raise ValueError(f"augment.views is 1, but model.contrast {net.contrast} compares two views of a sample; give 2")
     loader, micro_size = load_stream(views, augment_batch, seed, net.encoder.patch_size, run, **data)
     if net.positives == "label":
-        common_classes([stream["path"] for stream in data["streams"]])
+        data_prep.common_classes([stream["path"] for stream in data["streams"]])
     adamw = build_optimizer(net, data["global_train_batch_size"], **optimizer)
     return build_trainer(run, config, net, adamw, loader, micro_size)
 
@@ -317,13 +315,11 @@ def plan(config: dict[str, Any], gpus: int) -> str:
         flops = net.flops_per_batch(
             {"views": torch.empty((micro, V, T, 3, size, size) if T > 1 else (micro, V, 3, size, size))}
         )
-    stacks = [
-        (len(part.blocks), V * (1 + tokens), part.norm.normalized_shape[0])
-        for part, tokens in ((net.encoder, net.kept(N)[0]), (net.decoder, N))
-        if part is not None
-    ]
+    stacks = [stack_of(net.encoder, V * (1 + net.kept(N)[0]))]
+    if net.decoder is not None:
+        stacks.append(stack_of(net.decoder, V * (1 + N)))
     fsdp = (config["trainer"].get("parallelism_config") or {}).get("fsdp") or {}
-    kept = 1 if fsdp.get("activation_checkpointing") else 17
+    kept = 1 if fsdp.get("activation_checkpointing") else ALL_KEPT
     pictures = 12 * 4 * V * T * 3 * size**2  # views, targets, predictions, errors and their gradients, in fp32
     activations = activation_bytes(stacks, config["trainer"].get("precision"), kept) + pictures
     return training_plan(net, config, gpus, flops / micro, activations)

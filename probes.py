@@ -19,14 +19,14 @@ from composer.utils import dist
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2.functional import normalize
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+import data_prep
 from checkpoints import Checkpoints
+from config import Share
 from places import Place
-from streams import common_classes
-from views import MEAN, STD, EvalViews, Share
+from views import EvalViews, normalise
 from vit import Encoder, pool
 
 
@@ -75,7 +75,7 @@ def infer(
         for (begin, end), planned in batches.items():
             outputs, labels = [], []
             for batch in islice(loader, len(planned)):
-                outputs.append(forward(normalize(batch["inputs"].to(device).float() / 255, MEAN, STD)).float().cpu())
+                outputs.append(forward(normalise(batch["inputs"].to(device))).float().cpu())
                 labels.append(batch["target"])
                 bar.update(min(len(labels[-1]) * ranks, len(data) - bar.n))
             shares = dist.all_gather_object({"outputs": torch.cat(outputs), "labels": torch.cat(labels)})
@@ -156,7 +156,7 @@ class KNN(Callback):
         crop_pct: Share = 0.875,
         num_workers: NonNegativeInt = 0,
     ):
-        if common_classes(bank) != common_classes(queries):
+        if data_prep.common_classes(bank) != data_prep.common_classes(queries):
             raise ValueError(f"callbacks.KNN: {queries[0]} has other classes than {bank[0]}")
         self.bank, self.queries = bank, queries
         self.every = every
@@ -243,8 +243,8 @@ def choose(labels: Tensor, limits: Tensor, seed: int) -> Tensor:
     return order[by_class[nth < limits[grouped]].sort().values]
 
 
-def middle_frames(views: EvalViews, numbers: Tensor) -> Tensor:
-    """The first view of some samples, by their numbers (n,) -> (n, 3, H, W) in 0..1."""
+def first_frames(views: EvalViews, numbers: Tensor) -> Tensor:
+    """The first frame of the first view of some samples, by their numbers (n,) -> (n, 3, H, W) in 0..1."""
     return torch.stack([views[number]["inputs"][0, 0] for number in numbers.tolist()]).float() / 255
 
 
@@ -266,8 +266,8 @@ def draw_neighbours(
     right = bank[1][nearest] == queries[1][picked, None]
     colours = torch.stack([~right, right, torch.zeros_like(right)], dim=2).float()  # (count, k, 3)
     colours = F.pad(colours, (0, 0, 1, 0), value=1.0).flatten(0, 1)  # (count * (1 + k), 3), white around the query
-    found = middle_frames(views[0], nearest.flatten()).unflatten(0, nearest.shape)  # (count, k, 3, H, W)
-    images = torch.cat([middle_frames(views[1], picked)[:, None], found], dim=1).flatten(0, 1)
+    found = first_frames(views[0], nearest.flatten()).unflatten(0, nearest.shape)  # (count, k, 3, H, W)
+    images = torch.cat([first_frames(views[1], picked)[:, None], found], dim=1).flatten(0, 1)
     images = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))
     framed = F.pad(images, (4, 4, 4, 4), value=-1.0)
     framed = torch.where(framed < 0, colours[:, :, None, None], framed)
@@ -305,8 +305,8 @@ def measure_probe(
     Raises:
         ValueError: data sets that are missing, have no labels or have different ones.
     """
-    classes = common_classes(bank)
-    if classes != common_classes(queries):
+    classes = data_prep.common_classes(bank)
+    if classes != data_prep.common_classes(queries):
         raise ValueError(f"probe: {queries[0]} has other classes than {bank[0]}")
     views = [EvalViews(paths, encoder.img_size, encoder.num_frames, crop_pct=crop_pct) for paths in (bank, queries)]
     learn, test = (embed(encoder, one, num_workers, parts / str(number)) for number, one in enumerate(views))

@@ -1,7 +1,7 @@
-"""What a source holds, and how a file of it becomes a clip: published layouts, lists and tars; video and images to JPEG.
+"""How a file becomes a clip, and what a source holds: video and images to JPEG; published layouts, lists and tars.
 
-    place, listing = Place("raw/k400"), list_kinetics("raw/k400", "train")
-    frames, timestamps = read_video(place.open("train/x_000001_000011.mp4"), Recipe("videos", frames=16))
+    listing = list_kinetics("raw/k400", "train")
+    frames, timestamps = read_video(listing.place.open("train/x_000001_000011.mp4"), Recipe("videos", frames=16))
 
 data_prep.py does this for whole data sets, with many processes.
 """

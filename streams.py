@@ -16,8 +16,8 @@ from streaming.base.shuffle import get_shuffle
 from torch.utils.data import DataLoader
 
 import data_prep
+from config import Share
 from places import Place
-from views import Share
 
 
 class KeyedStream(StreamingDataset):
@@ -217,20 +217,3 @@ def load_stream(
         persistent_workers=num_workers > 0,
     )
     return DataSpec(loader, microbatch_transforms=on_device), micro // ranks
-
-
-def common_classes(paths: list[str]) -> list[str]:
-    """The class names of all of these data sets.
-
-    Raises:
-        ValueError: no data set, or one that is missing, has no labels, or has other classes than the first.
-    """
-    if not paths:
-        raise ValueError("a list of data sets is empty; name at least one")
-    first = data_prep.read_classes(paths[0])
-    for path in paths:
-        if not data_prep.read_classes(path):
-            raise ValueError(f"{path} has no labels, which are needed here; convert it from a folder per class")
-        if data_prep.read_classes(path) != first:
-            raise ValueError(f"{path} has other classes than {paths[0]}")
-    return first

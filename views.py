@@ -1,7 +1,7 @@
 """How samples are seen: the drawn views of pre-training and their augmentation on the device; the fixed ones of evaluation.
 
-Everything random about a sample is drawn in the data workers, from the generator that they are given. The device then
-applies what was drawn to the whole batch at once.
+Everything random about a sample is drawn in the data workers, from a generator seeded by (seed, epoch, sample), see
+streams.py. The device then applies what was drawn to the whole batch at once.
 """
 
 import bisect
@@ -19,13 +19,18 @@ from torch.utils.data import ConcatDataset, Dataset
 from torchvision.transforms.v2.functional import normalize
 
 import data_prep
+from config import Share
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, of pixels in 0..1 [code]
-Share = Annotated[float, Field(ge=0, le=1)]  # a fraction or a probability
 PARAMETERS = ("flip", "brightness", "contrast", "saturation", "hue", "grey", "blur_sigma", "solarise")
 BLUR_KERNEL = (9, 5)  # pixels, height and width [code]
 SOLARISE_FROM = 127.5 / 255  # bytes from 128 on [code], whatever the colour map rounds
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Bytes (..., 3, H, W) -> float, relative to MEAN and in units of STD."""
+    return normalize(pixels.float() / 255, MEAN, STD)
 
 
 @dataclass(frozen=True)

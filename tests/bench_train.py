@@ -30,7 +30,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from composer import Trainer
+from composer import Logger, State, Trainer
 from composer.core import DataSpec
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -336,7 +336,7 @@ def measure_waiting(demo: Path, model: dict | None, what: str, steps: int) -> No
     )
 
 
-def note_time(self: Checkpoints, state: pretrain.State, logger: pretrain.Logger) -> None:
+def note_time(self: Checkpoints, state: State, logger: Logger) -> None:
     """At the start of a step, add a line to times.jsonl: steps done, seconds."""
     with (self.folder.parent / "times.jsonl").open("a") as file:
         file.write(json.dumps([state.timestamp.batch.value, time.time()]) + "\n")

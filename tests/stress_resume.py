@@ -26,6 +26,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from composer import Logger, State
+from composer.utils import dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import small
@@ -37,11 +39,11 @@ from checkpoints import LATEST, Checkpoints, read_checkpoint
 LIMIT = 15  # seconds from SIGTERM to the end of the launcher, a checkpoint included
 
 
-def note_samples(self: Checkpoints, state: pretrain.State, logger: pretrain.Logger) -> None:
+def note_samples(self: Checkpoints, state: State, logger: Logger) -> None:
     """At the start of a step, add a line to samples.jsonl: a checksum of each sample's noise, which is its own."""
     keys = [zlib.crc32(noise.numpy().tobytes()) for noise in state.batch["noise"]]
     with (self.folder.parent / "samples.jsonl").open("a") as file:
-        line = [state.timestamp.batch.value, os.environ["LIFE"], pretrain.dist.get_world_size(), keys]
+        line = [state.timestamp.batch.value, os.environ["LIFE"], dist.get_world_size(), keys]
         file.write(json.dumps(line) + "\n")
 
 

@@ -1,3 +1,5 @@
+"""Conversion: what is kept, skipped, gone on with, merged, verified."""
+
 import contextlib
 import errno
 import json

@@ -552,7 +552,8 @@ def test_small_jpeg_is_stored_byte_for_byte_and_everything_else_is_encoded(image
 
 PEAKS = """
 import json, resource, sys
-from data_prep import Recipe, convert
+from data_prep import convert
+from sources import Recipe
 peaks = []
 for folder in ("small", "huge"):
     report = convert(f"{sys.argv[1]}/{folder}", f"{sys.argv[1]}/{folder}_out", Recipe("images"), 1, max_skipped=1.0)

@@ -1,3 +1,5 @@
+"""Evaluation: accuracy, probes, pictures, exports, tables."""
+
 import json
 import math
 import os
@@ -14,6 +16,7 @@ import torch
 from conftest import ROOT, launch, run_stage
 from torchvision.io import ImageReadMode, decode_image
 
+import data_prep
 import eval as evaluation
 import pretrain
 import probes
@@ -73,7 +76,7 @@ def test_fractions_are_those_of_each_class_rounded_up_and_labels_per_class_as_ma
     counts = [100, 30, 10, 1]
     labels = torch.arange(4).repeat_interleave(torch.tensor(counts))
     features, used = torch.randn(141, 2, generator=torch.Generator().manual_seed(0)), []
-    monkeypatch.setattr(probes, "common_classes", lambda paths: list("abcd"))
+    monkeypatch.setattr(data_prep, "common_classes", lambda paths: list("abcd"))
     monkeypatch.setattr(probes, "EvalViews", lambda *sizes, crop_pct: None)
     monkeypatch.setattr(probes, "embed", lambda *arguments: (features, labels))
     monkeypatch.setattr(probes, "linear_accuracy", lambda bank, queries: used.append(bank) or 0.5)

@@ -1,3 +1,5 @@
+"""Fine-tuning and linear probes."""
+
 import json
 import os
 import signal

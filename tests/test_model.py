@@ -1,3 +1,5 @@
+"""The method and its parts: vit.py, contrast.py, model.py; the reading of checkpoints."""
+
 import argparse
 import json
 import math

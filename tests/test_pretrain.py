@@ -1,3 +1,5 @@
+"""Pre-training and what it stands on: configuration, views, streams, optimiser, the run as a whole."""
+
 import colorsys
 import json
 import math
@@ -24,7 +26,7 @@ from config import load_config
 from model import ViCMAE
 from probes import infer, knn_accuracy
 from sources import Recipe
-from streams import KeyedStream, common_classes, load_stream
+from streams import KeyedStream, load_stream
 from views import (
     BLUR_KERNEL,
     LUMA,
@@ -470,7 +472,7 @@ def test_data_set_without_labels_is_refused_where_labels_are_needed(demo, tmp_pa
     (tmp_path / "in" / "x.jpg").write_bytes(still.read_bytes())
     data_prep.convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
     with pytest.raises(ValueError, match="out has no labels"):
-        common_classes([str(tmp_path / "out")])
+        data_prep.common_classes([str(tmp_path / "out")])
 
 
 def test_command_line_pretrains_draws_and_says_when_it_is_finished(demo, tmp_path):

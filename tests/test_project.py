@@ -18,9 +18,9 @@ from config import load_config
 from model import Classifier, ViCMAE
 from views import SampleViews
 
-ORDER = re.findall(r"^\| `(\w+)\.py` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)  # as its table has them
 STAGES = {"pretrain.py": pretrain.pretrain, "finetune.py": finetune.finetune, "eval.py": evaluation.evaluate}
 README = (ROOT / "README.md").read_text()
+ORDER = re.findall(r"^\| `(\w+)\.py` \|", README, flags=re.MULTILINE)  # as its table has them
 
 
 def test_readme_lists_every_file():
@@ -156,7 +156,7 @@ def test_readme_gives_the_length_of_every_file(name):
     assert stated == len((ROOT / f"{name}.py").read_text().splitlines())
 
 
-SIZES = {"data_prep": 600, "model": 500, "pretrain": 400, "finetune": 350, "eval": 350}  # of the stages; 550 of any other
+SIZES = {"data_prep": 600, "model": 500, "pretrain": 400, "finetune": 350, "eval": 350}  # lines; 550 of any other
 
 
 @pytest.mark.parametrize("name", ORDER)
