@@ -1,14 +1,18 @@
 """The samples of a training, in an order and with chance that neither ranks, workers nor interruptions change."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
+from filelock import FileLock
 from pydantic import NonNegativeInt, PositiveInt
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
@@ -134,6 +138,20 @@ def open_stream(*, path: str, proportion: float | None = None, cache: str | None
     return Stream(local=path, proportion=proportion)
 
 
+@contextmanager
+def one_job_at_a_time() -> Iterator[None]:
+    """Other jobs on this machine wait: each StreamingDataset takes the first names of shared memory that are free."""
+    lock, first = FileLock(Path(gettempdir(), f"streams-{os.getuid()}.lock")), dist.get_local_rank() == 0
+    if first:
+        lock.acquire()
+    dist.barrier()
+    try:
+        yield
+    finally:
+        if first:
+            lock.release()
+
+
 def load_stream(
     transform: Callable[[dict, np.random.Generator], dict],
     on_device: Callable[[dict], dict],
@@ -194,14 +212,15 @@ def load_stream(
         height, width = data_prep.decode_frame(data_prep.Clips(path)[0], 0).shape[:2]
         if min(height, width) < patch_size:
             raise ValueError(f"{path}: frames of {width}x{height} are smaller than model.patch_size {patch_size}")
-    dataset = KeyedStream(
-        streams=opened,
-        batch_size=batch_size // repeats,
-        shuffle=True,
-        shuffle_seed=seed,
-        num_canonical_nodes=num_canonical_nodes,
-        epoch_size=epoch_size,
-    )
+    with one_job_at_a_time():
+        dataset = KeyedStream(
+            streams=opened,
+            batch_size=batch_size // repeats,
+            shuffle=True,
+            shuffle_seed=seed,
+            num_canonical_nodes=num_canonical_nodes,
+            epoch_size=epoch_size,
+        )
     if dataset.epoch_size * repeats < global_train_batch_size:
         raise ValueError(
             f"data.global_train_batch_size {global_train_batch_size} is more than an epoch's {dataset.epoch_size * repeats}"

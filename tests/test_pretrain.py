@@ -3,6 +3,8 @@
 import colorsys
 import json
 import math
+import multiprocessing
+import os
 import re
 import shutil
 import subprocess
@@ -201,6 +203,25 @@ def make_loader(demo: Path, num_workers: int, seed: int = 0, streams: tuple = ("
         **options,
     )
     return spec.dataloader
+
+
+def open_often(together, demo: Path) -> None:
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "0"}
+    together.wait()
+    opened = [make_loader(demo, 0) for _ in range(20)]
+    assert len(opened) == 20
+
+
+def test_jobs_that_start_together_on_a_machine_do_not_take_each_others_shared_memory(demo):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["composer", "streaming", "timm"])
+    together = context.Barrier(2)
+    jobs = [context.Process(target=open_often, args=(together, demo)) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0, 0]
 
 
 def epochs_of(loader, count: int) -> list[list[dict[str, torch.Tensor]]]:
