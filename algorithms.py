@@ -116,7 +116,7 @@ class ProgressiveResizing(Algorithm):
             return
         side = self.side(full, float(state.get_elapsed_duration()))
         if side < full:
-            views = state.batch["views"]  # (B, V, [T,] H, W, 3)
+            views = state.device.tensor_to_device(state.batch["views"])  # (B, V, [T,] H, W, 3)
             small = views.flatten(0, -4).permute(0, 3, 1, 2).float()  # (B * V * T, 3, H, W)
             small = F.interpolate(small, (side, side), mode="bilinear", antialias=True).round().to(views.dtype)
             state.batch = state.batch | {"views": small.permute(0, 2, 3, 1).unflatten(0, views.shape[:-3])}

@@ -20,6 +20,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,8 @@ class Checkpoints(Callback):
         interval: time between two, such as 1ep or 500ba; the last step has one too.
         keep: how many of the newest are kept.
         milestone: the first after every so many epochs is kept for good.
-        bucket: s3:// address for copies, which are kept alike; a run goes on from them where the disk is gone.
+        bucket: s3:// address for copies, in a folder of the run's name, which are kept alike. A run goes on from them where
+            the disk is gone, or where FSDP's shards are on the disks of several machines.
 
     Raises:
         ValueError: an interval that is none.
@@ -280,7 +282,7 @@ class Checkpoints(Callback):
         self.milestone = milestone
         if bucket and not bucket.startswith("s3://"):
             raise ValueError(f"checkpoints.bucket {bucket} is no s3:// address")
-        self.bucket = Place(bucket) if bucket else None
+        self.bucket = Place(f"{bucket.rstrip('/')}/{run.name}") if bucket else None
         self.copying = ThreadPoolExecutor(1)
         self.told = False
         self.saved = -1
@@ -300,10 +302,14 @@ class Checkpoints(Callback):
         if chosen[0] is None:
             return None
         path = self.folder / chosen[0]
-        if dist.get_local_rank() == 0 and not path.exists():
-            if not self.bucket:
-                raise ValueError(f"{path} is on another machine; give the machines a shared folder, or checkpoints.bucket")
-            self.fetch(path.name)
+        if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:
+            try:
+                check_checkpoint(path)
+            except ValueError as error:
+                if not self.bucket:
+                    raise ValueError(f"{error}; give the machines a shared folder, or checkpoints.bucket") from error
+                self.fetch(path.name)
+            self.point_to(path.name)
         dist.barrier()
         return path
 
@@ -319,8 +325,11 @@ class Checkpoints(Callback):
                         self.fetch(name)
                     check_checkpoint(self.folder / name)
                 except ValueError as error:
+                    if not fetch and name in there and not name.endswith(".pt"):
+                        continue  # the shards of other machines are in the bucket alone
                     damaged.append(str(error))
-                    (self.folder / name).rename(self.folder / f"{name}.damaged.{time.time_ns()}")
+                    if (self.folder / name).exists():
+                        (self.folder / name).rename(self.folder / f"{name}.damaged.{time.time_ns()}")
                 else:
                     self.point_to(name)
                     print("; ".join([*damaged, f"going on from {self.folder / name}"]), flush=True)
@@ -332,38 +341,49 @@ class Checkpoints(Callback):
         return None
 
     def fetch(self, name: str) -> None:
-        """Copy a checkpoint from the bucket."""
+        """Copy a checkpoint from the bucket.
+
+        Raises:
+            ValueError: it is not there whole.
+        """
         aside = self.folder / f"{name}.fetched"
         shutil.rmtree(aside, ignore_errors=True)
-        for part in [name] if name.endswith(".pt") else list(self.bucket.names(name)):
-            self.bucket.download(part, aside / part)
+        try:
+            for part in [name] if name.endswith(".pt") else [*self.bucket.names(name), f"{name}/.metadata"]:
+                self.bucket.download(part, aside / part)
+        except FileNotFoundError as error:
+            raise ValueError(f"{self.bucket.at(name)} is not whole ({error})") from error
+        shutil.rmtree(self.folder / name, ignore_errors=True)
         (aside / name).rename(self.folder / name)
         aside.rmdir()
 
     def point_to(self, name: str) -> None:
-        aside = self.folder / f"{LATEST}.tmp"
+        aside = self.folder / f"{LATEST}.{dist.get_global_rank()}.tmp"
         aside.unlink(missing_ok=True)
         aside.symlink_to(name)
         aside.replace(self.folder / LATEST)
 
     def save(self, state: State) -> None:
-        name = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
-        aside = self.folder / "aside"
-        if dist.get_global_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+        """Write a checkpoint. Each machine renames what is in its folder, which it may share with the others, or not."""
+        stem = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
+        name = stem if state.fsdp_sharded_state_dict_enabled else f"{stem}.pt"
+        aside, first = self.folder / "aside", dist.get_local_rank() == 0
+        if first:
+            for stale in (aside, self.folder / name):  # of a life that ended within this
+                shutil.rmtree(stale, ignore_errors=True)
+            aside.mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        written = save_checkpoint(state, str(aside / f"{name}.pt"))  # for FSDP's shards it makes a folder of that name
-        name += "" if state.fsdp_sharded_state_dict_enabled else ".pt"
+        written = save_checkpoint(state, str(aside / f"{stem}.pt"))  # for FSDP's shards it makes a folder of that name
         if written:
             with open(written, "rb") as file:
                 os.fsync(file.fileno())
         dist.barrier()
-        if dist.get_global_rank() == 0:
-            shutil.rmtree(self.folder / name, ignore_errors=True)  # shards of a life that ended before it pointed to them
-            (aside / name).replace(self.folder / name)
-            self.point_to(name)
-            aside.rmdir()
+        if first:
+            with suppress(FileNotFoundError):  # another machine's first rank was faster, or nothing was written here
+                (aside / name).replace(self.folder / name)
+            if (self.folder / name).exists():
+                self.point_to(name)
+            shutil.rmtree(aside, ignore_errors=True)
         dist.barrier()
         parts = [os.path.relpath(written, aside)] if written else []
         if written and dist.get_global_rank() == 0 and not name.endswith(".pt"):
@@ -376,19 +396,20 @@ class Checkpoints(Callback):
         try:
             for part in parts if self.bucket else ():
                 self.bucket.upload(self.folder / part, part)
-            if dist.get_global_rank() == 0:
-                self.prune()
+            self.prune()
         except OSError as error:
             print(f"checkpoints.bucket: {error}; what is in {self.folder} is whole, and the run goes on", flush=True)
 
     def prune(self) -> None:
-        for name in self.superseded(path.name for path in self.folder.glob("ep*")):
-            path = self.folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        there = list(self.bucket.names()) if self.bucket else []
-        old = self.superseded({part.split("/")[0] for part in there})
-        for part in there:
-            if part.split("/")[0] in old:
+        for name in self.superseded(path.name for path in self.folder.glob("ep*")) if dist.get_local_rank() == 0 else ():
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            with suppress(OSError):
+                (self.folder / name).unlink()
+        if not self.bucket or dist.get_global_rank() != 0:
+            return
+        there = list(self.bucket.names())
+        for name in self.superseded({part.split("/")[0] for part in there}):
+            for part in (part for part in [*there, f"{name}/.metadata"] if part.split("/")[0] == name):
                 self.bucket.delete(part)
 
     def superseded(self, names: Iterable[str]) -> list[str]:

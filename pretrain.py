@@ -22,6 +22,7 @@ import composer.loggers
 import torch
 import torch.nn.functional as F
 from composer import Event, Logger, State, Trainer
+from composer.algorithms import EMA
 from composer.core import DataSpec, ensure_time
 from composer.loggers import LoggerDestination
 from composer.optim import CosineAnnealingWithWarmupScheduler
@@ -110,6 +111,8 @@ class JsonLines(LoggerDestination):
 def draw_losses(lines: list[dict], to: Path) -> None:
     """Draw every training loss of the lines of a metrics.jsonl against the step."""
     names = sorted({key for line in lines for key in line if key.startswith("loss/train/")})
+    if not names:
+        return
     figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         axis.plot(*zip(*[(line["step"], line[name]) for line in lines if name in line], strict=True), linewidth=0.8)
@@ -156,16 +159,19 @@ def start_run(config: dict[str, Any]) -> Path:
     """
     dist.initialize_dist(get_device(config["trainer"].get("device")), config["trainer"].get("dist_timeout", 300.0))
     reproducibility.seed_all(config["seed"])  # the same initial weights on every rank
-    run = Path("runs", config["run_name"])
-    if (run / "config.yaml").exists():
+    run, found = Path("runs", config["run_name"]), [[], False]
+    if dist.get_global_rank() == 0 and (run / "config.yaml").exists():
         before = settings(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
         now = settings(json.loads(json.dumps(config)))  # lists for tuples, as in the file
         changed = sorted(key for key in before | now if before.get(key) != now.get(key))
-        if changed and not config["allow_changes"]:
-            raise ValueError(
-                f"{run} was begun with another {', '.join(changed)}; give another run_name, delete it, or allow_changes=true"
-            )
-    if (run / "result.json").exists():
+        found = [changed, (run / "result.json").exists()]
+    dist.broadcast_object_list(found)  # other machines may have other folders
+    changed, finished = found
+    if changed and not config["allow_changes"]:
+        raise ValueError(
+            f"{run} was begun with another {', '.join(changed)}; give another run_name, delete it, or allow_changes=true"
+        )
+    if finished:
         if dist.get_global_rank() == 0:
             print(f"{run} is finished, see {run}/result.json; delete it or give another run_name to run again")
         sys.exit(0)
@@ -231,12 +237,19 @@ def build_trainer(
     if settings.get("precision") == "amp_bf16" and get_device(settings.get("device")).name == "cpu":
         settings = settings | {"precision": "fp32"}  # Composer's is for GPUs alone
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    if fsdp and "EMA" in (config["algorithms"] or {}):
+        raise ValueError("algorithms.EMA cannot be resumed with trainer.parallelism_config.fsdp; take one of the two out")
+    if fsdp and getattr(model, "contrast", None) == "moco":
+        raise ValueError("model.contrast moco does not work with trainer.parallelism_config.fsdp; set that to null")
     checkpoints = Checkpoints(run, **config["checkpoints"] or {})
     newest = checkpoints.newest()
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     built = Trainer(
         **settings,
         run_name=run.name,
         load_path=str(newest) if newest else None,
+        # Of shards, Composer wants whatever the callbacks of now would save; none of theirs has a say in the training.
+        load_ignore_keys=["state/callbacks"] if newest and newest.is_dir() else None,
         seed=config["seed"],
         model=model,
         optimizers=optimizer,
@@ -249,10 +262,28 @@ def build_trainer(
         callbacks=[*build_named(CALLBACKS, config["callbacks"]), checkpoints],
         loggers=[JsonLines(run / "metrics.jsonl"), *build_named(LOGGERS, config["loggers"])],
     )
+    for one in built.state.algorithms:
+        if isinstance(
+            one, EMA
+        ):  # it passes over names that DDP has changed: the checkpoint may be of one rank, or of several
+            prefix = "module." if hasattr(built.state.model, "module") else ""
+            for kind in ("named_parameters_dict", "named_buffers_dict"):
+                named = getattr(one.ema_model, kind).items()
+                setattr(one.ema_model, kind, {prefix + name.removeprefix("module."): value for name, value in named})
+    if newest and config["allow_changes"]:
+        take_settings(built.state, groups)
     if dist.get_global_rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         Place(str(run)).write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)).encode())
     return built
+
+
+def take_settings(state: State, groups: list[dict[str, Any]]) -> None:
+    """Put the settings of an optimiser's groups in the place of those that a checkpoint has brought back."""
+    for number, (group, wanted) in enumerate(zip(state.optimizers[0].param_groups, groups, strict=True)):
+        scheduled = group["lr"] / group["initial_lr"]
+        group.update(wanted | {"lr": wanted["lr"] * scheduled, "initial_lr": wanted["lr"]})
+        state.schedulers[0].base_lrs[number] = wanted["lr"]
 
 
 def fit(trainer: Trainer) -> None:
@@ -268,7 +299,8 @@ def fit(trainer: Trainer) -> None:
 
 def finish_run(run: Path, extra: dict[str, float]) -> dict[str, float]:
     """Draw loss.png; write result.json, the last value of everything logged and `extra`, which marks the run as finished."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    log = run / "metrics.jsonl"  # which may be lost, where a finished training's checkpoint came back from a bucket
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     draw_losses(lines, run / "loss.png")
     result = {key: value for line in lines for key, value in line.items()} | extra
     Place(str(run)).write_json("result.json", result)

@@ -1,9 +1,10 @@
 """The samples of a training, in an order and with chance that neither ranks, workers nor interruptions change."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import NonNegativeInt, PositiveInt
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
@@ -114,6 +115,7 @@ class KeyedStream(StreamingDataset):
         Raises:
             RuntimeError: there are too many.
         """
+        self.unreadable.parent.mkdir(parents=True, exist_ok=True)
         with self.unreadable.open("a") as file:
             file.write(json.dumps([name, str(error)]) + "\n")
         count = len(set(self.unreadable.read_text().splitlines()))
@@ -127,7 +129,7 @@ def open_stream(*, path: str, proportion: float | None = None, cache: str | None
     Args:
         path: folder, or s3:// address, of a data set of data_prep.py.
         proportion: share of the epoch; without it in every stream, each sample is seen once an epoch.
-        cache: local folder for what is fetched from s3://.
+        cache: local folder for what is fetched from s3://; if not given, see cache_of.
 
     Raises:
         ValueError: no such data set.
@@ -138,12 +140,18 @@ def open_stream(*, path: str, proportion: float | None = None, cache: str | None
     return Stream(local=path, proportion=proportion)
 
 
+def cache_of(run: Path, path: str) -> str:
+    """A folder for what a run fetches of a data set: the same for its next life, another for every other run."""
+    return str(Path(gettempdir(), f"{run.name}-{hashlib.sha256(path.encode()).hexdigest()[:16]}"))
+
+
 @contextmanager
 def one_job_at_a_time() -> Iterator[None]:
     """Other jobs on this machine wait: each StreamingDataset takes the first names of shared memory that are free."""
     lock, first = FileLock(Path(gettempdir(), f"streams-{os.getuid()}.lock")), dist.get_local_rank() == 0
     if first:
-        lock.acquire()
+        with suppress(Timeout):  # no wait is worth more than a job
+            lock.acquire(timeout=60)
     dist.barrier()
     try:
         yield
@@ -207,7 +215,7 @@ def load_stream(
     if make_demo and dist.get_local_rank() == 0:
         data_prep.demo(make_demo)
     dist.barrier()
-    opened = [open_stream(**stream) for stream in streams]
+    opened = [open_stream(**{"cache": cache_of(run, stream["path"])} | stream) for stream in streams]
     for path in (stream["path"] for stream in streams):
         height, width = data_prep.decode_frame(data_prep.Clips(path)[0], 0).shape[:2]
         if min(height, width) < patch_size:
@@ -225,6 +233,10 @@ def load_stream(
         raise ValueError(
             f"data.global_train_batch_size {global_train_batch_size} is more than an epoch's {dataset.epoch_size * repeats}"
         )
+    # Whole batches alone: Streaming would fill up each rank's share with samples that come twice, and so add a step for some
+    # numbers of ranks.
+    dataset.epoch_size -= dataset.epoch_size % (global_train_batch_size // repeats)
+    dataset.length = dataset.epoch_size // ranks
     dataset.transform, dataset.constant_mix, dataset.repeats = transform, constant_mix, repeats
     dataset.unreadable, dataset.max_unreadable = run / "unreadable.jsonl", max_unreadable
     loader = DataLoader(

@@ -33,8 +33,10 @@ def demo(tmp_path_factory) -> Path:
     return out
 
 
-def join(rank: int, ranks: int, store: str, function, arguments: tuple) -> None:
+def join(rank: int, ranks: int, store: str, environment: dict[str, str], function, arguments: tuple) -> None:
+    os.environ |= environment  # the server's is that of its start
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+    os.environ["NODE_RANK"] = "0"
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     function(rank, *arguments)
@@ -49,7 +51,7 @@ def start_ranks(folder: Path, ranks: int, function, *arguments) -> None:
     """
     multiprocessing.set_forkserver_preload(["composer", "streaming", "timm"])
     store = folder / f"store-{uuid.uuid4()}"  # one that an earlier group has left would mislead the next
-    mp.start_processes(join, (ranks, str(store), function, arguments), nprocs=ranks, start_method="forkserver")
+    mp.start_processes(join, (ranks, str(store), dict(os.environ), function, arguments), nprocs=ranks, start_method="forkserver")
 
 
 @pytest.fixture

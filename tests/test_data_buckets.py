@@ -155,17 +155,21 @@ def test_training_streams_the_same_batches_from_a_bucket_as_from_disk(bucket, de
     dist.initialize_dist("cpu")
     upload(bucket, demo / "train_videos", "train_videos")
     batches = []
-    for stream in (
-        {"path": str(demo / "train_videos")},
-        {"path": "s3://bkt/train_videos", "cache": str(tmp_path / "cache")},
+    for number, stream in enumerate(
+        (
+            {"path": str(demo / "train_videos")},
+            {"path": "s3://bkt/train_videos", "cache": str(tmp_path / "cache")},
+            *[{"path": "s3://bkt/train_videos"}] * 2,
+        )
     ):
         pairs = SampleViews(32, 16)
         options = {"global_train_batch_size": 20, "num_workers": 2}
-        spec, _ = load_stream(pairs, augment_batch, 0, 8, tmp_path, streams=[stream], **options)
+        run = tmp_path / f"{tmp_path.name}-{number}"
+        spec, _ = load_stream(pairs, augment_batch, 0, 8, run, streams=[stream], **options)
         batches.append(list(spec.dataloader))
-    assert len(batches[0]) == len(batches[1]) == 3
-    for near, far in zip(*batches, strict=True):
-        assert all(torch.equal(near[key], far[key]) for key in ("views", "augment", "noise"))
+    assert [len(one) for one in batches] == [3] * 4
+    for near, *far in zip(*batches, strict=True):
+        assert all(torch.equal(near[key], one[key]) for one in far for key in ("views", "augment", "noise"))
 
 
 def test_bucket_that_fails_is_named_and_the_same_command_goes_on(bucket, tmp_path, monkeypatch):

@@ -212,6 +212,19 @@ def open_often(together, demo: Path) -> None:
     assert len(opened) == 20
 
 
+def count_steps(rank: int, demo: str, folder: str) -> None:
+    steps = [[len(batch["target"]) for batch in make_loader(Path(demo), 0, epoch_size=79)] for _ in range(2)]
+    if rank == 0:
+        Path(folder, "steps.json").write_text(json.dumps(steps))
+
+
+def test_an_epoch_has_the_same_steps_on_any_number_of_ranks_whatever_is_left_over(demo, tmp_path, on_ranks):
+    """Streaming would fill 79 samples up to 80, which are four batches."""
+    alone = [[len(batch["target"]) for batch in make_loader(demo, 0, epoch_size=79)] for _ in range(2)]
+    on_ranks(2, count_steps, str(demo), str(tmp_path))
+    assert alone == [[20] * 3] * 2 and json.loads((tmp_path / "steps.json").read_text()) == [[10] * 3] * 2
+
+
 def test_jobs_that_start_together_on_a_machine_do_not_take_each_others_shared_memory(demo):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["composer", "streaming", "timm"])

@@ -8,11 +8,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint
+from composer.utils import dist
 from conftest import ROOT, run_stage, small
 
+import checkpoints
 import pretrain
 from checkpoints import LATEST, STOPPED, Checkpoints, read_checkpoint, step_of
 from config import load_config
@@ -245,7 +249,7 @@ def test_number_that_is_not_finite_ends_the_run_by_its_step_and_spoils_no_checkp
 
 
 def test_run_goes_on_from_the_bucket_when_the_disk_is_gone(arguments, whole, bucket, tmp_path):
-    arguments = [*arguments, "run_name=run", "checkpoints.bucket=s3://bkt/runs/run"]
+    arguments = [*arguments, "run_name=run", "checkpoints.bucket=s3://bkt/runs"]
     run(tmp_path, *arguments, "trainer.max_duration=4ba")
     names = {found["Key"] for found in bucket.list_objects_v2(Bucket="bkt")["Contents"]}
     assert names == {"runs/run/ep0-ba3.pt", "runs/run/ep1-ba4.pt"}
@@ -265,7 +269,7 @@ def losses_from(folder: Path, name: str) -> list[float]:
 def test_bucket_that_is_away_does_not_end_a_run_but_keeps_one_from_beginning_anew(
     arguments, whole, bucket, tmp_path, monkeypatch, capfd
 ):
-    arguments = [*arguments, "run_name=run", "checkpoints.bucket=s3://bkt/runs/run"]
+    arguments = [*arguments, "run_name=run", "checkpoints.bucket=s3://bkt/runs"]
     with monkeypatch.context() as patch:
 
         def upload(place, path, name):
@@ -278,7 +282,84 @@ def test_bucket_that_is_away_does_not_end_a_run_but_keeps_one_from_beginning_ane
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:1")
     s3_client.cache_clear()
     with pytest.raises(SystemExit, match="s3://bkt/other"):
-        run(tmp_path, *arguments, "run_name=other", "checkpoints.bucket=s3://bkt/other")
+        run(tmp_path, *arguments, "run_name=other", "checkpoints.bucket=s3://bkt")
+
+
+def save_shards(state, path: str) -> str:
+    """What Composer's does for FSDP: each rank writes its own, the first the table of contents."""
+    rank, folder = dist.get_global_rank(), path.removesuffix(".pt")
+    torch.distributed.checkpoint.save({f"of{rank}": torch.full((4,), rank)}, checkpoint_id=folder)
+    return f"{folder}/__{rank}_0.distcp"
+
+
+def save_and_come_back(rank: int, folder: str, shared: bool) -> None:
+    """Each rank is a machine. They save three checkpoints and look for the newest; their disks go, and they look again."""
+    os.environ["LOCAL_RANK"] = "0"
+    os.chdir(folder if shared else Path(folder, f"machine{rank}"))
+    checkpoints.save_checkpoint = save_shards
+    saving = Checkpoints(Path("runs", "run"), bucket="s3://bkt/all")
+    for step in (1, 2, 3):
+        now = SimpleNamespace(epoch=SimpleNamespace(value=1), batch=SimpleNamespace(value=step))
+        saving.save(SimpleNamespace(timestamp=now, fsdp_sharded_state_dict_enabled=True))
+    saving.copying.shutdown()
+    dist.barrier()
+    for _ in range(2):
+        newest = Checkpoints(Path("runs", "run"), bucket="s3://bkt/all").newest()
+        state = {f"of{other}": torch.zeros(4, dtype=torch.int64) for other in (0, 1)}
+        torch.distributed.checkpoint.load(state, checkpoint_id=newest, no_dist=True)
+        assert newest.name == "ep1-ba3" and [value.tolist() for value in state.values()] == [[0] * 4, [1] * 4]
+        left = {path.name for path in newest.parent.iterdir()}
+        assert left - {"ep1-ba2"} == {"ep1-ba3", LATEST} and os.readlink(newest.parent / LATEST) == "ep1-ba3"
+        dist.barrier()
+        shutil.rmtree("runs", ignore_errors=True)
+        dist.barrier()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_shards_of_machines_that_share_a_folder_or_do_not_come_back_from_disks_and_bucket(
+    bucket, tmp_path, on_ranks, shared
+):
+    for rank in (0, 1):
+        (tmp_path / f"machine{rank}").mkdir()
+    on_ranks(2, save_and_come_back, str(tmp_path), shared)
+    names = {found["Key"] for found in bucket.list_objects_v2(Bucket="bkt")["Contents"]}
+    parts = (".metadata", "__0_0.distcp", "__1_0.distcp")
+    assert names == {f"all/run/ep1-ba{step}/{part}" for step in (2, 3) for part in parts}
+
+
+def test_finished_training_whose_log_is_lost_is_brought_to_its_end(arguments, whole, tmp_path):
+    shutil.copytree(whole / "runs", tmp_path / "runs", symlinks=True)
+    for name in ("result.json", "metrics.jsonl"):
+        (tmp_path / "runs" / "whole" / name).unlink()
+    run(tmp_path, *arguments, "run_name=whole")
+    assert (tmp_path / "runs" / "whole" / "result.json").exists()
+
+
+def test_changed_settings_of_the_optimiser_that_are_asked_for_take_effect(arguments, stopped, tmp_path):
+    run(
+        *(tmp_path, *arguments, "run_name=half", "allow_changes=true", "callbacks={LRMonitor: {}}"),
+        *("optimizer.base_lr=1e-6", "optimizer.weight_decay=0.5", "trainer.max_duration=5ba"),
+    )
+    after = torch.load(stopped / "ep1-ba5.pt", weights_only=False)["state"]["optimizers"]["AdamW"]["param_groups"]
+    assert sorted(group["weight_decay"] for group in after) == [0.0, 0.5]
+    new = 1e-6 * 40 / 256
+    assert all(group["initial_lr"] == pytest.approx(new) for group in after)
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "half" / "metrics.jsonl").read_text().splitlines()]
+    used = [line["lr-AdamW/group0"] for line in lines if line["step"] == 5 and "lr-AdamW/group0" in line]
+    assert used == [pytest.approx(new * 4 / 6)]  # of six steps of warm-up, as without the change
+    changed = (weights(tmp_path, "half"), read_checkpoint(str(stopped / "ep1-ba4.pt")))
+    assert all(
+        torch.allclose(*(one[name] for one in changed), rtol=1e-6, atol=1e-6) for name in changed[0] if "encoder" in name
+    )
+
+
+@pytest.mark.parametrize(
+    ("block", "complaint"),
+    [("algorithms={EMA: {}}", "EMA cannot be resumed"), ("model.contrast=moco", "contrast moco does not work")],
+)
+def test_what_fsdp_cannot_do_is_refused_before_training(arguments, tmp_path, block, complaint):
+    with pytest.raises(SystemExit, match=complaint):
+        run(tmp_path, *arguments, FSDP.format("sharded"), block, "run_name=run")
 
 
 FSDP = "trainer.parallelism_config={{fsdp: {{state_dict_type: {}, activation_checkpointing: true}}}}"
@@ -300,7 +381,8 @@ def test_fsdp_on_two_ranks_trains_as_one_rank_and_resumes_to_the_bit(arguments, 
     on_ranks(2, run_rank, str(sharded), [*fsdp, f"run_name={kind}"])
     on_ranks(2, run_rank, str(sharded), [*fsdp, f"run_name={kind}_stopped", "trainer.max_duration=4ba"])
     (sharded / "runs" / f"{kind}_stopped" / "result.json").unlink()
-    on_ranks(2, run_rank, str(sharded), [*fsdp, f"run_name={kind}_stopped"])
+    monitored = [*fsdp, f"run_name={kind}_stopped", "callbacks={SpeedMonitor: {}}"]  # one that the checkpoint has not
+    on_ranks(2, run_rank, str(sharded), monitored)
     assert losses(sharded, kind) == pytest.approx(losses(sharded, "one"), rel=1e-6)
     ours, theirs = (json.loads((sharded / "runs" / name / "result.json").read_text()) for name in (kind, "one"))
     assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4) and theirs["gradient_norm"] > 0.02
@@ -358,6 +440,20 @@ def test_averages_of_ema_are_what_is_read(arguments, tmp_path):
         average = smoothing * average + (1 - smoothing) * value
     torch.testing.assert_close(read_checkpoint(str(steps[-1]))[name], average)
     assert not torch.allclose(trained[-1], average)
+
+
+def test_averages_go_on_with_another_number_of_ranks(arguments, tmp_path, on_ranks):
+    arguments = [*arguments, "algorithms={EMA: {half_life: 2ba, update_interval: 1ba}}"]
+    run(tmp_path, *arguments, "run_name=one")
+    run(tmp_path, *arguments, "run_name=both", "trainer.max_duration=3ba")
+    (tmp_path / "runs" / "both" / "result.json").unlink()
+    on_ranks(2, run_rank, str(tmp_path), [*arguments, "run_name=both", "trainer.max_duration=5ba"])
+    (tmp_path / "runs" / "both" / "result.json").unlink()
+    run(tmp_path, *arguments, "run_name=both")
+    one, both = weights(tmp_path, "one"), weights(tmp_path, "both")
+    assert one.keys() == both.keys()
+    trained = [name for name in one if name.endswith("proj.weight")]  # biases without a gradient follow rounding
+    assert all(torch.allclose(one[name], both[name], rtol=1e-5, atol=1e-6) for name in trained) and len(trained) > 3
 
 
 def test_three_kills_leave_no_trace(tmp_path):
