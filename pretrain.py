@@ -208,6 +208,38 @@ def build_named(classes: tuple[type, ...], block: dict[str, dict] | None) -> lis
     return [made(**block[made.__name__] or {}) for made in classes if made.__name__ in (block or {})]
 
 
+def trainer_settings(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The block `trainer` as Composer's Trainer takes it.
+
+    Raises:
+        ValueError: no max_duration, a value that Composer refuses, or something that FSDP cannot do.
+    """
+    settings = config["trainer"]
+    if not settings.get("max_duration"):
+        raise ValueError("trainer.max_duration is missing; give a duration such as 800ep")
+    try:
+        ensure_time(settings["max_duration"], "ep")  # Composer would raise with its progress bar up
+    except ValueError as error:
+        raise ValueError(f"trainer.max_duration: {error}") from error
+    if fsdp := (settings.get("parallelism_config") or {}).get("fsdp"):
+        if "EMA" in (config["algorithms"] or {}):  # Composer keeps each rank's share of the averages, but writes the first's
+            raise ValueError(
+                "algorithms.EMA cannot be resumed with trainer.parallelism_config.fsdp; take one of the two out"
+            )
+        if getattr(model, "contrast", None) == "moco":
+            raise ValueError(
+                "model.contrast moco does not work with trainer.parallelism_config.fsdp; take one of the two out"
+            )
+        try:
+            settings = settings | {"parallelism_config": {"fsdp": FSDP2Config(**fsdp)}}
+        except TypeError as error:
+            raise ValueError(f"trainer.parallelism_config.fsdp: {error}") from error
+    if settings.get("precision") == "amp_bf16" and get_device(settings.get("device")).name == "cpu":
+        settings = settings | {"precision": "fp32"}  # Composer's is for GPUs alone
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    return settings
+
+
 def build_trainer(
     run: Path,
     config: dict[str, Any],
@@ -220,27 +252,9 @@ def build_trainer(
     """Composer's Trainer with the blocks of a stage's config. It goes on from the newest checkpoint of the run.
 
     Raises:
-        ValueError: no trainer.max_duration, a value that Composer refuses, or checkpoints of which none is whole.
+        ValueError: see trainer_settings; or there are checkpoints, of which none is whole.
     """
-    settings = config["trainer"]
-    if not settings.get("max_duration"):
-        raise ValueError("trainer.max_duration is missing; give a duration such as 800ep")
-    try:
-        ensure_time(settings["max_duration"], "ep")  # Composer would raise with its progress bar up
-    except ValueError as error:
-        raise ValueError(f"trainer.max_duration: {error}") from error
-    if fsdp := (settings.get("parallelism_config") or {}).get("fsdp"):
-        try:
-            settings = settings | {"parallelism_config": {"fsdp": FSDP2Config(**fsdp)}}
-        except TypeError as error:
-            raise ValueError(f"trainer.parallelism_config.fsdp: {error}") from error
-    if settings.get("precision") == "amp_bf16" and get_device(settings.get("device")).name == "cpu":
-        settings = settings | {"precision": "fp32"}  # Composer's is for GPUs alone
-        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
-    if fsdp and "EMA" in (config["algorithms"] or {}):
-        raise ValueError("algorithms.EMA cannot be resumed with trainer.parallelism_config.fsdp; take one of the two out")
-    if fsdp and getattr(model, "contrast", None) == "moco":
-        raise ValueError("model.contrast moco does not work with trainer.parallelism_config.fsdp; set that to null")
+    settings = trainer_settings(config, model)
     checkpoints = Checkpoints(run, **config["checkpoints"] or {})
     newest = checkpoints.newest()
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -262,20 +276,22 @@ def build_trainer(
         callbacks=[*build_named(CALLBACKS, config["callbacks"]), checkpoints],
         loggers=[JsonLines(run / "metrics.jsonl"), *build_named(LOGGERS, config["loggers"])],
     )
-    for one in built.state.algorithms:
-        if isinstance(
-            one, EMA
-        ):  # it passes over names that DDP has changed: the checkpoint may be of one rank, or of several
-            prefix = "module." if hasattr(built.state.model, "module") else ""
-            for kind in ("named_parameters_dict", "named_buffers_dict"):
-                named = getattr(one.ema_model, kind).items()
-                setattr(one.ema_model, kind, {prefix + name.removeprefix("module."): value for name, value in named})
+    rename_averages(built.state)
     if newest and config["allow_changes"]:
         take_settings(built.state, groups)
     if dist.get_global_rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         Place(str(run)).write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)).encode())
     return built
+
+
+def rename_averages(state: State) -> None:
+    """Give EMA's averages the names of the weights, which DDP changes: it passes over those that it does not know."""
+    prefix = "module." if hasattr(state.model, "module") else ""
+    for one in state.algorithms:
+        for kind in ("named_parameters_dict", "named_buffers_dict") if isinstance(one, EMA) else ():
+            named = getattr(one.ema_model, kind).items()
+            setattr(one.ema_model, kind, {prefix + name.removeprefix("module."): value for name, value in named})
 
 
 def take_settings(state: State, groups: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ import pretrain  # noqa: E402
 from places import s3_client  # noqa: E402
 
 torch.set_num_threads(1)  # what is tested is small; threads only get in each other's way
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each of some 200 StreamingDatasets keeps 7 files until the end
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +54,9 @@ def start_ranks(folder: Path, ranks: int, function, *arguments) -> None:
     """
     multiprocessing.set_forkserver_preload(["composer", "streaming", "timm"])
     store = folder / f"store-{uuid.uuid4()}"  # one that an earlier group has left would mislead the next
-    mp.start_processes(join, (ranks, str(store), dict(os.environ), function, arguments), nprocs=ranks, start_method="forkserver")
+    mp.start_processes(
+        join, (ranks, str(store), dict(os.environ), function, arguments), nprocs=ranks, start_method="forkserver"
+    )
 
 
 @pytest.fixture
