@@ -15,6 +15,7 @@ import boto3
 import pytest
 import torch
 import torch.multiprocessing as mp
+from streaming.base.shared import SharedMemory, prefix
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,8 +25,11 @@ import pretrain  # noqa: E402
 from places import s3_client  # noqa: E402
 
 torch.set_num_threads(1)  # what is tested is small; threads only get in each other's way
+# A StreamingDataset looks at the shared memory of all others, and keeps each file of it open until the end: with hundreds in
+# one process, too many.
+prefix.SharedMemory = lambda name, create, size=0: SharedMemory(name, create, size, auto_cleanup=create)
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each of some 200 StreamingDatasets keeps 7 files until the end
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @pytest.fixture(scope="session")
