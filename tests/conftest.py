@@ -28,6 +28,7 @@ torch.set_num_threads(1)  # what is tested is small; threads only get in each ot
 # A StreamingDataset looks at the shared memory of all others, and keeps each file of it open until the end: with hundreds in
 # one process, too many.
 prefix.SharedMemory = lambda name, create, size=0: SharedMemory(name, create, size, auto_cleanup=create)
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # s that a loader which is thrown away waits for each of its workers
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 

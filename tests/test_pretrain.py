@@ -571,8 +571,7 @@ def ends_at(step: int):
     return batch_start
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("step", [3, 4])
+@pytest.mark.parametrize(("step", "num_workers"), [(3, 0), (4, 1)])
 def test_run_goes_on_from_the_checkpoint_at_an_epochs_end_with_the_next_epoch(
     demo, tmp_path, monkeypatch, num_workers, step
 ):
