@@ -1,6 +1,6 @@
 """Composer algorithms that are ours: blocks under `algorithms` in the YAML files, beside Composer's own.
 
-GradientNorm is no block: every run has it.
+MomentumStep and GradientNorm are no blocks: every run has them.
 """
 
 from typing import Annotated
@@ -11,15 +11,20 @@ from composer import Algorithm, Event, Logger, State
 from composer.core import TimeUnit, ensure_time
 from composer.utils import dist
 from pydantic import Field, PositiveInt
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from config import Share
 from model import ViCMAE
 
 
+def unwrapped(state: State) -> nn.Module:
+    return getattr(state.model, "module", state.model)
+
+
 def vicmae_of(algorithm: Algorithm, state: State) -> ViCMAE:
     """The model, of which an algorithm needs more than a classifier has."""
-    net = getattr(state.model, "module", state.model)
+    net = unwrapped(state)
     if not isinstance(net, ViCMAE):
         raise ValueError(f"algorithms.{type(algorithm).__name__} is for pre-training; take it out")
     return net
@@ -140,7 +145,7 @@ class LayerFreezing(Algorithm):
         self.freeze_start, self.freeze_level = freeze_start, freeze_level
 
     def match(self, event: Event, state: State) -> bool:
-        return event in (Event.FIT_START, Event.EPOCH_END)
+        return event == Event.BATCH_START
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         elapsed = float(state.get_elapsed_duration())
@@ -152,6 +157,17 @@ class LayerFreezing(Algorithm):
             layer.requires_grad_(False)
             layer.zero_grad()
         logger.log_metrics({"layer_freezing/layers_frozen": count})
+
+
+class MomentumStep(Algorithm):
+    """Lets MoCo's second encoder follow the first one: once a step, however many passes it is made of."""
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.BATCH_START and getattr(unwrapped(state), "momentum", None) is not None
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        net = unwrapped(state)
+        net.momentum.follow(net.encoder, net.projector)
 
 
 class GradientNorm(Algorithm):

@@ -158,6 +158,7 @@ class Momentum(nn.Module):
 
     @torch.no_grad()
     def follow(self, encoder: Encoder, projector: Head) -> None:
+        """Take a step towards the weights of now; due before each of the optimiser's."""
         for mine, theirs in ((self.encoder, encoder), (self.projector, projector)):
             for average, new in zip(mine.parameters(), theirs.parameters(), strict=True):
                 average.lerp_(new, 1 - self.momentum)

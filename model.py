@@ -71,7 +71,7 @@ class ViCMAE(ComposerModel):
         positives: of "triplet": the other view of a sample, or views of its label's samples too.
         temperature: of InfoNCE, > 0.
         margin: of "triplet", in squared distance of unit vectors.
-        momentum, queue_size: see Momentum. It takes a step with each forward pass in training.
+        momentum, queue_size: see Momentum, which algorithms.MomentumStep lets follow.
         weight_contrast, weight_recon: of the two terms in the total.
         norm_pix_loss: whether the target of a patch is normalised by its own mean and variance.
         chunk_size: pairs that pass encoder and decoder at a time, and again in the backward pass, so that memory holds the
@@ -208,8 +208,6 @@ class ViCMAE(ComposerModel):
         if self.momentum is None:
             return Projected(predictions, targets, labels)
         with torch.no_grad():
-            if self.training:
-                self.momentum.follow(self.encoder, self.projector)
             ids_keep = random_masking(noise, self.mask_ratio, self.mask, self.encoder.steps)[0]
             keys = pool(self.momentum.encoder(views, ids_keep), self.pool).unflatten(0, features.shape[:2])
             keys, queue = self.project(self.momentum.projector, keys), self.momentum.queue.clone()

@@ -38,7 +38,7 @@ from torchvision.transforms.v2.functional import normalize
 from torchvision.utils import make_grid, save_image
 
 import data_prep
-from algorithms import ContrastRamp, GradientNorm, LayerFreezing, PartialDecoding, ProgressiveResizing
+from algorithms import ContrastRamp, GradientNorm, LayerFreezing, MomentumStep, PartialDecoding, ProgressiveResizing
 from checkpoints import Checkpoints
 from config import Share, load_config, one_line_errors
 from model import ViCMAE
@@ -272,7 +272,7 @@ def build_trainer(
         eval_dataloader=eval_dataloader,
         device_train_microbatch_size=micro_size,
         # Composer turns the order about on after-events: the gradient is mended, and its norm taken, before it is clipped.
-        algorithms=[*build_named(ALGORITHMS, config["algorithms"]), GradientNorm()],
+        algorithms=[*build_named(ALGORITHMS, config["algorithms"]), MomentumStep(), GradientNorm()],
         callbacks=[*build_named(CALLBACKS, config["callbacks"]), checkpoints],
         loggers=[JsonLines(run / "metrics.jsonl"), *build_named(LOGGERS, config["loggers"])],
     )

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ import data_prep
 import eval as evaluation
 import finetune
 import pretrain
-from checkpoints import LATEST, read_checkpoint
+from checkpoints import LATEST, Checkpoints, read_checkpoint
 from contrast import Projected, info_nce, simsiam, triplet, vicreg
 from model import Classifier, ViCMAE
 from views import SampleViews, augment_batch
@@ -226,6 +227,7 @@ def test_queue_and_second_encoder_after_five_steps_are_those_of_a_plain_computat
                     mine.mul_(0.9).add_(0.1 * theirs)
             keys = [average["projector"](average["encoder"](v)[:, 1:].mean(dim=1)) for v in batch["views"].unbind(1)]
             queue = torch.cat([torch.nn.functional.normalize(torch.cat(keys), dim=1), queue])[:24]
+        net.momentum.follow(net.encoder, net.projector)
         net.loss(net(batch), batch)["total"].backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -235,6 +237,24 @@ def test_queue_and_second_encoder_after_five_steps_are_those_of_a_plain_computat
         for mine, theirs in zip(part.parameters(), getattr(net.momentum, name).parameters(), strict=True):
             torch.testing.assert_close(theirs, mine, atol=1e-6, rtol=1e-5)
     assert not torch.equal(net.momentum.encoder.norm.weight, net.encoder.norm.weight)
+
+
+def test_second_encoder_follows_once_a_step_of_several_passes(demo, tmp_path, monkeypatch):
+    seen = []
+
+    def look(self, state, logger):
+        weights = copy.deepcopy((state.model.encoder.state_dict(), state.model.momentum.encoder.state_dict()))
+        seen.append([model["norm.bias"].double() for model in weights])
+
+    monkeypatch.setattr(Checkpoints, "batch_end", look)
+    base, *settings = small(demo)
+    arguments = [base, str(ROOT / "yamls" / "methods" / "moco_v2.yaml"), *settings, "data.global_micro_batch_size=5"]
+    run_stage(pretrain, [*arguments, "callbacks=null", "trainer.max_duration=4ba", "model.momentum=0.5"], tmp_path)
+    average = torch.zeros_like(seen[0][0])  # where a norm's bias begins
+    for (before, _), (_, average_now) in pairwise(seen):
+        average = 0.5 * average + 0.5 * before
+        torch.testing.assert_close(average_now, average, atol=1e-9, rtol=1e-6)
+    assert average.abs().max() > 1e-5
 
 
 def test_measuring_leaves_the_queue_and_the_second_encoder_as_they_are():
