@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from itertools import chain
@@ -19,14 +20,16 @@ from typing import Annotated, Any
 import numpy as np
 from composer.utils import dist, reproducibility
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 
 from checkpoints import LATEST
+from config import changed_settings, load_config
+from finetune import finetune
 from model import load_pretrained
 from places import Place, write_file
-from probes import measure_probe
+from pretrain import pretrain
+from probes import digest_of, measure_probe
 from vit import Encoder
 
 
@@ -63,19 +66,32 @@ def write_table(*, to: str, rows: list[Annotated[dict, table_row]]) -> None:
     write_file(to, text.encode())
 
 
+def config_of(command: list[str]) -> dict[str, Any]:
+    """The configuration of a command such as [pretrain.py, yamls/demo.yaml, model.pool=max]; see load_config.
+
+    Raises:
+        ValueError: the command is of no stage that trains, or its configuration is wrong.
+    """
+    stage = {"pretrain.py": pretrain, "finetune.py": finetune}.get(Path(command[0]).name) if command else None
+    if stage is None:
+        raise ValueError(f"comparison.methods: {command} begins with neither pretrain.py nor finetune.py")
+    return load_config(command[1:], stage)
+
+
 def trained(run_name: str, command: list[str]) -> dict[str, float]:
     """The result of a run, which is begun, or gone on with, if it is not finished.
 
     Raises:
-        ValueError: it fails; with the last line that it printed.
+        ValueError: it was made with other settings; or it fails, with the last line that it printed.
     """
-    result = Path("runs", run_name, "result.json")
-    if not result.exists():
-        words = [sys.executable, *command, f"run_name={run_name}", "trainer.progress_bar=false"]
-        done = subprocess.run(words, capture_output=True, text=True)
+    run, words = Path("runs", run_name), [*command, f"run_name={run_name}", "trainer.progress_bar=false"]
+    if changed := changed_settings(run, config_of(words)):
+        raise ValueError(f"{run} was made with another {', '.join(changed)}; delete it, and it is made anew")
+    if not (run / "result.json").exists():
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
         if done.returncode:
-            raise ValueError(f"{' '.join(words)} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(result.read_text())
+            raise ValueError(f"{' '.join(words)} failed: {(done.stderr.strip() or 'without a word').splitlines()[-1]}")
+    return json.loads((run / "result.json").read_text())
 
 
 def measured(
@@ -87,19 +103,22 @@ def measured(
         sizes: of the encoder, among others.
         checkpoint: None for random weights.
     """
-    found = run / "compare.json"
-    if not found.exists():
-        reproducibility.seed_all(seed)
-        encoder = Encoder(**{key: sizes[key] for key in sizes.keys() & inspect.signature(Encoder).parameters})
-        if checkpoint:
-            load_pretrained(nn.ModuleDict({"encoder": encoder}), checkpoint)
-        run.mkdir(parents=True, exist_ok=True)
-        result = {}
-        for name, block in probes.items():
-            values = measure_probe(encoder.eval(), seed, run, run / f"parts-{name}", **block)
-            result |= {f"{name}, {key}": value for key, value in values.items()}
-        Place(str(run)).write_json(found.name, result)
-    return json.loads(found.read_text())
+    result = {}
+    for name, block in probes.items():
+        digest = digest_of(checkpoint, seed, sizes, block)
+        found = run / f"compare-{digest}.json"
+        if not found.exists():
+            reproducibility.seed_all(seed)
+            encoder = Encoder(**{key: sizes[key] for key in sizes.keys() & inspect.signature(Encoder).parameters})
+            if checkpoint:
+                load_pretrained(nn.ModuleDict({"encoder": encoder}), checkpoint)
+            run.mkdir(parents=True, exist_ok=True)
+            parts = run / f"parts-{digest}"
+            values = measure_probe(encoder.eval(), seed, run, parts, **block)
+            Place(str(run)).write_json(found.name, values)
+            shutil.rmtree(parts)
+        result |= {f"{name}, {key}": value for key, value in json.loads(found.read_text()).items()}
+    return result
 
 
 def compare(
@@ -123,10 +142,13 @@ def compare(
         seeds: runs of each, of which mean and standard deviation are given.
 
     Raises:
-        ValueError: a run fails, or this is one of several ranks.
+        ValueError: a command or its configuration is wrong; a run fails, or was made with other settings; this is one of
+            several ranks.
     """
     if dist.get_world_size() > 1:
         raise ValueError("comparison: it launches its runs itself; start it as python eval.py, as one process")
+    for command in methods.values():
+        config_of(command)
     fast = ["callbacks=null", "checkpoints.interval=1000000ba", "schedule.t_warmup=0.07dur"]
     timed = ["callbacks={SpeedMonitor: {window_size: 20}}", "trainer.max_duration=40ba"]
     steps = {}
@@ -134,7 +156,7 @@ def compare(
         speed = trained(f"compare_{method}_speed", [*command, *fast, *timed])
         steps[method] = max(1, round(seconds * speed["throughput/batches_per_sec"]))
     budget = f"{seconds:g} s of training steps each, {seeds} seeds, {os.cpu_count()} cores ({platform.machine()})"
-    rows, first = {}, OmegaConf.load(f"runs/compare_{next(iter(methods))}_speed/config.yaml").model
+    rows, first = {}, config_of(next(iter(methods.values())))["model"]
     for method, command in ({"random weights": []} | methods).items():
         results = []
         for seed in range(seeds):
@@ -142,7 +164,7 @@ def compare(
             if command:
                 run = Path(f"runs/compare_{method}_{steps[method]}_{seed}")
                 trained(run.name, [*command, *fast, f"seed={seed}", f"trainer.max_duration={steps[method]}ba"])
-                sizes, checkpoint = OmegaConf.load(run / "config.yaml").model, str(run / "checkpoints" / LATEST)
+                sizes, checkpoint = config_of(command)["model"], str(run / "checkpoints" / LATEST)
             results.append(measured(run, sizes, seed, {"stills": stills, "clips": clips}, checkpoint))
         values = {key: [100 * one[key] for one in results] for key in results[0]}
         rows[method] = {"steps": [steps.get(method, 0)]} | values

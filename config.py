@@ -2,12 +2,14 @@
 
 import difflib
 import inspect
+import json
 import os
 import sys
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
+from pathlib import Path
 from typing import Annotated, Any
 
 from omegaconf import OmegaConf
@@ -95,6 +97,23 @@ def keys_at(model: Any, path: list) -> list[str]:
         parts = (hint, *typing.get_args(hint))
         model = next(part for part in parts if inspect.isclass(part) and issubclass(part, BaseModel))
     return list(model.model_fields)
+
+
+def decisive(config: dict[str, Any]) -> dict[str, Any]:
+    """{block.key: value} of what decides a run's result."""
+    parts = {name: part for name, part in config.items() if name not in ("trainer", "callbacks", "loggers", "checkpoints")}
+    keys = {f"{name}.{key}": value for name, part in parts.items() if isinstance(part, dict) for key, value in part.items()}
+    plain = {name: part for name, part in parts.items() if not isinstance(part, dict)}
+    return {key: value for key, value in (keys | plain).items() if key not in ("data.num_workers", "allow_changes")}
+
+
+def changed_settings(run: Path, config: dict[str, Any]) -> list[str]:
+    """The block.key of what decides a run's result that are another in `config` than when the run was begun."""
+    if not (run / "config.yaml").exists():
+        return []
+    before = decisive(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+    now = decisive(json.loads(json.dumps(config)))  # lists for tuples, as in the file
+    return sorted(key for key in before | now if before.get(key) != now.get(key))
 
 
 @contextmanager

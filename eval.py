@@ -10,7 +10,6 @@ is the result as JSON, which is also in runs/{run_name}/eval.json. An evaluation
 command is given again.
 """
 
-import hashlib
 import inspect
 import json
 import shutil
@@ -41,7 +40,7 @@ from model import Classifier, ViCMAE, load_pretrained
 from places import Place, write_file
 from plans import activation_bytes, asked_plan, is_half, show_plan, size_of, stack_of
 from pretrain import draw_reconstructions
-from probes import first_frames, infer, measure_probe
+from probes import digest_of, first_frames, infer, measure_probe
 from views import MEAN, STD, EvalViews
 from vit import Encoder
 
@@ -216,7 +215,7 @@ def evaluate(
         net = load(ViCMAE(**model), checkpoint, where, ("decoder.",) if reconstructions else ())
         if probe:
             with autocast:
-                parts = parts_folder(run, checkpoint, seed, model, probe | {"precision": precision})
+                parts = run / f"parts-{digest_of(checkpoint, seed, model, probe | {'precision': precision})}"
                 result |= measure_probe(net.encoder, seed, run, parts, **probe)
         if reconstructions and first:
             draw_reconstructions(net, reconstructions, run / "reconstructions.png")
@@ -231,7 +230,8 @@ def evaluate(
             export_timm(net, export)
     if accuracy:
         with autocast:
-            parts = parts_folder(run, checkpoint, seed, classifier, accuracy | {"precision": precision, "head": head})
+            told = accuracy | {"precision": precision, "head": head}
+            parts = run / f"parts-{digest_of(checkpoint, seed, classifier, told)}"
             measured, confusion = measure_accuracy(net, parts, **accuracy)
         result |= measured
         if first:
@@ -244,16 +244,6 @@ def evaluate(
         for folder in run.glob("parts-*"):
             shutil.rmtree(folder)
     return result
-
-
-def parts_folder(run: Path, checkpoint: str | None, seed: int, sizes: dict[str, Any], block: dict[str, Any]) -> Path:
-    """The folder for what is done of a measurement, named by all that decides its numbers: no other finds it."""
-    files = [Path(checkpoint), *sorted(Path(checkpoint).rglob("*"))] if checkpoint and Path(checkpoint).exists() else []
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    data = [data_prep.read_json(path, "index.json") for key in ("data", "bank", "queries") for path in block.get(key, ())]
-    settled = {key: value for key, value in block.items() if key not in ("num_workers", "batch_size", "part_size")}
-    told = json.dumps([checkpoint, stamps, seed, sizes, settled, data], sort_keys=True)
-    return run / f"parts-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
 
 def count_classes(checkpoint: str | None, head: int | None) -> int:

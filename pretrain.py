@@ -40,7 +40,7 @@ from torchvision.utils import make_grid, save_image
 import data_prep
 from algorithms import ContrastRamp, GradientNorm, LayerFreezing, MomentumStep, PartialDecoding, ProgressiveResizing
 from checkpoints import Checkpoints
-from config import Share, load_config, one_line_errors
+from config import Share, changed_settings, load_config, one_line_errors
 from model import ViCMAE
 from places import Place
 from plans import ALL_KEPT, activation_bytes, asked_plan, stack_of, training_plan
@@ -160,11 +160,8 @@ def start_run(config: dict[str, Any]) -> Path:
     dist.initialize_dist(get_device(config["trainer"].get("device")), config["trainer"].get("dist_timeout", 300.0))
     reproducibility.seed_all(config["seed"])  # the same initial weights on every rank
     run, found = Path("runs", config["run_name"]), [[], False]
-    if dist.get_global_rank() == 0 and (run / "config.yaml").exists():
-        before = settings(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
-        now = settings(json.loads(json.dumps(config)))  # lists for tuples, as in the file
-        changed = sorted(key for key in before | now if before.get(key) != now.get(key))
-        found = [changed, (run / "result.json").exists()]
+    if dist.get_global_rank() == 0:
+        found = [changed_settings(run, config), (run / "result.json").exists()]
     dist.broadcast_object_list(found)  # other machines may have other folders
     changed, finished = found
     if changed and not config["allow_changes"]:
@@ -176,14 +173,6 @@ def start_run(config: dict[str, Any]) -> Path:
             print(f"{run} is finished, see {run}/result.json; delete it or give another run_name to run again")
         sys.exit(0)
     return run
-
-
-def settings(config: dict[str, Any]) -> dict[str, Any]:
-    """{block.key: value} of what decides a run's result."""
-    parts = {name: part for name, part in config.items() if name not in ("trainer", "callbacks", "loggers", "checkpoints")}
-    keys = {f"{name}.{key}": value for name, part in parts.items() if isinstance(part, dict) for key, value in part.items()}
-    plain = {name: part for name, part in parts.items() if not isinstance(part, dict)}
-    return {key: value for key, value in (keys | plain).items() if key not in ("data.num_workers", "allow_changes")}
 
 
 def classes_of(module: Any) -> tuple[type, ...]:

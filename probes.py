@@ -1,13 +1,14 @@
 """What fixed features are worth: k-NN and linear accuracy; features of whole data sets, in parts that outlive an end."""
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import safetensors.torch
@@ -28,6 +29,16 @@ from config import Share
 from places import Place
 from views import EvalViews, normalise
 from vit import Encoder, pool
+
+
+def digest_of(checkpoint: str | None, seed: int, sizes: dict[str, Any], block: dict[str, Any]) -> str:
+    """Sixteen digits for all that decides the numbers of a measurement, by which what is done of it is found again."""
+    files = [Path(checkpoint), *sorted(Path(checkpoint).rglob("*"))] if checkpoint and Path(checkpoint).exists() else []
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    data = [data_prep.read_json(path, "index.json") for key in ("data", "bank", "queries") for path in block.get(key, ())]
+    settled = {key: value for key, value in block.items() if key not in ("num_workers", "batch_size", "part_size")}
+    told = json.dumps([checkpoint, stamps, seed, sizes, settled, data], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def read_part(folder: Path, begin: int, end: int) -> dict[str, Tensor] | None:

@@ -429,15 +429,26 @@ def test_comparison_trains_what_is_missing_and_writes_means_and_spreads(demo, tm
     assert lines[0] == "| | steps | stills, knn | stills, linear_3 | clips, knn | clips, linear_3 |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| random weights", "| vicmae", "| mae"]
     runs = sorted((tmp_path / "runs").glob("compare_mae_[0-9]*_[01]"))
-    found = [json.loads((run / "compare.json").read_text()) for run in runs]
-    knn = [100 * one["stills, knn"] for one in found]
+    kept = [next(run.glob("compare-*.json")) for run in runs]
+    found = [json.loads(path.read_text()) for path in kept]
+    knn = [100 * one["knn"] for one in found]
     assert lines[4].split(" | ")[2] == f"{np.mean(knn):.1f} ± {np.std(knn, ddof=1):.1f}"
     steps = json.loads((runs[1] / "result.json").read_text())["step"]
     assert lines[4].split(" | ")[1] == str(steps) and (tmp_path / "compare.png").stat().st_size > 0
-    (runs[1] / "compare.json").write_text(json.dumps(found[1] | {"stills, knn": 1.0}))
+    kept[1].write_text(json.dumps(found[1] | {"knn": 1.0}))
     monkeypatch.setattr(comparison, "subprocess", None)
     run_stage(evaluation, arguments, tmp_path)  # nothing is trained or measured again
     assert f"{(knn[0] + 100) / 2:.1f}" in (tmp_path / "compare.md").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "measure_probe", lambda *given, **block: given[-1].mkdir() or {"knn": block["k"] / 100})
+        run_stage(evaluation, [*arguments, "comparison.clips.k=5", "comparison.stills.k=7"], tmp_path)
+    assert "| 7.0 ± 0.0 | 5.0 ± 0.0 |" in (tmp_path / "compare.md").read_text()  # of other probes, nothing is kept
+    with pytest.raises(SystemExit, match=r"compare_vicmae_speed was made with another model.pool; delete it"):
+        run_stage(evaluation, [*arguments, f"comparison.methods.vicmae=[{command}, model.pool=max]"], tmp_path)
+    with pytest.raises(SystemExit, match=r"model.pol is not a key here; the nearest is pool"):
+        run_stage(evaluation, [*arguments, f"comparison.methods.last=[{command}, model.pol=max]"], tmp_path)
+    with pytest.raises(SystemExit, match=r"begins with neither pretrain.py nor finetune.py"):
+        run_stage(evaluation, [*arguments, "comparison.methods.last=[train.py, yamls/demo.yaml]"], tmp_path)
 
 
 def test_one_trunk_learns_two_data_sets_with_a_head_each_and_each_head_is_evaluated(demo, tmp_path):
