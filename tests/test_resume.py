@@ -149,6 +149,29 @@ def signal_at(step: int):
     return batch_start
 
 
+def begin_on_a_machine(rank: int, folder: Path, arguments: list[str]) -> None:
+    os.chdir(folder / f"machine{rank}")
+    try:
+        pretrain.start_run(load_config(arguments, pretrain.pretrain))
+    except (ValueError, SystemExit) as end:
+        Path("end").write_text(str(end))
+
+
+def test_machines_without_the_runs_folder_follow_the_first_in_refusing_and_in_being_finished(
+    arguments, stopped, tmp_path, on_ranks
+):
+    for rank in range(2):
+        (tmp_path / f"machine{rank}").mkdir()
+    (tmp_path / "runs").rename(tmp_path / "machine0" / "runs")
+    arguments = [*arguments, "run_name=half", "allow_changes=false"]
+    on_ranks(2, begin_on_a_machine, tmp_path, [*arguments, "model.pool=max"])
+    ends = [(tmp_path / f"machine{rank}" / "end").read_text() for rank in range(2)]
+    assert ends[0] == ends[1] and "was begun with another model.pool" in ends[0]
+    (tmp_path / "machine0" / "runs" / "half" / "result.json").write_text("{}")
+    on_ranks(2, begin_on_a_machine, tmp_path, arguments)
+    assert [(tmp_path / f"machine{rank}" / "end").read_text() for rank in range(2)] == ["0", "0"]
+
+
 def test_sigterm_has_a_checkpoint_written_at_once_and_its_own_exit_code(arguments, whole, tmp_path, monkeypatch):
     arguments = [*arguments, "run_name=run", "checkpoints.interval=2ep"]
     with monkeypatch.context() as patch:
