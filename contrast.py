@@ -81,14 +81,18 @@ def info_nce(z: Projected, temperature: float) -> tuple[Tensor, Tensor]:
     else:
         logits = torch.cat([(p * t[partner]).sum(dim=1, keepdim=True), p @ widen(z.queue).T], dim=1)  # (2B, 1 + Q)
         partner = torch.zeros_like(partner)
-    return F.cross_entropy(logits / temperature, partner), (logits.argmax(dim=1) == partner).float().mean()
+    ahead = logits.argmax(dim=1) == partner
+    if z.queue is not None:  # the first of equals; where all features are the same, no view finds its partner
+        ahead = logits[:, 0] > logits[:, 1:].amax(dim=1)
+    return F.cross_entropy(logits / temperature, partner), ahead.float().mean()
 
 
 def triplet(z: Projected, margin: float) -> tuple[Tensor, Tensor]:
     """FaceNet's: for all pairs of an anchor and a positive, [|a - p|^2 - |a - n|^2 + margin]+ with a semi-hard negative.
 
     That is the nearest of those further away than the positive, or, if there is none, the furthest of all. Positives are the
-    other view of a sample, and every view of its label's, where there are labels. The mean over the pairs.
+    other view of a sample, and every view of its label's, where there are labels. The mean over the pairs; 0 where no pair
+    has a negative, as all have one label.
 
     Returns the loss, and the fraction of pairs whose positive is nearer than that negative.
     """
@@ -97,15 +101,17 @@ def triplet(z: Projected, margin: float) -> tuple[Tensor, Tensor]:
     same = -1 - torch.arange(B, device=p.device)  # none but itself, where there is no label
     same = (same if z.labels is None else torch.where(z.labels < 0, same, z.labels)).repeat(len(p) // B)
     distance = 2 - 2 * p @ p.T  # (n, n), of unit vectors
-    positive = (same[:, None] == same) & ~torch.eye(len(p), dtype=torch.bool, device=p.device)
+    alike = same[:, None] == same  # (n, n)
+    positive = alike & ~torch.eye(len(p), dtype=torch.bool, device=p.device) & ~alike.all(dim=1)
     anchor, other = positive.nonzero(as_tuple=True)  # (pairs,)
     reached = distance[anchor, other]
     with torch.no_grad():  # the choice has no gradient, and would cost most of the time
-        far = distance.masked_fill(same[:, None] == same, float("-inf"))[anchor]  # (pairs, n), the negatives'
+        far = distance.masked_fill(alike, float("-inf"))[anchor]  # (pairs, n), the negatives'
         beyond = far.masked_fill(far <= reached[:, None], float("inf"))
         chosen = torch.where(beyond.amin(dim=1).isinf(), far.argmax(dim=1), beyond.argmin(dim=1))
     negative = distance[anchor, chosen]
-    return F.relu(reached - negative + margin).mean(), (reached < negative).float().mean()
+    count = max(1, len(anchor))
+    return F.relu(reached - negative + margin).sum() / count, (reached < negative).sum() / count
 
 
 def matched(z: Projected) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from composer import ComposerModel
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchmetrics.classification import MulticlassAccuracy
@@ -99,8 +99,8 @@ class ViCMAE(ComposerModel):
         projector_out_dim: PositiveInt = 128,
         mask_ratio: Fraction = 0.5,
         temperature: PositiveFloat = 0.1,
-        weight_contrast: float = 0.03,
-        weight_recon: float = 0.97,
+        weight_contrast: NonNegativeFloat = 0.03,
+        weight_recon: NonNegativeFloat = 0.97,
         norm_pix_loss: bool = True,
         chunk_size: PositiveInt | None = None,
         num_frames: PositiveInt = 1,
@@ -121,18 +121,20 @@ class ViCMAE(ComposerModel):
         N = self.encoder.num_patches
         if mask != "none" and not 0 < self.kept(N)[0] < N:
             raise ValueError(f"mask_ratio {mask_ratio} must keep and remove at least one of {N} patches")
-        if mask == contrast == "none":
-            raise ValueError("mask and contrast are both none: there is nothing to learn")
+        if not (weight_recon and mask != "none") and not (weight_contrast and contrast != "none"):
+            raise ValueError("mask and contrast are none, or their weights 0: there is nothing to learn")
         if positives == "label" and contrast != "triplet":
             raise ValueError(f"positives label is for contrast triplet, not {contrast}")
         if contrast == "simsiam" and not predictor_hidden_dim:
             raise ValueError("contrast simsiam needs predictor_hidden_dim: without a predictor all features become the same")
+        if predictor_hidden_dim and contrast not in ("info_nce", "moco", "simsiam"):
+            raise ValueError(f"predictor_hidden_dim is not for contrast {contrast}, which has no targets; set it to null")
         self.decoder = self.projector = self.predictor = self.momentum = None
         if mask != "none":
             self.decoder = Decoder(self.encoder, decoder_embed_dim, decoder_depth, decoder_num_heads)
         if contrast != "none":
             self.projector = Head(embed_dim, projector_hidden_dim, projector_hidden_dim, projector_out_dim)
-        if contrast != "none" and predictor_hidden_dim:
+        if predictor_hidden_dim:
             self.predictor = Head(projector_out_dim, predictor_hidden_dim, projector_out_dim)
         if contrast == "moco":
             self.momentum = Momentum(self.encoder, self.projector, momentum, queue_size)
@@ -357,7 +359,7 @@ class Classifier(ComposerModel):
         pool: Literal["mean", "cls"] = "mean",
         drop_path: Fraction = 0.0,
         dropout: Fraction = 0.0,
-        head_init_std: float = 2e-5,
+        head_init_std: NonNegativeFloat = 2e-5,
         freeze: bool = False,
     ):
         super().__init__()

@@ -83,10 +83,11 @@ def random_masking(
     """
     N = noise.shape[1]
     K = N if kind == "none" else int(N * (1 - mask_ratio))
+    places = N // steps if kind == "tube" else N
+    ids_shuffle = noise[:, :places].argsort(dim=1, stable=True)  # (B, N); of tubes, (B, N / steps)
     if kind == "tube":
-        noise = noise[:, : N // steps].repeat(1, steps)  # equal numbers stay together in a stable sort
-        K = steps * int(N // steps * (1 - mask_ratio))
-    ids_shuffle = noise.argsort(dim=1, stable=True)  # (B, N)
+        ids_shuffle = (ids_shuffle[:, :, None] + places * torch.arange(steps, device=noise.device)).flatten(1)  # (B, N)
+        K = steps * int(places * (1 - mask_ratio))
     ids_restore = ids_shuffle.argsort(dim=1)
     return ids_shuffle[:, :K], ids_restore, (ids_restore >= K).float()
 

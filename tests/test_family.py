@@ -81,13 +81,40 @@ def test_triplet_of_four_known_points():
     assert float(loss) == pytest.approx((0.0 + 0.2 + 0.0 + 0.0) / 4) and float(accuracy) == 0.75
 
 
-def test_simsiam_equals_a_loop_and_its_targets_have_no_gradient():
-    p, t = views(1), views(2)
+def test_triplet_without_a_negative_or_without_a_positive_is_zero_and_has_no_gradient():
+    for shape, labels in (((4, 2, 6), torch.zeros(4, dtype=torch.long)), ((4, 1, 6), None)):
+        z = torch.randn(shape).requires_grad_()
+        loss, accuracy = triplet(Projected(z, z, labels), 0.2)
+        loss.backward()
+        assert float(loss) == float(accuracy) == 0.0 and not z.grad.any()
+
+
+def found(p: Tensor, t: Tensor) -> float:
+    """The fraction of views whose partner's target is nearer than all other samples' targets, both of their views."""
+    p, t = unit(p), unit(t)
+    right = []
+    for i in range(len(p)):
+        for v in (0, 1):
+            others = [p[i, v] @ t[j, w] for j in range(len(t)) for w in (0, 1) if j != i]
+            right.append(p[i, v] @ t[i, 1 - v] > max(others))
+    return float(np.mean(right))
+
+
+def test_simsiam_equals_a_loop():
+    p = views(1)
+    t = p.flip(1) + 0.8 * views(2)
     cosines = [unit(p)[i, v] @ unit(t)[i, 1 - v] for i in range(5) for v in (0, 1)]
-    assert float(simsiam(Projected(p, t))[0]) == pytest.approx(-np.mean(cosines), rel=1e-5)
-    net = ViCMAE(**TINY, contrast="simsiam", predictor_hidden_dim=8).train()
+    loss, accuracy = simsiam(Projected(p, t))
+    assert float(loss) == pytest.approx(-np.mean(cosines), rel=1e-5)
+    assert float(accuracy) == pytest.approx(found(p, t)) and 0 < float(accuracy) < 1
+
+
+@pytest.mark.parametrize("contrast", ["simsiam", "info_nce"])
+def test_what_a_predictor_predicts_has_no_gradient(contrast):
+    net = ViCMAE(**TINY, contrast=contrast, predictor_hidden_dim=8).train()
     batch = {"views": torch.randn(6, 2, 3, 32, 32), "noise": torch.rand(6, 2, 16)}
-    assert not net(batch)["projected"].targets.requires_grad
+    projected = net(batch)["projected"]
+    assert projected.predictions.requires_grad and not projected.targets.requires_grad
 
 
 def test_vicreg_equals_numpy():
@@ -99,14 +126,15 @@ def test_vicreg_equals_numpy():
         covariance = centred.T @ centred / 6
         expected += 25 * np.maximum(0, 1 - np.sqrt(np.diag(covariance) + 1e-4)).mean() / 2
         expected += (covariance**2).sum() / 6 - (np.diag(covariance) ** 2).sum() / 6
-    assert float(vicreg(Projected(z, z))[0]) == pytest.approx(expected, rel=1e-5)
+    loss, accuracy = vicreg(Projected(z, z))
+    assert float(loss) == pytest.approx(expected, rel=1e-5) and float(accuracy) == pytest.approx(found(z, z))
 
 
 @pytest.mark.parametrize("queue", [None, 9])
 def test_info_nce_of_predictions_equals_a_loop_over_targets_or_over_a_queue(queue):
     p, t = views(4), views(5)
     held = torch.nn.functional.normalize(torch.randn(9, 6), dim=1) if queue else None
-    losses = []
+    losses, right = [], []
     for v in (0, 1):
         for i in range(5):
             partner = unit(p)[i, v] @ unit(t)[i, 1 - v] / 0.2
@@ -115,8 +143,14 @@ def test_info_nce_of_predictions_equals_a_loop_over_targets_or_over_a_queue(queu
             else:
                 others = [unit(p)[i, v] @ unit(t)[j, w] / 0.2 for j in range(5) for w in (0, 1) if j != i]
             losses.append(np.log(np.exp([partner, *others]).sum()) - partner)
-    loss, _ = info_nce(Projected(p, t, queue=held), 0.2)
+            right.append(partner > max(others))
+    loss, accuracy = info_nce(Projected(p, t, queue=held), 0.2)
     assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert float(accuracy) == pytest.approx(np.mean(right)) and 0 < float(accuracy) < 1
+    same = torch.ones(5, 2, 6)
+    held = torch.nn.functional.normalize(torch.ones(9, 6), dim=1) if queue else None
+    loss, accuracy = info_nce(Projected(same, same, queue=held), 0.2)  # collapsed: as good as chance
+    assert float(loss) == pytest.approx(np.log(10 if queue else 9), rel=1e-5) and float(accuracy) < 0.2
 
 
 def test_poolings_equal_numpy():
@@ -196,7 +230,9 @@ def test_what_a_method_does_not_use_is_not_there():
     assert losses.keys() == {"total", "reconstruction", "feature_std"}
     for sizes, culprit in (
         ({"mask": "none", "contrast": "none"}, "nothing to learn"),
+        ({"mask": "none", "weight_contrast": 0.0}, "nothing to learn"),
         ({"contrast": "simsiam"}, "needs predictor_hidden_dim"),
+        ({"contrast": "triplet", "predictor_hidden_dim": 8}, "predictor_hidden_dim is not for contrast triplet"),
         ({"positives": "label"}, "positives label is for contrast triplet"),
         ({**CLIPS, "mask": "tube", "mask_ratio": 0.95}, "must keep and remove"),
     ):
@@ -213,9 +249,10 @@ def test_unmasked_views_give_the_features_of_the_whole_image():
 MOCO = {"contrast": "moco", "momentum": 0.9, "queue_size": 24}
 
 
-def test_queue_and_second_encoder_after_five_steps_are_those_of_a_plain_computation():
+@pytest.mark.parametrize(("mask", "kind"), [("none", "mean"), ("random", "max")])
+def test_queue_and_second_encoder_after_five_steps_are_those_of_a_plain_computation(mask, kind):
     torch.manual_seed(0)
-    net = ViCMAE(**TINY, **MOCO, mask="none").train()
+    net = ViCMAE(**TINY, **MOCO, mask=mask, pool=kind).train()
     queue = net.momentum.queue.clone()
     average = copy.deepcopy({"encoder": net.encoder, "projector": net.projector})
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
@@ -225,7 +262,10 @@ def test_queue_and_second_encoder_after_five_steps_are_those_of_a_plain_computat
             for name, part in average.items():
                 for mine, theirs in zip(part.parameters(), getattr(net, name).parameters(), strict=True):
                     mine.mul_(0.9).add_(0.1 * theirs)
-            keys = [average["projector"](average["encoder"](v)[:, 1:].mean(dim=1)) for v in batch["views"].unbind(1)]
+            keys = []
+            for view, noise in zip(batch["views"].unbind(1), batch["noise"].unbind(1), strict=True):
+                tokens = average["encoder"](view, noise.argsort(dim=1)[:, : 8 if mask == "random" else 16])[:, 1:]
+                keys.append(average["projector"](tokens.mean(dim=1) if kind == "mean" else tokens.amax(dim=1)))
             queue = torch.cat([torch.nn.functional.normalize(torch.cat(keys), dim=1), queue])[:24]
         net.momentum.follow(net.encoder, net.projector)
         net.loss(net(batch), batch)["total"].backward()
@@ -260,7 +300,8 @@ def test_second_encoder_follows_once_a_step_of_several_passes(demo, tmp_path, mo
 def test_measuring_leaves_the_queue_and_the_second_encoder_as_they_are():
     net = ViCMAE(**TINY, **MOCO).eval()
     before = copy.deepcopy(net.state_dict())
-    torch.nn.init.zeros_(net.encoder.norm.bias)
+    torch.nn.init.ones_(net.encoder.norm.bias)
+    before["encoder.norm.bias"] = torch.ones(48)
     net({"views": torch.randn(4, 2, 3, 32, 32), "noise": torch.rand(4, 2, 16)})
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
@@ -296,6 +337,8 @@ def steps(changes: dict, count: int = 3) -> dict[str, Tensor]:
         }
         batch = {key: value.chunk(ranks)[rank] for key, value in batch.items()}
         optimizer.zero_grad()
+        if net.momentum is not None:
+            net.momentum.follow(net.encoder, net.projector)
         losses = net.loss(trained(batch), batch)
         losses["total"].backward()
         optimizer.step()
@@ -322,8 +365,8 @@ def test_every_method_on_two_ranks_has_the_losses_gradients_and_state_of_one(ran
     for name, expected in one.items():
         found = torch.stack([rank[name] for rank in two]).double()
         found = found.mean(dim=0) if name[0].isdigit() else found[0]
-        scale = max(float(expected.double().abs().max()), 1e-6)
-        assert float((found - expected).abs().max()) / scale < 1e-8 or scale == 1e-6, name
+        scale = max(float(expected.double().abs().max()), 1e-3)
+        assert float((found - expected).abs().max()) < 1e-8 * scale, name
 
 
 @pytest.mark.parametrize("method", METHODS)
