@@ -3,18 +3,16 @@
 MomentumStep and GradientNorm are no blocks: every run has them.
 """
 
-from typing import Annotated
-
 import torch
 import torch.nn.functional as F
 from composer import Algorithm, Event, Logger, State
 from composer.core import TimeUnit, ensure_time
 from composer.utils import dist
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from config import Share
+from config import Duration, Part, Share
 from model import ViCMAE
 
 
@@ -38,24 +36,26 @@ class PartialDecoding(Algorithm):
     dual masking of VideoMAE v2, with a random choice for its fixed one.
     """
 
-    def __init__(self, ratio: Annotated[float, Field(gt=0, le=1)] = 0.5):
+    def __init__(self, ratio: Part = 0.5):
         self.ratio = ratio
 
     def match(self, event: Event, state: State) -> bool:
         return event == Event.INIT
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        vicmae_of(self, state).decode_ratio = self.ratio
+        net = vicmae_of(self, state)
+        if net.decoder is None:
+            raise ValueError("algorithms.PartialDecoding: model.mask is none; take it out")
+        net.decode_ratio = self.ratio
 
 
 class ContrastRamp(Algorithm):
     """Let the weight of the contrastive term rise from 0 to model.weight_contrast over a duration, such as 40ep (paper)."""
 
-    def __init__(self, duration: str):
-        try:
-            self.duration = ensure_time(duration, "ep")
-        except ValueError as error:
-            raise ValueError(f"algorithms.ContrastRamp.duration: {error}") from error
+    def __init__(self, duration: Duration):
+        self.duration = ensure_time(duration, "ep")
+        if self.duration.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH):
+            raise ValueError(f"algorithms.ContrastRamp.duration {duration} is not in epochs (ep) or steps (ba)")
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.INIT, Event.BATCH_START)
@@ -63,6 +63,8 @@ class ContrastRamp(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         net = vicmae_of(self, state)
         if event == Event.INIT:
+            if net.projector is None:
+                raise ValueError("algorithms.ContrastRamp: model.contrast is none; take it out")
             return
         done = state.timestamp.get(self.duration.unit).value
         if self.duration.unit == TimeUnit.EPOCH:

@@ -39,6 +39,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
 
+from config import Duration
 from places import Place
 
 HARMLESS = [  # plain values that may stand beside the weights
@@ -261,22 +262,19 @@ class Checkpoints(Callback):
             the disk is gone, or where FSDP's shards are on the disks of several machines.
 
     Raises:
-        ValueError: an interval that is none.
+        ValueError: a bucket that is no s3:// address.
     """
 
     def __init__(
         self,
         run: Path,
         *,
-        interval: str = "1ep",
+        interval: Duration = "1ep",
         keep: PositiveInt = 2,
         milestone: PositiveInt | None = None,
         bucket: str | None = None,
     ):
-        try:
-            self.due = create_interval_scheduler(interval)
-        except ValueError as error:
-            raise ValueError(f"checkpoints.interval: {error}") from error
+        self.due = create_interval_scheduler(interval)
         self.folder = run / "checkpoints"
         self.keep = keep
         self.milestone = milestone

@@ -6,27 +6,31 @@
 Both are blocks of eval.py, `table` and `comparison`.
 """
 
-import inspect
+import fcntl
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import numpy as np
+import torch
 from composer.utils import dist, reproducibility
 from matplotlib.figure import Figure
-from pydantic import PositiveFloat, PositiveInt
+from omegaconf import OmegaConf
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
 from checkpoints import LATEST
-from config import changed_settings, load_config
+from config import RunName, changed_settings, load_config
 from finetune import finetune
-from model import load_pretrained
+from model import Classifier, ViCMAE, load_pretrained
 from places import Place, write_file
 from pretrain import pretrain
 from probes import digest_of, measure_probe
@@ -57,7 +61,13 @@ def table_row(*, name: str, runs: dict[str, str], paper: dict[str, float] | None
 
 
 def write_table(*, to: str, rows: list[Annotated[dict, table_row]]) -> None:
-    """Collect finished runs into a table in Markdown, with what was not run; written to the file `to`."""
+    """Collect finished runs into a table in Markdown, with what was not run; written to the file `to`.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError("table.rows is []: give a row, of a name and runs")
     made = [table_row(**row) for row in rows]
     columns = list(dict.fromkeys(column for row in made for column in row))
     head = ["| " + " | ".join([columns[0], *(f"{column}: paper / ours" for column in columns[1:])]) + " |"]
@@ -78,38 +88,48 @@ def config_of(command: list[str]) -> dict[str, Any]:
     return load_config(command[1:], stage)
 
 
-def trained(run_name: str, command: list[str]) -> dict[str, float]:
+def encoder_of(command: list[str]) -> Encoder:
+    """The encoder that a command trains, with random weights."""
+    sizes = config_of(command)["model"]
+    return (ViCMAE(**sizes) if Path(command[0]).name == "pretrain.py" else Classifier(1, **sizes)).encoder
+
+
+def trained(run_name: str, command: list[str], lock: IO) -> dict[str, float]:
     """The result of a run, which is begun, or gone on with, if it is not finished.
+
+    Args:
+        lock: an open file that is locked as long as the run, or this program, is at work.
 
     Raises:
         ValueError: it was made with other settings; or it fails, with the last line that it printed.
     """
     run, words = Path("runs", run_name), [*command, f"run_name={run_name}", "trainer.progress_bar=false"]
-    if changed := changed_settings(run, config_of(words)):
+    config = config_of(words)
+    changed = changed_settings(run, config)
+    if (run / "config.yaml").exists() and OmegaConf.load(run / "config.yaml").trainer != config["trainer"]:
+        changed.append("trainer")  # which a run that goes on may change, but not one that is compared
+    if changed:
         raise ValueError(f"{run} was made with another {', '.join(changed)}; delete it, and it is made anew")
     if not (run / "result.json").exists():
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, pass_fds=[lock.fileno()])
         if done.returncode:
             raise ValueError(f"{' '.join(words)} failed: {(done.stderr.strip() or 'without a word').splitlines()[-1]}")
     return json.loads((run / "result.json").read_text())
 
 
-def measured(
-    run: Path, sizes: dict[str, Any], seed: int, probes: dict[str, dict], checkpoint: str | None
-) -> dict[str, float]:
-    """What probes make of an encoder, by probe and measure; kept in the folder of its run.
+def measured(run: Path, command: list[str], seed: int, probes: dict[str, dict], checkpoint: str | None) -> dict[str, float]:
+    """What probes make of the encoder of a command, by probe and measure; kept in the folder of its run.
 
     Args:
-        sizes: of the encoder, among others.
         checkpoint: None for random weights.
     """
     result = {}
     for name, block in probes.items():
-        digest = digest_of(checkpoint, seed, sizes, block)
+        digest = digest_of(checkpoint, seed, config_of(command)["model"], block)
         found = run / f"compare-{digest}.json"
         if not found.exists():
             reproducibility.seed_all(seed)
-            encoder = Encoder(**{key: sizes[key] for key in sizes.keys() & inspect.signature(Encoder).parameters})
+            encoder = encoder_of(command)
             if checkpoint:
                 load_pretrained(nn.ModuleDict({"encoder": encoder}), checkpoint)
             run.mkdir(parents=True, exist_ok=True)
@@ -121,10 +141,26 @@ def measured(
     return result
 
 
+@contextmanager
+def alone() -> Iterator[IO]:
+    """A locked file, of which there is one in runs/: two trainings at a time would take each other's share of the machine.
+
+    Raises:
+        ValueError: another comparison, or a run that it has left behind, holds it.
+    """
+    os.makedirs("runs", exist_ok=True)
+    with open("runs/comparison.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError("another comparison, or a run that it left behind, is at work here; wait, or end it") from error
+        yield file
+
+
 def compare(
     *,
     to: str,
-    methods: dict[str, list[str]],
+    methods: Annotated[dict[RunName, list[str]], Field(min_length=1)],
     seconds: PositiveFloat,
     stills: Annotated[dict, measure_probe],
     clips: Annotated[dict, measure_probe],
@@ -132,7 +168,8 @@ def compare(
 ) -> None:
     """Train methods for the same time on this machine, probe their encoders, and write a table and a picture.
 
-    What is finished is not done again: an interrupted comparison goes on where it was.
+    What is finished is not done again: an interrupted comparison goes on where it was. Every run is without callbacks, with
+    a checkpoint at its end alone, and warms up for 7 % of its steps.
 
     Args:
         to: file of the table; the picture has its name, with .png.
@@ -142,33 +179,37 @@ def compare(
         seeds: runs of each, of which mean and standard deviation are given.
 
     Raises:
-        ValueError: a command or its configuration is wrong; a run fails, or was made with other settings; this is one of
-            several ranks.
+        ValueError: a command or its configuration is wrong; a run fails, or was made with other settings; another comparison
+            is at work in runs/, or this is one of several ranks.
     """
     if dist.get_world_size() > 1:
         raise ValueError("comparison: it launches its runs itself; start it as python eval.py, as one process")
-    for command in methods.values():
-        config_of(command)
+    if not Path(to).absolute().parent.is_dir():
+        raise ValueError(f"comparison.to {to}: its folder does not exist")
+    with torch.device("meta"):
+        for command in methods.values():
+            encoder_of(command)
     fast = ["callbacks=null", "checkpoints.interval=1000000ba", "schedule.t_warmup=0.07dur"]
     timed = ["callbacks={SpeedMonitor: {window_size: 20}}", "trainer.max_duration=40ba"]
-    steps = {}
-    for method, command in methods.items():  # all before any training, on a machine that is idle alike
-        speed = trained(f"compare_{method}_speed", [*command, *fast, *timed])
-        steps[method] = max(1, round(seconds * speed["throughput/batches_per_sec"]))
     budget = f"{seconds:g} s of training steps each, {seeds} seeds, {os.cpu_count()} cores ({platform.machine()})"
-    rows, first = {}, config_of(next(iter(methods.values())))["model"]
-    for method, command in ({"random weights": []} | methods).items():
-        results = []
-        for seed in range(seeds):
-            run, sizes, checkpoint = Path(f"runs/compare_random_{seed}"), first, None
-            if command:
-                run = Path(f"runs/compare_{method}_{steps[method]}_{seed}")
-                trained(run.name, [*command, *fast, f"seed={seed}", f"trainer.max_duration={steps[method]}ba"])
-                sizes, checkpoint = config_of(command)["model"], str(run / "checkpoints" / LATEST)
-            results.append(measured(run, sizes, seed, {"stills": stills, "clips": clips}, checkpoint))
-        values = {key: [100 * one[key] for one in results] for key in results[0]}
-        rows[method] = {"steps": [steps.get(method, 0)]} | values
-        write_comparison(rows, to, budget)
+    steps, rows, first = {}, {}, next(iter(methods.values()))
+    with alone() as lock:
+        for method, command in methods.items():  # all before any training, on a machine that is idle alike
+            speed = trained(f"compare_{method}_speed", [*command, *fast, *timed], lock)
+            steps[method] = max(1, round(seconds * speed["throughput/batches_per_sec"]))
+        for method, command in ({"random weights": []} | methods).items():
+            results = []
+            for seed in range(seeds):
+                run, checkpoint = Path(f"runs/compare_random_{seed}"), None
+                if command:
+                    run = Path(f"runs/compare_{method}_{steps[method]}_{seed}")
+                    checkpoint = str(run / "checkpoints" / LATEST)
+                    duration = f"trainer.max_duration={steps[method]}ba"
+                    trained(run.name, [*command, *fast, f"seed={seed}", duration], lock)
+                results.append(measured(run, command or first, seed, {"stills": stills, "clips": clips}, checkpoint))
+            values = {key: [100 * one[key] for one in results] for key in results[0]}
+            rows[method] = {"steps": [steps.get(method, 0)]} | values
+            write_comparison(rows, to, budget)
 
 
 def write_comparison(rows: dict[str, dict[str, list[float]]], to: str, budget: str) -> None:

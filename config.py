@@ -1,6 +1,7 @@
 """YAML files and key=value of a command line -> keyword arguments of a callable, which is the schema; errors in one line."""
 
 import difflib
+import functools
 import inspect
 import json
 import os
@@ -12,12 +13,35 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
+from composer.core import Time, ensure_time
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 from yaml import YAMLError
 
+
+def check_time(value: Any, positive: bool = True) -> Any:
+    """A duration as Composer has it, unchanged: 800ep, 500ba, 0.1dur; a plain number is one of epochs.
+
+    Raises:
+        ValueError: it is none, or negative, or 0 where it must be positive.
+    """
+    if not isinstance(value, int | str):
+        return value
+    try:
+        length = ensure_time(value, "ep").value
+    except (ValueError, TypeError) as error:
+        raise ValueError("give a whole number of epochs or steps, such as 800ep or 500ba") from error
+    if length < 0 or (positive and length == 0):
+        raise ValueError(f"must be {'positive' if positive else '0 or more'}")
+    return value
+
+
 Share = Annotated[float, Field(ge=0, le=1)]  # a fraction or a probability
+Part = Annotated[float, Field(gt=0, le=1)]  # a fraction that is not nothing
+Duration = Annotated[str, AfterValidator(check_time)]
+DataSets = Annotated[list[str], Field(min_length=1)]  # paths
+RunName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # of a folder in runs/
 
 
 def load_config(arguments: list[str], stage: Callable) -> dict[str, Any]:
@@ -46,7 +70,13 @@ def load_config(arguments: list[str], stage: Callable) -> dict[str, Any]:
     except ValidationError as error:
         # A mistyped key comes first: it explains a missing one.
         wrong = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    path = [part for part in wrong["loc"] if isinstance(part, int) or part not in ("list", "int", "float", "str")]
+    path, place = [], merged
+    for part in wrong["loc"]:  # pydantic's has the members of unions in it, too
+        if part in (place if isinstance(place, dict) else range(len(place)) if isinstance(place, list) else ()):
+            path.append(part)
+            place = place[part]
+    if wrong["type"] == "missing" and isinstance(wrong["loc"][-1], str):
+        path.append(wrong["loc"][-1])
     key = ".".join(map(str, path))
     block = ".".join(takewhile(lambda part: isinstance(part, str), path))  # down to the first list
     named = [name for name, part in sources.items() if OmegaConf.select(part, block) is not None]
@@ -54,7 +84,8 @@ def load_config(arguments: list[str], stage: Callable) -> dict[str, Any]:
         near = difflib.get_close_matches(str(path[-1]), keys_at(model, path[:-1]), n=1, cutoff=0.0)
         complaint = f"is not a key here; the nearest is {near[0] if near else 'none'}"
     else:
-        complaint = "is missing" if wrong["type"] == "missing" else f"is {wrong['input']!r}: {wrong['msg'].lower()}"
+        reason = wrong["msg"].removeprefix("Value error, ").lower()
+        complaint = "is missing" if wrong["type"] == "missing" else f"is {wrong['input']!r}: {reason}"
     raise ValueError(f"{named[-1] if named else ' '.join(arguments)}: {key} {complaint}")
 
 
@@ -80,10 +111,12 @@ def schema(target: Callable | tuple[type, ...], *given: str) -> type[BaseModel]:
 
 
 def resolve(hint: Any) -> Any:
-    """A type annotation with the blocks in it made models of their own."""
+    """A type annotation with the blocks in it made models of their own, and Composer's times checked."""
     if typing.get_origin(hint) is Annotated:
         target = hint.__metadata__[0]
         return schema(*hint.__metadata__) if callable(target) or isinstance(target, tuple) else hint
+    if Time in typing.get_args(hint):
+        return Annotated[hint, AfterValidator(functools.partial(check_time, positive=False))]
     inside = tuple(map(resolve, typing.get_args(hint)))
     if not any(inspect.isclass(part) and issubclass(part, BaseModel) for part in inside):
         return hint
@@ -108,10 +141,17 @@ def decisive(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed_settings(run: Path, config: dict[str, Any]) -> list[str]:
-    """The block.key of what decides a run's result that are another in `config` than when the run was begun."""
+    """The block.key of what decides a run's result that are another in `config` than when the run was begun.
+
+    Raises:
+        ValueError: the run's config.yaml is damaged.
+    """
     if not (run / "config.yaml").exists():
         return []
-    before = decisive(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+    try:
+        before = decisive(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+    except (YAMLError, OmegaConfBaseException, AttributeError) as error:
+        raise ValueError(f"{run / 'config.yaml'} is damaged; delete it, if you know that the run is this one's") from error
     now = decisive(json.loads(json.dumps(config)))  # lists for tuples, as in the file
     return sorted(key for key in before | now if before.get(key) != now.get(key))
 

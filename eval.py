@@ -35,7 +35,7 @@ from torchvision.utils import make_grid, save_image
 import data_prep
 from checkpoints import read_checkpoint
 from comparison import compare, write_table
-from config import Share, load_config, one_line_errors
+from config import DataSets, Part, RunName, load_config, one_line_errors
 from model import Classifier, ViCMAE, load_pretrained
 from places import Place, write_file
 from plans import activation_bytes, asked_plan, is_half, show_plan, size_of, stack_of
@@ -49,10 +49,10 @@ def measure_accuracy(
     net: Classifier,
     parts: Path,
     *,
-    data: list[str],
+    data: DataSets,
     temporal_views: PositiveInt = 1,
     spatial_views: PositiveInt = 1,
-    crop_pct: Share = 0.875,
+    crop_pct: Part = 0.875,
     frame_interval: PositiveFloat | None = None,
     batch_size: PositiveInt = 64,
     num_workers: NonNegativeInt = 0,
@@ -153,7 +153,7 @@ def export_timm(net: Encoder | Classifier, to: str) -> None:
 
 def evaluate(
     *,
-    run_name: str,
+    run_name: RunName,
     checkpoint: str | None,
     seed: int = 0,
     device: str | None = None,

@@ -32,8 +32,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 import data_prep
 from checkpoints import Checkpoints, describe
-from config import Share, load_config, one_line_errors
-from model import Classifier, ProbeHeads, load_pretrained
+from config import DataSets, Part, RunName, Share, load_config, one_line_errors
+from model import Classifier, Fraction, ProbeHeads, load_pretrained
 from plans import ALL_KEPT, activation_bytes, asked_plan, size_of, stack_of, training_plan
 from pretrain import ALGORITHMS, CALLBACKS, LOGGERS, TrainerBlock, build_optimizer, build_trainer, finish_run, fit, start_run
 from streams import load_stream
@@ -73,7 +73,7 @@ class TrainingClips:
     erasing: Share = 0.25
     mixup: NonNegativeFloat = 0.8
     cutmix: NonNegativeFloat = 1.0
-    label_smoothing: Share = 0.1
+    label_smoothing: Fraction = 0.1
     held_out: Share = 0.0
 
     def __post_init__(self):
@@ -158,10 +158,10 @@ def load_eval(
     num_frames: int,
     first_class: tuple[int, ...] = (),
     *,
-    paths: list[str],
+    paths: DataSets,
     batch_size: PositiveInt = 64,
     num_workers: NonNegativeInt = 0,
-    crop_pct: Share = 0.875,
+    crop_pct: Part = 0.875,
     frame_interval: PositiveFloat | None = None,
 ) -> DataSpec:
     """The loader of the validation data: one central view of each sample.
@@ -205,7 +205,7 @@ def build_lars(
 
 def finetune(
     *,
-    run_name: str,
+    run_name: RunName,
     seed: int,
     pretrained: str | None,
     data: Annotated[dict, load_stream],

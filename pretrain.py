@@ -40,7 +40,7 @@ from torchvision.utils import make_grid, save_image
 import data_prep
 from algorithms import ContrastRamp, GradientNorm, LayerFreezing, MomentumStep, PartialDecoding, ProgressiveResizing
 from checkpoints import Checkpoints
-from config import Share, changed_settings, load_config, one_line_errors
+from config import RunName, Share, changed_settings, load_config, one_line_errors
 from model import ViCMAE
 from places import Place
 from plans import ALL_KEPT, activation_bytes, asked_plan, stack_of, training_plan
@@ -201,15 +201,13 @@ def trainer_settings(config: dict[str, Any], model: nn.Module) -> dict[str, Any]
     """The block `trainer` as Composer's Trainer takes it.
 
     Raises:
-        ValueError: no max_duration, a value that Composer refuses, or something that FSDP cannot do.
+        ValueError: no max_duration, an unknown key, or something that FSDP cannot do.
     """
     settings = config["trainer"]
-    if not settings.get("max_duration"):
+    if not settings.get("max_duration") or ensure_time(settings["max_duration"], "ep").value == 0:
         raise ValueError("trainer.max_duration is missing; give a duration such as 800ep")
-    try:
-        ensure_time(settings["max_duration"], "ep")  # Composer would raise with its progress bar up
-    except ValueError as error:
-        raise ValueError(f"trainer.max_duration: {error}") from error
+    if unknown := (settings.get("parallelism_config") or {}).keys() - {"fsdp"}:
+        raise ValueError(f"trainer.parallelism_config.{min(unknown)} is not a key here; the key is fsdp")
     if fsdp := (settings.get("parallelism_config") or {}).get("fsdp"):
         if "EMA" in (config["algorithms"] or {}):  # Composer keeps each rank's share of the averages, but writes the first's
             raise ValueError(
@@ -314,7 +312,7 @@ def finish_run(run: Path, extra: dict[str, float]) -> dict[str, float]:
 
 def pretrain(
     *,
-    run_name: str,
+    run_name: RunName,
     seed: int,
     data: Annotated[dict, load_stream],
     augment: Annotated[dict, SampleViews],

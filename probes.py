@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from composer import Callback, Event, Logger, State
 from composer.algorithms import EMA
 from composer.utils import dist
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.utils import make_grid, save_image
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import data_prep
 from checkpoints import Checkpoints
-from config import Share
+from config import DataSets, Part
 from places import Place
 from views import EvalViews, normalise
 from vit import Encoder, pool
@@ -161,10 +161,10 @@ class KNN(Callback):
     def __init__(
         self,
         *,
-        bank: list[str],
-        queries: list[str],
+        bank: DataSets,
+        queries: DataSets,
         every: PositiveInt | None = None,
-        crop_pct: Share = 0.875,
+        crop_pct: Part = 0.875,
         num_workers: NonNegativeInt = 0,
     ):
         if data_prep.common_classes(bank) != data_prep.common_classes(queries):
@@ -291,13 +291,13 @@ def measure_probe(
     run: Path,
     parts: Path,
     *,
-    bank: list[str],
-    queries: list[str],
+    bank: DataSets,
+    queries: DataSets,
     labels_per_class: list[PositiveInt | None] = (None,),
-    fractions: list[Annotated[float, Field(gt=0, le=1)]] = (),
+    fractions: list[Part] = (),
     k: PositiveInt = 20,
     temperature: PositiveFloat = 0.07,
-    crop_pct: Share = 0.875,
+    crop_pct: Part = 0.875,
     features: str | None = None,
     neighbours: bool = False,
     num_workers: NonNegativeInt = 0,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from composer.core import DataSpec
 from composer.utils import dist
 from filelock import FileLock, Timeout
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.shuffle import get_shuffle
@@ -123,7 +124,7 @@ class KeyedStream(StreamingDataset):
             raise RuntimeError(f"{count} samples cannot be decoded, see {self.unreadable}; run data_prep.py verify")
 
 
-def open_stream(*, path: str, proportion: float | None = None, cache: str | None = None) -> Stream:
+def open_stream(*, path: str, proportion: PositiveFloat | None = None, cache: str | None = None) -> Stream:
     """One data set of a mix.
 
     Args:
@@ -210,6 +211,9 @@ def load_stream(
         raise ValueError(f"data.repeats {repeats} must divide each rank's share of a micro-batch, {micro // ranks}")
     if not streams:
         raise ValueError("data.streams is empty; name at least one data set")
+    path, times = Counter(stream["path"] for stream in streams).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"data.streams names {path} {times} times; name it once, with a proportion")
     if len({stream.get("proportion") is None for stream in streams}) > 1:
         raise ValueError("data.streams: some have a proportion and some have not; give it to all or to none")
     if make_demo and dist.get_local_rank() == 0:

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -449,7 +451,7 @@ def test_positives_by_label_need_data_sets_of_the_same_classes(demo, tmp_path):
         run_stage(pretrain, [base, yaml, *settings, streams], tmp_path)
 
 
-def in_this_process(command: list[str], capture_output: bool, text: bool) -> SimpleNamespace:
+def in_this_process(command: list[str], capture_output: bool, text: bool, pass_fds: list[int]) -> SimpleNamespace:
     """What subprocess.run would do with a stage, without the interpreter's start."""
     run_stage(pretrain, command[2:], Path.cwd())
     return SimpleNamespace(returncode=0)
@@ -488,10 +490,26 @@ def test_comparison_trains_what_is_missing_and_writes_means_and_spreads(demo, tm
     assert "| 7.0 ± 0.0 | 5.0 ± 0.0 |" in (tmp_path / "compare.md").read_text()  # of other probes, nothing is kept
     with pytest.raises(SystemExit, match=r"compare_vicmae_speed was made with another model.pool; delete it"):
         run_stage(evaluation, [*arguments, f"comparison.methods.vicmae=[{command}, model.pool=max]"], tmp_path)
+    with pytest.raises(SystemExit, match="compare_vicmae_speed was made with another trainer; delete it"):
+        run_stage(evaluation, [*arguments, f"comparison.methods.vicmae=[{command}, trainer.precision=fp32]"], tmp_path)
+    with pytest.raises(SystemExit, match=r"comparison.to no/x.md: its folder does not exist"):
+        run_stage(evaluation, [*arguments, "comparison.to=no/x.md"], tmp_path)
+    with pytest.raises(SystemExit, match="num_frames 3 is not a multiple of tubelet_size 2"):
+        run_stage(evaluation, [*arguments, f"comparison.methods.last=[{command}, model.num_frames=3]"], tmp_path)
     with pytest.raises(SystemExit, match=r"model.pol is not a key here; the nearest is pool"):
         run_stage(evaluation, [*arguments, f"comparison.methods.last=[{command}, model.pol=max]"], tmp_path)
     with pytest.raises(SystemExit, match=r"begins with neither pretrain.py nor finetune.py"):
         run_stage(evaluation, [*arguments, "comparison.methods.last=[train.py, yamls/demo.yaml]"], tmp_path)
+    orphan = [sys.executable, "-c", "print('at work', flush=True); input()"]
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        with comparison.alone() as lock:
+            left = subprocess.Popen(orphan, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[lock.fileno()])
+    assert left.stdout.readline() == b"at work\n"
+    with pytest.raises(SystemExit, match="another comparison, or a run that it left behind, is at work"):
+        run_stage(evaluation, arguments, tmp_path)
+    left.communicate(b"\n")
+    run_stage(evaluation, arguments, tmp_path)
 
 
 def test_one_trunk_learns_two_data_sets_with_a_head_each_and_each_head_is_evaluated(demo, tmp_path):
