@@ -7,6 +7,7 @@
 
 import argparse
 import datetime
+import io
 import math
 import os
 import pickle
@@ -22,7 +23,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -36,8 +37,8 @@ from pydantic import PositiveInt
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from timm.models import get_pretrained_cfg
-from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
+from torch import Tensor, nn
+from torch.distributed.checkpoint import BytesStorageMetadata, FileSystemReader, Metadata, TensorStorageMetadata
 
 from config import Duration
 from places import Place
@@ -72,6 +73,16 @@ class PlainReader(FileSystemReader):
     def read_metadata(self) -> Metadata:
         with open(os.path.join(self.path, ".metadata"), "rb") as file:
             return PlainUnpickler(file).load()
+
+
+def read_plainly(file: str | IO[bytes], mmap: bool = False) -> Any:
+    """What torch.save wrote of tensors and plain values; with mmap, weights are read from disk only when they are used.
+
+    Raises:
+        UnpicklingError: something else is in it.
+    """
+    with torch.serialization.safe_globals(HARMLESS):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def read_shards(path: str) -> dict[str, Tensor]:
@@ -121,8 +132,7 @@ def read_checkpoint(path: str, head: int | None = None) -> dict[str, Tensor]:
         elif path.endswith(".safetensors"):
             state = load_file(path)
         else:
-            with torch.serialization.safe_globals(HARMLESS):
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_plainly(path)
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} is no checkpoint that can be read safely: {reason}") from error
@@ -215,22 +225,46 @@ def describe(report: dict[str, list[str]]) -> str:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Compare a checkpoint with its checksums, or FSDP's shards with their sizes.
+    """Compare a checkpoint with its checksums, or FSDP's shards with their sizes; and make sure that it is plain.
+
+    Composer unpickles without a care: what would run code must not come so far.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it is damaged, or holds more than tensors and plain values.
     """
     try:
         if path.is_dir():
-            for part in PlainReader(path).read_metadata().storage_data.values():
-                if (path / part.relative_path).stat().st_size < part.offset + part.length:
-                    raise ValueError(f"{part.relative_path} is cut")
+            contents = PlainReader(path).read_metadata()
+            for index, part in contents.storage_data.items():
+                with open(path / part.relative_path, "rb") as file:
+                    if os.fstat(file.fileno()).st_size < part.offset + part.length:
+                        raise ValueError(f"{part.relative_path} is cut")
+                    if isinstance(contents.state_dict_metadata[index.fqn], BytesStorageMetadata):
+                        file.seek(part.offset)
+                        read_plainly(io.BytesIO(file.read(part.length)))
         else:
             with zipfile.ZipFile(path) as file:
                 if (bad := file.testzip()) is not None:
                     raise ValueError(f"{bad} in it has another checksum")
+            read_plainly(str(path), mmap=True)
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(f"{path} is damaged ({error})") from error
+        raise ValueError(f"{path} is damaged ({str(error).strip().splitlines()[0]})") from error
+
+
+def check_shapes(path: Path, model: nn.Module) -> None:
+    """Compare the weights of a checkpoint with those of a model.
+
+    Raises:
+        ValueError: they are others.
+    """
+    if path.is_dir():
+        entries = PlainReader(path).read_metadata().state_dict_metadata.items()
+        found = {key.removeprefix("state.model."): one.size for key, one in entries if key.startswith("state.model.")}
+    else:
+        found = {key: value.shape for key, value in read_plainly(str(path), mmap=True)["state"]["model"].items()}
+    wanted = {key: value.shape for key, value in model.state_dict().items()}
+    if wrong := [key for key in wanted | found if wanted.get(key) != found.get(key)]:
+        raise ValueError(f"{path} is of a model with another {wrong[0]}; give another run_name, or the sizes that it has")
 
 
 LATEST = "latest-rank0.pt"  # a link to the newest checkpoint

@@ -16,13 +16,12 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import composer.algorithms
 import composer.callbacks
 import composer.loggers
 import torch
 import torch.nn.functional as F
 from composer import Event, Logger, State, Trainer
-from composer.algorithms import EMA
+from composer.algorithms import EMA, SAM, SWA, ChannelsLast, GradientClipping, LowPrecisionLayerNorm
 from composer.core import DataSpec, ensure_time
 from composer.loggers import LoggerDestination
 from composer.optim import CosineAnnealingWithWarmupScheduler
@@ -39,7 +38,7 @@ from torchvision.utils import make_grid, save_image
 
 import data_prep
 from algorithms import ContrastRamp, GradientNorm, LayerFreezing, MomentumStep, PartialDecoding, ProgressiveResizing
-from checkpoints import Checkpoints
+from checkpoints import Checkpoints, check_shapes
 from config import RunName, Share, changed_settings, load_config, one_line_errors
 from model import ViCMAE
 from places import Place
@@ -175,14 +174,17 @@ def start_run(config: dict[str, Any]) -> Path:
     return run
 
 
-def classes_of(module: Any) -> tuple[type, ...]:
-    return tuple(made for name, made in vars(module).items() if inspect.isclass(made) and made.__name__ == name)
+def named(module: Any, names: str) -> tuple[type, ...]:
+    return tuple(getattr(module, name) for name in names.split())
 
 
-ALGORITHMS = (*classes_of(composer.algorithms), ContrastRamp, LayerFreezing, PartialDecoding, ProgressiveResizing)
-ALGORITHMS = tuple({made.__name__: made for made in ALGORITHMS}.values())  # ours in the place of two of Composer's
-CALLBACKS = (*classes_of(composer.callbacks), KNN)
-LOGGERS = tuple(made for made in classes_of(composer.loggers) if issubclass(made, LoggerDestination))
+# Of Composer's, those that can do something with these models and batches.
+ALGORITHMS = (ChannelsLast, EMA, GradientClipping, LowPrecisionLayerNorm, SAM, SWA)
+ALGORITHMS += (ContrastRamp, LayerFreezing, PartialDecoding, ProgressiveResizing)
+CALLBACKS = "EarlyStopper LRMonitor MemoryMonitor MemorySnapshot OOMObserver OptimizerMonitor RuntimeEstimator SpeedMonitor"
+CALLBACKS = (*named(composer.callbacks, CALLBACKS + " SystemMetricsMonitor ThresholdStopper"), KNN)
+LOGGERS = "CometMLLogger ConsoleLogger FileLogger MLFlowLogger NeptuneLogger SlackLogger TensorboardLogger WandBLogger"
+LOGGERS = named(composer.loggers, LOGGERS)
 TrainerBlock = Annotated[  # Composer's Trainer without what build_trainer gives
     dict,
     Trainer,
@@ -239,30 +241,38 @@ def build_trainer(
     """Composer's Trainer with the blocks of a stage's config. It goes on from the newest checkpoint of the run.
 
     Raises:
-        ValueError: see trainer_settings; or there are checkpoints, of which none is whole.
+        ValueError: see trainer_settings; no checkpoint of those there is whole, or fits the model; what Composer refuses, or
+            a class that a block names.
     """
     settings = trainer_settings(config, model)
     checkpoints = Checkpoints(run, **config["checkpoints"] or {})
     newest = checkpoints.newest()
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    built = Trainer(
-        **settings,
-        run_name=run.name,
-        load_path=str(newest) if newest else None,
-        # Of shards, Composer wants whatever the callbacks of now would save; none of theirs has a say in the training.
-        load_ignore_keys=["state/callbacks"] if newest and newest.is_dir() else None,
-        seed=config["seed"],
-        model=model,
-        optimizers=optimizer,
-        schedulers=CosineAnnealingWithWarmupScheduler(**config["schedule"]),
-        train_dataloader=loader,
-        eval_dataloader=eval_dataloader,
-        device_train_microbatch_size=micro_size,
-        # Composer turns the order about on after-events: the gradient is mended, and its norm taken, before it is clipped.
-        algorithms=[*build_named(ALGORITHMS, config["algorithms"]), MomentumStep(), GradientNorm()],
-        callbacks=[*build_named(CALLBACKS, config["callbacks"]), checkpoints],
-        loggers=[JsonLines(run / "metrics.jsonl"), *build_named(LOGGERS, config["loggers"])],
-    )
+    if newest and config["allow_changes"]:
+        check_shapes(newest, model)
+    try:
+        built = Trainer(
+            **settings,
+            run_name=run.name,
+            load_path=str(newest) if newest else None,
+            # Of shards, Composer wants whatever the callbacks of now would save; none of theirs has a say in the training.
+            load_ignore_keys=["state/callbacks"] if newest and newest.is_dir() else None,
+            seed=config["seed"],
+            model=model,
+            optimizers=optimizer,
+            schedulers=CosineAnnealingWithWarmupScheduler(**config["schedule"]),
+            train_dataloader=loader,
+            eval_dataloader=eval_dataloader,
+            device_train_microbatch_size=micro_size,
+            # Composer turns the order about on after-events: the gradient is mended, its norm taken, and then it is clipped.
+            algorithms=[*build_named(ALGORITHMS, config["algorithms"]), MomentumStep(), GradientNorm()],
+            callbacks=[*build_named(CALLBACKS, config["callbacks"]), checkpoints],
+            loggers=[JsonLines(run / "metrics.jsonl"), *build_named(LOGGERS, config["loggers"])],
+        )
+    except ValueError:
+        raise
+    except Exception as error:  # the classes that are named here raise anything
+        raise ValueError(f"trainer, algorithms, callbacks or loggers: {type(error).__name__}: {error}") from error
     rename_averages(built.state)
     if newest and config["allow_changes"]:
         take_settings(built.state, groups)
@@ -334,6 +344,8 @@ def pretrain(
     if net.projector is not None and views.views < 2:
         raise ValueError(f"augment.views is 1, but model.contrast {net.contrast} compares two views of a sample; give 2")
     loader, micro_size = load_stream(views, augment_batch, seed, net.encoder.patch_size, run, **data)
+    if net.projector is not None and micro_size * dist.get_world_size() < 2:
+        raise ValueError(f"data: a micro-batch of 1 sample has no others to contrast with (model.contrast {net.contrast})")
     if net.positives == "label":
         data_prep.common_classes([stream["path"] for stream in data["streams"]])
     adamw = build_optimizer(net, data["global_train_batch_size"], **optimizer)

@@ -137,6 +137,9 @@ def test_changed_configuration_is_refused_by_its_keys_unless_asked_for(arguments
     changed = [*arguments, "run_name=half", "optimizer.base_lr=1e-4", "model.temperature=0.3"]
     with pytest.raises(SystemExit, match=r"another model.temperature, optimizer.base_lr; .* allow_changes=true"):
         run(tmp_path, *changed)
+    for depth in (2, 4):
+        with pytest.raises(SystemExit, match="is of a model with another encoder.blocks"):
+            run(tmp_path, *arguments, "run_name=half", f"model.depth={depth}", "allow_changes=true")
     run(tmp_path, *changed, "allow_changes=true")
     assert len(losses(tmp_path, "half")) == 6
 
@@ -445,6 +448,26 @@ def test_malicious_table_of_contents_of_shards_is_refused_and_not_run(tmp_path, 
     if module == "os":  # the pickle itself would run
         pickle.loads(global_of(module, name))
         assert Path("was_run").exists()
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch was_run",)
+
+
+def test_checkpoint_that_would_run_code_is_set_aside_and_not_run(arguments, stopped, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "half" / "checkpoints"
+    newest = max(folder.glob("ep*.pt"), key=lambda path: step_of(path.name))
+    torch.save(torch.load(newest, weights_only=False) | {"more": Malicious()}, newest)
+    run(tmp_path, *arguments, "run_name=half")
+    assert f"{newest.name} is damaged (Weights only load failed" in capsys.readouterr().out
+    torch.distributed.checkpoint.save({"state.model.x": torch.ones(2), "state.more": Malicious()}, checkpoint_id="shards")
+    torch.distributed.checkpoint.save({"state.model.x": torch.ones(2), "state.more": {"step": 3}}, checkpoint_id="plain")
+    checkpoints.check_checkpoint(Path("plain"))
+    with pytest.raises(ValueError, match="shards is damaged"):
+        checkpoints.check_checkpoint(Path("shards"))
+    assert not Path("was_run").exists()
 
 
 def test_averages_of_ema_are_what_is_read(arguments, tmp_path):
