@@ -79,10 +79,13 @@ def read_plainly(file: str | IO[bytes], mmap: bool = False) -> Any:
     """What torch.save wrote of tensors and plain values; with mmap, weights are read from disk only when they are used.
 
     Raises:
-        UnpicklingError: something else is in it.
+        UnpicklingError: something else is in it, or it is damaged.
     """
-    with torch.serialization.safe_globals(HARMLESS):
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:  # which advises to load it without a care
+        raise pickle.UnpicklingError("it is damaged, or holds more than tensors and plain values") from error
 
 
 def read_shards(path: str) -> dict[str, Tensor]:
@@ -248,7 +251,7 @@ def check_checkpoint(path: Path) -> None:
                     raise ValueError(f"{bad} in it has another checksum")
             read_plainly(str(path), mmap=True)
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(f"{path} is damaged ({str(error).strip().splitlines()[0]})") from error
+        raise ValueError(f"{path} is damaged ({error})") from error
 
 
 def check_shapes(path: Path, model: nn.Module) -> None:

@@ -40,8 +40,8 @@ from model import Classifier, ViCMAE, load_pretrained
 from places import Place, write_file
 from plans import activation_bytes, asked_plan, is_half, show_plan, size_of, stack_of
 from pretrain import draw_reconstructions
-from probes import digest_of, first_frames, infer, measure_probe
-from views import MEAN, STD, EvalViews
+from probes import digest_of, first_frames, infer, measure_probe, readable
+from views import MEAN, STD, UNREADABLE, EvalViews
 from vit import Encoder
 
 
@@ -68,7 +68,7 @@ def measure_accuracy(
     each true class.
     """
     sizes = (net.encoder.img_size, net.encoder.num_frames, temporal_views, spatial_views, crop_pct)
-    views = EvalViews(data, *sizes, frame_interval=frame_interval)
+    views = EvalViews(data, *sizes, frame_interval=frame_interval, unreadable=parts.parent / UNREADABLE)
     begin, computed = time.monotonic(), 0
 
     def forward(inputs: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def measure_accuracy(
         computed += len(inputs) * dist.get_world_size()
         return net.eval_forward({"inputs": inputs})
 
-    probabilities, labels = infer(net, forward, views, batch_size, num_workers, parts, part_size)
+    probabilities, labels = readable(*infer(net, forward, views, batch_size, num_workers, parts, part_size))
     result = {"samples_per_second": computed / (time.monotonic() - begin)}
     for name, k in {"top1": 1, "top5": min(5, net.num_classes)}.items():  # every rank has it all: nothing is to be gathered
         result[name] = float(multiclass_accuracy(probabilities, labels, net.num_classes, average="micro", top_k=k))
@@ -115,7 +115,7 @@ def draw_attention(encoder: Encoder, paths: list[str], to: Path, count: int = 8)
     That is the mean over heads and over the patches that look, from the least of the image, black, to the most, white. What
     CLS looks at, as is usually drawn, would say less: ViC-MAE's losses have no target for it.
     """
-    views = EvalViews(paths, encoder.img_size, crop_pct=1.0)
+    views = EvalViews(paths, encoder.img_size, crop_pct=1.0, unreadable=to.parent / UNREADABLE)
     images = first_frames(views, torch.linspace(0, len(views) - 1, count).long())
     attention = last_attention(encoder, normalize(images.to(encoder.cls_token.device), MEAN, STD)).cpu()
     looked = attention[:, :, 1:, 1:].mean(dim=(1, 2)) * encoder.num_patches  # (B, N), 1 if all are looked at alike

@@ -37,7 +37,7 @@ from model import Classifier, Fraction, ProbeHeads, load_pretrained
 from plans import ALL_KEPT, activation_bytes, asked_plan, size_of, stack_of, training_plan
 from pretrain import ALGORITHMS, CALLBACKS, LOGGERS, TrainerBlock, build_optimizer, build_trainer, finish_run, fit, start_run
 from streams import load_stream
-from views import MEAN, EvalViews, crop_and_scale, draw_crop, normalise, pick_frames
+from views import MEAN, UNREADABLE, EvalViews, crop_and_scale, draw_crop, normalise, pick_frames
 
 
 @dataclass
@@ -154,6 +154,7 @@ def normalise_views(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_eval(
+    run: Path,
     img_size: int,
     num_frames: int,
     first_class: tuple[int, ...] = (),
@@ -172,8 +173,8 @@ def load_eval(
         batch_size: samples of each rank.
         num_workers: processes of each rank.
     """
-    sizes = {"crop_pct": crop_pct, "frame_interval": frame_interval}
-    data = EvalViews(paths, img_size, num_frames, first_class=first_class, **sizes)
+    how = {"crop_pct": crop_pct, "frame_interval": frame_interval, "unreadable": run / UNREADABLE}
+    data = EvalViews(paths, img_size, num_frames, first_class=first_class, **how)
     sampler = dist.get_sampler(data, drop_last=False, shuffle=False)
     loader = DataLoader(data, batch_size, sampler=sampler, num_workers=num_workers)
     return DataSpec(loader, batch_transforms=normalise_views)
@@ -264,7 +265,7 @@ def finetune(
         raise ValueError(f"a micro-batch of {micro_size} on each rank must be even for mixup and cutmix, or set both to 0")
     batch_size = data["global_train_batch_size"]
     built = build_lars(net, batch_size, **lars) if lars else build_optimizer(net, batch_size, **optimizer)
-    validation = load_eval(net.encoder.img_size, num_frames, first_class, **eval_data)
+    validation = load_eval(run, net.encoder.img_size, num_frames, first_class, **eval_data)
     return build_trainer(run, config, net, built, loader, micro_size, validation)
 
 

@@ -428,7 +428,8 @@ class Classifier(ComposerModel):
     def get_metrics(self, is_train: bool = False) -> dict[str, MulticlassAccuracy]:
         """top1 and top5 (topC where there are fewer classes) for evaluation, none in training."""
         sizes = {} if is_train else {"top1": 1, "top5": min(5, self.num_classes)}
-        return {name: MulticlassAccuracy(self.num_classes, top_k=k, average="micro") for name, k in sizes.items()}
+        how = {"average": "micro", "ignore_index": -1}  # of what cannot be decoded
+        return {name: MulticlassAccuracy(self.num_classes, top_k=k, **how) for name, k in sizes.items()}
 
     def update_metric(self, batch: dict[str, Tensor], outputs: Tensor, metric: MulticlassAccuracy) -> None:
         metric.update(outputs, batch["target"])

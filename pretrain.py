@@ -45,7 +45,7 @@ from places import Place
 from plans import ALL_KEPT, activation_bytes, asked_plan, stack_of, training_plan
 from probes import KNN
 from streams import load_stream
-from views import MEAN, STD, EvalViews, SampleViews, augment_batch, normalise
+from views import MEAN, STD, UNREADABLE, EvalViews, SampleViews, augment_batch, normalise
 from vit import patchify, random_masking, unpatchify
 
 
@@ -126,7 +126,7 @@ def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int =
     Of clips, the first frame.
     """
     device, size, frames = next(model.parameters()).device, model.encoder.img_size, model.encoder.num_frames
-    sets = [EvalViews([path], size, frames, crop_pct=1.0) for path in paths]
+    sets = [EvalViews([path], size, frames, crop_pct=1.0, unreadable=to.parent / UNREADABLE) for path in paths]
     turns = [(sets[number % len(sets)], number / count) for number in range(count)]
     picked = [data[int(place * len(data))]["inputs"][0] for data, place in turns]
     views = normalise(torch.stack(picked).to(device))  # (B, T, 3, H, W)

@@ -19,7 +19,7 @@ from composer.algorithms import EMA
 from composer.utils import dist
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
@@ -27,7 +27,7 @@ import data_prep
 from checkpoints import Checkpoints
 from config import DataSets, Part
 from places import Place
-from views import EvalViews, normalise
+from views import UNREADABLE, EvalViews, normalise
 from vit import Encoder, pool
 
 
@@ -61,6 +61,8 @@ def infer(
     part_size: int = 4096,
 ) -> tuple[Tensor, Tensor]:
     """forward(normalised `inputs`, (B, V, T, 3, H, W)) and label of every sample once, in order; the same on all ranks.
+
+    The label of what cannot be decoded is -1, see EvalViews and readable.
 
     Args:
         parts: folder of rank 0 where the outputs of every `part_size` samples are kept as soon as they are there. What is
@@ -124,6 +126,14 @@ def embed(
     return infer(encoder, features, data, num_workers=num_workers, parts=parts)
 
 
+def readable(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What infer returns, without the samples that could not be decoded; says how many they are."""
+    kept = labels >= 0
+    if dist.get_global_rank() == 0 and not kept.all():
+        print(f"{len(kept) - int(kept.sum())} of {len(kept)} samples cannot be decoded and do not count")
+    return outputs[kept], labels[kept]
+
+
 @torch.autocast("cpu", enabled=False)  # whatever precision the features were computed in
 def knn_accuracy(bank: tuple, queries: tuple, k: int = 20, temperature: float = 0.07) -> float:
     """Fraction of queries whose k nearest of the bank by cosine, weighted by exp(cosine / temperature), vote right.
@@ -177,13 +187,14 @@ class KNN(Callback):
     def measure(self, name: str, state: State, logger: Logger) -> None:
         encoder = getattr(state.model, "module", state.model).encoder  # without DDP around it
         sizes = (encoder.img_size, encoder.num_frames)
-        views = [EvalViews(paths, *sizes, crop_pct=self.crop_pct) for paths in (self.bank, self.queries)]
         averages = [one for one in state.algorithms if isinstance(one, EMA) and one.ema_started]
         checkpoints = next(one for one in state.callbacks if isinstance(one, Checkpoints))
+        how = {"crop_pct": self.crop_pct, "unreadable": checkpoints.folder.parent / UNREADABLE}
+        views = [EvalViews(paths, *sizes, **how) for paths in (self.bank, self.queries)]
         for one in averages:
             one.apply(Event.EVAL_START, state, logger)
         heed = partial(checkpoints.save_if, state)
-        accuracy = knn_accuracy(*(embed(encoder, data, self.num_workers, before_batch=heed) for data in views))
+        accuracy = knn_accuracy(*(readable(*embed(encoder, data, self.num_workers, before_batch=heed)) for data in views))
         for one in averages:
             one.apply(Event.EVAL_END, state, logger)
         logger.log_metrics({f"knn/{name}": accuracy})
@@ -254,14 +265,14 @@ def choose(labels: Tensor, limits: Tensor, seed: int) -> Tensor:
     return order[by_class[nth < limits[grouped]].sort().values]
 
 
-def first_frames(views: EvalViews, numbers: Tensor) -> Tensor:
-    """The first frame of the first view of some samples, by their numbers (n,) -> (n, 3, H, W) in 0..1."""
+def first_frames(views: Dataset, numbers: Tensor) -> Tensor:
+    """The first frame of the first view of some of EvalViews' samples, by their numbers (n,) -> (n, 3, H, W) in 0..1."""
     return torch.stack([views[number]["inputs"][0, 0] for number in numbers.tolist()]).float() / 255
 
 
 @torch.autocast("cpu", enabled=False)
 def draw_neighbours(
-    bank: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor], views: list[EvalViews], to: Path, count: int = 8, k: int = 5
+    bank: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor], views: list[Dataset], to: Path, count: int = 8, k: int = 5
 ) -> None:
     """Draw a row for each of `count` queries, evenly picked: itself, then its k nearest of the bank by cosine.
 
@@ -269,7 +280,7 @@ def draw_neighbours(
 
     Args:
         bank, queries: features (n, D) and labels (n,).
-        views: of the bank, of the queries.
+        views: EvalViews of the bank, of the queries.
     """
     picked = torch.linspace(0, len(queries[1]) - 1, count).long()
     cosine = F.normalize(queries[0][picked], dim=1) @ F.normalize(bank[0], dim=1).T
@@ -319,8 +330,10 @@ def measure_probe(
     classes = data_prep.common_classes(bank)
     if classes != data_prep.common_classes(queries):
         raise ValueError(f"probe: {queries[0]} has other classes than {bank[0]}")
-    views = [EvalViews(paths, encoder.img_size, encoder.num_frames, crop_pct=crop_pct) for paths in (bank, queries)]
-    learn, test = (embed(encoder, one, num_workers, parts / str(number)) for number, one in enumerate(views))
+    how = {"crop_pct": crop_pct, "unreadable": run / UNREADABLE}
+    views = [EvalViews(paths, encoder.img_size, encoder.num_frames, **how) for paths in (bank, queries)]
+    found = [embed(encoder, one, num_workers, parts / str(number)) for number, one in enumerate(views)]
+    learn, test = (readable(*one) for one in found)
     first = dist.get_global_rank() == 0
     if features and first:
         names, values = ("bank_features", "bank_labels", "queries_features", "queries_labels"), (*learn, *test)
@@ -329,6 +342,7 @@ def measure_probe(
             np.savez(file, classes=np.array(classes), **dict(zip(names, values, strict=True)))
         aside.replace(features)
     if neighbours and first:
+        views = [Subset(one, (labels >= 0).nonzero()[:, 0].tolist()) for one, (_, labels) in zip(views, found, strict=True)]
         draw_neighbours(learn, test, views, run / "neighbours.png")
     result, counts = {"knn": knn_accuracy(learn, test, k, temperature)}, learn[1].bincount()
     limits = {str(number or "all"): torch.full_like(counts, number or len(learn[1])) for number in labels_per_class}

@@ -1,7 +1,6 @@
 """The samples of a training, in an order and with chance that neither ranks, workers nor interruptions change."""
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader
 import data_prep
 from config import Share
 from places import Place
+from views import note_unreadable
 
 
 class KeyedStream(StreamingDataset):
@@ -61,7 +61,11 @@ class KeyedStream(StreamingDataset):
         return self.stream_per_shard[shard]
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return super().__getitem__(number) | {"stream": int(self.stream_of(np.array(number)))}
+        try:
+            sample = super().__getitem__(number)
+        except (IndexError, ValueError) as error:  # its shard is cut
+            sample = {"name": f"sample {number} of all", "damage": str(error)}
+        return sample | {"stream": int(self.stream_of(np.array(number)))}
 
     def spread(self, shuffled: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """Reorder positions in `samples` so that each stream's are evenly spaced, in their order: batches take runs of them.
@@ -102,6 +106,8 @@ class KeyedStream(StreamingDataset):
             for repeat in range(self.repeats):
                 while True:
                     try:
+                        if "damage" in sample:
+                            raise ValueError(sample["damage"])
                         views = self.transform(sample, np.random.default_rng((*key, repeat)))
                         break
                     except ValueError as error:
@@ -116,10 +122,7 @@ class KeyedStream(StreamingDataset):
         Raises:
             RuntimeError: there are too many.
         """
-        self.unreadable.parent.mkdir(parents=True, exist_ok=True)
-        with self.unreadable.open("a") as file:
-            file.write(json.dumps([name, str(error)]) + "\n")
-        count = len(set(self.unreadable.read_text().splitlines()))
+        count = len(note_unreadable(self.unreadable, name, error))
         if count > max(1, self.max_unreadable * self.num_samples):
             raise RuntimeError(f"{count} samples cannot be decoded, see {self.unreadable}; run data_prep.py verify")
 
@@ -159,6 +162,14 @@ def one_job_at_a_time() -> Iterator[None]:
     finally:
         if first:
             lock.release()
+
+
+def frame_size(path: str) -> tuple[int, int]:
+    """Height and width of a frame of a data set: the first that can be decoded."""
+    for sample in data_prep.Clips(path):
+        with suppress(ValueError):
+            return data_prep.decode_frame(sample, 0).shape[:2]
+    raise ValueError(f"{path}: no sample can be decoded; run data_prep.py verify")
 
 
 def load_stream(
@@ -221,7 +232,7 @@ def load_stream(
     dist.barrier()
     opened = [open_stream(**{"cache": cache_of(run, stream["path"])} | stream) for stream in streams]
     for path in (stream["path"] for stream in streams):
-        height, width = data_prep.decode_frame(data_prep.Clips(path)[0], 0).shape[:2]
+        height, width = frame_size(path)
         if min(height, width) < patch_size:
             raise ValueError(f"{path}: frames of {width}x{height} are smaller than model.patch_size {patch_size}")
     with one_job_at_a_time():

@@ -5,9 +5,11 @@ streams.py. The device then applies what was drawn to the whole batch at once.
 """
 
 import bisect
+import json
 import math
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -231,6 +233,17 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     return x
 
 
+UNREADABLE = "unreadable_eval.jsonl"  # in a run's folder
+
+
+def note_unreadable(report: Path, name: str, error: Exception) -> set[str]:
+    """Add a sample that cannot be decoded to a list, and return the names in it."""
+    report.parent.mkdir(parents=True, exist_ok=True)
+    with report.open("a") as file:
+        file.write(json.dumps([name, " ".join(str(error).split())]) + "\n")
+    return {json.loads(line)[0] for line in report.read_text().splitlines() if line.endswith("]")}
+
+
 @dataclass
 class EvalViews(Dataset):
     """Views of every sample of some data sets, without chance: `inputs` uint8 (V, T, 3, H, W), `target`.
@@ -243,6 +256,9 @@ class EvalViews(Dataset):
         spatial_views: square crops along the longer side; 1 is the centre.
         crop_pct: side of the crop as a fraction of the shorter side, in (0, 1].
         first_class: what is added to the labels of each data set; nothing if not given.
+        unreadable: file for the names of samples that cannot be decoded, which are black and have the target -1: they do not
+            count. Without it, one is an error.
+        max_unreadable: fraction of the samples that may be.
 
     V = temporal_views * spatial_views.
     """
@@ -255,6 +271,8 @@ class EvalViews(Dataset):
     crop_pct: float = 0.875
     frame_interval: float | None = None
     first_class: tuple[int, ...] = ()
+    unreadable: Path | None = None
+    max_unreadable: float = 0.001
 
     def __post_init__(self):
         self.data = ConcatDataset([data_prep.Clips(path) for path in self.paths])
@@ -263,7 +281,34 @@ class EvalViews(Dataset):
         return len(self.data)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        sample = self.data[number]
+        try:
+            views, label = self.views_of(self.data[number])
+        except (ValueError, IndexError, KeyError, TypeError) as error:  # of a spoilt frame, or a shard that is cut
+            owner = self.owner(number)
+            self.note(f"{self.paths[owner]}, sample {number - [0, *self.data.cumulative_sizes][owner]}", error)
+            shape = (self.temporal_views * self.spatial_views, self.num_frames, 3, self.img_size, self.img_size)
+            views, label = torch.zeros(shape, dtype=torch.uint8), -1
+        if self.first_class and label >= 0:
+            label += self.first_class[self.owner(number)]
+        return {"inputs": views, "target": torch.tensor(label)}
+
+    def owner(self, number: int) -> int:
+        return bisect.bisect_right(self.data.cumulative_sizes, number)
+
+    def note(self, name: str, error: Exception) -> None:
+        """Add a sample to the list of the unreadable.
+
+        Raises:
+            ValueError: there is no such list, or too many are in it.
+        """
+        remedy = "run data_prep.py verify"
+        if self.unreadable is None:
+            raise ValueError(f"{name} cannot be decoded ({error}); {remedy}") from error
+        mine = [one for one in note_unreadable(self.unreadable, name, error) if one.startswith(tuple(self.paths))]
+        if len(mine) > max(1, self.max_unreadable * len(self)):
+            raise ValueError(f"{len(mine)} samples cannot be decoded, see {self.unreadable}; {remedy}") from error
+
+    def views_of(self, sample: dict[str, Any]) -> tuple[Tensor, int]:
         views, places = [], (np.arange(self.temporal_views) + 0.5) / self.temporal_views
         if self.frame_interval and self.temporal_views > 1:
             places = np.linspace(0, 1, self.temporal_views)
@@ -276,7 +321,4 @@ class EvalViews(Dataset):
                 down, right = (place, 0.5) if height > width else (0.5, place)
                 box = (round((height - side) * down), round((width - side) * right), side, side)
                 views.append(torch.stack([crop_and_scale(frames[index], box, self.img_size) for index in picked]))
-        label = sample["label"]
-        if self.first_class:
-            label += self.first_class[bisect.bisect_right(self.data.cumulative_sizes, number)]
-        return {"inputs": torch.stack(views), "target": torch.tensor(label)}
+        return torch.stack(views), sample["label"]

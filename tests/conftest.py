@@ -3,7 +3,9 @@
 import contextlib
 import multiprocessing
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +82,18 @@ def small(demo: Path) -> list[str]:
         "trainer.max_duration=2ep",
         f"callbacks.KNN={{bank: [{demo}/train_images], queries: [{demo}/test_images]}}",
     ]
+
+
+def spoilt(source: Path, folder: Path, *numbers: int) -> Path:
+    """A copy, in a folder, of a data set of stills of one shard, in which samples of these numbers cannot be decoded."""
+    copy = shutil.copytree(source, folder / source.name, dirs_exist_ok=True)
+    (shard,) = copy.rglob("*.mds")
+    data = bytearray(shard.read_bytes())
+    starts = [match.start() for match in re.finditer(b"\xff\xd8\xff", data)]
+    for number in numbers:
+        data[starts[number]] = 0
+    shard.write_bytes(data)
+    return copy
 
 
 def launch(folder: Path, script: str, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from composer.utils import dist
-from conftest import ROOT, launch, run_stage
+from conftest import ROOT, launch, run_stage, spoilt
 from torchvision.io import ImageReadMode, decode_image
 
 import data_prep
@@ -117,6 +117,29 @@ def test_accuracy_over_views_equals_a_loop_over_samples(demo, tmp_path, monkeypa
     assert result.pop("samples_per_second") > 0
     assert result == {"top1": pytest.approx(hits[1] / 60), "top5": pytest.approx(hits[5] / 60)}
     assert confusion.sum() == 60 and confusion.diag().sum() == hits[1] and (confusion.sum(dim=1) == 6).all()
+
+
+def test_samples_that_cannot_be_decoded_do_not_count_and_too_many_are_an_error(demo, tmp_path):
+    dist.initialize_dist("cpu")
+    torch.manual_seed(0)
+    net = Classifier(10, img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, head_init_std=1.0).eval()
+    clean, others = str(demo / "test_images"), torch.arange(60) != 7
+    path = str(spoilt(demo / "test_images", tmp_path, 7))
+    result, confusion = evaluation.measure_accuracy(net, tmp_path / "parts", data=[path], crop_pct=1.0)
+    outputs, labels = infer(net, lambda x: net.eval_forward({"inputs": x}), EvalViews([clean], 32, crop_pct=1.0))
+    assert result["top1"] == pytest.approx(float((outputs.argmax(dim=1) == labels)[others].float().mean()))
+    assert confusion.sum() == 59
+    bank, how = str(demo / "train_images"), {"crop_pct": 1.0, "labels_per_class": [], "neighbours": True}
+    found = measure_probe(net.encoder, 0, tmp_path, tmp_path / "probe", bank=[bank], queries=[path], **how)
+    learn, test = (probes.embed(net.encoder, EvalViews([one], 32, crop_pct=1.0)) for one in (bank, clean))
+    assert found["knn"] == knn_accuracy(learn, (test[0][others], test[1][others]))
+    lines = (tmp_path / "unreadable_eval.jsonl").read_text().splitlines()
+    assert {json.loads(line)[0] for line in lines} == {f"{path}, sample 7"} and (tmp_path / "neighbours.png").exists()
+    spoilt(demo / "test_images", tmp_path, 1, 7)
+    with pytest.raises(
+        ValueError, match=r"2 samples cannot be decoded, see .*unreadable_eval.jsonl; run data_prep.py verify"
+    ):
+        evaluation.measure_accuracy(net, tmp_path / "again", data=[path])
 
 
 class Stopped(Exception):

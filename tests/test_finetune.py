@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, launch, run_stage
+from conftest import ROOT, launch, run_stage, spoilt
 from streaming import LocalDataset
 
 import data_prep
@@ -182,11 +182,12 @@ def test_what_is_drawn_on_the_device_depends_on_the_batch_alone():
 @pytest.mark.parametrize("freeze", [False, True])
 def test_command_line_fine_tunes_images_and_clips_end_to_end_and_linearly(demo, tmp_path, pretrained, num_frames, freeze):
     kind = "videos" if num_frames > 1 else "images"
+    validation = spoilt(demo / "test_images", tmp_path, 3) if num_frames == 1 else demo / "test_videos"
     options = (
         f"pretrained={pretrained}",
         f"data.streams=[{{path: {demo}/train_{kind}}}]",
         "data.global_train_batch_size=20",
-        f"eval_data.paths=[{demo}/test_{kind}]",
+        f"eval_data.paths=[{validation}]",
         f"model.num_frames={num_frames}",
         f"model.freeze={freeze}",
         "trainer.max_duration=1ep",
@@ -195,6 +196,8 @@ def test_command_line_fine_tunes_images_and_clips_end_to_end_and_linearly(demo, 
     run = tmp_path / "runs" / "finetune_demo"
     result = json.loads((run / "result.json").read_text())
     assert 0 <= result["metrics/eval/top1"] <= result["metrics/eval/top5"] <= 1 and result["step"] == 3
+    right = result["metrics/eval/top1"] * (60 if num_frames > 1 else 59)  # what cannot be decoded does not count
+    assert right == pytest.approx(round(right), abs=1e-4)
     before, after = (read_checkpoint(str(path)) for path in (pretrained, run / "checkpoints" / "latest-rank0.pt"))
     moved = not torch.equal(before["encoder.norm.weight"], after["encoder.norm.weight"])
     assert moved is not freeze

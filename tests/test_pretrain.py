@@ -5,7 +5,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import torch
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
 from composer.utils import dist
-from conftest import ROOT, launch, run_stage, small
+from conftest import ROOT, launch, run_stage, small, spoilt
 from torchvision.transforms import RandomResizedCrop
 
 import data_prep
@@ -296,22 +295,37 @@ def test_repeats_draw_several_different_pairs_from_a_sample_read_once(demo):
 
 
 def test_undecodable_sample_gives_way_to_the_next_and_is_named_and_too_many_end_the_run(demo, tmp_path):
-    for name in ("train_images", "train_videos"):
-        shutil.copytree(demo / name, tmp_path / name)
-    (shard,) = (tmp_path / "train_images").rglob("*.mds")
-    data = bytearray(shard.read_bytes())
-    starts = [match.start() for match in re.finditer(b"\xff\xd8\xff", data)]
-    data[starts[7]] = 0
-    shard.write_bytes(data)
+    shutil.copytree(demo / "train_videos", tmp_path / "train_videos")
+    spoilt(demo / "train_images", tmp_path, 7)
     loader = make_loader(tmp_path, 2, run=tmp_path)
     assert sum(len(batch["views"]) for batch in loader) == 120
     lines = (tmp_path / "unreadable.jsonl").read_text().splitlines()
     assert [json.loads(line)[0] for line in lines] == [data_prep.Clips(str(tmp_path / "train_images"))[7]["name"]]
-    for start in starts[1:4]:
-        data[start] = 0
-    shard.write_bytes(data)
+    spoilt(demo / "train_images", tmp_path, 0, 1, 2, 3, 7)
     with pytest.raises(RuntimeError, match=r"samples cannot be decoded, see .*unreadable.jsonl; run data_prep.py verify"):
         list(make_loader(tmp_path, 0, run=tmp_path))
+
+
+def test_shard_that_is_cut_costs_its_last_samples_alone(demo, tmp_path):
+    shutil.copytree(demo / "train_videos", tmp_path / "train_videos")
+    (shard,) = spoilt(demo / "train_images", tmp_path).rglob("*.mds")
+    shard.write_bytes(shard.read_bytes()[:-3000])
+    loader = make_loader(tmp_path, 0, run=tmp_path, max_unreadable=0.2)
+    assert sum(len(batch["views"]) for batch in loader) == 120
+    assert 0 < len((tmp_path / "unreadable.jsonl").read_text().splitlines()) < 12
+
+
+def test_run_whose_first_sample_and_whose_queries_are_spoilt_is_finished(demo, tmp_path, capfd):
+    images, queries = spoilt(demo / "train_images", tmp_path, 0), spoilt(demo / "test_images", tmp_path, 59)
+    base, *settings = small(demo)
+    arguments = [base, *settings, f"data.streams=[{{path: {images}}}]", "trainer.max_duration=1ep", "data.num_workers=0"]
+    run_stage(pretrain, [*arguments, f"callbacks.KNN.queries=[{queries}]"], tmp_path)
+    run = tmp_path / "runs" / "demo"
+    right = 59 * json.loads((run / "result.json").read_text())["knn/trained"]
+    assert right == pytest.approx(round(right))
+    names = {json.loads(line)[0] for line in (run / "unreadable_eval.jsonl").read_text().splitlines()}
+    assert names == {f"{images}, sample 0", f"{queries}, sample 59"} and (run / "reconstructions.png").exists()
+    assert "1 of 60 samples cannot be decoded and do not count" in capfd.readouterr().out
 
 
 def test_occurrences_of_a_sample_are_numbered_in_order():

@@ -138,7 +138,7 @@ def test_changed_configuration_is_refused_by_its_keys_unless_asked_for(arguments
     with pytest.raises(SystemExit, match=r"another model.temperature, optimizer.base_lr; .* allow_changes=true"):
         run(tmp_path, *changed)
     for depth in (2, 4):
-        with pytest.raises(SystemExit, match="is of a model with another encoder.blocks"):
+        with pytest.raises(SystemExit, match=r"is of a model with another encoder.blocks"):
             run(tmp_path, *arguments, "run_name=half", f"model.depth={depth}", "allow_changes=true")
     run(tmp_path, *changed, "allow_changes=true")
     assert len(losses(tmp_path, "half")) == 6
@@ -455,13 +455,13 @@ class Malicious:
         return os.system, ("touch was_run",)
 
 
-def test_checkpoint_that_would_run_code_is_set_aside_and_not_run(arguments, stopped, tmp_path, monkeypatch, capsys):
+def test_checkpoint_that_would_run_code_is_set_aside_and_not_run(arguments, stopped, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "half" / "checkpoints"
     newest = max(folder.glob("ep*.pt"), key=lambda path: step_of(path.name))
     torch.save(torch.load(newest, weights_only=False) | {"more": Malicious()}, newest)
     run(tmp_path, *arguments, "run_name=half")
-    assert f"{newest.name} is damaged (Weights only load failed" in capsys.readouterr().out
+    assert f"{newest.name} is damaged (it is damaged, or holds more than" in capfd.readouterr().out
     torch.distributed.checkpoint.save({"state.model.x": torch.ones(2), "state.more": Malicious()}, checkpoint_id="shards")
     torch.distributed.checkpoint.save({"state.model.x": torch.ones(2), "state.more": {"step": 3}}, checkpoint_id="plain")
     checkpoints.check_checkpoint(Path("plain"))
