@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -31,7 +32,7 @@ from checkpoints import LATEST
 from config import RunName, changed_settings, load_config
 from finetune import finetune
 from model import Classifier, ViCMAE, load_pretrained
-from places import Place, write_file
+from places import Place, write_file, write_picture
 from pretrain import pretrain
 from probes import digest_of, measure_probe
 from vit import Encoder
@@ -234,4 +235,4 @@ def write_comparison(rows: dict[str, dict[str, list[float]]], to: str, budget: s
         axis.set(title=columns[number], xlabel="%")
     figure.suptitle(budget)
     axes[0].invert_yaxis()  # of all, which share it: the first method above
-    figure.savefig(Path(to).with_suffix(".png"), dpi=100)
+    write_picture(Path(to).with_suffix(".png"), partial(figure.savefig, dpi=100))

@@ -161,7 +161,7 @@ def write_part(
                 if number in spoilt:
                     raise ValueError(spoilt[number])
                 label = label_of.get(named, named)
-                if classes and label >= len(classes):
+                if label < -1 or (classes and label >= len(classes)):
                     raise ValueError(f"label {label} of {len(classes)} classes")
                 with load() as file:
                     frames, times = read(file, recipe)
@@ -271,8 +271,6 @@ def convert(
         ValueError: `source` holds nothing of the kind; `out` holds something else; too many inputs were unreadable, or all.
         OSError: a disk or bucket is full, away or forbidden. What is finished is kept, and the same call goes on.
     """
-    if workers < 0:
-        raise ValueError(f"--workers {workers} must not be negative")
     target = Place(out)
     folder = Path(target.key("")["Key"] if target.remote else out)
     listing = list_inputs(source, split) if list_inputs else list_any(source, recipe.kind)
@@ -464,8 +462,10 @@ def demo(out: str, workers: int = 0, garments: int = 600) -> None:
         garments: how many of every class, at most, in each split.
 
     Raises:
-        ValueError: `out` holds something else.
+        ValueError: `out` holds something else, or fewer than two garments are asked for.
     """
+    if garments < 2:
+        raise ValueError(f"--garments {garments} must be at least 2, of which one moves and one is still")
     raw = Path(out, "raw")
     targets = [(f"{split}_{kind}", raw / split / kind, Recipe(kind)) for split in ("train", "test") for kind in EXTENSIONS]
     targets += [(f"train_{kind}_200", raw / "train" / kind, Recipe(kind, per_class=20)) for kind in EXTENSIONS]
@@ -553,17 +553,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     command = add("show", "draw a contact sheet of a data set")
     command.add_argument("--to", default="sheet.png", help="picture to write (sheet.png)")
     command.add_argument("--samples", type=int, default=12, help="rows (12)")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if getattr(args, "workers", 0) < 0:
+        raise ValueError(f"--workers {args.workers} must not be negative")
+    if not 0 <= getattr(args, "max_skipped", 0) <= 1:
+        raise ValueError(f"--max-skipped {args.max_skipped} must be from 0 to 1")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.command == "demo":
-        demo(args.out, args.workers, args.garments)
-        return
+        return demo(args.out, args.workers, args.garments)
     if args.command == "show":
-        show(args.out, args.to, args.samples)
-        return
+        return show(args.out, args.to, args.samples)
     if args.command == "verify":
         faults = verify(args.out, args.workers)
         for fault in faults:
@@ -592,4 +595,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, csv.Error) as error:
-        sys.exit(f"data_prep.py: {error}")
+        sys.exit(f"data_prep.py: {' '.join(str(error).split())}")

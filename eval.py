@@ -6,7 +6,7 @@
     python eval.py yamls/compare.yaml                                       # trains and compares methods
 
 The signature of `evaluate` is the schema of its YAML files: each block that is given is a measurement. The last line printed
-is the result as JSON, which is also in runs/{run_name}/eval.json. An evaluation that was interrupted goes on when the same
+is the result as JSON, which is also in runs/{run_name}/eval.json, but for tables and comparisons. An evaluation that was interrupted goes on when the same
 command is given again.
 """
 
@@ -15,6 +15,7 @@ import json
 import shutil
 import sys
 import time
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,7 +38,7 @@ from checkpoints import read_checkpoint
 from comparison import compare, write_table
 from config import DataSets, Part, RunName, load_config, one_line_errors
 from model import Classifier, ViCMAE, load_pretrained
-from places import Place, write_file
+from places import Place, write_file, write_picture
 from plans import activation_bytes, asked_plan, is_half, show_plan, size_of, stack_of
 from pretrain import draw_reconstructions
 from probes import digest_of, first_frames, infer, measure_probe, readable
@@ -93,7 +94,7 @@ def draw_confusion(counts: Tensor, classes: list[str], to: Path) -> None:
     if len(classes) <= 40:
         axis.set_xticks(range(len(classes)), classes, rotation=90)
         axis.set_yticks(range(len(classes)), classes)
-    figure.savefig(to, dpi=120)
+    write_picture(to, partial(figure.savefig, dpi=120))
 
 
 @torch.no_grad()
@@ -124,7 +125,7 @@ def draw_attention(encoder: Encoder, paths: list[str], to: Path, count: int = 8)
     looked = F.interpolate(looked, scale_factor=scale * encoder.patch_size, mode="bilinear")  # (B, 1, H, W)
     above = make_grid(F.interpolate(images, scale_factor=scale), nrow=count, pad_value=1.0)
     below = make_grid(looked, nrow=count, pad_value=1.0, normalize=True, scale_each=True)
-    save_image(torch.cat([above, below], dim=1), to)
+    write_picture(to, partial(save_image, torch.cat([above, below], dim=1)))
 
 
 def export_timm(net: Encoder | Classifier, to: str) -> None:
@@ -172,6 +173,8 @@ def evaluate(
     """Load a checkpoint and carry out the measurements that are asked for.
 
     Args:
+        run_name, seed: folder in runs/; what draws random weights and chooses labelled samples.
+        device: Composer's, such as cpu or gpu; the best there is if not given.
         checkpoint: of pretrain.py or finetune.py, an official file or the name of timm's weights; null for random weights.
         precision: of the forward passes.
         model: sizes of a pre-trained model, for `probe`, `reconstructions`, `attention` and `export`.

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,3 +152,10 @@ class Place:
 def write_file(path: str, data: bytes) -> None:
     """Place.write for a file by its path."""
     Place(os.path.dirname(path) or ".").write(os.path.basename(path), data)
+
+
+def write_picture(to: Path, draw: Callable[..., None]) -> None:
+    """Write a file of what draw(file, format="png") draws."""
+    buffer = io.BytesIO()
+    draw(buffer, format="png")
+    write_file(str(to), buffer.getvalue())

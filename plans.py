@@ -80,6 +80,8 @@ def training_samples(data: dict[str, Any], max_duration: str) -> int:
     batch = data["global_train_batch_size"]
     epoch = data.get("epoch_size") or sum(size_of(stream["path"])[0] for stream in data["streams"])
     steps, duration = epoch * data.get("repeats", 1) // batch, ensure_time(max_duration, "ep")
+    if not steps:
+        raise ValueError(f"data.global_train_batch_size {batch} is more than an epoch's samples")
     if duration.unit.value not in ("ep", "ba"):
         raise ValueError(f"trainer.max_duration {max_duration}: a plan needs epochs (ep) or steps (ba)")
     return batch * duration.value * (steps if duration.unit.value == "ep" else 1)

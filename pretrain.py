@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +42,7 @@ from algorithms import ContrastRamp, GradientNorm, LayerFreezing, MomentumStep, 
 from checkpoints import Checkpoints, check_shapes
 from config import RunName, Share, changed_settings, load_config, one_line_errors
 from model import ViCMAE
-from places import Place
+from places import Place, write_picture
 from plans import ALL_KEPT, activation_bytes, asked_plan, stack_of, training_plan
 from probes import KNN
 from streams import load_stream
@@ -116,7 +117,7 @@ def draw_losses(lines: list[dict], to: Path) -> None:
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         axis.plot(*zip(*[(line["step"], line[name]) for line in lines if name in line], strict=True), linewidth=0.8)
         axis.set(title=name.removeprefix("loss/train/"), xlabel="step")
-    figure.savefig(to, dpi=120)
+    write_picture(to, partial(figure.savefig, dpi=120))
 
 
 @torch.no_grad()
@@ -144,7 +145,8 @@ def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int =
     grey = [-m / s for m, s in zip(MEAN, STD, strict=True)]
     pictures = normalize(unpatchify(rows, model.encoder.patch_size), grey, [1 / s for s in STD]).clamp(0, 1)
     if dist.get_global_rank() == 0:
-        save_image(make_grid(F.interpolate(pictures, scale_factor=max(1, 96 // size)), nrow=count, pad_value=1.0), to)
+        grid = make_grid(F.interpolate(pictures, scale_factor=max(1, 96 // size)), nrow=count, pad_value=1.0)
+        write_picture(to, partial(save_image, grid))
 
 
 def start_run(config: dict[str, Any]) -> Path:
@@ -391,7 +393,7 @@ def main() -> None:
         if "knn/trained" in result:
             before, after = result.get("knn/random", math.nan), result["knn/trained"]
             print(f"k-NN accuracy: {after:.3f} after pre-training, {before:.3f} with random weights")
-        print(f"all of the run is in {run}: reconstructions.png, loss.png, metrics.jsonl, checkpoints/")
+        print(f"all of the run is in {run}: pictures, metrics.jsonl, checkpoints/")
 
 
 if __name__ == "__main__":

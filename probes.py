@@ -26,7 +26,7 @@ from tqdm import tqdm
 import data_prep
 from checkpoints import Checkpoints
 from config import DataSets, Part
-from places import Place
+from places import Place, write_picture
 from views import UNREADABLE, EvalViews, normalise
 from vit import Encoder, pool
 
@@ -127,10 +127,10 @@ def embed(
 
 
 def readable(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """What infer returns, without the samples that could not be decoded; says how many they are."""
+    """What infer returns, without the samples that have no label, or could not be decoded; says how many they are."""
     kept = labels >= 0
     if dist.get_global_rank() == 0 and not kept.all():
-        print(f"{len(kept) - int(kept.sum())} of {len(kept)} samples cannot be decoded and do not count")
+        print(f"{len(kept) - int(kept.sum())} of {len(kept)} samples cannot be decoded, or have no label, and do not count")
     return outputs[kept], labels[kept]
 
 
@@ -154,7 +154,7 @@ def knn_accuracy(bank: tuple, queries: tuple, k: int = 20, temperature: float = 
 
 
 class KNN(Callback):
-    """Logs the k-NN accuracy of the encoder with random weights, before the first step, and after the last.
+    """Logs the k-NN accuracy of the encoder before the first step, as `random`, and after the last.
 
     Where Composer's EMA is at work, it is that of the averages. A run that is told to stop does not wait for it.
 
@@ -293,7 +293,7 @@ def draw_neighbours(
     images = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))
     framed = F.pad(images, (4, 4, 4, 4), value=-1.0)
     framed = torch.where(framed < 0, colours[:, :, None, None], framed)
-    save_image(make_grid(framed, nrow=1 + nearest.shape[1], pad_value=1.0), to)
+    write_picture(to, partial(save_image, make_grid(framed, nrow=1 + nearest.shape[1], pad_value=1.0)))
 
 
 def measure_probe(

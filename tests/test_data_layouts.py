@@ -426,12 +426,13 @@ def test_imagenet_in_webdataset_tars_has_the_thousand_classes_whichever_are_ther
     refused("in1k", source / "imagenet1k-train-0000.tar", "--per-class", per_class=1)
 
 
-def test_label_in_a_tar_beyond_the_classes_is_skipped_and_named(tmp_path, make):
-    samples = {"a.jpg": picture("a"), "a.cls": "999", "b.jpg": picture("b"), "b.cls": "1000"}
+@pytest.mark.parametrize("wrong", ["1000", "-5"])
+def test_label_in_a_tar_that_is_of_no_class_is_skipped_and_named(tmp_path, make, wrong):
+    samples = {"a.jpg": picture("a"), "a.cls": "999", "b.jpg": picture("b"), "b.cls": wrong}
     made = make("in1k", lay(tmp_path, {"x.tar": tar(samples)}) / "x.tar", max_skipped=0.5)
     assert list(made.found) == ["x.tar/a.jpg"]
     ((name, reason),) = made.report["skipped"]
-    assert name == "x.tar/b.jpg" and "1000" in reason
+    assert name == "x.tar/b.jpg" and f"label {wrong} of 1000 classes" in reason
 
 
 def test_imagenet_refuses_what_is_not_its_layout(tmp_path):

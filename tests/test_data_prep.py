@@ -260,6 +260,8 @@ def test_bad_source_or_out_is_one_line_that_names_it(tmp_path):
         (("images", source, out, "--quality", "500"), "--quality 500 must be from 1 to 100"),
         (("videos", source, out, "--frames", "0"), "--frames 0"),
         (("images", source, out, "--workers", "-1"), "--workers -1"),
+        (("images", source, out, "--max-skipped", "nan"), "--max-skipped nan must be from 0 to 1"),
+        (("demo", str(tmp_path / "new"), "--garments", "1"), "--garments 1 must be at least 2"),
         (("demo", str(tmp_path / "other")), "other exists"),
     ):
         result = run(*arguments)
