@@ -6,8 +6,8 @@
     python eval.py yamls/compare.yaml                                       # trains and compares methods
 
 The signature of `evaluate` is the schema of its YAML files: each block that is given is a measurement. The last line printed
-is the result as JSON, which is also in runs/{run_name}/eval.json, but for tables and comparisons. An evaluation that was interrupted goes on when the same
-command is given again.
+is the result as JSON, which is also in runs/{run_name}/eval.json, but for tables and comparisons. An evaluation that was
+interrupted goes on when the same command is given again.
 """
 
 import inspect
