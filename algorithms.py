@@ -1,4 +1,4 @@
-"""Composer algorithms that are ours: blocks under `algorithms` in the YAML files, beside Composer's own.
+"""Composer algorithms that are ours: blocks under `algorithms` in the YAML files; and all that those may name.
 
 MomentumStep and GradientNorm are no blocks: every run has them.
 """
@@ -6,7 +6,30 @@ MomentumStep and GradientNorm are no blocks: every run has them.
 import torch
 import torch.nn.functional as F
 from composer import Algorithm, Event, Logger, State
+from composer.algorithms import EMA, SAM, SWA, ChannelsLast, GradientClipping, LowPrecisionLayerNorm
+from composer.callbacks import (
+    EarlyStopper,
+    LRMonitor,
+    MemoryMonitor,
+    MemorySnapshot,
+    OOMObserver,
+    OptimizerMonitor,
+    RuntimeEstimator,
+    SpeedMonitor,
+    SystemMetricsMonitor,
+    ThresholdStopper,
+)
 from composer.core import TimeUnit, ensure_time
+from composer.loggers import (
+    CometMLLogger,
+    ConsoleLogger,
+    FileLogger,
+    MLFlowLogger,
+    NeptuneLogger,
+    SlackLogger,
+    TensorboardLogger,
+    WandBLogger,
+)
 from composer.utils import dist
 from pydantic import PositiveInt
 from torch import nn
@@ -14,6 +37,7 @@ from torch.distributed.tensor import DTensor
 
 from config import Duration, Part, Share
 from model import ViCMAE
+from probes import KNN
 
 
 def unwrapped(state: State) -> nn.Module:
@@ -184,3 +208,20 @@ class GradientNorm(Algorithm):
             torch._foreach_div_(gradients, dist.get_world_size())  # there FSDP's mean over the ranks is their sum
         norm = torch.nn.utils.get_total_norm(gradients)
         logger.log_metrics({"gradient_norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm)})
+
+
+# What a YAML file may name. Of Composer's, that is what can do something with these models and batches.
+ALGORITHMS = (ChannelsLast, EMA, GradientClipping, LowPrecisionLayerNorm, SAM, SWA)
+ALGORITHMS += (ContrastRamp, LayerFreezing, PartialDecoding, ProgressiveResizing)
+CALLBACKS = (EarlyStopper, LRMonitor, MemoryMonitor, MemorySnapshot, OOMObserver, OptimizerMonitor, RuntimeEstimator)
+CALLBACKS += (SpeedMonitor, SystemMetricsMonitor, ThresholdStopper, KNN)
+LOGGERS = (
+    CometMLLogger,
+    ConsoleLogger,
+    FileLogger,
+    MLFlowLogger,
+    NeptuneLogger,
+    SlackLogger,
+    TensorboardLogger,
+    WandBLogger,
+)

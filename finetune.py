@@ -31,11 +31,12 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 import data_prep
+from algorithms import ALGORITHMS, CALLBACKS, LOGGERS, unwrapped
 from checkpoints import Checkpoints, describe
 from config import DataSets, Part, RunName, Share, load_config, one_line_errors
 from model import Classifier, Fraction, ProbeHeads, load_pretrained
 from plans import ALL_KEPT, activation_bytes, asked_plan, size_of, stack_of, training_plan
-from pretrain import ALGORITHMS, CALLBACKS, LOGGERS, TrainerBlock, build_optimizer, build_trainer, finish_run, fit, start_run
+from pretrain import TrainerBlock, build_optimizer, build_trainer, finish_run, fit, start_run
 from streams import load_stream
 from views import MEAN, UNREADABLE, EvalViews, crop_and_scale, draw_crop, normalise, pick_frames
 
@@ -294,8 +295,7 @@ def main() -> None:
         trainer = finetune(**config)
     fit(trainer)
     if dist.get_global_rank() == 0:
-        run, net = Path("runs", config["run_name"]), trainer.state.model
-        head, extra = getattr(net, "module", net).head, {}
+        run, head, extra = Path("runs", config["run_name"]), unwrapped(trainer.state).head, {}
         if isinstance(head, ProbeHeads):
             extra = {"base_lr": config["lars"]["base_lrs"][head.best()]}
             print(f"best of the learning rates on the samples held out: {extra['base_lr']}")

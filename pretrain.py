@@ -17,12 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import composer.callbacks
-import composer.loggers
 import torch
 import torch.nn.functional as F
 from composer import Event, Logger, State, Trainer
-from composer.algorithms import EMA, SAM, SWA, ChannelsLast, GradientClipping, LowPrecisionLayerNorm
+from composer.algorithms import EMA
 from composer.core import DataSpec, ensure_time
 from composer.loggers import LoggerDestination
 from composer.optim import CosineAnnealingWithWarmupScheduler
@@ -38,13 +36,12 @@ from torchvision.transforms.v2.functional import normalize
 from torchvision.utils import make_grid, save_image
 
 import data_prep
-from algorithms import ContrastRamp, GradientNorm, LayerFreezing, MomentumStep, PartialDecoding, ProgressiveResizing
+from algorithms import ALGORITHMS, CALLBACKS, LOGGERS, GradientNorm, MomentumStep, unwrapped
 from checkpoints import Checkpoints, check_shapes
 from config import RunName, Share, changed_settings, load_config, one_line_errors
 from model import ViCMAE
 from places import Place, write_picture
 from plans import ALL_KEPT, activation_bytes, asked_plan, stack_of, training_plan
-from probes import KNN
 from streams import load_stream
 from views import MEAN, STD, UNREADABLE, EvalViews, SampleViews, augment_batch, normalise
 from vit import patchify, random_masking, unpatchify
@@ -176,17 +173,6 @@ def start_run(config: dict[str, Any]) -> Path:
     return run
 
 
-def named(module: Any, names: str) -> tuple[type, ...]:
-    return tuple(getattr(module, name) for name in names.split())
-
-
-# Of Composer's, those that can do something with these models and batches.
-ALGORITHMS = (ChannelsLast, EMA, GradientClipping, LowPrecisionLayerNorm, SAM, SWA)
-ALGORITHMS += (ContrastRamp, LayerFreezing, PartialDecoding, ProgressiveResizing)
-CALLBACKS = "EarlyStopper LRMonitor MemoryMonitor MemorySnapshot OOMObserver OptimizerMonitor RuntimeEstimator SpeedMonitor"
-CALLBACKS = (*named(composer.callbacks, CALLBACKS + " SystemMetricsMonitor ThresholdStopper"), KNN)
-LOGGERS = "CometMLLogger ConsoleLogger FileLogger MLFlowLogger NeptuneLogger SlackLogger TensorboardLogger WandBLogger"
-LOGGERS = named(composer.loggers, LOGGERS)
 TrainerBlock = Annotated[  # Composer's Trainer without what build_trainer gives
     dict,
     Trainer,
@@ -383,9 +369,8 @@ def main() -> None:
             return
         trainer = pretrain(**config)
     fit(trainer)
-    run, net = Path("runs", config["run_name"]), trainer.state.model
+    run, net = Path("runs", config["run_name"]), unwrapped(trainer.state)
     paths = [stream["path"] for stream in config["data"]["streams"]]
-    net = getattr(net, "module", net)
     if net.decoder is not None:
         draw_reconstructions(net, paths, run / "reconstructions.png")  # on all ranks, for FSDP
     if dist.get_global_rank() == 0:

@@ -15,6 +15,7 @@ from torch import nn
 
 import finetune
 import pretrain
+from algorithms import ALGORITHMS
 from checkpoints import LATEST, Checkpoints, read_checkpoint, step_of
 from model import Classifier, ViCMAE
 from probes import infer
@@ -111,7 +112,7 @@ def test_gradient_clipping_bounds_the_norm():
         parameter.grad = torch.randn_like(parameter)
     state = StateOf(net, Precision.FP32)
     settings = {"GradientClipping": {"clipping_type": "norm", "clipping_threshold": 0.1}}
-    pretrain.build_named(pretrain.ALGORITHMS, settings)[0].apply(Event.AFTER_TRAIN_BATCH, state, NoLogger())
+    pretrain.build_named(ALGORITHMS, settings)[0].apply(Event.AFTER_TRAIN_BATCH, state, NoLogger())
     norm = torch.cat([parameter.grad.flatten() for parameter in net.parameters()]).norm()
     assert norm.item() == pytest.approx(0.1, rel=1e-3)
 

@@ -22,6 +22,7 @@ from torchvision.transforms import RandomResizedCrop
 import data_prep
 import pretrain
 import streams
+from algorithms import CALLBACKS
 from checkpoints import Checkpoints, read_checkpoint
 from config import load_config
 from model import ViCMAE
@@ -579,7 +580,7 @@ def test_pretraining_yaml_constructs(name, overlay):
     pairs = SampleViews(net.encoder.img_size, net.encoder.num_patches, **config["augment"])
     pretrain.build_optimizer(net, config["data"]["global_train_batch_size"], **config["optimizer"])
     pretrain.CosineAnnealingWithWarmupScheduler(**config["schedule"])
-    pretrain.build_named(pretrain.CALLBACKS, {k: v for k, v in config["callbacks"].items() if k != "KNN"})  # needs data
+    pretrain.build_named(CALLBACKS, {k: v for k, v in config["callbacks"].items() if k != "KNN"})  # needs data
     if overlay == ["paper.yaml"]:
         assert net.mask_ratio == 0.75 and pairs.frame_gap == "distant" and pairs.video.jitter == 0
 
