@@ -91,7 +91,8 @@ class TrainingClips:
             try:
                 self.policy = rand_augment_transform(self.rand_augment, hints)
             except (AssertionError, ValueError) as error:
-                raise ValueError(f"augment.rand_augment {self.rand_augment} is no policy of timm's: {error}") from error
+                example = "one is rand-m9-mstd0.5-inc1"
+                raise ValueError(f"augment.rand_augment {self.rand_augment} is no policy of timm's; {example}") from error
 
     def draw(self, sample: dict, rng: np.random.Generator) -> dict[str, Tensor]:
         """Run in a worker on a stored sample -> `inputs` uint8 (1, T, 3, H, W), `target`, `key` (seeds what follows).

@@ -172,6 +172,24 @@ def frame_size(path: str) -> tuple[int, int]:
     raise ValueError(f"{path}: no sample can be decoded; run data_prep.py verify")
 
 
+def check_streams(streams: list[dict], batch: int, micro: int, repeats: int, ranks: int) -> None:
+    """Raises ValueError where the block `data` asks for what cannot be: see load_stream."""
+    if batch % micro or micro % ranks:
+        raise ValueError(
+            f"data.global_train_batch_size {batch} must be a multiple of global_micro_batch_size {micro}, "
+            f"and that of the number of ranks, {ranks}"
+        )
+    if micro // ranks % repeats:
+        raise ValueError(f"data.repeats {repeats} must divide each rank's share of a micro-batch, {micro // ranks}")
+    if not streams:
+        raise ValueError("data.streams is empty; name at least one data set")
+    path, times = Counter(stream["path"] for stream in streams).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"data.streams names {path} {times} times; name it once, with a proportion")
+    if len({stream.get("proportion") is None for stream in streams}) > 1:
+        raise ValueError("data.streams: some have a proportion and some have not; give it to all or to none")
+
+
 def load_stream(
     transform: Callable[[dict, np.random.Generator], dict],
     on_device: Callable[[dict], dict],
@@ -212,21 +230,8 @@ def load_stream(
     """
     ranks = dist.get_world_size()
     micro = global_micro_batch_size or global_train_batch_size
-    if global_train_batch_size % micro or micro % ranks:
-        raise ValueError(
-            f"data.global_train_batch_size {global_train_batch_size} must be a multiple of global_micro_batch_size {micro}, "
-            f"and that of the number of ranks, {ranks}"
-        )
+    check_streams(streams, global_train_batch_size, micro, repeats, ranks)
     batch_size = global_train_batch_size // ranks
-    if micro // ranks % repeats:
-        raise ValueError(f"data.repeats {repeats} must divide each rank's share of a micro-batch, {micro // ranks}")
-    if not streams:
-        raise ValueError("data.streams is empty; name at least one data set")
-    path, times = Counter(stream["path"] for stream in streams).most_common(1)[0]
-    if times > 1:
-        raise ValueError(f"data.streams names {path} {times} times; name it once, with a proportion")
-    if len({stream.get("proportion") is None for stream in streams}) > 1:
-        raise ValueError("data.streams: some have a proportion and some have not; give it to all or to none")
     if make_demo and dist.get_local_rank() == 0:
         data_prep.demo(make_demo)
     dist.barrier()

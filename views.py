@@ -304,7 +304,7 @@ class EvalViews(Dataset):
         remedy = "run data_prep.py verify"
         if self.unreadable is None:
             raise ValueError(f"{name} cannot be decoded ({error}); {remedy}") from error
-        mine = [one for one in note_unreadable(self.unreadable, name, error) if one.startswith(tuple(self.paths))]
+        mine = [one for one in note_unreadable(self.unreadable, name, error) if one.rpartition(", sample")[0] in self.paths]
         if len(mine) > max(1, self.max_unreadable * len(self)):
             raise ValueError(f"{len(mine)} samples cannot be decoded, see {self.unreadable}; {remedy}") from error
 
