@@ -78,7 +78,7 @@ def test_fractions_are_those_of_each_class_rounded_up_and_labels_per_class_as_ma
     labels = torch.arange(4).repeat_interleave(torch.tensor(counts))
     features, used = torch.randn(141, 2, generator=torch.Generator().manual_seed(0)), []
     monkeypatch.setattr(data_prep, "common_classes", lambda paths: list("abcd"))
-    monkeypatch.setattr(probes, "EvalViews", lambda *sizes, crop_pct: None)
+    monkeypatch.setattr(probes, "EvalViews", lambda *sizes, crop_pct, unreadable: None)
     monkeypatch.setattr(probes, "embed", lambda *arguments: (features, labels))
     monkeypatch.setattr(probes, "linear_accuracy", lambda bank, queries: used.append(bank) or 0.5)
     encoder = ViCMAE(**TINY).encoder
