@@ -12,6 +12,7 @@ run is in runs/{run_name}/: config.yaml, checkpoints/, metrics.jsonl, result.jso
 import inspect
 import json
 import math
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -155,7 +156,9 @@ def start_run(config: dict[str, Any]) -> Path:
         ValueError: the folder holds a run of another configuration (the trainer, loggers, callbacks, checkpoints and workers
             may change).
     """
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Composer's handler would wait as long as this does
     dist.initialize_dist(get_device(config["trainer"].get("device")), config["trainer"].get("dist_timeout", 300.0))
+    signal.signal(signal.SIGTERM, before)
     reproducibility.seed_all(config["seed"])  # the same initial weights on every rank
     run, found = Path("runs", config["run_name"]), [[], False]
     if dist.get_global_rank() == 0:

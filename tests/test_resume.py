@@ -1,10 +1,12 @@
 """What a run does when it is ended, damaged, moved or changed, and comes back; its checkpoints; FSDP."""
 
+import contextlib
 import json
 import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +175,24 @@ def test_machines_without_the_runs_folder_follow_the_first_in_refusing_and_in_be
     (tmp_path / "machine0" / "runs" / "half" / "result.json").write_text("{}")
     on_ranks(2, begin_on_a_machine, tmp_path, arguments)
     assert [(tmp_path / f"machine{rank}" / "end").read_text() for rank in range(2)] == ["0", "0"]
+
+
+def test_sigterm_ends_a_rank_that_waits_for_one_that_never_comes(arguments, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = free.getsockname()
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
+    alone |= {"MASTER_ADDR": place[0], "MASTER_PORT": str(place[1])}
+    command = [sys.executable, str(ROOT / "pretrain.py"), *arguments]
+    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | alone) as process:
+        while process.poll() is None:  # until it listens for the other
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(place):
+                break
+        process.terminate()
+        try:
+            assert process.wait(60) == -signal.SIGTERM
+        finally:
+            process.kill()
 
 
 def test_sigterm_has_a_checkpoint_written_at_once_and_its_own_exit_code(arguments, whole, tmp_path, monkeypatch):
