@@ -200,6 +200,8 @@ def evaluate(
     for name, sizes in (("model", model), ("classifier", classifier)):
         if asked[name] and sizes is None:
             raise ValueError(f"the block {name} is missing: it gives the sizes of what is measured")
+    if reconstructions and model.get("mask") == "none":
+        raise ValueError("reconstructions: model.mask is none, and nothing is removed that could be reconstructed")
     for name, to in (("export", export), ("probe.features", (probe or {}).get("features"))):
         if to and not Path(to).absolute().parent.is_dir():
             raise ValueError(f"{name} {to}: its folder does not exist")

@@ -497,6 +497,7 @@ def test_mistakes_are_named_in_one_line(demo, tmp_path, pretrained):
             ],
             "head.",
         ),
+        (["run_name=x", "checkpoint=null", "model={mask: none}", "reconstructions=[x]"], "model.mask is none"),
         (["run_name=x"], "checkpoint is missing"),
         (["run_name=x", "checkpoint=null"], "nothing is asked for"),
         (["run_name=x", "checkpoint=null", f"model={sizes}", "export=no/such/file"], "its folder does not exist"),
