@@ -329,6 +329,29 @@ def test_run_whose_first_sample_and_whose_queries_are_spoilt_is_finished(demo, t
     assert "1 of 60 samples cannot be decoded, or have no label, and do not count" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["model.contrast=none", "algorithms={ContrastRamp: {duration: 2ep}}"], "ContrastRamp: model.contrast is none"),
+        (["model.mask=none", "algorithms={PartialDecoding: {}}"], "PartialDecoding: model.mask is none"),
+        (["trainer.parallelism_config={fspd: {}}"], "trainer.parallelism_config.fspd is not a key here; the key is fsdp"),
+        (["data.global_micro_batch_size=1"], "a micro-batch of 1 sample has no others to contrast with"),
+        (["trainer.compile_config={bogus: 1}"], "trainer, algorithms, callbacks or loggers: TypeError"),
+        (["trainer.max_duration=0ep"], "trainer.max_duration is missing"),
+        (["algorithms={MixUp: {}}"], "algorithms.MixUp is not a key here"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_a_line(demo, tmp_path, overrides, complaint):
+    with pytest.raises(SystemExit) as end:
+        run_stage(pretrain, [*small(demo), "callbacks=null", "data.num_workers=0", *overrides], tmp_path)
+    assert complaint in str(end.value) and "\n" not in str(end.value)
+
+
+def test_data_set_that_is_named_twice_is_refused(demo):
+    with pytest.raises(ValueError, match=r"names .*train_images 2 times; name it once, with a proportion"):
+        make_loader(demo, 0, streams=("train_images", "train_images"))
+
+
 def test_occurrences_of_a_sample_are_numbered_in_order():
     class Repeating(KeyedStream):
         def __init__(self):
