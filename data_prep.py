@@ -39,109 +39,38 @@ from time import monotonic
 
 import av
 import numpy as np
-import simplejpeg
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from garments import draw_demo
-from places import Place
-from sources import EXTENSIONS, LAYOUTS, Listing, Recipe, list_any, read_image, read_inputs, read_video, write_manifest
+from shards.decode import Recipe, read_image, read_video
+from shards.demo import draw_demo
+from shards.format import COLUMNS, Clips, decode_frame, encode_clip, read_classes, read_json
+from shards.layouts import EXTENSIONS, LAYOUTS, Listing, list_any, read_inputs, write_manifest
+from shards.storage import Storage
 
-COLUMNS = {
-    "frames": "bytes",  # JPEG files, back to back
-    "ends": "ndarray:uint32",  # (T,) end offset of every frame in `frames`
-    "timestamps": "ndarray:float64",  # (T,) seconds, the frames' own; 0 for an image
-    "label": "int",  # index into classes.json, -1 unknown
-    "name": "str",  # path inside the source
-}
 PART_SIZE = 256  # inputs: what an interruption costs at most, per worker
+
+
 SHARD_BYTES = 1 << 26
+
+
 NOT_THE_FILE = {  # what a disk, a bucket or the system may answer for no fault of the input
     *(errno.EACCES, errno.EPERM, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
 }
+
+
 TIME_LIMIT = 600  # seconds for one input; a decoder that hangs is stopped
 
 
-def encode_clip(frames: list[bytes], timestamps: list[float], label: int, name: str) -> dict:
-    """Pack JPEG files into one sample of the schema COLUMNS."""
-    ends = np.cumsum([len(frame) for frame in frames], dtype=np.uint32)
-    return {
-        "frames": b"".join(frames),
-        "ends": ends,
-        "timestamps": np.asarray(timestamps, np.float64),
-        "label": label,
-        "name": name,
-    }
-
-
-def decode_frame(sample: dict, index: int) -> np.ndarray:
-    """Decode one frame of a sample and nothing else of it -> (H, W, 3) uint8, RGB."""
-    begin = int(sample["ends"][index - 1]) if index else 0
-    return simplejpeg.decode_jpeg(memoryview(sample["frames"])[begin : int(sample["ends"][index])], "RGB")
-
-
-def read_json(path: str, name: str) -> list | dict:
-    """index.json, classes.json, report.json of a data set.
-
-    Raises:
-        ValueError: `path` is no data set of this format, or is not complete.
-    """
-    try:
-        return json.loads(Place(path).read(name))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is not a complete data set ({name} is missing); make it with data_prep.py") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}/{name} is damaged ({error}); give the data_prep.py command that made it again") from None
-
-
-def read_classes(path: str) -> list[str]:
-    """Label names of a data set, in order; empty where it has no labels. Raises as read_json does."""
-    read_json(path, "index.json")
-    return read_json(path, "classes.json")
-
-
-def common_classes(paths: list[str]) -> list[str]:
-    """The class names of all of these data sets.
-
-    Raises:
-        ValueError: no data set, or one that is missing, has no labels, or has other classes than the first.
-    """
-    if not paths:
-        raise ValueError("a list of data sets is empty; name at least one")
-    first = read_classes(paths[0])
-    for path in paths:
-        classes = read_classes(path)
-        if not classes:
-            raise ValueError(f"{path} has no labels, which are needed here; convert it from a folder per class")
-        if classes != first:
-            raise ValueError(f"{path} has other classes than {paths[0]}")
-    return first
-
-
-class Clips:
-    """The samples of a data set by number, from a folder or straight out of a bucket. Raises as read_json does."""
-
-    def __init__(self, path: str):
-        from streaming.base.format import reader_from_json  # 4 s to import: only where shards are read
-
-        self.place, shards = Place(path), read_json(path, "index.json")["shards"]
-        self.names = [shard["raw_data"]["basename"] for shard in shards]
-        self.ends = np.cumsum([shard["samples"] for shard in shards])
-        self.decode = reader_from_json("", None, shards[0]).decode_sample
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, number: int) -> dict:
-        shard = int(np.searchsorted(self.ends, number, "right"))
-        row = number - (int(self.ends[shard - 1]) if shard else 0)
-        begin, end = np.frombuffer(self.place.read(self.names[shard], 4 + 4 * row, 8), np.uint32).tolist()
-        return self.decode(self.place.read(self.names[shard], begin, end - begin))
-
-
 def write_part(
-    listing: Listing, classes: list[str], recipe: Recipe, entries: list, out: str, spoilt: dict, step: Callable
+    listing: Listing,
+    classes: list[str],
+    recipe: Recipe,
+    entries: list,
+    out: str,
+    spoilt: dict,
+    step: Callable,
 ) -> dict:
     """Convert some inputs into the folder `out`, MDS shards, and return what became of them.
 
@@ -166,7 +95,11 @@ def write_part(
                 with load() as file:
                     frames, times = read(file, recipe)
             except Exception as error:  # damaged files make the libraries raise nearly anything
-                if isinstance(error, OSError) and error.errno in NOT_THE_FILE and not isinstance(error, av.FFmpegError):
+                if (
+                    isinstance(error, OSError)
+                    and error.errno in NOT_THE_FILE
+                    and not isinstance(error, av.FFmpegError)
+                ):
                     raise
                 # Not the whole text: a path or an address in memory in it would differ between machines.
                 why = re.sub(r" ?<.* at 0x\w+>", "", str(getattr(error, "strerror", None) or error))
@@ -178,10 +111,18 @@ def write_part(
     index = Path(out, "index.json")
     shards = json.loads(index.read_text())["shards"]
     index.unlink()
-    return {"inputs": number + 1, "skipped": skipped, "short": short, "highest": highest, "shards": shards}
+    return {
+        "inputs": number + 1,
+        "skipped": skipped,
+        "short": short,
+        "highest": highest,
+        "shards": shards,
+    }
 
 
-def run_parts(work: Callable[[str, dict, Callable], None], parts: list[str], workers: int, bar: tqdm) -> None:
+def run_parts(
+    work: Callable[[str, dict, Callable], None], parts: list[str], workers: int, bar: tqdm
+) -> None:
     """Call work(part, spoilt, step) for each part in a process of its own, `workers` at a time.
 
     A process that dies, because an input crashes the decoder or takes longer than TIME_LIMIT, is started anew with that
@@ -206,22 +147,36 @@ def run_parts(work: Callable[[str, dict, Callable], None], parts: list[str], wor
                     process.join()
                     del running[receiver]
                     if process.exitcode:
-                        died = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit {process.exitcode}"
+                        died = (
+                            signal.Signals(-process.exitcode).name
+                            if process.exitcode < 0
+                            else f"exit {process.exitcode}"
+                        )
                         if number is None or number in spoilt[part] or died == "SIGTERM":
                             raise OSError(f"a worker was ended ({died}) at {part}") from None
                         slow = died == "SIGKILL" and process in late
-                        why = f"took longer than {TIME_LIMIT} s to decode" if slow else f"crashed the decoder ({died})"
+                        why = (
+                            f"took longer than {TIME_LIMIT} s to decode"
+                            if slow
+                            else f"crashed the decoder ({died})"
+                        )
                         spoilt[part][number] = why
                         waiting.append(part)
                         bar.update(-number - 1)
                 else:
                     if isinstance(message, OSError):
-                        raise OSError(f"{message}; what is finished is kept, and the same command goes on")
+                        raise OSError(
+                            f"{message}; what is finished is kept, and the same command goes on"
+                        )
                     if isinstance(message, Exception):
                         raise message
                     running[receiver] = process, part, message, monotonic()
                     bar.update(message is not None)
-            late = [one[0] for one in running.values() if one[2] is not None and monotonic() - one[3] > TIME_LIMIT]
+            late = [
+                one[0]
+                for one in running.values()
+                if one[2] is not None and monotonic() - one[3] > TIME_LIMIT
+            ]
             for process in late:
                 process.kill()
     finally:
@@ -234,7 +189,9 @@ def run_part(work: Callable, part: str, spoilt: dict, sender: connection.Connect
     """What the process of a part does."""
     Image.MAX_IMAGE_PIXELS = None  # read_image has a bound of its own
     try:
-        work(part, spoilt, sender.send)  # to send fails, and ends this process, if the parent is gone
+        work(
+            part, spoilt, sender.send
+        )  # to send fails, and ends this process, if the parent is gone
     except OSError as error:
         sender.send(error if error.filename else OSError(f"{error} (while writing {part})"))
     except Exception:
@@ -271,7 +228,7 @@ def convert(
         ValueError: `source` holds nothing of the kind; `out` holds something else; too many inputs were unreadable, or all.
         OSError: a disk or bucket is full, away or forbidden. What is finished is kept, and the same call goes on.
     """
-    target = Place(out)
+    target = Storage(out)
     folder = Path(target.key("")["Key"] if target.remote else out)
     listing = list_inputs(source, split) if list_inputs else list_any(source, recipe.kind)
     if listing.tars and recipe.per_class:
@@ -284,22 +241,32 @@ def convert(
             raise ValueError(
                 f"SOURCE {source} holds {none} {recipe.kind} ({' '.join(EXTENSIONS[recipe.kind])}); for tars, name them"
             )
-        claim(target, folder, {"source": source, "recipe": asdict(recipe), "parts": len(starts), **found})
+        claim(
+            target,
+            folder,
+            {"source": source, "recipe": asdict(recipe), "parts": len(starts), **found},
+        )
 
         def work(part: str, spoilt: dict, step: Callable) -> None:
             with open(manifest.name, "rb") as file:
                 file.seek(starts[int(part.removeprefix("part-"))])
                 entries = [json.loads(line) for line in islice(file, size)]
             aside = folder / f"{part}.{os.getpid()}.tmp"
-            result = write_part(listing, found["classes"], recipe, entries, str(aside), spoilt, step)
+            result = write_part(
+                listing, found["classes"], recipe, entries, str(aside), spoilt, step
+            )
             step(None)  # what follows may take as long as it does
-            Place(str(aside)).write_json("part.json", result)
+            Storage(str(aside)).write_json("part.json", result)
             if target.remote:
-                for name in sorted(os.listdir(aside), key=lambda name: name == "part.json"):  # that last: the part is whole
+                for name in sorted(
+                    os.listdir(aside), key=lambda name: name == "part.json"
+                ):  # that last: the part is whole
                     target.write(f"{part}/{name}", (aside / name).read_bytes())
             if (keep_local or not target.remote) and not (folder / part / "part.json").exists():
                 shutil.rmtree(folder / part, ignore_errors=True)
-                with suppress(OSError):  # a worker that a killed run left behind may have been faster, with the same bytes
+                with suppress(
+                    OSError
+                ):  # a worker that a killed run left behind may have been faster, with the same bytes
                     aside.rename(folder / part)
                 (folder / part / "part.json").stat()
             shutil.rmtree(aside, ignore_errors=True)
@@ -322,7 +289,7 @@ def convert(
     return merge(out, max_skipped) if share == (1, 1) else None
 
 
-def claim(target: Place, folder: Path, request: dict) -> None:
+def claim(target: Storage, folder: Path, request: dict) -> None:
     """Mark `target` as this data set's.
 
     Raises:
@@ -333,15 +300,19 @@ def claim(target: Place, folder: Path, request: dict) -> None:
         changed = [key for key in ("recipe", "listing") if before.get(key) != request[key]]
         if changed:
             what = " and ".join(changed)
-            raise ValueError(f"OUT {target.root} was begun with another {what}; delete it or choose another OUT")
+            raise ValueError(
+                f"OUT {target.root} was begun with another {what}; delete it or choose another OUT"
+            )
     elif os.path.isfile(target.root) or (target.has("") and any(target.names())):
-        raise ValueError(f"OUT {target.root} exists and is not a data set of data_prep.py; choose another OUT")
+        raise ValueError(
+            f"OUT {target.root} exists and is not a data set of data_prep.py; choose another OUT"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if not target.has("request.json"):
         target.write_json("request.json", request)
 
 
-def finished_parts(target: Place) -> set[str]:
+def finished_parts(target: Storage) -> set[str]:
     return {name.split("/")[0] for name in target.names() if name.endswith("/part.json")}
 
 
@@ -351,14 +322,16 @@ def merge(out: str, max_skipped: float = 0.01) -> dict:
     Raises:
         ValueError: parts are missing; too many inputs were unreadable, or all.
     """
-    target = Place(out)
+    target = Storage(out)
     request = read_json(out, "request.json")
     names = [f"part-{number:06d}" for number in range(request["parts"])]
     there = finished_parts(target)
     missing = [name for name in names if name not in there]
     if missing:
         count = f"{len(missing)} of its {len(names)} parts"
-        raise ValueError(f"OUT {out} lacks {count}, first {missing[0]}; give the command that makes them again")
+        raise ValueError(
+            f"OUT {out} lacks {count}, first {missing[0]}; give the command that makes them again"
+        )
     folder = target.key("")["Key"] if target.remote else out
     for stale in Path(folder).glob("part-*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)  # of runs that were killed
@@ -369,7 +342,9 @@ def merge(out: str, max_skipped: float = 0.01) -> dict:
     report = request | {
         "inputs": inputs,
         "samples": inputs - len(skipped),
-        "short": sum(part["short"] for part in parts),  # videos of fewer frames than asked: frames repeat
+        "short": sum(
+            part["short"] for part in parts
+        ),  # videos of fewer frames than asked: frames repeat
         "skipped": skipped,
     }
     target.write_json("report.json", report)
@@ -384,8 +359,10 @@ def merge(out: str, max_skipped: float = 0.01) -> dict:
         for shard in part["shards"]:
             shard["raw_data"]["basename"] = f"{name}/{shard['raw_data']['basename']}"
             shards.append(shard)
-    classes = request["classes"] or [str(label) for label in range(1 + max(part["highest"] for part in parts))]
-    for place in {target, Place(folder)} if os.path.isdir(folder) else {target}:
+    classes = request["classes"] or [
+        str(label) for label in range(1 + max(part["highest"] for part in parts))
+    ]
+    for place in {target, Storage(folder)} if os.path.isdir(folder) else {target}:
         place.write_json("report.json", report)
         place.write_json("classes.json", classes)
         place.write_json("index.json", {"version": 2, "shards": shards})
@@ -403,10 +380,12 @@ def check_sample(sample: dict, labels: int, short_side: int) -> None:
         raise ValueError(f"label {sample['label']} of {labels} classes")
     for index in range(len(ends)):
         if min(size := decode_frame(sample, index).shape[:2]) > short_side:
-            raise ValueError(f"frame {index} is {size[1]}x{size[0]}, its short side above {short_side}")
+            raise ValueError(
+                f"frame {index} is {size[1]}x{size[0]}, its short side above {short_side}"
+            )
 
 
-def check_shard(place: Place, shard: dict, labels: int, short_side: int) -> list[str]:
+def check_shard(storage: Storage, shard: dict, labels: int, short_side: int) -> list[str]:
     """All that is wrong with a shard: its bytes, its samples."""
     from streaming.base.format import reader_from_json
     from streaming.base.hashing import get_hash
@@ -416,7 +395,11 @@ def check_shard(place: Place, shard: dict, labels: int, short_side: int) -> list
     try:
         data = place.read(name)
     except OSError as error:
-        return [f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name} cannot be read: {error}"]
+        return [
+            f"{name} is missing"
+            if isinstance(error, FileNotFoundError)
+            else f"{name} cannot be read: {error}"
+        ]
     if len(data) != info["bytes"]:
         return [f"{name} is cut or too long: {len(data)} bytes, not {info['bytes']}"]
     if any(get_hash(algorithm, data) != expected for algorithm, expected in info["hashes"].items()):
@@ -446,9 +429,11 @@ def verify(path: str, workers: int = 0) -> list[str]:
     if (count := sum(counts.values())) != report["samples"]:
         faults += [f"{part} is not in index.json" for part, found in counts.items() if not found]
         faults.append(f"index.json has {count} samples, report.json {report['samples']}")
-    check = functools.partial(check_shard, Place(path), labels=labels, short_side=side)
+    check = functools.partial(check_shard, Storage(path), labels=labels, short_side=side)
     with ProcessPoolExecutor(workers or os.cpu_count(), get_context("fork")) as pool:
-        for found in tqdm(pool.map(check, shards), total=len(shards), desc=path, unit="shard", disable=None):
+        for found in tqdm(
+            pool.map(check, shards), total=len(shards), desc=path, unit="shard", disable=None
+        ):
             faults += found
     return faults
 
@@ -465,10 +450,19 @@ def demo(out: str, workers: int = 0, garments: int = 600) -> None:
         ValueError: `out` holds something else, or fewer than two garments are asked for.
     """
     if garments < 2:
-        raise ValueError(f"--garments {garments} must be at least 2, of which one moves and one is still")
+        raise ValueError(
+            f"--garments {garments} must be at least 2, of which one moves and one is still"
+        )
     raw = Path(out, "raw")
-    targets = [(f"{split}_{kind}", raw / split / kind, Recipe(kind)) for split in ("train", "test") for kind in EXTENSIONS]
-    targets += [(f"train_{kind}_200", raw / "train" / kind, Recipe(kind, per_class=20)) for kind in EXTENSIONS]
+    targets = [
+        (f"{split}_{kind}", raw / split / kind, Recipe(kind))
+        for split in ("train", "test")
+        for kind in EXTENSIONS
+    ]
+    targets += [
+        (f"train_{kind}_200", raw / "train" / kind, Recipe(kind, per_class=20))
+        for kind in EXTENSIONS
+    ]
     if all(os.path.exists(os.path.join(out, name, "index.json")) for name, _, _ in targets):
         return
     if not raw.exists():
@@ -496,10 +490,14 @@ def show(path: str, to: str, samples: int = 12, frames: int = 8) -> None:
         picked = np.unique(np.linspace(0, count - 1, min(frames, count)).astype(int))
         row = Image.new("RGB", (cell * frames, cell + 14), "white")
         for column, index in enumerate(picked):
-            frame = ImageOps.contain(Image.fromarray(decode_frame(sample, int(index))), (cell - 2, cell - 2))
+            frame = ImageOps.contain(
+                Image.fromarray(decode_frame(sample, int(index))), (cell - 2, cell - 2)
+            )
             row.paste(frame, (column * cell, 14))
         label = classes[sample["label"]] if sample["label"] >= 0 else "no label"
-        seconds = f", {sample['timestamps'][0]:.2f}-{sample['timestamps'][-1]:.2f} s" if count > 1 else ""
+        seconds = (
+            f", {sample['timestamps'][0]:.2f}-{sample['timestamps'][-1]:.2f} s" if count > 1 else ""
+        )
         text = f"{label}: {sample['name']}, {count} frame{'s' if count > 1 else ''}{seconds}"
         ImageDraw.Draw(row).text((2, 1), text, fill="black")
         rows.append(row)
@@ -518,18 +516,27 @@ def share(text: str) -> tuple[int, int]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, what: str, *options: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=what)
         if "source" in options:
-            command.add_argument("source", metavar="SOURCE", help="folder or s3:// address; x.csv; {0..9}.tar")
+            command.add_argument(
+                "source", metavar="SOURCE", help="folder or s3:// address; x.csv; {0..9}.tar"
+            )
         command.add_argument("out", metavar="OUT", help="folder or s3:// address of the data set")
         if "workers" in options:
             command.add_argument("--workers", type=int, default=0, help="processes (one per core)")
         if "skipped" in options:
-            command.add_argument("--max-skipped", type=float, default=0.01, help="fraction that may be unreadable (0.01)")
+            command.add_argument(
+                "--max-skipped",
+                type=float,
+                default=0.01,
+                help="fraction that may be unreadable (0.01)",
+            )
         return command
 
     for name in (*LAYOUTS, *EXTENSIONS):
@@ -539,17 +546,40 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             command.add_argument("--split", default="train", help="train, val or test (train)")
         if kind == "videos":
             frames = 8 if name == "mit" else 16  # its videos are of 3 s
-            command.add_argument("--frames", type=int, default=frames, help=f"kept per video, evenly spaced ({frames})")
-            command.add_argument("--fps", type=float, help="keep frames at this rate instead, in Hz")
-        command.add_argument("--short-side", type=int, default=256, help="pixels, never enlarged (256)")
+            command.add_argument(
+                "--frames",
+                type=int,
+                default=frames,
+                help=f"kept per video, evenly spaced ({frames})",
+            )
+            command.add_argument(
+                "--fps", type=float, help="keep frames at this rate instead, in Hz"
+            )
+        command.add_argument(
+            "--short-side", type=int, default=256, help="pixels, never enlarged (256)"
+        )
         command.add_argument("--quality", type=int, default=90, help="JPEG quality, 1-100 (90)")
-        command.add_argument("--per-class", type=int, help="inputs of every class, the first in order (all)")
-        command.add_argument("--part", type=share, default=(1, 1), help="K/N: do the K-th of N shares, then `merge` (1/1)")
-        command.add_argument("--keep-local", choices=("yes", "no"), default="yes", help="keep what was uploaded (yes)")
+        command.add_argument(
+            "--per-class", type=int, help="inputs of every class, the first in order (all)"
+        )
+        command.add_argument(
+            "--part",
+            type=share,
+            default=(1, 1),
+            help="K/N: do the K-th of N shares, then `merge` (1/1)",
+        )
+        command.add_argument(
+            "--keep-local",
+            choices=("yes", "no"),
+            default="yes",
+            help="keep what was uploaded (yes)",
+        )
     add("merge", "join the shares of several machines", "skipped")
     add("verify", "read every sample and name what is damaged", "workers")
     command = add("demo", "make the demonstration", "workers")
-    command.add_argument("--garments", type=int, default=600, help="per class and split, at most (600)")
+    command.add_argument(
+        "--garments", type=int, default=600, help="per class and split, at most (600)"
+    )
     command = add("show", "draw a contact sheet of a data set")
     command.add_argument("--to", default="sheet.png", help="picture to write (sheet.png)")
     command.add_argument("--samples", type=int, default=12, help="rows (12)")
@@ -572,7 +602,9 @@ def main(arguments: list[str] | None = None) -> None:
         for fault in faults:
             print(fault)
         if faults:
-            raise ValueError(f"{args.out} has {len(faults)} faults; delete the parts named and give its command again")
+            raise ValueError(
+                f"{args.out} has {len(faults)} faults; delete the parts named and give its command again"
+            )
         print(f"{args.out}: {len(Clips(args.out))} samples, no faults")
         return
     if args.command == "merge":
@@ -585,7 +617,9 @@ def main(arguments: list[str] | None = None) -> None:
         how = (args.workers, args.max_skipped, *inputs, args.part, args.keep_local == "yes")
         report = convert(args.source, args.out, recipe, *how)
     if report is None:
-        print(f"{args.out}: share {args.part[0]} of {args.part[1]} is done; when all are: data_prep.py merge {args.out}")
+        print(
+            f"{args.out}: share {args.part[0]} of {args.part[1]} is done; when all are: data_prep.py merge {args.out}"
+        )
         return
     counts = ", ".join(f"{report[name]} {name}" for name in ("samples", "absent", "short"))
     print(f"{args.out}: {counts}, {len(report['skipped'])} skipped")

@@ -15,35 +15,29 @@ import json
 import shutil
 import sys
 import time
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from composer.devices import Device
 from composer.trainer.trainer import get_device
 from composer.utils import dist, reproducibility
-from matplotlib.figure import Figure
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
-from torchvision.transforms.v2.functional import normalize
-from torchvision.utils import make_grid, save_image
 
-import data_prep
-from checkpoints import read_checkpoint
-from comparison import compare, write_table
-from config import DataSets, Part, RunName, load_config, one_line_errors
-from model import Classifier, ViCMAE, load_pretrained
-from places import Place, write_file, write_picture
-from plans import activation_bytes, asked_plan, is_half, show_plan, size_of, stack_of
-from pretrain import draw_reconstructions
-from probes import digest_of, first_frames, infer, measure_probe, readable
-from views import MEAN, STD, UNREADABLE, EvalViews
-from vit import Encoder
+from benchmarks.compare import compare, write_table
+from evaluation.pictures import draw_attention, draw_confusion, draw_reconstructions
+from evaluation.probes import cache_key, infer, measure_probe, readable
+from model import Classifier, Encoder, ViCMAE
+from shards.format import UNREADABLE, common_classes, read_classes
+from shards.storage import Storage, write_file
+from shards.views import DataSets, EvalViews, PositiveFraction
+from training.config import RunName, load_config, one_line_errors
+from training.plan import activation_bytes, split_plan_flag, is_half, show_plan, size_of, stack_of
+from training.weights import load_pretrained, read_checkpoint
 
 
 def measure_accuracy(
@@ -53,7 +47,7 @@ def measure_accuracy(
     data: DataSets,
     temporal_views: PositiveInt = 1,
     spatial_views: PositiveInt = 1,
-    crop_pct: Part = 0.875,
+    crop_pct: PositiveFraction = 0.875,
     frame_interval: PositiveFloat | None = None,
     batch_size: PositiveInt = 64,
     num_workers: NonNegativeInt = 0,
@@ -69,7 +63,9 @@ def measure_accuracy(
     each true class.
     """
     sizes = (net.encoder.img_size, net.encoder.num_frames, temporal_views, spatial_views, crop_pct)
-    views = EvalViews(data, *sizes, frame_interval=frame_interval, unreadable=parts.parent / UNREADABLE)
+    views = EvalViews(
+        data, *sizes, frame_interval=frame_interval, unreadable=parts.parent / UNREADABLE
+    )
     begin, computed = time.monotonic(), 0
 
     def forward(inputs: Tensor) -> Tensor:
@@ -77,55 +73,18 @@ def measure_accuracy(
         computed += len(inputs) * dist.get_world_size()
         return net.eval_forward({"inputs": inputs})
 
-    probabilities, labels = readable(*infer(net, forward, views, batch_size, num_workers, parts, part_size))
+    probabilities, labels = readable(
+        *infer(net, forward, views, batch_size, num_workers, parts, part_size)
+    )
     result = {"samples_per_second": computed / (time.monotonic() - begin)}
-    for name, k in {"top1": 1, "top5": min(5, net.num_classes)}.items():  # every rank has it all: nothing is to be gathered
-        result[name] = float(multiclass_accuracy(probabilities, labels, net.num_classes, average="micro", top_k=k))
+    for name, k in {
+        "top1": 1,
+        "top5": min(5, net.num_classes),
+    }.items():  # every rank has it all: nothing is to be gathered
+        result[name] = float(
+            multiclass_accuracy(probabilities, labels, net.num_classes, average="micro", top_k=k)
+        )
     return result, multiclass_confusion_matrix(probabilities, labels, net.num_classes)
-
-
-def draw_confusion(counts: Tensor, classes: list[str], to: Path) -> None:
-    """Draw a confusion matrix, each row as fractions of its class; with names, where they can be read."""
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    axis = figure.subplots()
-    picture = axis.imshow(counts / counts.sum(dim=1, keepdim=True).clamp(min=1), vmin=0, vmax=1, cmap="Blues")
-    figure.colorbar(picture, label="fraction of the true class")
-    axis.set(xlabel="predicted", ylabel="true")
-    if len(classes) <= 40:
-        axis.set_xticks(range(len(classes)), classes, rotation=90)
-        axis.set_yticks(range(len(classes)), classes)
-    write_picture(to, partial(figure.savefig, dpi=120))
-
-
-@torch.no_grad()
-def last_attention(encoder: Encoder, images: Tensor) -> Tensor:
-    """Attention of the last block on images (B, 3, H, W), normalised -> (B, heads, 1 + N, 1 + N), CLS first.
-
-    Row i says how token i, which looks, shares itself out among all: it sums to 1.
-    """
-    attn, seen = encoder.blocks[-1].attn, []
-    with attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
-        encoder(images)
-    q, k, _ = attn.qkv(seen[0]).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, 1 + N, d)
-    return (attn.q_norm(q) * attn.scale @ attn.k_norm(k).transpose(-2, -1)).softmax(dim=-1)
-
-
-def draw_attention(encoder: Encoder, paths: list[str], to: Path, count: int = 8) -> None:
-    """Draw `count` samples, evenly picked, and below each how much its patches are looked at in the last block.
-
-    That is the mean over heads and over the patches that look, from the least of the image, black, to the most, white. What
-    CLS looks at, as is usually drawn, would say less: ViC-MAE's losses have no target for it.
-    """
-    views = EvalViews(paths, encoder.img_size, crop_pct=1.0, unreadable=to.parent / UNREADABLE)
-    images = first_frames(views, torch.linspace(0, len(views) - 1, count).long())
-    attention = last_attention(encoder, normalize(images.to(encoder.cls_token.device), MEAN, STD)).cpu()
-    looked = attention[:, :, 1:, 1:].mean(dim=(1, 2)) * encoder.num_patches  # (B, N), 1 if all are looked at alike
-    looked = looked.unflatten(1, (1, encoder.grid, encoder.grid))  # (B, 1, h, w)
-    scale = max(1, 96 // encoder.img_size)
-    looked = F.interpolate(looked, scale_factor=scale * encoder.patch_size, mode="bilinear")  # (B, 1, H, W)
-    above = make_grid(F.interpolate(images, scale_factor=scale), nrow=count, pad_value=1.0)
-    below = make_grid(looked, nrow=count, pad_value=1.0, normalize=True, scale_each=True)
-    write_picture(to, partial(save_image, torch.cat([above, below], dim=1)))
 
 
 def export_timm(net: Encoder | Classifier, to: str) -> None:
@@ -194,22 +153,32 @@ def evaluate(
         compare(**comparison)
         return {"comparison": comparison["to"]}
     whole = export and classifier and not model  # to be exported with its head
-    asked = {"model": probe or reconstructions or attention or (export and not whole), "classifier": accuracy or whole}
+    asked = {
+        "model": probe or reconstructions or attention or (export and not whole),
+        "classifier": accuracy or whole,
+    }
     if not any(asked.values()):
-        raise ValueError("nothing is asked for; give accuracy, probe, reconstructions, attention, export, table, comparison")
+        raise ValueError(
+            "nothing is asked for; give accuracy, probe, reconstructions, attention, export, table, comparison"
+        )
     for name, sizes in (("model", model), ("classifier", classifier)):
         if asked[name] and sizes is None:
             raise ValueError(f"the block {name} is missing: it gives the sizes of what is measured")
     if reconstructions and model.get("mask") == "none":
-        raise ValueError("reconstructions: model.mask is none, and nothing is removed that could be reconstructed")
+        raise ValueError(
+            "reconstructions: model.mask is none, and nothing is removed that could be reconstructed"
+        )
     for name, to in (("export", export), ("probe.features", (probe or {}).get("features"))):
         if to and not Path(to).absolute().parent.is_dir():
             raise ValueError(f"{name} {to}: its folder does not exist")
     for path in chain(reconstructions or (), attention or (), (accuracy or {}).get("data", ())):
-        data_prep.read_classes(path)
+        read_classes(path)
 
     where = get_device(device)
-    kind, half = {"gpu": "cuda"}.get(where.name, where.name), {"amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}
+    kind, half = (
+        {"gpu": "cuda"}.get(where.name, where.name),
+        {"amp_fp16": torch.float16, "amp_bf16": torch.bfloat16},
+    )
     autocast = torch.autocast(kind, half.get(precision), enabled=precision in half)
     dist.initialize_dist(where)
     reproducibility.seed_all(seed)
@@ -220,7 +189,10 @@ def evaluate(
         net = load(ViCMAE(**model), checkpoint, where, ("decoder.",) if reconstructions else ())
         if probe:
             with autocast:
-                parts = run / f"parts-{digest_of(checkpoint, seed, model, probe | {'precision': precision})}"
+                parts = (
+                    run
+                    / f"parts-{cache_key(checkpoint, seed, model, probe | {'precision': precision})}"
+                )
                 result |= measure_probe(net.encoder, seed, run, parts, **probe)
         if reconstructions and first:
             draw_reconstructions(net, reconstructions, run / "reconstructions.png")
@@ -229,23 +201,29 @@ def evaluate(
         if export:
             export_timm(net.encoder, export)
     if asked["classifier"]:
-        classes = data_prep.common_classes(accuracy["data"]) if accuracy else range(count_classes(checkpoint, head))
-        net = load(Classifier(len(classes), **classifier), checkpoint, where, ("head.", "neck."), head)
+        classes = (
+            common_classes(accuracy["data"]) if accuracy else range(count_classes(checkpoint, head))
+        )
+        net = load(
+            Classifier(len(classes), **classifier), checkpoint, where, ("head.", "neck."), head
+        )
         if whole:
             export_timm(net, export)
     if accuracy:
         with autocast:
             told = accuracy | {"precision": precision, "head": head}
-            parts = run / f"parts-{digest_of(checkpoint, seed, classifier, told)}"
+            parts = run / f"parts-{cache_key(checkpoint, seed, classifier, told)}"
             measured, confusion = measure_accuracy(net, parts, **accuracy)
         result |= measured
         if first:
             draw_confusion(confusion, classes, run / "confusion.png")
-            counts = zip(classes, confusion.diag().tolist(), confusion.sum(dim=1).tolist(), strict=True)
+            counts = zip(
+                classes, confusion.diag().tolist(), confusion.sum(dim=1).tolist(), strict=True
+            )
             right = {name: hits / count for name, hits, count in counts if count}
-            Place(str(run)).write_json("per_class.json", right)
+            Storage(str(run)).write_json("per_class.json", right)
     if first:
-        Place(str(run)).write_json("eval.json", result)
+        Storage(str(run)).write_json("eval.json", result)
         for folder in run.glob("parts-*"):
             shutil.rmtree(folder)
     return result
@@ -259,12 +237,18 @@ def count_classes(checkpoint: str | None, head: int | None) -> int:
     """
     bias = read_checkpoint(checkpoint, head).get("head.bias") if checkpoint else None
     if bias is None:
-        raise ValueError(f"export: checkpoint {checkpoint} has no head; give the block model to export the encoder alone")
+        raise ValueError(
+            f"export: checkpoint {checkpoint} has no head; give the block model to export the encoder alone"
+        )
     return len(bias)
 
 
 def load(
-    net: nn.Module, checkpoint: str | None, device: Device, needed: tuple[str, ...], head: int | None = None
+    net: nn.Module,
+    checkpoint: str | None,
+    device: Device,
+    needed: tuple[str, ...],
+    head: int | None = None,
 ) -> nn.Module:
     """Fill a model from a checkpoint, see load_pretrained, and put it on the device.
 
@@ -275,11 +259,15 @@ def load(
         report = load_pretrained(net, checkpoint, head)
         missing = [name for name in report["missing"] if name.startswith(needed)] if needed else []
         if "head.0.bias" in report["unused"] and "head.bias" in missing:
-            raise ValueError(f"checkpoint {checkpoint} has a head for each of several data sets; say which, such as head=0")
+            raise ValueError(
+                f"checkpoint {checkpoint} has a head for each of several data sets; say which, such as head=0"
+            )
         if missing:
             raise ValueError(f"checkpoint {checkpoint} lacks {missing[0]}, which is needed here")
         if "neck." in needed and any(name.startswith("neck.") for name in report["unused"]):
-            raise ValueError(f"checkpoint {checkpoint} is of a linear probe; set classifier.freeze to true")
+            raise ValueError(
+                f"checkpoint {checkpoint} is of a linear probe; set classifier.freeze to true"
+            )
     return device.module_to_device(net).eval()
 
 
@@ -293,18 +281,24 @@ def plan(config: dict[str, Any], gpus: int) -> str:
     if not asked:
         raise ValueError("--plan: give a block accuracy or probe, which this configuration has not")
     sizes = config.get("classifier") or {
-        key: value for key, value in config["model"].items() if key in inspect.signature(Encoder).parameters
+        key: value
+        for key, value in config["model"].items()
+        if key in inspect.signature(Encoder).parameters
     }
     data = asked.get("data") or asked["bank"] + asked["queries"]
     views = asked.get("temporal_views", 1) * asked.get("spatial_views", 1)
     with torch.device("meta"):
-        net = Classifier(size_of(data[0])[1], **sizes | {"freeze": True})  # counted without a backward pass
+        net = Classifier(
+            size_of(data[0])[1], **sizes | {"freeze": True}
+        )  # counted without a backward pass
         frames, size = net.encoder.num_frames, net.encoder.img_size
         flops = net.flops_per_batch({"inputs": torch.empty(1, views, frames, 3, size, size)})
     net.requires_grad_(False)
     precision, at_once = config.get("precision", "fp32"), asked.get("batch_size", 256)
     stacks = [stack_of(net.encoder, 1 + net.encoder.num_patches)]
-    activations = at_once * views * (activation_bytes(stacks, precision, 0) + 2 * 4 * frames * 3 * size**2)
+    activations = (
+        at_once * views * (activation_bytes(stacks, precision, 0) + 2 * 4 * frames * 3 * size**2)
+    )
     state = 4 * sum(parameter.numel() for parameter in net.parameters())
     samples = sum(size_of(path)[0] for path in data)
     return show_plan(net, gpus, samples, flops, is_half(precision), state, activations, at_once)
@@ -312,7 +306,7 @@ def plan(config: dict[str, Any], gpus: int) -> str:
 
 def main() -> None:
     with one_line_errors():
-        arguments, gpus = asked_plan(sys.argv[1:])
+        arguments, gpus = split_plan_flag(sys.argv[1:])
         config = load_config(arguments, evaluate)
         if gpus:
             print(plan(config, gpus))

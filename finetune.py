@@ -30,23 +30,41 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-import data_prep
-from algorithms import ALGORITHMS, CALLBACKS, LOGGERS, unwrapped
-from checkpoints import Checkpoints, describe
-from config import DataSets, Part, RunName, Share, load_config, one_line_errors
-from model import Classifier, Fraction, ProbeHeads, load_pretrained
-from plans import ALL_KEPT, activation_bytes, asked_plan, size_of, stack_of, training_plan
-from pretrain import TrainerBlock, build_optimizer, build_trainer, finish_run, fit, start_run
-from streams import load_stream
-from views import MEAN, UNREADABLE, EvalViews, crop_and_scale, draw_crop, normalise, pick_frames
+from model import Classifier, ProperFraction, ProbeHeads
+from shards.format import UNREADABLE, common_classes, decode_frame
+from shards.stream import load_stream
+from shards.views import (
+    MEAN,
+    DataSets,
+    EvalViews,
+    PositiveFraction,
+    UnitInterval,
+    crop_and_scale,
+    draw_crop,
+    normalise,
+    pick_frames,
+)
+from training.checkpoints import Checkpoints
+from training.config import RunName, load_config, one_line_errors
+from training.plan import (
+    ALL_KEPT,
+    activation_bytes,
+    split_plan_flag,
+    size_of,
+    stack_of,
+    training_plan,
+)
+from training.run import TrainerBlock, build_optimizer, build_trainer, finish_run, fit, start_run
+from training.speedups import ALGORITHMS, CALLBACKS, LOGGERS, unwrapped
+from training.weights import describe, load_pretrained
 
 
 @dataclass
-class TrainingClips:
+class FinetuningViews:
     """How a labelled sample is seen in training: crop and flip, one for all frames, then erasing, mixup and cutmix.
 
     Args:
-        first_class: what is added to the labels of each stream; nothing if not given.
+        label_offsets: what is added to the labels of each stream; nothing if not given.
         crop_scale, crop_ratio: of RandomResizedCrop.
         flip: probability; 0 where a label has a direction.
         frame_interval: seconds between two frames, for a piece of the clip; None for the whole clip. See pick_frames.
@@ -64,26 +82,30 @@ class TrainingClips:
     img_size: int
     num_frames: int
     num_classes: int
-    first_class: tuple[int, ...] = ()
+    label_offsets: tuple[int, ...] = ()
     _: KW_ONLY
-    crop_scale: tuple[Share, Share] = (0.08, 1.0)
+    crop_scale: tuple[UnitInterval, UnitInterval] = (0.08, 1.0)
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
-    flip: Share = 0.5
+    flip: UnitInterval = 0.5
     frame_interval: PositiveFloat | None = None
     rand_augment: str | None = None
-    erasing: Share = 0.25
+    erasing: UnitInterval = 0.25
     mixup: NonNegativeFloat = 0.8
     cutmix: NonNegativeFloat = 1.0
-    label_smoothing: Fraction = 0.1
-    held_out: Share = 0.0
+    label_smoothing: ProperFraction = 0.1
+    held_out: UnitInterval = 0.0
 
     def __post_init__(self):
         mixing = {"label_smoothing": self.label_smoothing, "num_classes": self.num_classes}
         self.mix = Mixup(self.mixup, self.cutmix, **mixing) if self.mixup or self.cutmix else None
         if self.mix and self.held_out:
-            raise ValueError("augment.held_out needs augment.mixup and augment.cutmix to be 0: they would mix its labels in")
-        if self.first_class and self.label_smoothing:
-            raise ValueError("augment.label_smoothing must be 0 with own_heads: it would reach other data sets' classes")
+            raise ValueError(
+                "augment.held_out needs augment.mixup and augment.cutmix to be 0: they would mix its labels in"
+            )
+        if self.label_offsets and self.label_smoothing:
+            raise ValueError(
+                "augment.label_smoothing must be 0 with own_heads: it would reach other data sets' classes"
+            )
         self.policy = None
         if self.rand_augment:
             colour = tuple(round(255 * one) for one in MEAN)
@@ -92,7 +114,9 @@ class TrainingClips:
                 self.policy = rand_augment_transform(self.rand_augment, hints)
             except (AssertionError, ValueError) as error:
                 example = "one is rand-m9-mstd0.5-inc1"
-                raise ValueError(f"augment.rand_augment {self.rand_augment} is no policy of timm's; {example}") from error
+                raise ValueError(
+                    f"augment.rand_augment {self.rand_augment} is no policy of timm's; {example}"
+                ) from error
 
     def draw(self, sample: dict, rng: np.random.Generator) -> dict[str, Tensor]:
         """Run in a worker on a stored sample -> `inputs` uint8 (1, T, 3, H, W), `target`, `key` (seeds what follows).
@@ -105,8 +129,10 @@ class TrainingClips:
         """
         if sample["label"] < 0:
             raise ValueError("has no label")
-        picked = pick_frames(sample["timestamps"], self.num_frames, self.frame_interval, rng.random())
-        frames = {index: data_prep.decode_frame(sample, index) for index in set(picked)}
+        picked = pick_frames(
+            sample["timestamps"], self.num_frames, self.frame_interval, rng.random()
+        )
+        frames = {index: decode_frame(sample, index) for index in set(picked)}
         box = draw_crop(rng, *frames[picked[0]].shape[:2], self.crop_scale, self.crop_ratio)
         clip = torch.stack([crop_and_scale(frames[index], box, self.img_size) for index in picked])
         if rng.random() < self.flip:
@@ -115,7 +141,9 @@ class TrainingClips:
             seed = int(rng.integers(2**31))
             clip = torch.stack([self.augmented(frame, seed) for frame in clip])
         kept_out = zlib.crc32(sample["name"].encode()) < self.held_out * 2**32
-        label = sample["label"] + (self.first_class[sample["stream"]] if self.first_class else 0)
+        label = sample["label"] + (
+            self.label_offsets[sample["stream"]] if self.label_offsets else 0
+        )
         drawn = {"inputs": clip[None], "target": label, "held_out": label if kept_out else -1}
         return drawn | {"key": int(rng.integers(2**31))}
 
@@ -159,24 +187,24 @@ def load_eval(
     run: Path,
     img_size: int,
     num_frames: int,
-    first_class: tuple[int, ...] = (),
+    label_offsets: tuple[int, ...] = (),
     *,
     paths: DataSets,
     batch_size: PositiveInt = 64,
     num_workers: NonNegativeInt = 0,
-    crop_pct: Part = 0.875,
+    crop_pct: PositiveFraction = 0.875,
     frame_interval: PositiveFloat | None = None,
 ) -> DataSpec:
     """The loader of the validation data: one central view of each sample.
 
     Args:
-        first_class, crop_pct, frame_interval: see EvalViews.
+        label_offsets, crop_pct, frame_interval: see EvalViews.
         paths: data sets of data_prep.py.
         batch_size: samples of each rank.
         num_workers: processes of each rank.
     """
     how = {"crop_pct": crop_pct, "frame_interval": frame_interval, "unreadable": run / UNREADABLE}
-    data = EvalViews(paths, img_size, num_frames, first_class=first_class, **how)
+    data = EvalViews(paths, img_size, num_frames, label_offsets=label_offsets, **how)
     sampler = dist.get_sampler(data, drop_last=False, shuffle=False)
     loader = DataLoader(data, batch_size, sampler=sampler, num_workers=num_workers)
     return DataSpec(loader, batch_transforms=normalise_views)
@@ -187,7 +215,7 @@ def build_lars(
     global_train_batch_size: int,
     *,
     base_lrs: Annotated[list[PositiveFloat], Field(min_length=1)],
-    momentum: Share = 0.9,
+    momentum: UnitInterval = 0.9,
     weight_decay: NonNegativeFloat = 0.0,
     trust_coeff: PositiveFloat = 0.001,
 ) -> Lars:
@@ -201,7 +229,9 @@ def build_lars(
     heads = net.head if isinstance(net.head, ProbeHeads) else [net.head]
     for head, base_lr in zip(heads, base_lrs, strict=True):
         lr = base_lr * global_train_batch_size / 256
-        groups.append({"params": [head.weight], "lr": lr, "always_adapt": True, "weight_decay": weight_decay})
+        groups.append(
+            {"params": [head.weight], "lr": lr, "always_adapt": True, "weight_decay": weight_decay}
+        )
         groups.append({"params": [head.bias], "lr": lr, "always_adapt": False, "weight_decay": 0.0})
     return Lars(groups, momentum=momentum, trust_coeff=trust_coeff)
 
@@ -213,7 +243,7 @@ def finetune(
     pretrained: str | None,
     data: Annotated[dict, load_stream],
     eval_data: Annotated[dict, load_eval],
-    augment: Annotated[dict, TrainingClips],
+    augment: Annotated[dict, FinetuningViews],
     model: Annotated[dict, Classifier],
     optimizer: Annotated[dict, build_optimizer] | None = None,
     lars: Annotated[dict, build_lars] | None = None,
@@ -241,33 +271,49 @@ def finetune(
     if (optimizer is None) == (lars is None):
         raise ValueError("give one of the blocks optimizer (AdamW) and lars (for a linear probe)")
     if lars and not model.get("freeze"):
-        raise ValueError("lars is for a linear probe; set model.freeze to true, or give optimizer in its place")
+        raise ValueError(
+            "lars is for a linear probe; set model.freeze to true, or give optimizer in its place"
+        )
     heads = len(lars["base_lrs"]) if lars else 1
     if heads > 1 and not augment.get("held_out"):
-        raise ValueError("augment.held_out is 0, but one of lars.base_lrs is to be chosen by what is held out; give 0.01")
+        raise ValueError(
+            "augment.held_out is 0, but one of lars.base_lrs is to be chosen by what is held out; give 0.01"
+        )
     training, testing = [stream["path"] for stream in data["streams"]], eval_data["paths"]
     if own_heads and (lars or len(training) != len(testing)):
-        raise ValueError("own_heads: give optimizer, not lars, and for each of data.streams one of eval_data.paths")
+        raise ValueError(
+            "own_heads: give optimizer, not lars, and for each of data.streams one of eval_data.paths"
+        )
     run = start_run(config)
-    first_class = ()
+    label_offsets = ()
     if own_heads:
-        classes = [len(data_prep.common_classes(list(pair))) for pair in zip(training, testing, strict=True)]
-        first_class = (0, *accumulate(classes[:-1]))
+        classes = [len(common_classes(list(pair))) for pair in zip(training, testing, strict=True)]
+        label_offsets = (0, *accumulate(classes[:-1]))
     else:
-        classes = len(data_prep.common_classes(training + testing))
+        classes = len(common_classes(training + testing))
     net = Classifier(classes, heads, **model)
     if pretrained:
         report = load_pretrained(net, pretrained)
         if dist.get_global_rank() == 0:
             print(f"weights of {pretrained}:\n{describe(report)}")
     num_frames = model.get("num_frames", 1)
-    clips = TrainingClips(net.encoder.img_size, num_frames, net.num_classes, first_class, **augment)
-    loader, micro_size = load_stream(clips.draw, clips.apply, seed, net.encoder.patch_size, run, **data)
+    clips = FinetuningViews(
+        net.encoder.img_size, num_frames, net.num_classes, label_offsets, **augment
+    )
+    loader, micro_size = load_stream(
+        clips.draw, clips.apply, seed, net.encoder.patch_size, run, **data
+    )
     if clips.mix and micro_size % 2:
-        raise ValueError(f"a micro-batch of {micro_size} on each rank must be even for mixup and cutmix, or set both to 0")
+        raise ValueError(
+            f"a micro-batch of {micro_size} on each rank must be even for mixup and cutmix, or set both to 0"
+        )
     batch_size = data["global_train_batch_size"]
-    built = build_lars(net, batch_size, **lars) if lars else build_optimizer(net, batch_size, **optimizer)
-    validation = load_eval(run, net.encoder.img_size, num_frames, first_class, **eval_data)
+    built = (
+        build_lars(net, batch_size, **lars)
+        if lars
+        else build_optimizer(net, batch_size, **optimizer)
+    )
+    validation = load_eval(run, net.encoder.img_size, num_frames, label_offsets, **eval_data)
     return build_trainer(run, config, net, built, loader, micro_size, validation)
 
 
@@ -276,7 +322,9 @@ def plan(config: dict[str, Any], gpus: int) -> str:
     classes = [size_of(stream["path"])[1] for stream in config["data"]["streams"]]
     classes = classes if config.get("own_heads") else classes[0]
     with torch.device("meta"):
-        net = Classifier(classes, len(config["lars"]["base_lrs"]) if config.get("lars") else 1, **config["model"])
+        net = Classifier(
+            classes, len(config["lars"]["base_lrs"]) if config.get("lars") else 1, **config["model"]
+        )
         frames, size = net.encoder.num_frames, net.encoder.img_size
         flops = net.flops_per_batch({"inputs": torch.empty(1, 1, frames, 3, size, size)})
     pictures = 4 * 4 * frames * 3 * size**2  # bytes and floats, erased and mixed
@@ -288,7 +336,7 @@ def plan(config: dict[str, Any], gpus: int) -> str:
 
 def main() -> None:
     with one_line_errors():
-        arguments, gpus = asked_plan(sys.argv[1:])
+        arguments, gpus = split_plan_flag(sys.argv[1:])
         config = load_config(arguments, finetune)
         if gpus:
             print(plan(config, gpus))

@@ -22,15 +22,20 @@ from streaming.base.shared import SharedMemory, prefix
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from places import s3_client  # noqa: E402
+
 import data_prep  # noqa: E402
 import pretrain  # noqa: E402
-from places import s3_client  # noqa: E402
 
 torch.set_num_threads(1)  # what is tested is small; threads only get in each other's way
 # A StreamingDataset looks at the shared memory of all others, and keeps each file of it open until the end: with hundreds in
 # one process, too many.
-prefix.SharedMemory = lambda name, create, size=0: SharedMemory(name, create, size, auto_cleanup=create)
-torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # s that a loader which is thrown away waits for each of its workers
+prefix.SharedMemory = lambda name, create, size=0: SharedMemory(
+    name, create, size, auto_cleanup=create
+)
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = (
+    0.2  # s that a loader which is thrown away waits for each of its workers
+)
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
@@ -43,12 +48,21 @@ def demo(tmp_path_factory) -> Path:
     return out
 
 
-def join(rank: int, ranks: int, store: str, environment: dict[str, str], function, arguments: tuple) -> None:
+def join(
+    rank: int, ranks: int, store: str, environment: dict[str, str], function, arguments: tuple
+) -> None:
     os.environ |= environment  # the server's is that of its start
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(ranks),
+    }
     os.environ["NODE_RANK"] = "0"
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks
+    )
     function(rank, *arguments)
     torch.distributed.barrier()  # gloo may not outlive a group that is destroyed right after gathering objects
     torch.distributed.destroy_process_group()
@@ -60,9 +74,14 @@ def start_ranks(folder: Path, ranks: int, function, *arguments) -> None:
     They are forked from a server that has the libraries loaded but no process group, which this process may have.
     """
     multiprocessing.set_forkserver_preload(["composer", "streaming", "timm"])
-    store = folder / f"store-{uuid.uuid4()}"  # one that an earlier group has left would mislead the next
+    store = (
+        folder / f"store-{uuid.uuid4()}"
+    )  # one that an earlier group has left would mislead the next
     mp.start_processes(
-        join, (ranks, str(store), dict(os.environ), function, arguments), nprocs=ranks, start_method="forkserver"
+        join,
+        (ranks, str(store), dict(os.environ), function, arguments),
+        nprocs=ranks,
+        start_method="forkserver",
     )
 
 
@@ -96,17 +115,34 @@ def spoilt(source: Path, folder: Path, *numbers: int) -> Path:
     return copy
 
 
-def launch(folder: Path, script: str, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
+def launch(
+    folder: Path, script: str, *arguments: str, ranks: int = 1
+) -> subprocess.CompletedProcess:
     """A stage on the real command line, through Composer's launcher, in a folder of its own."""
-    command = [sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks), str(ROOT / script), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "composer.cli.launcher",
+        "-n",
+        str(ranks),
+        str(ROOT / script),
+        *arguments,
+    ]
     with subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
         try:
             out, error = process.communicate(timeout=300)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # ranks that outlive the launcher would keep the pipes open
+                os.killpg(
+                    process.pid, signal.SIGKILL
+                )  # ranks that outlive the launcher would keep the pipes open
     return subprocess.CompletedProcess(command, process.returncode, out, error)
 
 
@@ -138,7 +174,9 @@ def serve(channel) -> None:
 @pytest.fixture(scope="session")
 def endpoint():
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs,), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(
+        target=serve, args=(theirs,), daemon=True
+    )
     process.start()
     yield f"http://127.0.0.1:{ours.recv()}"
     process.kill()

@@ -13,14 +13,14 @@ import pytest
 import torch
 from composer.utils import dist
 from PIL import Image
+from places import Storage, bucket_errors, s3_client
+from sources import Recipe, list_in1k
+from streams import load_stream, open_stream
 from test_data_prep import files_of, write_image, write_images, write_video
+from views import EvalViews, PretrainingViews, augment_batch
 
 import data_prep
 from data_prep import Clips, convert
-from places import Place, bucket_errors, s3_client
-from sources import Recipe, list_in1k
-from streams import load_stream, open_stream
-from views import EvalViews, SampleViews, augment_batch
 
 
 def upload(client, folder: Path, prefix: str) -> None:
@@ -31,7 +31,10 @@ def upload(client, folder: Path, prefix: str) -> None:
 def objects(client, prefix: str) -> dict[str, bytes]:
     found = client.list_objects_v2(Bucket="bkt", Prefix=prefix + "/").get("Contents", ())
     keys = [one["Key"] for one in found]
-    return {key.removeprefix(prefix + "/"): client.get_object(Bucket="bkt", Key=key)["Body"].read() for key in keys}
+    return {
+        key.removeprefix(prefix + "/"): client.get_object(Bucket="bkt", Key=key)["Body"].read()
+        for key in keys
+    }
 
 
 def without_source(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -39,7 +42,11 @@ def without_source(files: dict[str, bytes]) -> dict[str, bytes]:
     plain = {}
     for name, data in files.items():
         value = json.loads(data) if name in ("request.json", "report.json") else data
-        plain[name] = {key: part for key, part in value.items() if key != "source"} if isinstance(value, dict) else value
+        plain[name] = (
+            {key: part for key, part in value.items() if key != "source"}
+            if isinstance(value, dict)
+            else value
+        )
     return plain
 
 
@@ -51,7 +58,10 @@ def test_source_in_a_bucket_gives_the_bytes_of_the_same_source_on_disk(bucket, t
     (tmp_path / "clips" / "list.csv").write_text("path,label\nc/a.mp4,first\nc/lost.mp4,second\n")
     with tarfile.open(tmp_path / "clips" / "x-0.tar", "w") as tar:
         for number in range(3):
-            for ending, data in (("mp4", (tmp_path / "clips" / "c" / "a.mp4").read_bytes()), ("cls", b"%d" % number)):
+            for ending, data in (
+                ("mp4", (tmp_path / "clips" / "c" / "a.mp4").read_bytes()),
+                ("cls", b"%d" % number),
+            ):
                 member = tarfile.TarInfo(f"{number:03d}.{ending}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -66,7 +76,9 @@ def test_source_in_a_bucket_gives_the_bytes_of_the_same_source_on_disk(bucket, t
         made = {}
         for root in (str(tmp_path), "s3://bkt/some"):
             out = tmp_path / f"out {len(made)}"
-            report = convert(f"{root}/{source}", str(out), Recipe(kind, frames=4), 2, max_skipped=0.5)
+            report = convert(
+                f"{root}/{source}", str(out), Recipe(kind, frames=4), 2, max_skipped=0.5
+            )
             assert report["samples"] == samples and report["absent"] == (source == "clips/list.csv")
             made[root] = without_source(files_of(out))
             shutil.rmtree(out)
@@ -86,42 +98,69 @@ def test_imagenets_tar_of_tars_is_read_from_a_bucket_without_unpacking(bucket, t
             member.size = buffer.tell()
             buffer.seek(0)
             outer.addfile(member, buffer)
-    bucket.upload_file(str(tmp_path / "ILSVRC2012_img_train.tar"), "bkt", "imagenet/ILSVRC2012_img_train.tar")
+    bucket.upload_file(
+        str(tmp_path / "ILSVRC2012_img_train.tar"), "bkt", "imagenet/ILSVRC2012_img_train.tar"
+    )
     convert("s3://bkt/imagenet", str(tmp_path / "out"), Recipe("images"), 2, list_inputs=list_in1k)
     clips = Clips(str(tmp_path / "out"))
     assert data_prep.read_classes(str(tmp_path / "out")) == ["n01", "n02"]
-    assert [(clips[number]["label"], clips[number]["name"][-10:]) for number in range(len(clips))] == [
-        (label, f"{wnid}_{number}.JPEG") for label, wnid in ((1, "n02"), (0, "n01")) for number in range(3)
+    assert [
+        (clips[number]["label"], clips[number]["name"][-10:]) for number in range(len(clips))
+    ] == [
+        (label, f"{wnid}_{number}.JPEG")
+        for label, wnid in ((1, "n02"), (0, "n01"))
+        for number in range(3)
     ]
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_out_in_a_bucket_holds_what_a_folder_would_and_local_copies_can_be_dropped(bucket, tmp_path, keep):
+def test_out_in_a_bucket_holds_what_a_folder_would_and_local_copies_can_be_dropped(
+    bucket, tmp_path, keep
+):
     write_images(tmp_path / "in", 12)
     convert(str(tmp_path / "in"), str(tmp_path / "folder"), Recipe("images"), 2)
     report = convert(str(tmp_path / "in"), "s3://bkt/my/set", Recipe("images"), 2, keep_local=keep)
     folder = files_of(tmp_path / "folder")
     assert report["samples"] == 12 and objects(bucket, "my/set") == folder
     local = files_of(tmp_path / "my" / "set")
-    assert local == {name: data for name, data in folder.items() if name != "request.json"} if keep else not local
+    assert (
+        local == {name: data for name, data in folder.items() if name != "request.json"}
+        if keep
+        else not local
+    )
 
     def written() -> dict:
         found = bucket.list_objects_v2(Bucket="bkt")["Contents"]
-        return {one["Key"]: one["LastModified"] for one in found if "part-" in one["Key"] and "000001" not in one["Key"]}
+        return {
+            one["Key"]: one["LastModified"]
+            for one in found
+            if "part-" in one["Key"] and "000001" not in one["Key"]
+        }
 
     before = written()
-    bucket.delete_object(Bucket="bkt", Key="my/set/part-000001/part.json")  # as a machine that went away leaves it
+    bucket.delete_object(
+        Bucket="bkt", Key="my/set/part-000001/part.json"
+    )  # as a machine that went away leaves it
     convert(str(tmp_path / "in"), "s3://bkt/my/set", Recipe("images"), 2, keep_local=keep)
     assert objects(bucket, "my/set") == folder and written() == before
 
 
-def test_machines_without_a_common_disk_share_the_work_through_the_bucket(bucket, tmp_path, monkeypatch):
+def test_machines_without_a_common_disk_share_the_work_through_the_bucket(
+    bucket, tmp_path, monkeypatch
+):
     write_images(tmp_path / "in", 24)
     convert(str(tmp_path / "in"), str(tmp_path / "folder"), Recipe("images"), 2)
     for number in (1, 2):
         (tmp_path / f"machine {number}").mkdir()
         monkeypatch.chdir(tmp_path / f"machine {number}")
-        convert(str(tmp_path / "in"), "s3://bkt/set", Recipe("images"), 1, share=(number, 2), keep_local=number == 1)
+        convert(
+            str(tmp_path / "in"),
+            "s3://bkt/set",
+            Recipe("images"),
+            1,
+            share=(number, 2),
+            keep_local=number == 1,
+        )
     data_prep.merge("s3://bkt/set")
     assert objects(bucket, "set") == files_of(tmp_path / "folder")
 
@@ -162,32 +201,40 @@ def test_training_streams_the_same_batches_from_a_bucket_as_from_disk(bucket, de
             *[{"path": "s3://bkt/train_videos"}] * 2,
         )
     ):
-        pairs = SampleViews(32, 16)
+        pairs = PretrainingViews(32, 16)
         options = {"global_train_batch_size": 20, "num_workers": 2}
         run = tmp_path / f"{tmp_path.name}-{number}"
         spec, _ = load_stream(pairs, augment_batch, 0, 8, run, streams=[stream], **options)
         batches.append(list(spec.dataloader))
     assert [len(one) for one in batches] == [3] * 4
     for near, *far in zip(*batches, strict=True):
-        assert all(torch.equal(near[key], one[key]) for one in far for key in ("views", "augment", "noise"))
+        assert all(
+            torch.equal(near[key], one[key]) for one in far for key in ("views", "augment", "noise")
+        )
 
 
 def test_bucket_that_fails_is_named_and_the_same_command_goes_on(bucket, tmp_path, monkeypatch):
     write_images(tmp_path / "in", 12)
     arguments = (str(tmp_path / "in"), "s3://bkt/set", Recipe("images"), 1)
-    write = Place.write
+    write = Storage.write
 
     def fail(place, name, data):
         if name == "part-000001/shard.00000.mds":
             with bucket_errors(place.at(name)):
-                place.put = boto3.client("s3", endpoint_url="http://127.0.0.1:9").put_object(**place.key(name), Body=data)
+                place.put = boto3.client("s3", endpoint_url="http://127.0.0.1:9").put_object(
+                    **place.key(name), Body=data
+                )
         write(place, name, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Place, "write", fail)
-        with pytest.raises(OSError, match=r"Could not connect.*s3://bkt/set/part-000001/shard.00000.mds"):
+        patch.setattr(Storage, "write", fail)
+        with pytest.raises(
+            OSError, match=r"Could not connect.*s3://bkt/set/part-000001/shard.00000.mds"
+        ):
             convert(*arguments)
-    assert "set/part-000000/part.json" in {one["Key"] for one in bucket.list_objects_v2(Bucket="bkt")["Contents"]}
+    assert "set/part-000000/part.json" in {
+        one["Key"] for one in bucket.list_objects_v2(Bucket="bkt")["Contents"]
+    }
     assert convert(*arguments)["samples"] == 12
     convert(str(tmp_path / "in"), str(tmp_path / "folder"), Recipe("images"), 1)
     assert objects(bucket, "set") == files_of(tmp_path / "folder")
@@ -199,7 +246,7 @@ def test_upload_that_does_not_arrive_as_it_was_sent_is_an_error(bucket, monkeypa
     put = client.put_object
     monkeypatch.setattr(client, "put_object", lambda **given: put(**given | {"Body": arrived}))
     with pytest.raises(OSError, match=r"not the 4 bytes that were sent.*s3://bkt/x/name"):
-        Place("s3://bkt/x").write("name", b"data")
+        Storage("s3://bkt/x").write("name", b"data")
 
 
 def test_wrong_address_bucket_or_object_is_named(bucket, tmp_path, monkeypatch):
@@ -209,7 +256,9 @@ def test_wrong_address_bucket_or_object_is_named(bucket, tmp_path, monkeypatch):
         convert("s3://nowhere/x", str(tmp_path / "out"), Recipe("images"))
     with pytest.raises(ValueError, match="s3://bkt/empty: there is no folder"):
         convert("s3://bkt/empty", str(tmp_path / "out"), Recipe("images"))
-    with pytest.raises(ValueError, match=r"s3://bkt/empty is not a complete data set \(index.json is missing\)"):
+    with pytest.raises(
+        ValueError, match=r"s3://bkt/empty is not a complete data set \(index.json is missing\)"
+    ):
         open_stream(path="s3://bkt/empty")
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
     s3_client.cache_clear()

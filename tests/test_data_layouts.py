@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
+from sources import LAYOUTS, Recipe
 from streaming import LocalDataset
 
 from data_prep import convert
-from sources import LAYOUTS, Recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,19 +86,31 @@ def make(tmp_path):
     """make(preset, source, split) converts; the counts of its report are checked each time."""
     outs = iter(range(1000))
 
-    def run(preset: str, source: Path | str, split: str = "train", max_skipped: float = 0.0, **recipe) -> Made:
+    def run(
+        preset: str, source: Path | str, split: str = "train", max_skipped: float = 0.0, **recipe
+    ) -> Made:
         kind, list_inputs = LAYOUTS.get(preset, (preset, None))
         out = str(tmp_path / f"out{next(outs)}")
         recipe = Recipe(kind, **({"frames": 2} if kind == "videos" else {}) | recipe)
         report = convert(str(source), out, recipe, 1, max_skipped, list_inputs, split)
         classes = json.loads(Path(out, "classes.json").read_text())
         samples = list(LocalDataset(out))
-        found = {sample["name"]: classes[sample["label"]] if sample["label"] >= 0 else None for sample in samples}
-        assert len(found) == len(samples) == report["samples"] == report["inputs"] - len(report["skipped"])
+        found = {
+            sample["name"]: classes[sample["label"]] if sample["label"] >= 0 else None
+            for sample in samples
+        }
+        assert (
+            len(found)
+            == len(samples)
+            == report["samples"]
+            == report["inputs"] - len(report["skipped"])
+        )
         assert report == json.loads(Path(out, "report.json").read_text())
         if ".tar/" not in samples[0]["name"]:  # of tars, files are listed and samples counted
             assert report["listed"] == report["inputs"]
-        return Made(report, classes, found, {sample["name"]: sample["frames"] for sample in samples})
+        return Made(
+            report, classes, found, {sample["name"]: sample["frames"] for sample in samples}
+        )
 
     return run
 
@@ -162,7 +174,9 @@ def test_kinetics_class_folders_give_the_classes_where_there_is_no_csv(tmp_path,
     names = {
         f"{split}/{label}/{split[0]}{number}_0_0.mp4": label
         for split in ("train", "val")
-        for number, label in enumerate(["zumba", "clay pottery making", "air drumming", "massaging person's head"])
+        for number, label in enumerate(
+            ["zumba", "clay pottery making", "air drumming", "massaging person's head"]
+        )
     }
     source = lay(tmp_path / "k700-2020", videos(*names), {"train/zumba/._junk.mp4": b"\0\5\x16\7"})
     train, val = make("k700", source), make("k700", source, "val")
@@ -170,7 +184,9 @@ def test_kinetics_class_folders_give_the_classes_where_there_is_no_csv(tmp_path,
     assert train.found | val.found == names and not train.found.keys() & val.found.keys()
 
 
-@pytest.mark.parametrize("folder", ["train/{label}", "train/part_7/{label}", "videos/train/{label}", "train/tars/a/b"])
+@pytest.mark.parametrize(
+    "folder", ["train/{label}", "train/part_7/{label}", "videos/train/{label}", "train/tars/a/b"]
+)
 def test_kinetics_files_may_lie_in_class_folders_or_deeper_beside_the_csv(tmp_path, make, folder):
     names = {}
     for name, label in K400.items():
@@ -183,9 +199,22 @@ def test_kinetics_files_may_lie_in_class_folders_or_deeper_beside_the_csv(tmp_pa
 def test_kinetics_400_replacements_take_the_place_of_corrupted_files_of_the_same_id(tmp_path, make):
     folder = "replacement/replacement_for_corrupted_k400"
     bad, good = "-3B32lodo2M", "train/0wR5jVB-WPk_000417_000427.mp4"
-    replacements = {f"{folder}/{bad}.mp4": video(200), f"{folder}/a_b_cdefghi_000000_000010.mp4": video(200)}
-    corrupted = {f"train/{bad}_000059_000069.mp4": b"corrupted", "train/a_b_cdefghi_000000_000010.mp4": b""}
-    source = lay(tmp_path / "k400", videos(*K400), corrupted, replacements, {f"{folder}/._junk.mp4": b"\0"}, K400_LISTS)
+    replacements = {
+        f"{folder}/{bad}.mp4": video(200),
+        f"{folder}/a_b_cdefghi_000000_000010.mp4": video(200),
+    }
+    corrupted = {
+        f"train/{bad}_000059_000069.mp4": b"corrupted",
+        "train/a_b_cdefghi_000000_000010.mp4": b"",
+    }
+    source = lay(
+        tmp_path / "k400",
+        videos(*K400),
+        corrupted,
+        replacements,
+        {f"{folder}/._junk.mp4": b"\0"},
+        K400_LISTS,
+    )
     made = make("k400", source)
     assert made.found == {
         f"{folder}/{bad}.mp4": "riding a bike",
@@ -193,12 +222,19 @@ def test_kinetics_400_replacements_take_the_place_of_corrupted_files_of_the_same
         good: "abseiling",
         "train/__NrybzYzUg_000115_000125.mp4": "zumba",
     }
-    bright = {name for name, data in made.frames.items() if np.asarray(Image.open(io.BytesIO(data))).mean() > 130}
+    bright = {
+        name
+        for name, data in made.frames.items()
+        if np.asarray(Image.open(io.BytesIO(data))).mean() > 130
+    }
     assert bright == set(replacements)
 
 
 def test_kinetics_takes_what_its_csv_lacks_from_the_class_folders(tmp_path, make):
-    listed, unlisted = "train/abseiling/0wR5jVB-WPk_000417_000427.mp4", "train/abseiling/zzzzzzzzzzz_000001_000011.mp4"
+    listed, unlisted = (
+        "train/abseiling/0wR5jVB-WPk_000417_000427.mp4",
+        "train/abseiling/zzzzzzzzzzz_000001_000011.mp4",
+    )
     elsewhere = "train/no class of the csv/yyyyyyyyyyy_000001_000011.mp4"
     made = make("k600", lay(tmp_path / "k600", videos(listed, unlisted, elsewhere), K400_LISTS))
     assert made.found == {listed: "abseiling", unlisted: "abseiling"}
@@ -209,15 +245,23 @@ def test_kinetics_refuses_what_is_not_its_layout(tmp_path):
     flat = lay(tmp_path / "flat", videos("val/kUDuaEpODNI_001234_001244.mp4"))
     refused("k400", flat, "there is no folder train or videos/train")
     refused("k400", flat, "needs annotations/val.csv for the classes", "val")
-    other = lay(tmp_path / "other", videos(*K400), {"annotations/train.csv": "video,class\na.mp4,zumba\n"})
+    other = lay(
+        tmp_path / "other", videos(*K400), {"annotations/train.csv": "video,class\na.mp4,zumba\n"}
+    )
     refused("k600", other, "annotations/train.csv has no column")
     unlabelled = {"annotations/train.csv": K400_LISTS["annotations/test.csv"]}
-    refused("k700", lay(tmp_path / "unlabelled", videos(*K400), unlabelled), "annotations/train.csv has no column label")
+    refused(
+        "k700",
+        lay(tmp_path / "unlabelled", videos(*K400), unlabelled),
+        "annotations/train.csv has no column label",
+    )
     none = lay(tmp_path / "none", K400_LISTS, {"train/readme.txt": ""})
     refused("k400", none, "none of the 6 videos")
     extra = K400_LISTS["annotations/val.csv"].replace("zumba", "knitting")
     strange = lay(tmp_path / "strange", videos(*K400), K400_LISTS, {"annotations/val.csv": extra})
-    refused("k400", strange, "is of class 'knitting', which the data set's list of classes lacks", "val")
+    refused(
+        "k400", strange, "is of class 'knitting', which the data set's list of classes lacks", "val"
+    )
 
 
 def test_kinetics_names_the_csv_that_was_read_where_a_column_is_missing(tmp_path):
@@ -245,8 +289,12 @@ def test_moments_in_time_labels_are_numbered_by_its_categories(tmp_path, make):
     source = lay(tmp_path / "mit", videos(*MIT), {"training/clapping/._a.mp4": b"\0"}, MIT_LISTS)
     train, val = make("mit", source), make("mit", source, "val")
     assert train.classes == val.classes == ["clapping", "adult+male+singing", "bulldozing"]
-    assert train.found == {name: label for name, label in MIT.items() if name.startswith("training")}
-    assert val.found == {name: label for name, label in MIT.items() if name.startswith("validation")}
+    assert train.found == {
+        name: label for name, label in MIT.items() if name.startswith("training")
+    }
+    assert val.found == {
+        name: label for name, label in MIT.items() if name.startswith("validation")
+    }
     assert (train.report["absent"], val.report["absent"]) == (1, 0)
 
 
@@ -256,7 +304,10 @@ def test_moments_in_time_labels_are_numbered_by_its_categories(tmp_path, make):
         ({"moments_categories.txt": None}, "lacks moments_categories.txt"),
         ({"trainingSet.csv": None}, "lacks trainingSet.csv"),
         ({"training": None}, "there is no folder training"),
-        ({"moments_categories.txt": "clapping,0\nbulldozing,1\n"}, "c.mp4 is of class 'adult.male.singing', which .* lacks"),
+        (
+            {"moments_categories.txt": "clapping,0\nbulldozing,1\n"},
+            "c.mp4 is of class 'adult.male.singing', which .* lacks",
+        ),
         ({"trainingSet.csv": b"\xff\xd8\xff"}, "trainingSet.csv is not as it is published"),
         ({"moments_categories.txt": "clapping\nbulldozing\n"}, "moments_categories.txt"),
         ({"moments_categories.txt": "name,index\nclapping,0\n"}, "moments_categories.txt"),
@@ -264,8 +315,16 @@ def test_moments_in_time_labels_are_numbered_by_its_categories(tmp_path, make):
     ],
 )
 def test_moments_in_time_refuses_what_is_not_its_layout(tmp_path, change, match):
-    files = {name: data for name, data in (videos(*MIT) | MIT_LISTS).items() if name.split("/")[0] not in change}
-    refused("mit", lay(tmp_path / "mit", files, {name: data for name, data in change.items() if data}), match)
+    files = {
+        name: data
+        for name, data in (videos(*MIT) | MIT_LISTS).items()
+        if name.split("/")[0] not in change
+    }
+    refused(
+        "mit",
+        lay(tmp_path / "mit", files, {name: data for name, data in change.items() if data}),
+        match,
+    )
 
 
 SSV2 = {
@@ -289,7 +348,12 @@ def clips(*ids: str) -> str:
     }
     return json.dumps(
         [
-            {"id": one, "label": f"clip {one} of potato", "template": templates[SSV2[one]], "placeholders": ["potato"]}
+            {
+                "id": one,
+                "label": f"clip {one} of potato",
+                "template": templates[SSV2[one]],
+                "placeholders": ["potato"],
+            }
             for one in ids
         ]
     )
@@ -298,36 +362,66 @@ def clips(*ids: str) -> str:
 def ssv2(prefix: str = "something-something-v2-") -> dict[str, bytes | str]:
     return videos(*(f"20bn-something-something-v2/{one}.webm" for one in [*SSV2, "1420"])) | {
         f"{prefix}labels.json": json.dumps(SSV2_NUMBERS),
-        f"{prefix}train.json": clips("78687", "42326", "100904").replace("]}]", ']}, {"id": "5", "template": ""}]'),
+        f"{prefix}train.json": clips("78687", "42326", "100904").replace(
+            "]}]", ']}, {"id": "5", "template": ""}]'
+        ),
         f"{prefix}validation.json": clips("74225"),
         f"{prefix}test.json": json.dumps([{"id": "1420"}, {"id": "1421"}]),
     }
 
 
 @pytest.mark.parametrize("prefix", ["something-something-v2-", "labels/"])
-def test_something_something_templates_are_the_classes_numbered_by_labels_json(tmp_path, make, prefix):
+def test_something_something_templates_are_the_classes_numbered_by_labels_json(
+    tmp_path, make, prefix
+):
     source = lay(tmp_path / "ssv2", ssv2(prefix))
-    for split, ids, absent in (("train", ["78687", "42326", "100904"], 1), ("val", ["74225"], 0), ("test", ["1420"], 1)):
+    for split, ids, absent in (
+        ("train", ["78687", "42326", "100904"], 1),
+        ("val", ["74225"], 0),
+        ("test", ["1420"], 1),
+    ):
         made = make("ssv2", source, split)
         assert made.classes == sorted(SSV2_NUMBERS, key=SSV2_NUMBERS.get)
-        assert made.found == {f"20bn-something-something-v2/{one}.webm": SSV2.get(one) for one in ids}
+        assert made.found == {
+            f"20bn-something-something-v2/{one}.webm": SSV2.get(one) for one in ids
+        }
         assert made.report["absent"] == absent
 
 
 @pytest.mark.parametrize(
     ("name", "data", "match"),
     [
-        ("something-something-v2-labels.json", None, "lacks something-something-v2-labels.json or labels/labels.json"),
-        ("something-something-v2-train.json", None, "lacks something-something-v2-train.json or labels/train.json"),
+        (
+            "something-something-v2-labels.json",
+            None,
+            "lacks something-something-v2-labels.json or labels/labels.json",
+        ),
+        (
+            "something-something-v2-train.json",
+            None,
+            "lacks something-something-v2-train.json or labels/train.json",
+        ),
         ("20bn-something-something-v2", None, "there is no folder 20bn-something-something-v2"),
         (
             "something-something-v2-labels.json",
             '{"Holding something": "0"}',
             "of class 'Holding something next to something'",
         ),
-        ("something-something-v2-train.json", '[{"id": "78687", "template"', "something-something-v2-train.json"),
-        ("something-something-v2-train.json", '{"78687": "Holding"}', "something-something-v2-train.json"),
-        ("something-something-v2-labels.json", '[{"id": "78687"}]', "something-something-v2-labels.json"),
+        (
+            "something-something-v2-train.json",
+            '[{"id": "78687", "template"',
+            "something-something-v2-train.json",
+        ),
+        (
+            "something-something-v2-train.json",
+            '{"78687": "Holding"}',
+            "something-something-v2-train.json",
+        ),
+        (
+            "something-something-v2-labels.json",
+            '[{"id": "78687"}]',
+            "something-something-v2-labels.json",
+        ),
     ],
 )
 def test_something_something_refuses_what_is_not_its_layout(tmp_path, name, data, match):
@@ -336,37 +430,77 @@ def test_something_something_refuses_what_is_not_its_layout(tmp_path, name, data
 
 
 WNIDS = ["n01440764", "n02119789", "n03445777"]
-IDS = {"n02119789": 1, "n03445777": 2, "n01440764": 3}  # as in the development kit, in no order of the wnids
-VAL = {f"ILSVRC2012_val_{number:08d}": wnid for number, wnid in enumerate([WNIDS[i] for i in (2, 0, 1, 1, 2)], 1)}
+IDS = {
+    "n02119789": 1,
+    "n03445777": 2,
+    "n01440764": 3,
+}  # as in the development kit, in no order of the wnids
+VAL = {
+    f"ILSVRC2012_val_{number:08d}": wnid
+    for number, wnid in enumerate([WNIDS[i] for i in (2, 0, 1, 1, 2)], 1)
+}
 
 
 def meta_mat() -> bytes:
-    names = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height", "num_train_images"]
+    names = [
+        "ILSVRC2012_ID",
+        "WNID",
+        "words",
+        "gloss",
+        "num_children",
+        "children",
+        "wordnet_height",
+        "num_train_images",
+    ]
     synsets = np.zeros((len(IDS) + 1, 1), [(name, object) for name in names])
-    for row, (wnid, number) in enumerate([*IDS.items(), ("n00001740", 1001)]):  # the last is no leaf
+    for row, (wnid, number) in enumerate(
+        [*IDS.items(), ("n00001740", 1001)]
+    ):  # the last is no leaf
         children = [2.0, 3.0] if number > 1000 else []
-        synsets[row, 0] = (number, wnid, "kit fox, Vulpes macrotis", "small fox", len(children), children, 0, 1300)
+        synsets[row, 0] = (
+            number,
+            wnid,
+            "kit fox, Vulpes macrotis",
+            "small fox",
+            len(children),
+            children,
+            0,
+            1300,
+        )
     file = io.BytesIO()
     savemat(file, {"synsets": synsets})
     return file.getvalue()
 
 
 DEVKIT = {
-    "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": "".join(f"{IDS[wnid]}\n" for wnid in VAL.values()),
+    "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": "".join(
+        f"{IDS[wnid]}\n" for wnid in VAL.values()
+    ),
     "ILSVRC2012_devkit_t12/data/meta.mat": meta_mat(),
 }
-SYNSET_LABELS = {"imagenet_2012_validation_synset_labels.txt": "".join(f"{wnid}\n" for wnid in VAL.values())}
+SYNSET_LABELS = {
+    "imagenet_2012_validation_synset_labels.txt": "".join(f"{wnid}\n" for wnid in VAL.values())
+}
 KAGGLE = {
     "LOC_val_solution.csv": "ImageId,PredictionString\n"
-    + "".join(f"{name},{wnid} 1 2 30 40 {wnid} 5 6 70 80 \n" for name, wnid in reversed(VAL.items()))
+    + "".join(
+        f"{name},{wnid} 1 2 30 40 {wnid} 5 6 70 80 \n" for name, wnid in reversed(VAL.items())
+    )
 }
 TRAIN = {f"{wnid}_{number}": wnid for wnid in WNIDS for number in (18, 10026)}
 
 
 @pytest.mark.parametrize("folder", ["", "ILSVRC/Data/CLS-LOC/"])
 @pytest.mark.parametrize("truth", ["devkit", "synset labels", "kaggle", "class folders"])
-def test_imagenet_labels_are_the_sorted_wnids_whatever_names_those_of_val(tmp_path, make, folder, truth):
-    lists = {"devkit": DEVKIT, "synset labels": SYNSET_LABELS, "kaggle": KAGGLE, "class folders": {}}[truth]
+def test_imagenet_labels_are_the_sorted_wnids_whatever_names_those_of_val(
+    tmp_path, make, folder, truth
+):
+    lists = {
+        "devkit": DEVKIT,
+        "synset labels": SYNSET_LABELS,
+        "kaggle": KAGGLE,
+        "class folders": {},
+    }[truth]
     train = {f"{folder}train/{wnid}/{stem}.JPEG": wnid for stem, wnid in TRAIN.items()}
     inside = "{wnid}/" if truth == "class folders" else ""
     val = {f"{folder}val/{inside.format(wnid=wnid)}{stem}.JPEG": wnid for stem, wnid in VAL.items()}
@@ -381,7 +515,10 @@ def test_imagenet_labels_are_the_sorted_wnids_whatever_names_those_of_val(tmp_pa
 @pytest.mark.parametrize("lists", [DEVKIT, SYNSET_LABELS, KAGGLE])
 def test_official_imagenet_tars_are_read_as_they_are(tmp_path, make, lists):
     inner = {
-        f"{wnid}.tar": tar({f"{stem}.JPEG": picture(stem, 120) for stem in TRAIN if stem.startswith(wnid)}) for wnid in WNIDS
+        f"{wnid}.tar": tar(
+            {f"{stem}.JPEG": picture(stem, 120) for stem in TRAIN if stem.startswith(wnid)}
+        )
+        for wnid in WNIDS
     }
     outer = {"ILSVRC2012_img_train.tar": tar(inner)}
     outer["ILSVRC2012_img_val.tar"] = tar({f"{stem}.JPEG": picture(stem) for stem in VAL})
@@ -399,7 +536,11 @@ def test_official_imagenet_tar_that_was_not_downloaded_to_its_end_is_refused(tmp
     inner = {f"{wnid}.tar": tar({f"{wnid}_1.JPEG": picture(wnid)}) for wnid in WNIDS}
     data = tar(inner)
     block = len(data[:-10240]) // 3 // 512 * 512  # inside the second class
-    for cut in (block + 1024, 512 + len(inner["n01440764.tar"]), 100 + 512 + len(inner["n01440764.tar"])):
+    for cut in (
+        block + 1024,
+        512 + len(inner["n01440764.tar"]),
+        100 + 512 + len(inner["n01440764.tar"]),
+    ):
         source = lay(tmp_path / f"imagenet{cut}", {"ILSVRC2012_img_train.tar": data[:cut]})
         refused("in1k", source, "ILSVRC2012_img_train.tar")
 
@@ -408,21 +549,33 @@ def test_imagenet_in_webdataset_tars_has_the_thousand_classes_whichever_are_ther
     from timm.data import ImageNetInfo
 
     wnids = ImageNetInfo().label_names()
-    indices = {f"{wnid}_{number}": wnids.index(wnid) for wnid in reversed(WNIDS) for number in range(4)}
+    indices = {
+        f"{wnid}_{number}": wnids.index(wnid) for wnid in reversed(WNIDS) for number in range(4)
+    }
     source = tmp_path / "wds"
     for shard in range(4):
         samples = {}
         for stem, index in list(indices.items())[shard::4]:
             about = json.dumps({"label": index, "class_name": stem.split("_")[0], "width": 16})
-            samples |= {f"{stem}.jpg": picture(stem), f"{stem}.cls": str(index), f"{stem}.json": about}
+            samples |= {
+                f"{stem}.jpg": picture(stem),
+                f"{stem}.cls": str(index),
+                f"{stem}.json": about,
+            }
         lay(source, {f"imagenet1k-train-{shard:04d}.tar": tar(samples)})
     made = make("in1k", source / "imagenet1k-train-{0000..0003}.tar")
     assert made.classes == sorted(wnids) and len(made.classes) == 1000
     expected = {stem: stem.split("_")[0] for stem in indices}
     assert {Path(name).stem: wnid for name, wnid in made.found.items()} == expected
-    assert {name.split("/")[0] for name in made.found} == {f"imagenet1k-train-{shard:04d}.tar" for shard in range(4)}
+    assert {name.split("/")[0] for name in made.found} == {
+        f"imagenet1k-train-{shard:04d}.tar" for shard in range(4)
+    }
     assert_own_bytes(made)
-    refused("in1k", source / "imagenet1k-train-{0002..0005}.tar", "2 of the 4 tars are not there.*imagenet1k-train-0004.tar")
+    refused(
+        "in1k",
+        source / "imagenet1k-train-{0002..0005}.tar",
+        "2 of the 4 tars are not there.*imagenet1k-train-0004.tar",
+    )
     refused("in1k", source / "imagenet1k-train-0000.tar", "--per-class", per_class=1)
 
 
@@ -444,21 +597,36 @@ def test_imagenet_refuses_what_is_not_its_layout(tmp_path):
     refused("in1k", lay(tmp_path / "tar", {"ILSVRC2012_img_val.tar": tar({})}), three, "val")
     stray = lay(tmp_path / "stray", images, pictures("val/other.JPEG"), KAGGLE)
     refused("in1k", stray, "other.JPEG has no class", "val")
-    refused("in1k", lay(tmp_path / "page", {"ILSVRC2012_img_train.tar": "<html>" * 200}), "img_train.tar is no tar")
+    refused(
+        "in1k",
+        lay(tmp_path / "page", {"ILSVRC2012_img_train.tar": "<html>" * 200}),
+        "img_train.tar is no tar",
+    )
     refused("in1k", lay(tmp_path / "empty", {"train/n01440764/readme.txt": ""}), "holds no images")
 
 
 @pytest.mark.parametrize(
     ("lists", "match"),
     [
-        ({"LOC_val_solution.csv": "name,class\nILSVRC2012_val_00000001,n01440764\n"}, "LOC_val_solution.csv has no column"),
+        (
+            {"LOC_val_solution.csv": "name,class\nILSVRC2012_val_00000001,n01440764\n"},
+            "LOC_val_solution.csv has no column",
+        ),
         ({name: data for name, data in DEVKIT.items() if name.endswith("txt")}, "meta.mat"),
         (DEVKIT | {name: "7\n" for name in DEVKIT if name.endswith("txt")}, "ground_truth.txt"),
-        (DEVKIT | {name: "n01440764\n" for name in DEVKIT if name.endswith("txt")}, "ground_truth.txt"),
+        (
+            DEVKIT | {name: "n01440764\n" for name in DEVKIT if name.endswith("txt")},
+            "ground_truth.txt",
+        ),
     ],
 )
 def test_imagenet_names_the_list_of_val_that_is_not_as_published(tmp_path, lists, match):
-    refused("in1k", lay(tmp_path / "in", pictures("val/ILSVRC2012_val_00000001.JPEG"), lists), match, "val")
+    refused(
+        "in1k",
+        lay(tmp_path / "in", pictures("val/ILSVRC2012_val_00000001.JPEG"), lists),
+        match,
+        "val",
+    )
 
 
 PLACES_CATEGORIES = "/a/airfield 0\n/a/alcove 1\n/a/apartment_building/outdoor 2\n/z/zen_garden 3\n"
@@ -468,7 +636,10 @@ PLACES = {  # file inside its folder: class
     "a/apartment_building/outdoor/00000001.jpg": "apartment_building/outdoor",
     "z/zen_garden/00000001.jpg": "zen_garden",
 }
-PLACES_VAL = {"Places365_val_00000001.jpg": "zen_garden", "Places365_val_00000002.jpg": "apartment_building/outdoor"}
+PLACES_VAL = {
+    "Places365_val_00000001.jpg": "zen_garden",
+    "Places365_val_00000002.jpg": "apartment_building/outdoor",
+}
 PLACES_LISTS = {
     "categories_places365.txt": PLACES_CATEGORIES,
     "places365_train_standard.txt": "/a/airfield/00000001.jpg 0\n/a/airfield/00000002.jpg 0\n/a/alcove/00000001.jpg 1\n"
@@ -481,14 +652,20 @@ PLACES_LISTS = {
 @pytest.mark.parametrize("lists", ["", "filelist_places365-standard/"])
 @pytest.mark.parametrize("size", ["256", "large", "256_standard"])
 def test_places_files_get_the_category_that_their_list_numbers(tmp_path, make, lists, size):
-    folder = {"train": f"data_{size}", "val": f"val_{size.split('_')[0]}", "test": f"test_{size.split('_')[0]}"}
+    folder = {
+        "train": f"data_{size}",
+        "val": f"val_{size.split('_')[0]}",
+        "test": f"test_{size.split('_')[0]}",
+    }
     expected = {
         "train": {f"{folder['train']}/{name}": label for name, label in PLACES.items()},
         "val": {f"{folder['val']}/{name}": label for name, label in PLACES_VAL.items()},
         "test": {f"{folder['test']}/Places365_test_00000001.jpg": None},
     }
     images = pictures(*(name for names in expected.values() for name in names))
-    source = lay(tmp_path / "places", images, {lists + name: text for name, text in PLACES_LISTS.items()})
+    source = lay(
+        tmp_path / "places", images, {lists + name: text for name, text in PLACES_LISTS.items()}
+    )
     for split, absent in (("train", 1), ("val", 1), ("test", 0)):
         made = make("places365", source, split)
         assert made.classes == ["airfield", "alcove", "apartment_building/outdoor", "zen_garden"]
@@ -499,66 +676,126 @@ def test_places_files_get_the_category_that_their_list_numbers(tmp_path, make, l
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"categories_places365.txt": None}, "lacks categories_places365.txt or filelist_places365-standard/categories"),
-        ({"places365_train_standard.txt": None}, "lacks places365_train_standard.txt or filelist_places365-standard/places"),
+        (
+            {"categories_places365.txt": None},
+            "lacks categories_places365.txt or filelist_places365-standard/categories",
+        ),
+        (
+            {"places365_train_standard.txt": None},
+            "lacks places365_train_standard.txt or filelist_places365-standard/places",
+        ),
         ({"data_256": None}, "there is no folder data_256"),
         ({"categories_places365.txt": "/a/airfield 0\n"}, "places365_train_standard.txt.*alcove"),
-        ({"places365_train_standard.txt": "/a/airfield/00000001.jpg airfield\n"}, "places365_train_standard.txt"),
-        ({"places365_train_standard.txt": "Places365_val_00000001.jpg 3\n"}, "none of the 1 images"),
+        (
+            {"places365_train_standard.txt": "/a/airfield/00000001.jpg airfield\n"},
+            "places365_train_standard.txt",
+        ),
+        (
+            {"places365_train_standard.txt": "Places365_val_00000001.jpg 3\n"},
+            "none of the 1 images",
+        ),
     ],
 )
 def test_places_refuses_what_is_not_its_layout(tmp_path, change, match):
     files = pictures(*(f"data_256/{name}" for name in PLACES)) | PLACES_LISTS
     kept = {name: data for name, data in files.items() if name.split("/")[0] not in change}
-    refused("places365", lay(tmp_path / "places", kept, {name: data for name, data in change.items() if data}), match)
+    refused(
+        "places365",
+        lay(tmp_path / "places", kept, {name: data for name, data in change.items() if data}),
+        match,
+    )
 
 
 def test_places_categories_are_numbered_by_their_lines_whatever_the_order(tmp_path, make):
     shuffled = {"categories_places365.txt": "".join(reversed(PLACES_CATEGORIES.splitlines(True)))}
-    source = lay(tmp_path / "places", pictures(*(f"data_256/{name}" for name in PLACES)), PLACES_LISTS, shuffled)
-    assert make("places365", source).found == {f"data_256/{name}": label for name, label in PLACES.items()}
+    source = lay(
+        tmp_path / "places",
+        pictures(*(f"data_256/{name}" for name in PLACES)),
+        PLACES_LISTS,
+        shuffled,
+    )
+    assert make("places365", source).found == {
+        f"data_256/{name}": label for name, label in PLACES.items()
+    }
 
 
 @pytest.mark.parametrize(("kind", "ending"), [("videos", "mp4"), ("images", "jpg")])
-def test_folders_are_the_classes_of_any_other_source_and_flat_files_have_none(tmp_path, make, kind, ending):
+def test_folders_are_the_classes_of_any_other_source_and_flat_files_have_none(
+    tmp_path, make, kind, ending
+):
     group = videos if kind == "videos" else pictures
-    names = {f"{label}/deep/{number}.{ending}": label for number, label in enumerate(["z", "a b", "z", "+"])}
-    made = make(kind, lay(tmp_path / "folders", group(*names), {"a b/._junk." + ending: b"\0", "a b/notes.txt": "mine"}))
+    names = {
+        f"{label}/deep/{number}.{ending}": label
+        for number, label in enumerate(["z", "a b", "z", "+"])
+    }
+    made = make(
+        kind,
+        lay(
+            tmp_path / "folders",
+            group(*names),
+            {"a b/._junk." + ending: b"\0", "a b/notes.txt": "mine"},
+        ),
+    )
     assert made.found == names and made.classes == ["+", "a b", "z"]
     made = make(kind, lay(tmp_path / "flat", group(f"x.{ending}", f"y.{ending}")))
     assert made.found == {f"x.{ending}": None, f"y.{ending}": None} and made.classes == []
 
 
-def test_csv_list_gives_paths_and_classes_and_counts_what_is_absent_short_and_skipped(tmp_path, make):
+def test_csv_list_gives_paths_and_classes_and_counts_what_is_absent_short_and_skipped(
+    tmp_path, make
+):
     files = videos("a/1.mp4", "a/2.webm") | {"still.mp4": video(frames=1), "bad.mp4": "no video"}
     text = 'label,path\n"x, y",a/1.mp4\nw,a/2.webm\nw,gone.mp4\nw,still.mp4\nx,bad.mp4\n'
-    made = make("videos", lay(tmp_path / "in", files, {"list.csv": text}) / "list.csv", max_skipped=0.3)
-    assert made.found == {"a/1.mp4": "x, y", "a/2.webm": "w", "still.mp4": "w"} and made.classes == ["w", "x", "x, y"]
-    counts = {name: made.report[name] for name in ("inputs", "listed", "samples", "absent", "short")}
+    made = make(
+        "videos", lay(tmp_path / "in", files, {"list.csv": text}) / "list.csv", max_skipped=0.3
+    )
+    assert made.found == {
+        "a/1.mp4": "x, y",
+        "a/2.webm": "w",
+        "still.mp4": "w",
+    } and made.classes == ["w", "x", "x, y"]
+    counts = {
+        name: made.report[name] for name in ("inputs", "listed", "samples", "absent", "short")
+    }
     assert counts == {"inputs": 4, "listed": 4, "samples": 3, "absent": 1, "short": 1}
     assert [name for name, _ in made.report["skipped"]] == ["bad.mp4"]
 
 
 def test_csv_list_without_labels_gives_none(tmp_path, make):
     elsewhere = lay(tmp_path / "elsewhere", pictures("c.jpg")) / "c.jpg"
-    source = lay(tmp_path / "in", pictures("a/b.jpg"), {"list.csv": f"\ufeffpath\na/b.jpg\n{elsewhere}\nno.jpg\n"})
+    source = lay(
+        tmp_path / "in",
+        pictures("a/b.jpg"),
+        {"list.csv": f"\ufeffpath\na/b.jpg\n{elsewhere}\nno.jpg\n"},
+    )
     made = make("images", source / "list.csv")
-    assert made.found == {"a/b.jpg": None, str(elsewhere): None} and made.classes == [] and made.report["absent"] == 1
+    assert (
+        made.found == {"a/b.jpg": None, str(elsewhere): None}
+        and made.classes == []
+        and made.report["absent"] == 1
+    )
     assert_own_bytes(made)
 
 
 def test_csv_list_is_refused_where_it_or_its_column_or_every_file_is_missing(tmp_path):
-    source = lay(tmp_path / "in", {"list.csv": "file,label\na.jpg,x\n", "far.csv": "path,label\na.jpg,x\nb.jpg,x\n"})
+    source = lay(
+        tmp_path / "in",
+        {"list.csv": "file,label\na.jpg,x\n", "far.csv": "path,label\na.jpg,x\nb.jpg,x\n"},
+    )
     refused("images", source / "none.csv", "lacks none.csv")
     refused("images", source / "list.csv", "list.csv has no column path")
     refused("videos", source / "far.csv", "far.csv holds none of the 2 videos")
-    half = lay(tmp_path / "half", pictures("a.jpg", "b.jpg"), {"list.csv": "path,label\na.jpg,x\nb.jpg,\n"})
+    half = lay(
+        tmp_path / "half", pictures("a.jpg", "b.jpg"), {"list.csv": "path,label\na.jpg,x\nb.jpg,\n"}
+    )
     refused("images", half / "list.csv", "b.jpg has no class, unlike")
 
 
 @pytest.mark.parametrize(("kind", "ending"), [("videos", "mp4"), ("images", "jpg")])
 def test_webdataset_tars_of_a_pattern_give_numbered_classes_or_none(tmp_path, make, kind, ending):
-    data = {f"k{number}": video() if kind == "videos" else picture(f"k{number}") for number in range(6)}
+    data = {
+        f"k{number}": video() if kind == "videos" else picture(f"k{number}") for number in range(6)
+    }
     for shard in range(3):
         labelled, plain = {}, {}
         for number in (shard, shard + 3):
@@ -571,14 +808,24 @@ def test_webdataset_tars_of_a_pattern_give_numbered_classes_or_none(tmp_path, ma
         lay(tmp_path, {f"a-{shard}.tar": tar(labelled), f"b-{shard}.tar": tar(plain)})
     made = make(kind, tmp_path / "a-{0..2}.tar")
     assert made.classes == ["0", "1", "2", "3"]
-    assert made.found == {f"a-{number % 3}.tar/k{number}.{ending}": str(number % 4) for number in range(6)}
+    assert made.found == {
+        f"a-{number % 3}.tar/k{number}.{ending}": str(number % 4) for number in range(6)
+    }
     made = make(kind, tmp_path / "b-{0..2}.tar")
-    assert made.found == {f"b-{number % 3}.tar/sub/k{number}.{ending}": None for number in range(6)} and made.classes == []
+    assert (
+        made.found == {f"b-{number % 3}.tar/sub/k{number}.{ending}": None for number in range(6)}
+        and made.classes == []
+    )
     if kind == "images":
         assert_own_bytes(made)
     refused(kind, tmp_path / "a-{0..3}.tar", "1 of the 4 tars are not there, first a-3.tar")
     refused(kind, tmp_path / "c.tar", "1 of the 1 tars are not there, first c.tar")
-    refused(kind, tmp_path / "a-{0..2}.tar", "--per-class counts files, and SOURCE holds tars", per_class=1)
+    refused(
+        kind,
+        tmp_path / "a-{0..2}.tar",
+        "--per-class counts files, and SOURCE holds tars",
+        per_class=1,
+    )
 
 
 def test_part_of_a_sample_that_only_ends_like_a_video_is_not_taken_for_it(tmp_path, make):
@@ -591,7 +838,11 @@ def damaged(data: bytes, how: str, at: int) -> bytes:
     """A tar whose file `at` is cut in its data, at its header or inside it, or whose header there is overwritten."""
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         member = archive.getmembers()[at]
-    cuts = {"in data": member.offset_data + member.size // 2, "at header": member.offset, "in header": member.offset + 100}
+    cuts = {
+        "in data": member.offset_data + member.size // 2,
+        "at header": member.offset,
+        "in header": member.offset + 100,
+    }
     if how in cuts:
         return data[: cuts[how]]
     return data[: member.offset] + b"?" * 512 + data[member.offset_data :]
@@ -601,12 +852,17 @@ def damaged(data: bytes, how: str, at: int) -> bytes:
 def test_samples_before_the_damage_of_a_tar_are_kept_and_the_damage_is_named(tmp_path, make, how):
     samples = {}
     for number in range(12):
-        samples |= {f"{number:02d}.jpg": picture(f"{number:02d}", 64), f"{number:02d}.cls": str(number % 3)}
+        samples |= {
+            f"{number:02d}.jpg": picture(f"{number:02d}", 64),
+            f"{number:02d}.cls": str(number % 3),
+        }
     whole = {"x-1.tar": tar({"n.jpg": picture("n"), "n.cls": "2"})}
     source = lay(tmp_path / how, {"x-0.tar": damaged(tar(samples), how, 2 * 9)}, whole)
     made = make("images", source / "x-{0..1}.tar", max_skipped=0.2)
     kept = {f"x-0.tar/{number:02d}.jpg": str(number % 3) for number in range(8)}
-    last = {"x-0.tar/08.jpg": "2"}  # the file that would show it to be complete is the one that is damaged
+    last = {
+        "x-0.tar/08.jpg": "2"
+    }  # the file that would show it to be complete is the one that is damaged
     assert made.found in (kept | {"x-1.tar/n.jpg": "2"}, kept | last | {"x-1.tar/n.jpg": "2"})
     assert_own_bytes(made)
     ((name, reason),) = made.report["skipped"]
@@ -614,8 +870,12 @@ def test_samples_before_the_damage_of_a_tar_are_kept_and_the_damage_is_named(tmp
 
 
 def command(*arguments: str) -> str:
-    result = subprocess.run([sys.executable, str(ROOT / "data_prep.py"), *arguments], capture_output=True, text=True)
-    assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1, result.stderr
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "data_prep.py"), *arguments], capture_output=True, text=True
+    )
+    assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1, (
+        result.stderr
+    )
     return result.stderr
 
 
@@ -638,4 +898,6 @@ def test_command_line_says_in_one_line_which_folder_list_or_column_of_a_layout_i
 
 def test_command_line_says_in_one_line_which_list_is_the_wrong_file(tmp_path):
     source = lay(tmp_path / "ssv2", ssv2(), {"something-something-v2-labels.json": clips("78687")})
-    assert "something-something-v2-labels.json" in command("ssv2", str(source), str(tmp_path / "out"))
+    assert "something-something-v2-labels.json" in command(
+        "ssv2", str(source), str(tmp_path / "out")
+    )

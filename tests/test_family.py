@@ -11,28 +11,28 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import comparison
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoints import LATEST, Checkpoints, read_checkpoint
 from conftest import ROOT, run_stage, small, start_ranks
+from contrast import Projected, info_nce, simsiam, triplet, vicreg
 from streaming import LocalDataset
 from test_model import TINY
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
+from views import PretrainingViews, augment_batch
+from vit import patchify, pool, positions_for, random_masking, unpatchify
 
-import comparison
 import data_prep
 import eval as evaluation
 import finetune
 import pretrain
-from checkpoints import LATEST, Checkpoints, read_checkpoint
-from contrast import Projected, info_nce, simsiam, triplet, vicreg
 from model import Classifier, ViCMAE
-from views import SampleViews, augment_batch
-from vit import patchify, pool, positions_for, random_masking, unpatchify
 
 CLIPS = {"num_frames": 4, "tubelet_size": 2}
 
@@ -63,7 +63,9 @@ def test_triplet_equals_a_loop_over_anchors_positives_and_negatives(labels):
             if i == j or same[a] != same[p]:
                 continue
             reached = ((anchor - positive) ** 2).sum()
-            others = [((anchor - negative) ** 2).sum() for n, negative in points if same[n] != same[a]]
+            others = [
+                ((anchor - negative) ** 2).sum() for n, negative in points if same[n] != same[a]
+            ]
             negative = semi_hard(reached, others)
             losses.append(max(0.0, reached - negative + 0.2))
             right.append(reached < negative)
@@ -129,7 +131,9 @@ def test_vicreg_equals_numpy():
         expected += 25 * np.maximum(0, 1 - np.sqrt(np.diag(covariance) + 1e-4)).mean() / 2
         expected += (covariance**2).sum() / 6 - (np.diag(covariance) ** 2).sum() / 6
     loss, accuracy = vicreg(Projected(z, z))
-    assert float(loss) == pytest.approx(expected, rel=1e-5) and float(accuracy) == pytest.approx(found(z, z))
+    assert float(loss) == pytest.approx(expected, rel=1e-5) and float(accuracy) == pytest.approx(
+        found(z, z)
+    )
 
 
 @pytest.mark.parametrize("queue", [None, 9])
@@ -143,7 +147,9 @@ def test_info_nce_of_predictions_equals_a_loop_over_targets_or_over_a_queue(queu
             if queue:
                 others = [unit(p)[i, v] @ row / 0.2 for row in held.double().numpy()]
             else:
-                others = [unit(p)[i, v] @ unit(t)[j, w] / 0.2 for j in range(5) for w in (0, 1) if j != i]
+                others = [
+                    unit(p)[i, v] @ unit(t)[j, w] / 0.2 for j in range(5) for w in (0, 1) if j != i
+                ]
             losses.append(np.log(np.exp([partner, *others]).sum()) - partner)
             right.append(partner > max(others))
     loss, accuracy = info_nce(Projected(p, t, queue=held), 0.2)
@@ -151,8 +157,12 @@ def test_info_nce_of_predictions_equals_a_loop_over_targets_or_over_a_queue(queu
     assert float(accuracy) == pytest.approx(np.mean(right)) and 0 < float(accuracy) < 1
     same = torch.ones(5, 2, 6)
     held = torch.nn.functional.normalize(torch.ones(9, 6), dim=1) if queue else None
-    loss, accuracy = info_nce(Projected(same, same, queue=held), 0.2)  # collapsed: as good as chance
-    assert float(loss) == pytest.approx(np.log(10 if queue else 9), rel=1e-5) and float(accuracy) < 0.2
+    loss, accuracy = info_nce(
+        Projected(same, same, queue=held), 0.2
+    )  # collapsed: as good as chance
+    assert (
+        float(loss) == pytest.approx(np.log(10 if queue else 9), rel=1e-5) and float(accuracy) < 0.2
+    )
 
 
 def test_poolings_equal_numpy():
@@ -197,7 +207,11 @@ def test_positions_of_a_clip_are_those_in_space_plus_those_in_time():
         assert table.shape == (1 + 2 * 16, dim) and not table[0].any()
         for number in range(2 * 16):
             time, place = divmod(number, 16)
-            wave = [f(time / 10000 ** (i / (dim / 2))) for f in (math.sin, math.cos) for i in range(dim // 2)]
+            wave = [
+                f(time / 10000 ** (i / (dim / 2)))
+                for f in (math.sin, math.cos)
+                for i in range(dim // 2)
+            ]
             expected = part.pos_embed[0, 1 + place] + torch.tensor(wave)
             torch.testing.assert_close(table[1 + number], expected, atol=1e-5, rtol=1e-5)
         assert not part.temporal_embed.requires_grad
@@ -213,12 +227,18 @@ def test_clips_are_reconstructed_at_the_removed_tubelets_alone():
     for b in range(2):
         for n in outputs["mask"][b, 0].nonzero()[:, 0].tolist():
             time, (row, column) = n // 16, divmod(n % 16, 4)
-            frames = batch["views"][b, 0, 2 * time : 2 * time + 2, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            frames = batch["views"][
+                b, 0, 2 * time : 2 * time + 2, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8
+            ]
             target = frames.permute(0, 2, 3, 1).flatten()
             target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
             error.append(float((outputs["pred"][b, 0, n] - target).square().mean()))
-    assert len(error) == 2 * 24 and float(losses["reconstruction"]) == pytest.approx(np.mean(error), rel=1e-5)
-    hidden = unpatchify(outputs["mask"].flatten(0, 1)[:, :, None].expand(-1, -1, 384), 8, 4, 2).view(batch["views"].shape)
+    assert len(error) == 2 * 24 and float(losses["reconstruction"]) == pytest.approx(
+        np.mean(error), rel=1e-5
+    )
+    hidden = unpatchify(
+        outputs["mask"].flatten(0, 1)[:, :, None].expand(-1, -1, 384), 8, 4, 2
+    ).view(batch["views"].shape)
     changed = batch | {"views": batch["views"] + hidden}
     assert torch.equal(net(changed)["features"], outputs["features"])
 
@@ -226,7 +246,12 @@ def test_clips_are_reconstructed_at_the_removed_tubelets_alone():
 def test_what_a_method_does_not_use_is_not_there():
     simclr = ViCMAE(**TINY, mask="none")
     mae = ViCMAE(**TINY, contrast="none")
-    assert simclr.decoder is None and mae.projector is None and mae.predictor is None and mae.momentum is None
+    assert (
+        simclr.decoder is None
+        and mae.projector is None
+        and mae.predictor is None
+        and mae.momentum is None
+    )
     batch = {"views": torch.randn(3, 1, 3, 32, 32), "noise": torch.rand(3, 1, 16)}
     losses = mae.loss(mae(batch), batch)
     assert losses.keys() == {"total", "reconstruction", "feature_std"}
@@ -234,7 +259,10 @@ def test_what_a_method_does_not_use_is_not_there():
         ({"mask": "none", "contrast": "none"}, "nothing to learn"),
         ({"mask": "none", "weight_contrast": 0.0}, "nothing to learn"),
         ({"contrast": "simsiam"}, "needs predictor_hidden_dim"),
-        ({"contrast": "triplet", "predictor_hidden_dim": 8}, "predictor_hidden_dim is not for contrast triplet"),
+        (
+            {"contrast": "triplet", "predictor_hidden_dim": 8},
+            "predictor_hidden_dim is not for contrast triplet",
+        ),
         ({"positives": "label"}, "positives label is for contrast triplet"),
         ({**CLIPS, "mask": "tube", "mask_ratio": 0.95}, "must keep and remove"),
     ):
@@ -245,7 +273,9 @@ def test_what_a_method_does_not_use_is_not_there():
 def test_unmasked_views_give_the_features_of_the_whole_image():
     net = ViCMAE(**TINY, mask="none", pool="cls").eval()
     batch = {"views": torch.randn(2, 2, 3, 32, 32), "noise": torch.rand(2, 2, 16)}
-    torch.testing.assert_close(net(batch)["features"].flatten(0, 1), net.encoder(batch["views"].flatten(0, 1))[:, 0])
+    torch.testing.assert_close(
+        net(batch)["features"].flatten(0, 1), net.encoder(batch["views"].flatten(0, 1))[:, 0]
+    )
 
 
 MOCO = {"contrast": "moco", "momentum": 0.9, "queue_size": 24}
@@ -262,12 +292,20 @@ def test_queue_and_second_encoder_after_five_steps_are_those_of_a_plain_computat
         batch = {"views": torch.randn(4, 2, 3, 32, 32), "noise": torch.rand(4, 2, 16)}
         with torch.no_grad():
             for name, part in average.items():
-                for mine, theirs in zip(part.parameters(), getattr(net, name).parameters(), strict=True):
+                for mine, theirs in zip(
+                    part.parameters(), getattr(net, name).parameters(), strict=True
+                ):
                     mine.mul_(0.9).add_(0.1 * theirs)
             keys = []
             for view, noise in zip(batch["views"].unbind(1), batch["noise"].unbind(1), strict=True):
-                tokens = average["encoder"](view, noise.argsort(dim=1)[:, : 8 if mask == "random" else 16])[:, 1:]
-                keys.append(average["projector"](tokens.mean(dim=1) if kind == "mean" else tokens.amax(dim=1)))
+                tokens = average["encoder"](
+                    view, noise.argsort(dim=1)[:, : 8 if mask == "random" else 16]
+                )[:, 1:]
+                keys.append(
+                    average["projector"](
+                        tokens.mean(dim=1) if kind == "mean" else tokens.amax(dim=1)
+                    )
+                )
             queue = torch.cat([torch.nn.functional.normalize(torch.cat(keys), dim=1), queue])[:24]
         net.momentum.follow(net.encoder, net.projector)
         net.loss(net(batch), batch)["total"].backward()
@@ -276,7 +314,9 @@ def test_queue_and_second_encoder_after_five_steps_are_those_of_a_plain_computat
         assert len(net.momentum.queue) == 24, step
     torch.testing.assert_close(net.momentum.queue, queue, atol=1e-5, rtol=1e-5)
     for name, part in average.items():
-        for mine, theirs in zip(part.parameters(), getattr(net.momentum, name).parameters(), strict=True):
+        for mine, theirs in zip(
+            part.parameters(), getattr(net.momentum, name).parameters(), strict=True
+        ):
             torch.testing.assert_close(theirs, mine, atol=1e-6, rtol=1e-5)
     assert not torch.equal(net.momentum.encoder.norm.weight, net.encoder.norm.weight)
 
@@ -285,13 +325,24 @@ def test_second_encoder_follows_once_a_step_of_several_passes(demo, tmp_path, mo
     seen = []
 
     def look(self, state, logger):
-        weights = copy.deepcopy((state.model.encoder.state_dict(), state.model.momentum.encoder.state_dict()))
+        weights = copy.deepcopy(
+            (state.model.encoder.state_dict(), state.model.momentum.encoder.state_dict())
+        )
         seen.append([model["norm.bias"].double() for model in weights])
 
     monkeypatch.setattr(Checkpoints, "batch_end", look)
     base, *settings = small(demo)
-    arguments = [base, str(ROOT / "yamls" / "methods" / "moco_v2.yaml"), *settings, "data.global_micro_batch_size=5"]
-    run_stage(pretrain, [*arguments, "callbacks=null", "trainer.max_duration=4ba", "model.momentum=0.5"], tmp_path)
+    arguments = [
+        base,
+        str(ROOT / "yamls" / "methods" / "moco_v2.yaml"),
+        *settings,
+        "data.global_micro_batch_size=5",
+    ]
+    run_stage(
+        pretrain,
+        [*arguments, "callbacks=null", "trainer.max_duration=4ba", "model.momentum=0.5"],
+        tmp_path,
+    )
     average = torch.zeros_like(seen[0][0])  # where a norm's bias begins
     for (before, _), (_, average_now) in pairwise(seen):
         average = 0.5 * average + 0.5 * before
@@ -328,13 +379,19 @@ def steps(changes: dict, count: int = 3) -> dict[str, Tensor]:
     net = ViCMAE(**TINY | changes).train().double()
     trained = DistributedDataParallel(net) if ranks > 1 else net
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01)
-    shape = (8, 2, net.encoder.num_frames, 3, 32, 32) if net.encoder.num_frames > 1 else (8, 2, 3, 32, 32)
+    shape = (
+        (8, 2, net.encoder.num_frames, 3, 32, 32)
+        if net.encoder.num_frames > 1
+        else (8, 2, 3, 32, 32)
+    )
     found = {}
     for step in range(count):
         generator = torch.Generator().manual_seed(step)
         batch = {
             "views": torch.randn(shape, generator=generator, dtype=torch.float64),
-            "noise": torch.rand(8, 2, net.encoder.num_patches, generator=generator, dtype=torch.float64),
+            "noise": torch.rand(
+                8, 2, net.encoder.num_patches, generator=generator, dtype=torch.float64
+            ),
             "target": torch.arange(8) % 3,
         }
         batch = {key: value.chunk(ranks)[rank] for key, value in batch.items()}
@@ -344,8 +401,14 @@ def steps(changes: dict, count: int = 3) -> dict[str, Tensor]:
         losses = net.loss(trained(batch), batch)
         losses["total"].backward()
         optimizer.step()
-        found |= {f"{step} {name}": value.detach() for name, value in losses.items() if name != "feature_std"}
-    found |= {f"gradient of {name}": p.grad for name, p in net.named_parameters() if p.requires_grad}
+        found |= {
+            f"{step} {name}": value.detach()
+            for name, value in losses.items()
+            if name != "feature_std"
+        }
+    found |= {
+        f"gradient of {name}": p.grad for name, p in net.named_parameters() if p.requires_grad
+    }
     return found | net.state_dict()
 
 
@@ -376,7 +439,11 @@ def test_flops_of_every_method_are_those_torch_counts(method):
     net = ViCMAE(**TINY | METHODS[method]).train()
     T = net.encoder.num_frames
     shape = (4, 2, T, 3, 32, 32) if T > 1 else (4, 2, 3, 32, 32)
-    batch = {"views": torch.randn(shape), "noise": torch.rand(4, 2, net.encoder.num_patches), "target": torch.arange(4)}
+    batch = {
+        "views": torch.randn(shape),
+        "noise": torch.rand(4, 2, net.encoder.num_patches),
+        "target": torch.arange(4),
+    }
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         net.loss(net(batch), batch)["total"].backward()
     counted = counter.get_total_flops()
@@ -387,38 +454,62 @@ def weights(folder: Path, name: str) -> dict[str, Tensor]:
     return read_checkpoint(str(folder / "runs" / name / "checkpoints" / LATEST))
 
 
-@pytest.mark.parametrize("method", ["methods/moco_v2", "methods/triplet_supervised", "methods/videomae", "paper"])
+@pytest.mark.parametrize(
+    "method", ["methods/moco_v2", "methods/triplet_supervised", "methods/videomae", "paper"]
+)
 def test_method_trains_by_its_yaml_and_resumes_to_the_bit(demo, tmp_path, method):
     base, *settings = small(demo)
-    arguments = [base, str(ROOT / "yamls" / f"{method}.yaml"), *settings, "schedule.t_max=2ep", "checkpoints.interval=1ba"]
+    arguments = [
+        base,
+        str(ROOT / "yamls" / f"{method}.yaml"),
+        *settings,
+        "schedule.t_max=2ep",
+        "checkpoints.interval=1ba",
+    ]
     arguments += ["callbacks=null", "data.num_workers=0"]
     run_stage(pretrain, [*arguments, "run_name=whole"], tmp_path)
     run_stage(pretrain, [*arguments, "run_name=stopped", "trainer.max_duration=4ba"], tmp_path)
     (tmp_path / "runs" / "stopped" / "result.json").unlink()
     run_stage(pretrain, [*arguments, "run_name=stopped"], tmp_path)
     whole, resumed = weights(tmp_path, "whole"), weights(tmp_path, "stopped")
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert whole.keys() == resumed.keys() and all(
+        torch.equal(whole[name], resumed[name]) for name in whole
+    )
     assert ("momentum.queue" in whole) is (method == "methods/moco_v2")
     drawn = (tmp_path / "runs" / "whole" / "reconstructions.png").exists()
     assert drawn is (method in ("methods/videomae", "paper"))
 
 
 def test_weight_of_the_contrastive_term_rises_over_its_duration(demo, tmp_path):
-    arguments = [*small(demo), "algorithms={ContrastRamp: {duration: 4ba}}", "callbacks=null", "run_name=ramp"]
+    arguments = [
+        *small(demo),
+        "algorithms={ContrastRamp: {duration: 4ba}}",
+        "callbacks=null",
+        "run_name=ramp",
+    ]
     run_stage(pretrain, arguments, tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "runs" / "ramp" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "runs" / "ramp" / "metrics.jsonl").read_text().splitlines()
+    ]
     lines = [line for line in lines if "loss/train/total" in line]
     assert [line["contrast_ramp"] for line in lines] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     for line in lines:
-        total = 0.7 * line["loss/train/reconstruction"] + 0.3 * line["contrast_ramp"] * line["loss/train/contrastive"]
+        total = (
+            0.7 * line["loss/train/reconstruction"]
+            + 0.3 * line["contrast_ramp"] * line["loss/train/contrastive"]
+        )
         assert line["loss/train/total"] == pytest.approx(total, rel=1e-5)
 
 
 def test_clip_of_a_view_is_cropped_and_coloured_alike_and_views_differ(demo):
     sample = LocalDataset(str(demo / "train_videos"))[0]
     first = int(sample["ends"][0])
-    still = sample | {"frames": sample["frames"][:first] * 16, "ends": np.arange(1, 17, dtype=np.uint32) * first}
-    drawn = SampleViews(32, 32, 4)(still, np.random.default_rng(0))
+    still = sample | {
+        "frames": sample["frames"][:first] * 16,
+        "ends": np.arange(1, 17, dtype=np.uint32) * first,
+    }
+    drawn = PretrainingViews(32, 32, 4)(still, np.random.default_rng(0))
     assert drawn["views"].shape == (2, 4, 32, 32, 3) and drawn["noise"].shape == (2, 32)
     assert drawn["target"] == sample["label"]
     batch = {key: torch.as_tensor(np.asarray(value))[None] for key, value in drawn.items()}
@@ -431,12 +522,14 @@ def test_clip_of_a_view_is_cropped_and_coloured_alike_and_views_differ(demo):
     with pytest.MonkeyPatch.context() as patch:
         decode = data_prep.decode_frame
         patch.setattr(data_prep, "decode_frame", lambda s, i: picked.append(i) or decode(s, i))
-        SampleViews(32, 32, 4, views=1)(sample, np.random.default_rng(0))
+        PretrainingViews(32, 32, 4, views=1)(sample, np.random.default_rng(0))
     assert sorted(i // 4 for i in picked) == [0, 1, 2, 3]
 
 
 def test_one_view_is_too_few_for_a_contrastive_term(demo, tmp_path):
-    with pytest.raises(SystemExit, match=r"augment.views is 1, but model.contrast info_nce compares two views"):
+    with pytest.raises(
+        SystemExit, match=r"augment.views is 1, but model.contrast info_nce compares two views"
+    ):
         run_stage(pretrain, [*small(demo), "augment.views=1"], tmp_path)
 
 
@@ -451,20 +544,32 @@ def test_positives_by_label_need_data_sets_of_the_same_classes(demo, tmp_path):
         run_stage(pretrain, [base, yaml, *settings, streams], tmp_path)
 
 
-def in_this_process(command: list[str], capture_output: bool, text: bool, pass_fds: list[int]) -> SimpleNamespace:
+def in_this_process(
+    command: list[str], capture_output: bool, text: bool, pass_fds: list[int]
+) -> SimpleNamespace:
     """What subprocess.run would do with a stage, without the interpreter's start."""
     run_stage(pretrain, command[2:], Path.cwd())
     return SimpleNamespace(returncode=0)
 
 
-def test_comparison_trains_what_is_missing_and_writes_means_and_spreads(demo, tmp_path, monkeypatch):
+def test_comparison_trains_what_is_missing_and_writes_means_and_spreads(
+    demo, tmp_path, monkeypatch
+):
     monkeypatch.setattr(comparison, "subprocess", SimpleNamespace(run=in_this_process))
     base, *settings = small(demo)
-    command = ", ".join([str(ROOT / "pretrain.py"), base, *(f"'{setting}'" for setting in settings[:3])])
+    command = ", ".join(
+        [str(ROOT / "pretrain.py"), base, *(f"'{setting}'" for setting in settings[:3])]
+    )
     mae = f"{command}, {ROOT / 'yamls' / 'methods' / 'mae.yaml'}"
     probe = f"{{bank: [{demo}/train_images], queries: [{demo}/test_images], labels_per_class: [3]}}"
     arguments = [
-        *("run_name=compare", "checkpoint=null", "comparison.to=compare.md", "comparison.seconds=0.3", "comparison.seeds=2"),
+        *(
+            "run_name=compare",
+            "checkpoint=null",
+            "comparison.to=compare.md",
+            "comparison.seconds=0.3",
+            "comparison.seeds=2",
+        ),
         f"comparison.methods={{vicmae: [{command}], mae: [{mae}]}}",
         *(f"comparison.stills={probe}", f"comparison.clips={probe}"),
     ]
@@ -485,28 +590,64 @@ def test_comparison_trains_what_is_missing_and_writes_means_and_spreads(demo, tm
     run_stage(evaluation, arguments, tmp_path)  # nothing is trained or measured again
     assert f"{(knn[0] + 100) / 2:.1f}" in (tmp_path / "compare.md").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(comparison, "measure_probe", lambda *given, **block: given[-1].mkdir() or {"knn": block["k"] / 100})
-        run_stage(evaluation, [*arguments, "comparison.clips.k=5", "comparison.stills.k=7"], tmp_path)
-    assert "| 7.0 ± 0.0 | 5.0 ± 0.0 |" in (tmp_path / "compare.md").read_text()  # of other probes, nothing is kept
-    with pytest.raises(SystemExit, match=r"compare_vicmae_speed was made with another model.pool; delete it"):
-        run_stage(evaluation, [*arguments, f"comparison.methods.vicmae=[{command}, model.pool=max]"], tmp_path)
-    with pytest.raises(SystemExit, match="compare_vicmae_speed was made with another trainer; delete it"):
-        run_stage(evaluation, [*arguments, f"comparison.methods.vicmae=[{command}, trainer.precision=fp32]"], tmp_path)
+        patch.setattr(
+            comparison,
+            "measure_probe",
+            lambda *given, **block: given[-1].mkdir() or {"knn": block["k"] / 100},
+        )
+        run_stage(
+            evaluation, [*arguments, "comparison.clips.k=5", "comparison.stills.k=7"], tmp_path
+        )
+    assert (
+        "| 7.0 ± 0.0 | 5.0 ± 0.0 |" in (tmp_path / "compare.md").read_text()
+    )  # of other probes, nothing is kept
+    with pytest.raises(
+        SystemExit, match=r"compare_vicmae_speed was made with another model.pool; delete it"
+    ):
+        run_stage(
+            evaluation,
+            [*arguments, f"comparison.methods.vicmae=[{command}, model.pool=max]"],
+            tmp_path,
+        )
+    with pytest.raises(
+        SystemExit, match="compare_vicmae_speed was made with another trainer; delete it"
+    ):
+        run_stage(
+            evaluation,
+            [*arguments, f"comparison.methods.vicmae=[{command}, trainer.precision=fp32]"],
+            tmp_path,
+        )
     with pytest.raises(SystemExit, match=r"comparison.to no/x.md: its folder does not exist"):
         run_stage(evaluation, [*arguments, "comparison.to=no/x.md"], tmp_path)
     with pytest.raises(SystemExit, match="num_frames 3 is not a multiple of tubelet_size 2"):
-        run_stage(evaluation, [*arguments, f"comparison.methods.last=[{command}, model.num_frames=3]"], tmp_path)
+        run_stage(
+            evaluation,
+            [*arguments, f"comparison.methods.last=[{command}, model.num_frames=3]"],
+            tmp_path,
+        )
     with pytest.raises(SystemExit, match=r"model.pol is not a key here; the nearest is pool"):
-        run_stage(evaluation, [*arguments, f"comparison.methods.last=[{command}, model.pol=max]"], tmp_path)
+        run_stage(
+            evaluation,
+            [*arguments, f"comparison.methods.last=[{command}, model.pol=max]"],
+            tmp_path,
+        )
     with pytest.raises(SystemExit, match=r"begins with neither pretrain.py nor finetune.py"):
-        run_stage(evaluation, [*arguments, "comparison.methods.last=[train.py, yamls/demo.yaml]"], tmp_path)
+        run_stage(
+            evaluation,
+            [*arguments, "comparison.methods.last=[train.py, yamls/demo.yaml]"],
+            tmp_path,
+        )
     orphan = [sys.executable, "-c", "print('at work', flush=True); input()"]
     with monkeypatch.context() as patch:
         patch.chdir(tmp_path)
         with comparison.alone() as lock:
-            left = subprocess.Popen(orphan, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[lock.fileno()])
+            left = subprocess.Popen(
+                orphan, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[lock.fileno()]
+            )
     assert left.stdout.readline() == b"at work\n"
-    with pytest.raises(SystemExit, match="another comparison, or a run that it left behind, is at work"):
+    with pytest.raises(
+        SystemExit, match="another comparison, or a run that it left behind, is at work"
+    ):
         run_stage(evaluation, arguments, tmp_path)
     left.communicate(b"\n")
     run_stage(evaluation, arguments, tmp_path)
@@ -515,14 +656,24 @@ def test_comparison_trains_what_is_missing_and_writes_means_and_spreads(demo, tm
 def test_one_trunk_learns_two_data_sets_with_a_head_each_and_each_head_is_evaluated(demo, tmp_path):
     yaml = str(ROOT / "yamls" / "methods" / "omnivore.yaml")
     sets = [f"data.streams=[{{path: {demo}/train_videos}}, {{path: {demo}/train_images}}]"]
-    sets += [f"eval_data.paths=[{demo}/test_videos, {demo}/test_images]", "data.global_train_batch_size=40"]
-    short = ["model.num_frames=2", "model.depth=1", "trainer.max_duration=2ep", "trainer.eval_interval=2ep"]
+    sets += [
+        f"eval_data.paths=[{demo}/test_videos, {demo}/test_images]",
+        "data.global_train_batch_size=40",
+    ]
+    short = [
+        "model.num_frames=2",
+        "model.depth=1",
+        "trainer.max_duration=2ep",
+        "trainer.eval_interval=2ep",
+    ]
     targets, loss = {}, Classifier.loss
     with pytest.MonkeyPatch.context() as patch:
 
         def watch(net: Classifier, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
             moves = batch["inputs"][:, 0].diff(dim=1).abs().amax(dim=(1, 2, 3, 4)) > 0
-            for moving, target in zip(moves.tolist(), batch["target"].argmax(dim=1).tolist(), strict=True):
+            for moving, target in zip(
+                moves.tolist(), batch["target"].argmax(dim=1).tolist(), strict=True
+            ):
                 targets.setdefault(moving, set()).add(target)
             return loss(net, outputs, batch)
 

@@ -7,20 +7,20 @@ import pickle
 from functools import partial
 from pathlib import Path
 
+import checkpoints
 import numpy as np
 import pytest
 import timm
 import torch
+from checkpoints import describe, our_name, read_checkpoint
+from contrast import Projected, info_nce
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-
-import checkpoints
-import model
-from checkpoints import describe, our_name, read_checkpoint
-from contrast import Projected, info_nce
-from model import Classifier, ViCMAE, load_pretrained
 from vit import Encoder, patchify, random_masking, sincos_positions, take, unpatchify
+
+import model
+from model import Classifier, ViCMAE, load_pretrained
 
 GOLDEN = Path(__file__).parent / "golden" / "vicmae_tiny.npz"
 TINY = {
@@ -35,7 +35,9 @@ TINY = {
     "projector_hidden_dim": 64,
     "projector_out_dim": 16,
 }
-ENCODER = {name: TINY[name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+ENCODER = {
+    name: TINY[name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,11 @@ def golden() -> dict[str, torch.Tensor]:
 
 
 def state_of(golden: dict) -> dict[str, torch.Tensor]:
-    return {key.removeprefix("state/"): value for key, value in golden.items() if key.startswith("state/")}
+    return {
+        key.removeprefix("state/"): value
+        for key, value in golden.items()
+        if key.startswith("state/")
+    }
 
 
 def random_batch(size: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -68,16 +74,27 @@ def test_loss_predictions_and_every_gradient_equal_the_official_objective(golden
     losses["total"].backward()
 
     torch.testing.assert_close(outputs["mask"], golden["mask"], rtol=0, atol=0)
-    for ours, theirs in (("total", "loss"), ("reconstruction", "loss_recon"), ("contrastive", "loss_contrast")):
+    for ours, theirs in (
+        ("total", "loss"),
+        ("reconstruction", "loss_recon"),
+        ("contrastive", "loss_contrast"),
+    ):
         torch.testing.assert_close(losses[ours].detach(), golden[theirs], rtol=1e-5, atol=0)
     removed = golden["mask"].bool()
-    torch.testing.assert_close(outputs["pred"].detach()[removed], golden["pred"][removed], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        outputs["pred"].detach()[removed], golden["pred"][removed], rtol=1e-4, atol=1e-5
+    )
 
-    expected = {our_name(k.removeprefix("grad/")): v for k, v in golden.items() if k.startswith("grad/")}
+    expected = {
+        our_name(k.removeprefix("grad/")): v for k, v in golden.items() if k.startswith("grad/")
+    }
     gradients = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
-        if name in ("projector.0.bias", "projector.3.bias"):  # zero but for rounding: a BatchNorm follows
+        if name in (
+            "projector.0.bias",
+            "projector.3.bias",
+        ):  # zero but for rounding: a BatchNorm follows
             assert gradient.abs().max() < 1e-6 and expected[name].abs().max() < 1e-6
         else:
             assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
@@ -93,7 +110,9 @@ def test_positions_equal_a_loop_over_places_and_frequencies():
                 frequency = 1 / 10000 ** (i / (dim // 4))
                 quarters = [f(x * frequency) for x in (column, row) for f in (math.sin, math.cos)]
                 for quarter, value in enumerate(quarters):
-                    assert table[1 + row * grid + column, quarter * dim // 4 + i] == pytest.approx(value, abs=1e-6)
+                    assert table[1 + row * grid + column, quarter * dim // 4 + i] == pytest.approx(
+                        value, abs=1e-6
+                    )
 
 
 def test_unpatchify_inverts_patchify_and_a_patch_is_row_column_channel():
@@ -141,7 +160,11 @@ def test_encoder_does_not_see_removed_patches():
 
 def test_info_nce_equals_a_loop_over_views():
     z = torch.randn(5, 2, 7, dtype=torch.float64).float()
-    views = [z[b, v].double().numpy() / np.linalg.norm(z[b, v].double().numpy()) for v in (0, 1) for b in range(5)]
+    views = [
+        z[b, v].double().numpy() / np.linalg.norm(z[b, v].double().numpy())
+        for v in (0, 1)
+        for b in range(5)
+    ]
     terms = []
     for i in range(10):
         partner = (i + 5) % 10
@@ -149,13 +172,21 @@ def test_info_nce_equals_a_loop_over_views():
         terms.append(-math.log(math.exp(views[i] @ views[partner] / 0.1) / sum(weights)))
     loss, accuracy = info_nce(Projected(z, z), 0.1)
     assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
-    nearest = [max((j for j in range(10) if j != i), key=lambda j: views[i] @ views[j]) for i in range(10)]
-    assert accuracy.item() == pytest.approx(np.mean([nearest[i] == (i + 5) % 10 for i in range(10)]))
+    nearest = [
+        max((j for j in range(10) if j != i), key=lambda j: views[i] @ views[j]) for i in range(10)
+    ]
+    assert accuracy.item() == pytest.approx(
+        np.mean([nearest[i] == (i + 5) % 10 for i in range(10)])
+    )
 
 
 def test_info_nce_of_two_orthogonal_pairs_is_known():
-    z = torch.eye(2)[:, None].expand(2, 2, 2)  # both views of a sample alike, the samples at right angles
-    assert info_nce(Projected(z, z), 0.5)[0].item() == pytest.approx(math.log(math.exp(2) + 2) - 2, rel=1e-6)
+    z = torch.eye(2)[:, None].expand(
+        2, 2, 2
+    )  # both views of a sample alike, the samples at right angles
+    assert info_nce(Projected(z, z), 0.5)[0].item() == pytest.approx(
+        math.log(math.exp(2) + 2) - 2, rel=1e-6
+    )
 
 
 def test_contrastive_terms_in_half_precision_are_computed_in_full():
@@ -171,17 +202,31 @@ def test_reconstruction_loss_of_a_known_error():
     images[..., 2:] = 1.0  # patches 1 and 3 of 2 x 2
     pred = torch.zeros(1, 4, 12)
     mask = torch.tensor([[0.0, 1.0, 1.0, 0.0]])
-    assert model.reconstruction_loss(pred, images, mask, 2, norm_pix_loss=False).item() == pytest.approx(0.5)
+    assert model.reconstruction_loss(
+        pred, images, mask, 2, norm_pix_loss=False
+    ).item() == pytest.approx(0.5)
 
 
 def test_reconstruction_loss_equals_numpy():
-    images, pred, mask = torch.randn(3, 3, 16, 16), torch.randn(3, 16, 48), (torch.rand(3, 16) > 0.5).float()
-    patches = images.double().numpy().reshape(3, 3, 4, 4, 4, 4).transpose(0, 2, 4, 3, 5, 1).reshape(3, 16, 48)
+    images, pred, mask = (
+        torch.randn(3, 3, 16, 16),
+        torch.randn(3, 16, 48),
+        (torch.rand(3, 16) > 0.5).float(),
+    )
+    patches = (
+        images.double()
+        .numpy()
+        .reshape(3, 3, 4, 4, 4, 4)
+        .transpose(0, 2, 4, 3, 5, 1)
+        .reshape(3, 16, 48)
+    )
     spread = np.sqrt(patches.var(axis=2, ddof=1, keepdims=True) + 1e-6)
     target = (patches - patches.mean(axis=2, keepdims=True)) / spread
     error = ((pred.double().numpy() - target) ** 2).mean(axis=2)
     expected = error[mask.numpy() == 1].mean()
-    assert model.reconstruction_loss(pred, images, mask, 4, norm_pix_loss=True).item() == pytest.approx(expected, rel=1e-5)
+    assert model.reconstruction_loss(
+        pred, images, mask, 4, norm_pix_loss=True
+    ).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -195,28 +240,46 @@ def test_reconstruction_loss_equals_numpy():
 )
 def test_encoder_has_the_names_and_shapes_of_timms_vit(width, depth, heads, patch, name):
     with torch.device("meta"):
-        ours, theirs = Encoder(224, patch, width, depth, heads), timm.create_model(name, num_classes=0)
-    shapes = [{key: value.shape for key, value in net.state_dict().items()} for net in (ours, theirs)]
+        ours, theirs = (
+            Encoder(224, patch, width, depth, heads),
+            timm.create_model(name, num_classes=0),
+        )
+    shapes = [
+        {key: value.shape for key, value in net.state_dict().items()} for net in (ours, theirs)
+    ]
     assert shapes[0] == shapes[1]
 
 
 def test_classifier_of_images_equals_timms_vit():
-    theirs = timm.models.VisionTransformer(32, 8, embed_dim=48, depth=2, num_heads=3, num_classes=7).eval()
+    theirs = timm.models.VisionTransformer(
+        32, 8, embed_dim=48, depth=2, num_heads=3, num_classes=7
+    ).eval()
     torch.nn.init.normal_(theirs.head.weight)
     ours = Classifier(7, **ENCODER, pool="cls").eval()
-    load_pretrained(ours, theirs.state_dict() | {"head.weight": theirs.head.weight, "head.bias": theirs.head.bias})
+    load_pretrained(
+        ours,
+        theirs.state_dict() | {"head.weight": theirs.head.weight, "head.bias": theirs.head.bias},
+    )
     images = torch.randn(3, 3, 32, 32)
-    torch.testing.assert_close(ours({"inputs": images[:, None, None]})[:, 0], theirs(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours({"inputs": images[:, None, None]})[:, 0], theirs(images), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("size", ["small", "base", "large"])
 @pytest.mark.parametrize("kind", ["cls", "mean"])
 def test_classifier_with_timms_weights_has_timms_logits_at_every_size(size, kind):
     name = f"vit_{size}_patch16_224"
-    pooling = {"global_pool": "token"} if kind == "cls" else {"global_pool": "avg", "fc_norm": False}
+    pooling = (
+        {"global_pool": "token"} if kind == "cls" else {"global_pool": "avg", "fc_norm": False}
+    )
     theirs = timm.create_model(name, num_classes=10, **pooling).eval()
     torch.nn.init.normal_(theirs.head.weight, std=0.1)
-    widths = {"embed_dim": theirs.embed_dim, "depth": len(theirs.blocks), "num_heads": theirs.blocks[0].attn.num_heads}
+    widths = {
+        "embed_dim": theirs.embed_dim,
+        "depth": len(theirs.blocks),
+        "num_heads": theirs.blocks[0].attn.num_heads,
+    }
     ours = Classifier(10, **widths, pool=kind).eval()
     load_pretrained(ours, theirs.state_dict())
     images = torch.randn(1, 3, 224, 224)
@@ -227,9 +290,15 @@ def test_classifier_with_timms_weights_has_timms_logits_at_every_size(size, kind
 
 @pytest.mark.parametrize("grid", [7, 20])
 def test_positions_of_another_resolution_are_those_timm_interpolates(grid):
-    theirs = timm.models.VisionTransformer(64, 8, embed_dim=48, depth=1, num_heads=3, num_classes=0).eval()
-    resized = timm.models.VisionTransformer(8 * grid, 8, embed_dim=48, depth=1, num_heads=3, num_classes=0).eval()
-    resized.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(theirs.state_dict(), resized))
+    theirs = timm.models.VisionTransformer(
+        64, 8, embed_dim=48, depth=1, num_heads=3, num_classes=0
+    ).eval()
+    resized = timm.models.VisionTransformer(
+        8 * grid, 8, embed_dim=48, depth=1, num_heads=3, num_classes=0
+    ).eval()
+    resized.load_state_dict(
+        timm.models.vision_transformer.checkpoint_filter_fn(theirs.state_dict(), resized)
+    )
     ours = Encoder(8 * grid, 8, 48, 1, 3).eval()
     load_pretrained(torch.nn.ModuleDict({"encoder": ours}), theirs.state_dict())
     images = torch.randn(2, 3, 8 * grid, 8 * grid)
@@ -237,7 +306,10 @@ def test_positions_of_another_resolution_are_those_timm_interpolates(grid):
 
 
 def test_still_clip_of_one_tubelet_has_the_features_of_the_image():
-    image, clip = Encoder(**ENCODER).eval(), Encoder(**ENCODER, num_frames=2, tubelet_size=2, learn_positions=True).eval()
+    image, clip = (
+        Encoder(**ENCODER).eval(),
+        Encoder(**ENCODER, num_frames=2, tubelet_size=2, learn_positions=True).eval(),
+    )
     holder = torch.nn.ModuleDict({"encoder": clip})
     report = load_pretrained(holder, image.state_dict())
     assert report["missing"] == ["encoder.temporal_embed"]
@@ -249,14 +321,21 @@ def test_still_clip_of_one_tubelet_has_the_features_of_the_image():
 def test_probabilities_are_averaged_over_views():
     net = Classifier(4, **ENCODER, head_init_std=1.0).eval()
     inputs = torch.randn(2, 3, 1, 3, 32, 32)
-    alone = torch.stack([net({"inputs": inputs[:, v : v + 1]})[:, 0].softmax(dim=-1) for v in range(3)]).mean(dim=0)
+    alone = torch.stack(
+        [net({"inputs": inputs[:, v : v + 1]})[:, 0].softmax(dim=-1) for v in range(3)]
+    ).mean(dim=0)
     torch.testing.assert_close(net.eval_forward({"inputs": inputs}), alone)
 
 
 def test_frozen_classifier_trains_its_head_alone():
     net = Classifier(4, **ENCODER, freeze=True).train()
-    net.loss(net({"inputs": torch.randn(4, 1, 1, 3, 32, 32)}), {"target": torch.arange(4)}).backward()
-    assert {name for name, p in net.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
+    net.loss(
+        net({"inputs": torch.randn(4, 1, 1, 3, 32, 32)}), {"target": torch.arange(4)}
+    ).backward()
+    assert {name for name, p in net.named_parameters() if p.grad is not None} == {
+        "head.weight",
+        "head.bias",
+    }
     assert not net.encoder.training and net.neck.training
 
 
@@ -264,16 +343,18 @@ def test_heads_count_what_they_have_right_of_the_held_out_and_the_best_predicts(
     net = Classifier(4, 3, **ENCODER, freeze=True, head_init_std=1.0)
     labels, held_out = torch.tensor([0, 1, 2, 3]), torch.tensor([-1, 1, -1, 3])
     logits = torch.zeros(4, 1, 3, 4)
-    for head, guesses in enumerate([(0, 0, 2, 0), (1, 1, 1, 3), (0, 1, 2, 0)]):  # right of the held-out: 0, 2 and 1
+    for head, guesses in enumerate(
+        [(0, 0, 2, 0), (1, 1, 1, 3), (0, 1, 2, 0)]
+    ):  # right of the held-out: 0, 2 and 1
         logits[range(4), 0, head, list(guesses)] = 5.0
     for _ in range(2):
         net.loss(logits, {"target": labels, "held_out": held_out})
     torch.testing.assert_close(net.head.right, torch.tensor([0.0, 2 + 2 * 0.98, 1 + 0.98]))
     net.eval()
     batch = {"inputs": torch.randn(2, 1, 1, 3, 32, 32)}
-    features = (net.encoder(batch["inputs"][:, 0, 0])[:, 1:].mean(dim=1) - net.neck.running_mean) / (
-        net.neck.running_var + 1e-6
-    ).sqrt()
+    features = (
+        net.encoder(batch["inputs"][:, 0, 0])[:, 1:].mean(dim=1) - net.neck.running_mean
+    ) / (net.neck.running_var + 1e-6).sqrt()
     torch.testing.assert_close(net(batch)[:, 0], features @ net.head[1].weight.T + net.head[1].bias)
 
 
@@ -297,7 +378,10 @@ def test_loss_and_gradients_of_several_heads_are_those_of_each_alone():
 def test_heads_of_two_data_sets_are_each_trained_and_asked_on_their_own_samples_alone():
     torch.manual_seed(0)
     net = Classifier([4, 3], **ENCODER, head_init_std=1.0)
-    batch = {"inputs": torch.randn(5, 2, 1, 3, 32, 32), "target": torch.tensor([3, 4, 0, 6, 5])}  # 4, 6, 5: of the second
+    batch = {
+        "inputs": torch.randn(5, 2, 1, 3, 32, 32),
+        "target": torch.tensor([3, 4, 0, 6, 5]),
+    }  # 4, 6, 5: of the second
     net.loss(net(batch), batch).backward()
     found = [head.weight.grad.clone() for head in net.head]
     features = net.encoder(batch["inputs"].flatten(0, 2))[:, 1:].mean(dim=1)  # (10, D)
@@ -320,7 +404,11 @@ def test_checkpoint_of_a_linear_probe_gives_its_best_head(tmp_path):
     torch.save({"state": {"model": probe.state_dict()}}, tmp_path / "probe.pt")
     net = Classifier(4, **ENCODER, freeze=True).eval()
     report = load_pretrained(net, str(tmp_path / "probe.pt"))
-    assert torch.equal(net.head.weight, probe.head[1].weight) and not report["missing"] and not report["unused"]
+    assert (
+        torch.equal(net.head.weight, probe.head[1].weight)
+        and not report["missing"]
+        and not report["unused"]
+    )
     batch = {"inputs": torch.randn(2, 1, 1, 3, 32, 32)}
     assert torch.equal(net(batch), probe(batch))
 
@@ -363,19 +451,30 @@ def test_flops_of_a_classifiers_step_are_those_torch_counts(num_frames, freeze):
 def test_official_file_fills_whole_model_or_encoder_alone(tmp_path, golden, whole):
     state = state_of(golden)
     if not whole:
-        state = {k: v for k, v in state.items() if not k.startswith(("decoder", "mask_token", "projector"))}
+        state = {
+            k: v
+            for k, v in state.items()
+            if not k.startswith(("decoder", "mask_token", "projector"))
+        }
     path = str(tmp_path / "official.pth")
-    torch.save({"model": state, "epoch": 799, "scaler": None, "args": argparse.Namespace(lr=1e-3)}, path)
+    torch.save(
+        {"model": state, "epoch": 799, "scaler": None, "args": argparse.Namespace(lr=1e-3)}, path
+    )
     net = ViCMAE(**golden["config"])
     before = net.decoder.mask_token.clone()
     report = load_pretrained(net, path)
-    assert torch.equal(net.encoder.blocks[1].mlp.fc1.weight, golden["state/blocks.1.mlp.fc1.weight"])
+    assert torch.equal(
+        net.encoder.blocks[1].mlp.fc1.weight, golden["state/blocks.1.mlp.fc1.weight"]
+    )
     assert torch.equal(net.decoder.mask_token, golden["state/mask_token"] if whole else before)
     assert bool(report["missing"]) is not whole
 
 
 def test_norm_of_an_mae_fine_tuning_is_taken_for_the_encoders(golden):
-    state = {key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: v for key, v in state_of(golden).items()}
+    state = {
+        key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: v
+        for key, v in state_of(golden).items()
+    }
     net = ViCMAE(**golden["config"])
     torch.nn.init.zeros_(net.encoder.norm.weight)
     load_pretrained(net, state)
@@ -385,13 +484,18 @@ def test_norm_of_an_mae_fine_tuning_is_taken_for_the_encoders(golden):
 def test_timms_weights_are_found_on_disk_by_their_name_and_never_fetched(tmp_path, monkeypatch):
     name = "vit_small_patch16_224.augreg_in1k"
     monkeypatch.setattr(
-        checkpoints, "try_to_load_from_cache", partial(checkpoints.try_to_load_from_cache, cache_dir=tmp_path)
+        checkpoints,
+        "try_to_load_from_cache",
+        partial(checkpoints.try_to_load_from_cache, cache_dir=tmp_path),
     )
     with pytest.raises(
-        ValueError, match=r"timm's vit_small.* is not on disk; fetch it with: huggingface-cli download timm/"
+        ValueError,
+        match=r"timm's vit_small.* is not on disk; fetch it with: huggingface-cli download timm/",
     ):
         read_checkpoint(name)
-    with pytest.raises(ValueError, match=r"vit_smaller does not exist, as a file or among timm's weights"):
+    with pytest.raises(
+        ValueError, match=r"vit_smaller does not exist, as a file or among timm's weights"
+    ):
         read_checkpoint("vit_smaller")
     folder = tmp_path / f"models--timm--{name}"
     (folder / "refs").mkdir(parents=True)
@@ -405,8 +509,12 @@ def test_timms_weights_are_found_on_disk_by_their_name_and_never_fetched(tmp_pat
 
 
 def test_vit_of_another_kind_is_refused_by_the_weights_that_have_no_place():
-    theirs = timm.models.VisionTransformer(32, 8, embed_dim=48, depth=2, num_heads=3, num_classes=0, init_values=1e-5)
-    with pytest.raises(ValueError, match=r"has encoder.blocks.0.ls1.gamma, which the model has not"):
+    theirs = timm.models.VisionTransformer(
+        32, 8, embed_dim=48, depth=2, num_heads=3, num_classes=0, init_values=1e-5
+    )
+    with pytest.raises(
+        ValueError, match=r"has encoder.blocks.0.ls1.gamma, which the model has not"
+    ):
         load_pretrained(Classifier(4, **ENCODER), theirs.state_dict())
     deeper = Encoder(**ENCODER | {"depth": 3})
     with pytest.raises(ValueError, match=r"has encoder.blocks.2"):
@@ -417,8 +525,14 @@ def test_report_counts_the_weights_of_every_part_by_their_fate(golden):
     report = load_pretrained(Classifier(3, **ENCODER | {"img_size": 48}), state_of(golden))
     rows = {line.split()[0]: line.split()[1:] for line in describe(report).splitlines()[1:]}
     assert describe(report).split()[:4] == ["loaded", "resized", "missing", "unused"]
-    assert rows["encoder.blocks"] == ["24"] and rows["encoder.pos_embed"] == ["1", "1"] and rows["head"] == ["2"]
-    assert sum(int(count) for row in rows.values() for count in row) == sum(map(len, report.values()))
+    assert (
+        rows["encoder.blocks"] == ["24"]
+        and rows["encoder.pos_embed"] == ["1", "1"]
+        and rows["head"] == ["2"]
+    )
+    assert sum(int(count) for row in rows.values() for count in row) == sum(
+        map(len, report.values())
+    )
 
 
 def test_positions_of_another_grid_are_interpolated(golden):
@@ -490,7 +604,11 @@ def losses_and_gradients_of_a_rank(rank: int, out: str) -> None:
     losses = net.module.loss(net(batch), batch)
     losses["total"].backward()
     torch.save(
-        {"contrastive": losses["contrastive"], **{n: p.grad for n, p in net.module.named_parameters()}}, f"{out}/{rank}"
+        {
+            "contrastive": losses["contrastive"],
+            **{n: p.grad for n, p in net.module.named_parameters()},
+        },
+        f"{out}/{rank}",
     )
 
 
@@ -556,9 +674,17 @@ def test_video_maes_file_gives_its_attention_and_leaves_cls_and_positions(tmp_pa
     ours = Classifier(3, **ENCODER, **CLIPS).eval()
     ours.encoder.cls_token.data.copy_(theirs.cls_token)
     report = load_pretrained(ours, str(tmp_path / "video.pth"))
-    kept = ["encoder.temporal_embed", "encoder.cls_token", "encoder.pos_embed", "head.weight", "head.bias"]
+    kept = [
+        "encoder.temporal_embed",
+        "encoder.cls_token",
+        "encoder.pos_embed",
+        "head.weight",
+        "head.bias",
+    ]
     assert sorted(report["missing"]) == sorted(kept)
-    clip = torch.randn(2, 4, 3, 32, 32)  # a bias of k shifts all scores of a query alike, and softmax takes that out
+    clip = torch.randn(
+        2, 4, 3, 32, 32
+    )  # a bias of k shifts all scores of a query alike, and softmax takes that out
     torch.testing.assert_close(ours.encoder(clip), theirs(clip), rtol=1e-4, atol=1e-4)
 
 
@@ -570,5 +696,8 @@ def test_encoder_of_clips_gives_an_encoder_of_images_what_a_still_clip_has():
     load_pretrained(images, clips.state_dict())
     frames = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(
-        images.encoder(frames), clips(frames[:, None].expand(-1, 2, -1, -1, -1)), rtol=1e-4, atol=1e-5
+        images.encoder(frames),
+        clips(frames[:, None].expand(-1, 2, -1, -1, -1)),
+        rtol=1e-4,
+        atol=1e-5,
     )

@@ -12,23 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import streams
 import torch
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
-from composer.utils import dist
-from conftest import ROOT, launch, run_stage, small, spoilt
-from torchvision.transforms import RandomResizedCrop
-
-import data_prep
-import pretrain
-import streams
 from algorithms import CALLBACKS
 from checkpoints import Checkpoints, read_checkpoint
+from composer.utils import dist
 from config import load_config
-from model import ViCMAE
+from conftest import ROOT, launch, run_stage, small, spoilt
 from probes import infer, knn_accuracy
 from sources import Recipe
-from streams import KeyedStream, load_stream
+from streams import DeterministicStream, load_stream
+from torchvision.transforms import RandomResizedCrop
 from views import (
     BLUR_KERNEL,
     LUMA,
@@ -36,7 +32,7 @@ from views import (
     PARAMETERS,
     STD,
     EvalViews,
-    SampleViews,
+    PretrainingViews,
     ViewRecipe,
     augment_batch,
     augment_views,
@@ -44,6 +40,10 @@ from views import (
     draw_crop,
     draw_frame_pair,
 )
+
+import data_prep
+import pretrain
+from model import ViCMAE
 
 NEUTRAL = {name: float(name in ("brightness", "contrast", "saturation")) for name in PARAMETERS}
 
@@ -57,7 +57,9 @@ def augmented(images: torch.Tensor, **changes: float) -> torch.Tensor:
 def images() -> torch.Tensor:
     """Smooth coloured pictures, (4, 3, 48, 48) uint8."""
     coarse = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    return (torch.nn.functional.interpolate(coarse, (48, 48), mode="bicubic").clamp(0, 1) * 255).byte()
+    return (
+        torch.nn.functional.interpolate(coarse, (48, 48), mode="bicubic").clamp(0, 1) * 255
+    ).byte()
 
 
 def test_neutral_numbers_change_nothing(images):
@@ -81,7 +83,9 @@ def test_neutral_numbers_change_nothing(images):
     ],
 )
 def test_each_operation_equals_torchvisions(images, changes, reference, tolerance):
-    torch.testing.assert_close(augmented(images, **changes), reference(images / 255), atol=tolerance, rtol=0)
+    torch.testing.assert_close(
+        augmented(images, **changes), reference(images / 255), atol=tolerance, rtol=0
+    )
 
 
 @pytest.mark.parametrize("hue", [-0.1, 0.05, 0.1])
@@ -90,11 +94,15 @@ def test_hue_turns_as_far_as_torchvisions_and_keeps_the_luma(images, hue):
     ours = augmented((muted * 255).byte(), hue=hue)
     turned = [
         (colorsys.rgb_to_hsv(*after)[0] - colorsys.rgb_to_hsv(*before)[0] + 0.5) % 1 - 0.5
-        for before, after in zip(*(x.movedim(1, -1).reshape(-1, 3).tolist() for x in (muted, ours)), strict=True)
+        for before, after in zip(
+            *(x.movedim(1, -1).reshape(-1, 3).tolist() for x in (muted, ours)), strict=True
+        )
     ]
     assert np.median(turned) == pytest.approx(hue, rel=0.25)
     luma = torch.tensor(LUMA)[:, None, None]
-    torch.testing.assert_close((ours * luma).sum(dim=1), (muted * luma).sum(dim=1), atol=5e-3, rtol=0)
+    torch.testing.assert_close(
+        (ours * luma).sum(dim=1), (muted * luma).sum(dim=1), atol=5e-3, rtol=0
+    )
 
 
 def test_whole_jitter_is_near_torchvisions_in_any_order(images):
@@ -123,8 +131,14 @@ def test_views_of_a_batch_are_augmented_each_by_its_own_numbers(images):
 
 def test_batch_is_normalised_by_imagenets_mean_and_deviation(images):
     row = torch.tensor(list(NEUTRAL.values())).expand(2, 2, -1)
-    batch = {"views": images.permute(0, 2, 3, 1).view(2, 2, 48, 48, 3), "augment": row, "noise": torch.rand(2, 2, 16)}
-    expected = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(images / 255).view(2, 2, 3, 48, 48)
+    batch = {
+        "views": images.permute(0, 2, 3, 1).view(2, 2, 48, 48, 3),
+        "augment": row,
+        "noise": torch.rand(2, 2, 16),
+    }
+    expected = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(images / 255).view(
+        2, 2, 3, 48, 48
+    )
     result = augment_batch(batch)
     torch.testing.assert_close(result["views"], expected, atol=1e-2, rtol=0)
     assert result["noise"] is batch["noise"]
@@ -132,7 +146,9 @@ def test_batch_is_normalised_by_imagenets_mean_and_deviation(images):
 
 def test_recipe_draws_with_the_probabilities_and_ranges_it_names():
     rng = np.random.default_rng(0)
-    first, second = (np.stack([ViewRecipe().draw(rng, view) for _ in range(4000)]) for view in (0, 1))
+    first, second = (
+        np.stack([ViewRecipe().draw(rng, view) for _ in range(4000)]) for view in (0, 1)
+    )
     column = {name: i for i, name in enumerate(PARAMETERS)}
     for drawn in (first, second):
         jittered = drawn[:, column["brightness"]] != 1
@@ -148,7 +164,9 @@ def test_recipe_draws_with_the_probabilities_and_ranges_it_names():
             values = drawn[jittered, column[name]] - middle
             assert -half <= values.min() < -0.95 * half and 0.95 * half < values.max() <= half
     sigma = first[:, column["blur_sigma"]]
-    assert sigma.min() >= 0.1 and sigma.max() <= 2.0 and sigma.mean() == pytest.approx(1.05, abs=0.05)
+    assert (
+        sigma.min() >= 0.1 and sigma.max() <= 2.0 and sigma.mean() == pytest.approx(1.05, abs=0.05)
+    )
     assert not second[:, column["blur_sigma"]].any() and not first[:, column["solarise"]].any()
     assert second[:, column["solarise"]].mean() == pytest.approx(0.2, abs=0.03)
 
@@ -159,7 +177,9 @@ def test_crops_are_distributed_as_torchvisions(size):
     torch.manual_seed(0)
     frame, scale, ratio = torch.empty(3, *size), (0.08, 1.0), (3 / 4, 4 / 3)
     ours = np.array([draw_crop(rng, *size, scale, ratio) for _ in range(3000)])
-    theirs = np.array([RandomResizedCrop.get_params(frame, list(scale), list(ratio)) for _ in range(3000)])
+    theirs = np.array(
+        [RandomResizedCrop.get_params(frame, list(scale), list(ratio)) for _ in range(3000)]
+    )
     assert (ours[:, :2] >= 0).all() and (ours[:, 0] + ours[:, 2] <= size[0]).all()
     assert (ours[:, 1] + ours[:, 3] <= size[1]).all()
     for column in range(4):
@@ -173,13 +193,18 @@ def test_crop_and_scale_equals_torchvisions_resized_crop():
     frame = rng.integers(0, 256, (61, 47, 3), np.uint8)
     for _ in range(20):
         box = draw_crop(rng, 61, 47, (0.08, 1.0), (3 / 4, 4 / 3))
-        theirs = TF.resized_crop(torch.from_numpy(frame).permute(2, 0, 1), *box, [32, 32], T.InterpolationMode.BICUBIC)
+        theirs = TF.resized_crop(
+            torch.from_numpy(frame).permute(2, 0, 1), *box, [32, 32], T.InterpolationMode.BICUBIC
+        )
         assert torch.equal(crop_and_scale(frame, box, 32), theirs)
 
 
 def test_frame_pairs_are_as_their_names_say():
     rng = np.random.default_rng(0)
-    pairs = {gap: [draw_frame_pair(rng, 16, gap, 2) for _ in range(500)] for gap in ("any", "distant", 0, 4)}
+    pairs = {
+        gap: [draw_frame_pair(rng, 16, gap, 2) for _ in range(500)]
+        for gap in ("any", "distant", 0, 4)
+    }
     assert all(a != b for a, b in pairs["any"]) and len(set(pairs["any"])) > 200
     assert all((a < 8) != (b < 8) for a, b in pairs["distant"])
     assert {a < 8 for a, _ in pairs["distant"]} == {True, False}
@@ -188,9 +213,15 @@ def test_frame_pairs_are_as_their_names_say():
     assert {abs(a - b) for a, b in (draw_frame_pair(rng, 3, 4, 2) for _ in range(20))} == {2}
 
 
-def make_loader(demo: Path, num_workers: int, seed: int = 0, streams: tuple = ("train_videos", "train_images"), **options):
+def make_loader(
+    demo: Path,
+    num_workers: int,
+    seed: int = 0,
+    streams: tuple = ("train_videos", "train_images"),
+    **options,
+):
     dist.initialize_dist("cpu")
-    pairs = SampleViews(32, 16, video={}, image={})
+    pairs = PretrainingViews(32, 16, video={}, image={})
     spec, _ = load_stream(
         pairs,
         augment_batch,
@@ -206,23 +237,39 @@ def make_loader(demo: Path, num_workers: int, seed: int = 0, streams: tuple = ("
 
 
 def open_often(together, demo: Path) -> None:
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "0"}
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_PORT": "0",
+    }
     together.wait()
     opened = [make_loader(demo, 0) for _ in range(20)]
     assert len(opened) == 20
 
 
 def count_steps(rank: int, demo: str, folder: str) -> None:
-    steps = [[len(batch["target"]) for batch in make_loader(Path(demo), 0, epoch_size=79)] for _ in range(2)]
+    steps = [
+        [len(batch["target"]) for batch in make_loader(Path(demo), 0, epoch_size=79)]
+        for _ in range(2)
+    ]
     if rank == 0:
         Path(folder, "steps.json").write_text(json.dumps(steps))
 
 
-def test_an_epoch_has_the_same_steps_on_any_number_of_ranks_whatever_is_left_over(demo, tmp_path, on_ranks):
+def test_an_epoch_has_the_same_steps_on_any_number_of_ranks_whatever_is_left_over(
+    demo, tmp_path, on_ranks
+):
     """Streaming would fill 79 samples up to 80, which are four batches."""
-    alone = [[len(batch["target"]) for batch in make_loader(demo, 0, epoch_size=79)] for _ in range(2)]
+    alone = [
+        [len(batch["target"]) for batch in make_loader(demo, 0, epoch_size=79)] for _ in range(2)
+    ]
     on_ranks(2, count_steps, str(demo), str(tmp_path))
-    assert alone == [[20] * 3] * 2 and json.loads((tmp_path / "steps.json").read_text()) == [[10] * 3] * 2
+    assert (
+        alone == [[20] * 3] * 2
+        and json.loads((tmp_path / "steps.json").read_text()) == [[10] * 3] * 2
+    )
 
 
 def test_jobs_that_start_together_on_a_machine_do_not_take_each_others_shared_memory(demo):
@@ -249,7 +296,9 @@ def test_views_depend_on_seed_epoch_and_sample_alone_not_on_the_workers(demo):
             assert ours["views"].shape == (20, 2, 32, 32, 3) and ours["views"].dtype == torch.uint8
             assert all(torch.equal(ours[key], theirs[key]) for key in ("views", "augment", "noise"))
     noise = {
-        (seed, epoch): {tuple(row.flatten().tolist()) for batch in batches for row in batch["noise"]}
+        (seed, epoch): {
+            tuple(row.flatten().tolist()) for batch in batches for row in batch["noise"]
+        }
         for seed, run in ((0, alone), (1, epochs_of(make_loader(demo, 0, seed=1), 1)))
         for epoch, batches in enumerate(run)
     }
@@ -263,7 +312,9 @@ def test_sample_that_its_stream_repeats_gets_fresh_views_each_time(demo):
     )
     (batches,) = epochs_of(make_loader(demo, 0, streams=streams, epoch_size=240), 1)
     noise = torch.cat([batch["noise"] for batch in batches]).flatten(1)
-    assert len(noise) == 240 and len(noise.unique(dim=0)) == 240  # 180 of 60 stills, so each is seen three times
+    assert (
+        len(noise) == 240 and len(noise.unique(dim=0)) == 240
+    )  # 180 of 60 stills, so each is seen three times
 
 
 @pytest.mark.parametrize("shares", [(0.75, 0.25), (0.6, 0.4), None])
@@ -291,19 +342,28 @@ def test_repeats_draw_several_different_pairs_from_a_sample_read_once(demo):
     assert len(loader) == len(batches) == 24
     noise = torch.cat([batch["noise"] for batch in batches]).flatten(1)
     assert len(noise) == 480 and len(noise.unique(dim=0)) == 480
-    assert torch.equal(torch.cat([batch["noise"] for batch in once]).flatten(1), noise[::4])  # the first of each is as ever
+    assert torch.equal(
+        torch.cat([batch["noise"] for batch in once]).flatten(1), noise[::4]
+    )  # the first of each is as ever
     assert loader.dataset.state_dict(40, True)["sample_in_epoch"] == 10
 
 
-def test_undecodable_sample_gives_way_to_the_next_and_is_named_and_too_many_end_the_run(demo, tmp_path):
+def test_undecodable_sample_gives_way_to_the_next_and_is_named_and_too_many_end_the_run(
+    demo, tmp_path
+):
     shutil.copytree(demo / "train_videos", tmp_path / "train_videos")
     spoilt(demo / "train_images", tmp_path, 7)
     loader = make_loader(tmp_path, 2, run=tmp_path)
     assert sum(len(batch["views"]) for batch in loader) == 120
     lines = (tmp_path / "unreadable.jsonl").read_text().splitlines()
-    assert [json.loads(line)[0] for line in lines] == [data_prep.Clips(str(tmp_path / "train_images"))[7]["name"]]
+    assert [json.loads(line)[0] for line in lines] == [
+        data_prep.Clips(str(tmp_path / "train_images"))[7]["name"]
+    ]
     spoilt(demo / "train_images", tmp_path, 0, 1, 2, 3, 7)
-    with pytest.raises(RuntimeError, match=r"samples cannot be decoded, see .*unreadable.jsonl; run data_prep.py verify"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"samples cannot be decoded, see .*unreadable.jsonl; run data_prep.py verify",
+    ):
         list(make_loader(tmp_path, 0, run=tmp_path))
 
 
@@ -317,43 +377,79 @@ def test_shard_that_is_cut_costs_its_last_samples_alone(demo, tmp_path):
 
 
 def test_run_whose_first_sample_and_whose_queries_are_spoilt_is_finished(demo, tmp_path, capfd):
-    images, queries = spoilt(demo / "train_images", tmp_path, 0), spoilt(demo / "test_images", tmp_path, 59)
+    images, queries = (
+        spoilt(demo / "train_images", tmp_path, 0),
+        spoilt(demo / "test_images", tmp_path, 59),
+    )
     base, *settings = small(demo)
-    arguments = [base, *settings, f"data.streams=[{{path: {images}}}]", "trainer.max_duration=1ep", "data.num_workers=0"]
+    arguments = [
+        base,
+        *settings,
+        f"data.streams=[{{path: {images}}}]",
+        "trainer.max_duration=1ep",
+        "data.num_workers=0",
+    ]
     run_stage(pretrain, [*arguments, f"callbacks.KNN.queries=[{queries}]"], tmp_path)
     run = tmp_path / "runs" / "demo"
     right = 59 * json.loads((run / "result.json").read_text())["knn/trained"]
     assert right == pytest.approx(round(right))
-    names = {json.loads(line)[0] for line in (run / "unreadable_eval.jsonl").read_text().splitlines()}
-    assert names == {f"{images}, sample 0", f"{queries}, sample 59"} and (run / "reconstructions.png").exists()
-    assert "1 of 60 samples cannot be decoded, or have no label, and do not count" in capfd.readouterr().out
+    names = {
+        json.loads(line)[0] for line in (run / "unreadable_eval.jsonl").read_text().splitlines()
+    }
+    assert (
+        names == {f"{images}, sample 0", f"{queries}, sample 59"}
+        and (run / "reconstructions.png").exists()
+    )
+    assert (
+        "1 of 60 samples cannot be decoded, or have no label, and do not count"
+        in capfd.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        (["model.contrast=none", "algorithms={ContrastRamp: {duration: 2ep}}"], "ContrastRamp: model.contrast is none"),
-        (["model.mask=none", "algorithms={PartialDecoding: {}}"], "PartialDecoding: model.mask is none"),
-        (["trainer.parallelism_config={fspd: {}}"], "trainer.parallelism_config.fspd is not a key here; the key is fsdp"),
-        (["data.global_micro_batch_size=1"], "a micro-batch of 1 sample has no others to contrast with"),
-        (["trainer.compile_config={bogus: 1}"], "trainer, algorithms, callbacks or loggers: TypeError"),
+        (
+            ["model.contrast=none", "algorithms={ContrastRamp: {duration: 2ep}}"],
+            "ContrastRamp: model.contrast is none",
+        ),
+        (
+            ["model.mask=none", "algorithms={PartialDecoding: {}}"],
+            "PartialDecoding: model.mask is none",
+        ),
+        (
+            ["trainer.parallelism_config={fspd: {}}"],
+            "trainer.parallelism_config.fspd is not a key here; the key is fsdp",
+        ),
+        (
+            ["data.global_micro_batch_size=1"],
+            "a micro-batch of 1 sample has no others to contrast with",
+        ),
+        (
+            ["trainer.compile_config={bogus: 1}"],
+            "trainer, algorithms, callbacks or loggers: TypeError",
+        ),
         (["trainer.max_duration=0ep"], "trainer.max_duration is missing"),
         (["algorithms={MixUp: {}}"], "algorithms.MixUp is not a key here"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_a_line(demo, tmp_path, overrides, complaint):
     with pytest.raises(SystemExit) as end:
-        run_stage(pretrain, [*small(demo), "callbacks=null", "data.num_workers=0", *overrides], tmp_path)
+        run_stage(
+            pretrain, [*small(demo), "callbacks=null", "data.num_workers=0", *overrides], tmp_path
+        )
     assert complaint in str(end.value) and "\n" not in str(end.value)
 
 
 def test_data_set_that_is_named_twice_is_refused(demo):
-    with pytest.raises(ValueError, match=r"names .*train_images 2 times; name it once, with a proportion"):
+    with pytest.raises(
+        ValueError, match=r"names .*train_images 2 times; name it once, with a proportion"
+    ):
         make_loader(demo, 0, streams=("train_images", "train_images"))
 
 
 def test_occurrences_of_a_sample_are_numbered_in_order():
-    class Repeating(KeyedStream):
+    class Repeating(DeterministicStream):
         def __init__(self):
             self.num_samples = 10
 
@@ -363,7 +459,9 @@ def test_occurrences_of_a_sample_are_numbered_in_order():
     stream = Repeating()
     listed = np.array([3, 1, 3, 2, 1, 3])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams.StreamingDataset, "resample_streams", lambda *_: (None, listed.copy()))
+        patch.setattr(
+            streams.StreamingDataset, "resample_streams", lambda *_: (None, listed.copy())
+        )
         assert stream.resample_streams(0)[1].tolist() == [3, 1, 13, 2, 11, 23]
 
 
@@ -372,10 +470,14 @@ def test_image_gives_two_crops_of_one_frame_and_a_clip_two_frames(demo):
 
     seen = []
     whole = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}
-    pairs = SampleViews(40, 16, video=whole, image=whole)
+    pairs = PretrainingViews(40, 16, video=whole, image=whole)
     with pytest.MonkeyPatch.context() as patch:
         decode = data_prep.decode_frame
-        patch.setattr(data_prep, "decode_frame", lambda sample, index: seen.append(index) or decode(sample, index))
+        patch.setattr(
+            data_prep,
+            "decode_frame",
+            lambda sample, index: seen.append(index) or decode(sample, index),
+        )
         still = pairs(LocalDataset(str(demo / "train_images"))[0], np.random.default_rng(0))
         assert seen == [0] and torch.equal(still["views"][0], still["views"][1])
         clip = pairs(LocalDataset(str(demo / "train_videos"))[0], np.random.default_rng(0))
@@ -390,7 +492,11 @@ def test_optimizer_decays_matrices_alone_and_holds_every_trainable_parameter_onc
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     assert len(decay) == len(named) == sum(len(group["params"]) for group in adamw.param_groups)
     for name, parameter in named.items():
-        bare = name.endswith(".bias") or "norm" in name or name.split(".")[:2] in (["projector", "1"], ["projector", "4"])
+        bare = (
+            name.endswith(".bias")
+            or "norm" in name
+            or name.split(".")[:2] in (["projector", "1"], ["projector", "4"])
+        )
         assert decay[id(parameter)] == (0.0 if bare else 0.05), name
     assert not {"encoder.pos_embed", "decoder.pos_embed"} & named.keys()
 
@@ -415,12 +521,19 @@ def labels_on_a_rank(rank: int, path: str, out: str) -> None:
     torch.save(found, f"{out}/{rank}")
 
 
-def test_every_sample_is_inferred_once_and_in_order_on_one_rank_and_on_two(demo, tmp_path, on_ranks):
+def test_every_sample_is_inferred_once_and_in_order_on_one_rank_and_on_two(
+    demo, tmp_path, on_ranks
+):
     path = str(demo / "test_videos")
     on_ranks(2, labels_on_a_rank, path, str(tmp_path))
     views = EvalViews([path], 8)
     expected = [int(views[i]["target"]) for i in range(60)]
-    colours = torch.stack([TF.normalize(views[i]["inputs"] / 255, MEAN, STD).mean(dim=(0, 1, 3, 4)) for i in range(60)])
+    colours = torch.stack(
+        [
+            TF.normalize(views[i]["inputs"] / 255, MEAN, STD).mean(dim=(0, 1, 3, 4))
+            for i in range(60)
+        ]
+    )
     for rank in (0, 1):
         outputs, labels = torch.load(tmp_path / str(rank), weights_only=True)
         assert labels.tolist() == expected
@@ -432,7 +545,14 @@ def test_eval_views_are_spread_over_time_and_along_the_longer_side(demo):
     frames[..., 0] = (np.arange(8) * 30)[:, None, None]  # time
     frames[..., 1] = np.arange(60) * 4  # place
     sample = data_prep.encode_clip([encode(frame) for frame in frames], list(range(8)), 0, "x")
-    views = EvalViews([str(demo / "test_videos")], 20, num_frames=4, temporal_views=2, spatial_views=3, crop_pct=1.0)
+    views = EvalViews(
+        [str(demo / "test_videos")],
+        20,
+        num_frames=4,
+        temporal_views=2,
+        spatial_views=3,
+        crop_pct=1.0,
+    )
     views.data = [sample]
     inputs = views[0]["inputs"].float()
     assert inputs.shape == (6, 4, 3, 20, 20)
@@ -454,21 +574,33 @@ def write(path: Path, text: str) -> str:
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("model.embed_dims=64", "model.embed_dims=64: model.embed_dims is not a key here; the nearest is embed_dim"),
+        (
+            "model.embed_dims=64",
+            "model.embed_dims=64: model.embed_dims is not a key here; the nearest is embed_dim",
+        ),
         ("modle.depth=2", "modle is not a key here; the nearest is model"),
         ("model.depth=deep", "model.depth is 'deep': input should be a valid integer"),
         ("model=deep", "model is 'deep': input should be a valid dictionary"),
         ("augment.video.crop_scale=[1.0]", "augment.video.crop_scale"),
-        ("augment.video.flip=7", "augment.video.flip is 7: input should be less than or equal to 1"),
+        (
+            "augment.video.flip=7",
+            "augment.video.flip is 7: input should be less than or equal to 1",
+        ),
         ("augment.sections=1", "augment.sections is 1"),
         ("model.patch_size=0", "model.patch_size is 0: input should be greater than 0"),
         ("data.num_workers=-1", "data.num_workers is -1"),
         ("augment.frame_gap=far", "augment.frame_gap is 'far'"),
-        ("trainer.max_duration=3.5ep", "trainer.max_duration is '3.5ep': give a whole number of epochs or steps"),
+        (
+            "trainer.max_duration=3.5ep",
+            "trainer.max_duration is '3.5ep': give a whole number of epochs or steps",
+        ),
         ("trainer.max_duration=-1ep", "trainer.max_duration is '-1ep': must be 0 or more"),
         ("schedule.t_warmup=soon", "schedule.t_warmup is 'soon': give a whole number"),
         ("checkpoints.interval=0ep", "checkpoints.interval is '0ep': must be positive"),
-        ("algorithms={ContrastRamp: {duration: -1ba}}", "algorithms.ContrastRamp.duration is '-1ba': must be positive"),
+        (
+            "algorithms={ContrastRamp: {duration: -1ba}}",
+            "algorithms.ContrastRamp.duration is '-1ba': must be positive",
+        ),
         ("trainer.parallelism_config=3", "trainer.parallelism_config is 3"),
         ("run_name=a/b", "run_name is 'a/b'"),
         ("data.streams=[{pth: x}]", r"data.streams.0.pth is not a key here; the nearest is path"),
@@ -492,7 +624,9 @@ def test_mistake_in_the_configuration_is_named_with_its_file_and_key(override, c
 def test_missing_key_and_file_at_fault_are_named(tmp_path):
     first = write(tmp_path / "a.yaml", "run_name: x\nseed: 0\nmodel: {depth: 2}\n")
     second = write(tmp_path / "b.yaml", "model: {dpeth: 3}\n")
-    with pytest.raises(ValueError, match=r"b.yaml: model.dpeth is not a key here; the nearest is depth"):
+    with pytest.raises(
+        ValueError, match=r"b.yaml: model.dpeth is not a key here; the nearest is depth"
+    ):
         load_config([first, second], pretrain.pretrain)
     with pytest.raises(ValueError, match="data is missing"):
         load_config([first], pretrain.pretrain)
@@ -502,7 +636,9 @@ def test_missing_key_and_file_at_fault_are_named(tmp_path):
 
 def test_files_merge_left_to_right_then_overrides(tmp_path):
     overlay = write(tmp_path / "o.yaml", "seed: 7\nmodel: {depth: 5}\n")
-    config = load_config([str(ROOT / "yamls" / "demo.yaml"), overlay, "model.depth=6"], pretrain.pretrain)
+    config = load_config(
+        [str(ROOT / "yamls" / "demo.yaml"), overlay, "model.depth=6"], pretrain.pretrain
+    )
     assert (config["seed"], config["model"]["depth"], config["model"]["img_size"]) == (7, 6, 32)
 
 
@@ -515,7 +651,10 @@ def test_files_merge_left_to_right_then_overrides(tmp_path):
         ({"micro": 15}, "20 must be a multiple of global_micro_batch_size 15"),
         ({"batch": 4000}, "data.global_train_batch_size 4000 is more than an epoch's 60"),
         ({"repeats": 3}, "data.repeats 3 must divide each rank's share of a micro-batch, 20"),
-        ({"streams": ({"path": "a"}, {"path": "b", "proportion": 1.0})}, "give it to all or to none"),
+        (
+            {"streams": ({"path": "a"}, {"path": "b", "proportion": 1.0})},
+            "give it to all or to none",
+        ),
     ],
 )
 def test_data_that_cannot_be_used_is_named(demo, change, culprit):
@@ -539,7 +678,9 @@ def test_run_of_another_configuration_is_refused_with_the_keys_that_differ(demo,
     run_stage(pretrain, arguments, tmp_path)
     with pytest.raises(SystemExit) as exit:
         run_stage(pretrain, [*arguments, "model.mask_ratio=0.7", "seed=5"], tmp_path)
-    assert "runs/demo was begun with another model.mask_ratio, seed; give another run_name" in str(exit.value)
+    assert "runs/demo was begun with another model.mask_ratio, seed; give another run_name" in str(
+        exit.value
+    )
     with pytest.raises(SystemExit) as exit:
         run_stage(pretrain, [*arguments, "trainer.max_duration=9ba"], tmp_path)
     assert exit.value.code == 0
@@ -580,17 +721,28 @@ def test_two_ranks_log_what_one_rank_logs(demo, tmp_path):
     run_stage(pretrain, [*arguments, "run_name=one"], tmp_path)
     result = launch(tmp_path, "pretrain.py", *arguments, "run_name=two", ranks=2)
     assert result.returncode == 0, result.stderr
-    one, two = (json.loads((tmp_path / "runs" / name / "result.json").read_text()) for name in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / "runs" / name / "result.json").read_text())
+        for name in ("one", "two")
+    )
     for key in ("loss/train/total", "loss/train/reconstruction", "loss/train/contrastive"):
         assert two[key] == pytest.approx(one[key], rel=1e-4)
     assert two["knn/random"] == one["knn/random"]
 
 
 def test_command_line_ends_a_mistake_in_one_line_before_any_work(tmp_path):
-    command = [sys.executable, str(ROOT / "pretrain.py"), str(ROOT / "yamls" / "demo.yaml"), "model.detph=3"]
+    command = [
+        sys.executable,
+        str(ROOT / "pretrain.py"),
+        str(ROOT / "yamls" / "demo.yaml"),
+        "model.detph=3",
+    ]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1 and not list(tmp_path.iterdir())
-    assert result.stderr.strip() == "pretrain.py: model.detph=3: model.detph is not a key here; the nearest is depth"
+    assert (
+        result.stderr.strip()
+        == "pretrain.py: model.detph=3: model.detph is not a key here; the nearest is depth"
+    )
 
 
 @pytest.mark.parametrize("overlay", [[], ["paper.yaml"], ["five.yaml"], ["vitl_fast.yaml"]])
@@ -600,10 +752,12 @@ def test_pretraining_yaml_constructs(name, overlay):
     config = load_config(files, pretrain.pretrain)
     with torch.device("meta"):
         net = ViCMAE(**config["model"])
-    pairs = SampleViews(net.encoder.img_size, net.encoder.num_patches, **config["augment"])
+    pairs = PretrainingViews(net.encoder.img_size, net.encoder.num_patches, **config["augment"])
     pretrain.build_optimizer(net, config["data"]["global_train_batch_size"], **config["optimizer"])
     pretrain.CosineAnnealingWithWarmupScheduler(**config["schedule"])
-    pretrain.build_named(CALLBACKS, {k: v for k, v in config["callbacks"].items() if k != "KNN"})  # needs data
+    pretrain.build_named(
+        CALLBACKS, {k: v for k, v in config["callbacks"].items() if k != "KNN"}
+    )  # needs data
     if overlay == ["paper.yaml"]:
         assert net.mask_ratio == 0.75 and pairs.frame_gap == "distant" and pairs.video.jitter == 0
 
@@ -620,16 +774,27 @@ def ends_at(step: int):
 def test_run_goes_on_from_the_checkpoint_at_an_epochs_end_with_the_next_epoch(
     demo, tmp_path, monkeypatch, num_workers, step
 ):
-    arguments = [*small(demo), "trainer.max_duration=3ep", "callbacks=null", f"data.num_workers={num_workers}"]
+    arguments = [
+        *small(demo),
+        "trainer.max_duration=3ep",
+        "callbacks=null",
+        f"data.num_workers={num_workers}",
+    ]
     run_stage(pretrain, [*arguments, "run_name=whole"], tmp_path)
     for last in (step, step + 3):
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             patch.setattr(Checkpoints, "batch_start", ends_at(last))
-            run_stage(pretrain, [*arguments, "run_name=stopped", "checkpoints.interval=1ep"], tmp_path)
+            run_stage(
+                pretrain, [*arguments, "run_name=stopped", "checkpoints.interval=1ep"], tmp_path
+            )
     run_stage(pretrain, [*arguments, "run_name=stopped"], tmp_path)
-    lines = [(tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "stopped")]
+    lines = [
+        (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        for name in ("whole", "stopped")
+    ]
     whole, resumed = (
-        [line["loss/train/total"] for line in map(json.loads, one) if "loss/train/total" in line] for one in lines
+        [line["loss/train/total"] for line in map(json.loads, one) if "loss/train/total" in line]
+        for one in lines
     )
     assert whole == resumed and len(whole) == 9
 
@@ -643,8 +808,14 @@ def test_resumed_run_ends_with_the_weights_of_one_never_stopped(demo, tmp_path, 
     (tmp_path / "runs" / "stopped" / "result.json").unlink()
     run_stage(pretrain, [*arguments, "run_name=stopped"], tmp_path)
     whole, resumed = (
-        read_checkpoint(str(tmp_path / "runs" / name / "checkpoints" / "latest-rank0.pt")) for name in ("whole", "stopped")
+        read_checkpoint(str(tmp_path / "runs" / name / "checkpoints" / "latest-rank0.pt"))
+        for name in ("whole", "stopped")
     )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    lines = [json.loads(line) for line in (tmp_path / "runs" / "stopped" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss/train/total" in line] == [*range(1, 6 * repeats + 1)]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "runs" / "stopped" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["step"] for line in lines if "loss/train/total" in line] == [
+        *range(1, 6 * repeats + 1)
+    ]

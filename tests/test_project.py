@@ -8,17 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from config import load_config
 from conftest import ROOT
+from views import PretrainingViews
 
 import data_prep
 import eval as evaluation
 import finetune
 import pretrain
-from config import load_config
 from model import Classifier, ViCMAE
-from views import SampleViews
 
-STAGES = {"pretrain.py": pretrain.pretrain, "finetune.py": finetune.finetune, "eval.py": evaluation.evaluate}
+STAGES = {
+    "pretrain.py": pretrain.pretrain,
+    "finetune.py": finetune.finetune,
+    "eval.py": evaluation.evaluate,
+}
 README = (ROOT / "README.md").read_text()
 ORDER = re.findall(r"^\| `(\w+)\.py` \|", README, flags=re.MULTILINE)  # as its table has them
 
@@ -59,12 +63,21 @@ def test_every_command_of_the_readme_is_one_that_the_project_takes(command, monk
         elif words[0].startswith("tests/"):
             assert Path(words[0]).exists()
         else:
-            assert words in (["pytest"], ["pip", "install", "uv"], ["ruff", "check"], ["ruff", "format", "--check"])
+            assert words in (
+                ["pytest"],
+                ["pip", "install", "uv"],
+                ["ruff", "check"],
+                ["ruff", "format", "--check"],
+            )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "yamls").rglob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "yamls").rglob("*.yaml")), ids=lambda path: path.name
+)
 def test_yaml_opens_with_its_command_hardware_cost_and_expectation(path):
-    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    header = "".join(
+        line for line in path.read_text().splitlines(keepends=True) if line.startswith("#")
+    )
     assert path.read_text().startswith("# ") and str(path.relative_to(ROOT)) in header
     assert all(word in header.lower() for word in ("hardware", "cost", "expected"))
 
@@ -85,7 +98,11 @@ def plan_of(path: Path, monkeypatch, capsys) -> str:
     """What the first command of a YAML's header prints with --plan."""
     monkeypatch.chdir(ROOT)
     words = (
-        next(line for line in path.read_text().splitlines() if re.match(r"#   (composer|python) ", line))
+        next(
+            line
+            for line in path.read_text().splitlines()
+            if re.match(r"#   (composer|python) ", line)
+        )
         .split("#")[1]
         .split()
     )
@@ -95,18 +112,34 @@ def plan_of(path: Path, monkeypatch, capsys) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "yamls").rglob("*.yaml")), ids=lambda path: path.name)
-def test_every_yaml_is_built_without_data_or_gpus_and_its_header_states_the_cost(path, monkeypatch, capsys):
-    if path.name in ("table.yaml", "compare.yaml") or path.parent.name == "ablations":  # these have no model of their own
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "yamls").rglob("*.yaml")), ids=lambda path: path.name
+)
+def test_every_yaml_is_built_without_data_or_gpus_and_its_header_states_the_cost(
+    path, monkeypatch, capsys
+):
+    if (
+        path.name in ("table.yaml", "compare.yaml") or path.parent.name == "ablations"
+    ):  # these have no model of their own
         return
     printed = plan_of(path, monkeypatch, capsys)
-    assert all(re.search(rf"^{word} +[\d.]+", printed, re.MULTILINE) for word in ("weights", "a sample", "memory", "cost"))
+    assert all(
+        re.search(rf"^{word} +[\d.]+", printed, re.MULTILINE)
+        for word in ("weights", "a sample", "memory", "cost")
+    )
     stated = re.search(r"([\d,.]+) GPU-hours", path.read_text())
     assert not stated or stated[1] == re.search(r"cost +([\d,.]+) GPU-hours", printed)[1]
-    assert stated or "2 CPU cores" in path.read_text() or "those of the file it is laid over" in path.read_text()
+    assert (
+        stated
+        or "2 CPU cores" in path.read_text()
+        or "those of the file it is laid over" in path.read_text()
+    )
 
 
-@pytest.mark.parametrize("path", [*(ROOT / "yamls").glob("compare.yaml"), *sorted((ROOT / "yamls" / "ablations").glob("*"))])
+@pytest.mark.parametrize(
+    "path",
+    [*(ROOT / "yamls").glob("compare.yaml"), *sorted((ROOT / "yamls" / "ablations").glob("*"))],
+)
 def test_every_row_of_a_comparison_is_a_command_that_its_stage_takes(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     rows = load_config([str(path)], evaluation.evaluate)["comparison"]["methods"]
@@ -115,10 +148,21 @@ def test_every_row_of_a_comparison_is_a_command_that_its_stage_takes(path, monke
     for config in configs:
         config.pop("run_name")
         with torch.device("meta"):
-            net = ViCMAE(**config["model"]) if "projector_out_dim" in config["model"] else Classifier(10, **config["model"])
+            net = (
+                ViCMAE(**config["model"])
+                if "projector_out_dim" in config["model"]
+                else Classifier(10, **config["model"])
+            )
         if isinstance(net, ViCMAE):
-            SampleViews(net.encoder.img_size, net.encoder.num_patches, net.encoder.num_frames, **config["augment"])
-    assert all(one != other for one, other in itertools.combinations(configs, 2))  # each row differs
+            PretrainingViews(
+                net.encoder.img_size,
+                net.encoder.num_patches,
+                net.encoder.num_frames,
+                **config["augment"],
+            )
+    assert all(
+        one != other for one, other in itertools.combinations(configs, 2)
+    )  # each row differs
 
 
 def test_plan_of_a_known_run_is_its_arithmetic(monkeypatch, capsys):
@@ -138,12 +182,17 @@ def test_plan_of_a_known_run_is_its_arithmetic(monkeypatch, capsys):
     ):
         found = re.search(rf"^{word} +([\d,.]+)", printed, re.MULTILINE)[1].replace(",", "")
         assert float(found) == pytest.approx(number, rel=0.02), word
-    assert float(re.search(r"and ([\d.]+) GB", printed)[1]) == pytest.approx(activations / 1e9, rel=0.01)
+    assert float(re.search(r"and ([\d.]+) GB", printed)[1]) == pytest.approx(
+        activations / 1e9, rel=0.01
+    )
 
 
 def test_plan_for_no_gpus_or_of_unknown_data_is_refused(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for arguments, culprit in ((["--plan=0"], "--plan=0: give a number"), (["data.streams=[{path: x/y}]", "--plan"], "x/y")):
+    for arguments, culprit in (
+        (["--plan=0"], "--plan=0: give a number"),
+        (["data.streams=[{path: x/y}]", "--plan"], "x/y"),
+    ):
         monkeypatch.setattr("sys.argv", ["pretrain.py", "yamls/vits.yaml", *arguments])
         with pytest.raises(SystemExit) as exit:
             pretrain.main()
@@ -156,7 +205,13 @@ def test_readme_gives_the_length_of_every_file(name):
     assert stated == len((ROOT / f"{name}.py").read_text().splitlines())
 
 
-SIZES = {"data_prep": 600, "model": 500, "pretrain": 400, "finetune": 350, "eval": 350}  # lines; 550 of any other
+SIZES = {
+    "data_prep": 600,
+    "model": 500,
+    "pretrain": 400,
+    "finetune": 350,
+    "eval": 350,
+}  # lines; 550 of any other
 
 
 @pytest.mark.parametrize("name", ORDER)

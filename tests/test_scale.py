@@ -13,9 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from algorithms import ContrastRamp, PartialDecoding, ProgressiveResizing
 from composer import Callback, Event, Trainer
 from composer.core import DataSpec
 from conftest import run_stage, small
+from contrast import Projected
+from contrast import info_nce as info_nce_of_all
 from test_model import TINY, random_batch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -23,19 +26,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import InterpolationMode, resize
-
-import model
-import pretrain
-from algorithms import ContrastRamp, PartialDecoding, ProgressiveResizing
-from contrast import Projected
-from contrast import info_nce as info_nce_of_all
-from model import Classifier, ViCMAE
 from views import augment_batch
 from vit import Encoder, random_masking
 
+import model
+import pretrain
+from model import Classifier, ViCMAE
+
 STEPS, BATCH = 20, 8
 LOSSES = ("total", "reconstruction", "contrastive")
-BEFORE_NORM = ("projector.0.bias", "projector.3.bias")  # a BatchNorm follows: their gradient is zero but for rounding
+BEFORE_NORM = (
+    "projector.0.bias",
+    "projector.3.bias",
+)  # a BatchNorm follows: their gradient is zero but for rounding
 
 
 def build(**changes) -> ViCMAE:
@@ -62,7 +65,9 @@ def step_of(net: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: losses[name].detach() for name in LOSSES} | gradients
 
 
-def train(steps: int, dtype: torch.dtype, info_nce=info_nce_of_all, **changes) -> list[dict[str, Tensor]]:
+def train(
+    steps: int, dtype: torch.dtype, info_nce=info_nce_of_all, **changes
+) -> list[dict[str, Tensor]]:
     """This rank's losses, gradients, weights and running statistics at each step of AdamW on its share of the batches."""
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     net = build(**changes).to(dtype)
@@ -72,7 +77,9 @@ def train(steps: int, dtype: torch.dtype, info_nce=info_nce_of_all, **changes) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "info_nce", info_nce)
         for step in range(steps):
-            share = {key: value.chunk(ranks)[rank] for key, value in batch_of_step(step, dtype).items()}
+            share = {
+                key: value.chunk(ranks)[rank] for key, value in batch_of_step(step, dtype).items()
+            }
             optimizer.zero_grad()
             found.append(step_of(trained, share))
             optimizer.step()
@@ -100,7 +107,9 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def assert_equal_steps(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+def assert_equal_steps(
+    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
+) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if name.endswith(BEFORE_NORM):
@@ -112,7 +121,9 @@ def assert_equal_steps(found: dict[str, Tensor], expected: dict[str, Tensor], to
             assert distance(found[name].double(), value.double()) <= tolerance, name
 
 
-def assert_equal_to_one_rank(of_ranks: list[list[dict]], alone: list[dict], tolerance: float) -> None:
+def assert_equal_to_one_rank(
+    of_ranks: list[list[dict]], alone: list[dict], tolerance: float
+) -> None:
     """The losses in the mean over the ranks; all else on each rank."""
     for steps in zip(*of_ranks, alone, strict=True):
         *found, expected = steps
@@ -125,7 +136,10 @@ def assert_equal_to_one_rank(of_ranks: list[list[dict]], alone: list[dict], tole
 def test_ranks_have_the_losses_gradients_statistics_and_weights_of_one(train_on, ranks):
     found = train_on(ranks, STEPS, torch.float64)
     assert_equal_to_one_rank(found, train(STEPS, torch.float64), 1e-9)
-    assert all(step["contrastive"] == other["contrastive"] for step, other in zip(found[0], found[-1], strict=True))
+    assert all(
+        step["contrastive"] == other["contrastive"]
+        for step, other in zip(found[0], found[-1], strict=True)
+    )
 
 
 def test_two_ranks_have_the_losses_of_one_in_single_precision(train_on):
@@ -136,7 +150,9 @@ def test_two_ranks_have_the_losses_of_one_in_single_precision(train_on):
             assert distance(mean, expected[name]) <= 1e-4, (step, name)
 
 
-def info_nce_of_own_rows(projected: Projected, temperature: float, offset: bool) -> tuple[Tensor, Tensor]:
+def info_nce_of_own_rows(
+    projected: Projected, temperature: float, offset: bool
+) -> tuple[Tensor, Tensor]:
     """As the official code splits it: this rank's views are the rows, those of all ranks the columns."""
     z = F.normalize(projected.predictions, dim=-1).transpose(0, 1)  # (2, B of all ranks, out)
     size = z.shape[1] // dist.get_world_size()
@@ -182,17 +198,23 @@ def test_two_ranks_in_chunks_are_one_at_once(train_on):
     assert_equal_to_one_rank(found, train(3, torch.float64), 1e-9)
 
 
-@pytest.mark.parametrize(("mask_ratio", "ratio"), [(0.5, 0.5), (0.5, 0.3), (0.75, 0.01), (0.75, 1.0)])
+@pytest.mark.parametrize(
+    ("mask_ratio", "ratio"), [(0.5, 0.5), (0.5, 0.3), (0.75, 0.01), (0.75, 1.0)]
+)
 def test_decoder_gets_the_visible_and_a_fraction_of_the_removed_patches(mask_ratio, ratio):
     net, batch, lengths = build(mask_ratio=mask_ratio), random_batch(), []
     net.decode_ratio = ratio
-    net.decoder.blocks[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    net.decoder.blocks[0].register_forward_pre_hook(
+        lambda _, inputs: lengths.append(inputs[0].shape[1])
+    )
     visible = round(16 * (1 - mask_ratio))
     decoded = math.ceil((16 - visible) * ratio)
     outputs = net(batch)
     assert lengths.pop() == 1 + visible + decoded
     assert outputs["pred"].shape == (4, 2, 16, 192)
-    assert (outputs["scored"].sum(dim=-1) == decoded).all() and (outputs["scored"] <= outputs["mask"]).all()
+    assert (outputs["scored"].sum(dim=-1) == decoded).all() and (
+        outputs["scored"] <= outputs["mask"]
+    ).all()
     outputs = net.eval()(batch)
     assert lengths.pop() == 1 + 16
     assert torch.equal(outputs["scored"], outputs["mask"])
@@ -226,7 +248,9 @@ def test_decoder_equals_maes_which_restores_the_order_first():
     tokens = torch.randn(BATCH, 1 + ids_keep.shape[1], TINY["embed_dim"], dtype=torch.float64)
     decoder = net.decoder
     x = decoder.embed(tokens)
-    patches = torch.cat([x[:, 1:], decoder.mask_token.repeat(BATCH, 16 - ids_keep.shape[1], 1)], dim=1)
+    patches = torch.cat(
+        [x[:, 1:], decoder.mask_token.repeat(BATCH, 16 - ids_keep.shape[1], 1)], dim=1
+    )
     patches = torch.stack([row[ids] for row, ids in zip(patches, ids_restore, strict=True)])
     x = torch.cat([x[:, :1], patches], dim=1) + decoder.pos_embed
     for block in decoder.blocks:
@@ -244,10 +268,14 @@ def test_partial_decoding_is_set_once():
     assert net.decode_ratio == 0.25
 
 
-@pytest.mark.parametrize("algorithm", [PartialDecoding(0.25), ContrastRamp("1ep"), ProgressiveResizing()])
+@pytest.mark.parametrize(
+    "algorithm", [PartialDecoding(0.25), ContrastRamp("1ep"), ProgressiveResizing()]
+)
 def test_algorithm_of_pretraining_refuses_another_model_before_training(algorithm):
     classifier = Classifier(3, img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
-    with pytest.raises(ValueError, match=rf"algorithms\.{type(algorithm).__name__} is for pre-training"):
+    with pytest.raises(
+        ValueError, match=rf"algorithms\.{type(algorithm).__name__} is for pre-training"
+    ):
         Trainer(model=classifier, algorithms=[algorithm], device="cpu", progress_bar=False)
 
 
@@ -304,7 +332,9 @@ def test_views_grow_over_the_training():
         train_dataloader=DataSpec(loader, microbatch_transforms=augment_batch),
         optimizers=torch.optim.AdamW(net.parameters(), lr=1e-4),
         max_duration="10ba",
-        algorithms=[ProgressiveResizing(0.5, delay_fraction=0.2, finetune_fraction=0.3, size_increment=8)],
+        algorithms=[
+            ProgressiveResizing(0.5, delay_fraction=0.2, finetune_fraction=0.3, size_increment=8)
+        ],
         callbacks=[record],
         device="cpu",
         progress_bar=False,
@@ -315,9 +345,13 @@ def test_views_grow_over_the_training():
     for i, (views, side) in enumerate(zip(record.views, sides, strict=True)):
         original = torch.stack([sample["views"] for sample in samples[2 * i : 2 * i + 2]])
         pictures = original.flatten(0, 1).permute(0, 3, 1, 2)
-        scaled = resize(pictures, [side, side], InterpolationMode.BILINEAR, antialias=True).permute(0, 2, 3, 1)
+        scaled = resize(pictures, [side, side], InterpolationMode.BILINEAR, antialias=True).permute(
+            0, 2, 3, 1
+        )
         assert views.dtype == torch.uint8 and views.shape == (2, 2, side, side, 3)
-        assert (views.flatten(0, 1).int() - scaled.int()).abs().max() <= 1, i  # they round in another order
+        assert (views.flatten(0, 1).int() - scaled.int()).abs().max() <= 1, (
+            i
+        )  # they round in another order
     assert math.isfinite(trainer.state.total_loss_dict["loss/train/total"])
 
 
@@ -341,13 +375,21 @@ def test_last_size_is_the_full_one_whatever_the_increment():
 
 
 @pytest.mark.parametrize("decode_ratio", [1.0, 0.5])
-@pytest.mark.parametrize("sizes", [{}, {"img_size": 64, "depth": 3, "decoder_embed_dim": 48, "mask_ratio": 0.75}])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"img_size": 64, "depth": 3, "decoder_embed_dim": 48, "mask_ratio": 0.75}]
+)
 def test_flops_of_a_step_are_those_torch_counts(sizes, decode_ratio):
     net = build(**sizes)
     net.decode_ratio = decode_ratio
     side = net.encoder.img_size
-    batch = {"views": torch.randn(4, 2, 3, side, side), "noise": torch.rand(4, 2, net.encoder.num_patches)}
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # attention as products of matrices
+    batch = {
+        "views": torch.randn(4, 2, 3, side, side),
+        "noise": torch.rand(4, 2, net.encoder.num_patches),
+    }
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):  # attention as products of matrices
         step_of(net, batch)
     assert net.flops_per_batch(batch) == counter.get_total_flops()
 
@@ -362,7 +404,9 @@ def test_compiled_step_has_the_losses_and_gradients_of_the_plain_one():
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 def test_generated_kernels_have_the_losses_of_the_plain_ones():
     net, batch = build(depth=1), batch_of_step(0, torch.float32)
-    net.decoder.blocks = nn.ModuleList()  # they are the encoder's; the compiler takes a second or two for each kernel
+    net.decoder.blocks = (
+        nn.ModuleList()
+    )  # they are the encoder's; the compiler takes a second or two for each kernel
     with torch.no_grad():
         expected = net.loss(net(batch), batch)
         net.forward = torch.compile(net.forward, backend="inductor")
@@ -378,15 +422,24 @@ def test_stage_that_is_compiled_logs_the_losses_of_the_plain_one(demo, tmp_path)
         folder.mkdir()
         run_stage(
             pretrain,
-            [*small(demo), "callbacks=null", "trainer.max_duration=3ba", f"trainer.compile_config={config}"],
+            [
+                *small(demo),
+                "callbacks=null",
+                "trainer.max_duration=3ba",
+                f"trainer.compile_config={config}",
+            ],
             folder,
         )
         lines = Path(folder, "runs/demo/metrics.jsonl").read_text().splitlines()
         logged[name] = [
-            [line[f"loss/train/{loss}"] for loss in LOSSES] for line in map(json.loads, lines) if "loss/train/total" in line
+            [line[f"loss/train/{loss}"] for loss in LOSSES]
+            for line in map(json.loads, lines)
+            if "loss/train/total" in line
         ]
     assert len(logged["plain"]) == 3
-    torch.testing.assert_close(torch.tensor(logged["compiled"]), torch.tensor(logged["plain"]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(logged["compiled"]), torch.tensor(logged["plain"]), rtol=1e-5, atol=0
+    )
 
 
 def losses_of(features: Tensor, projections: Tensor) -> dict[str, float]:
@@ -400,7 +453,9 @@ def losses_of(features: Tensor, projections: Tensor) -> dict[str, float]:
 
 def test_spread_of_features_is_known_where_they_are_alike_or_at_right_angles():
     B = 8
-    alike = torch.randn(1, 2, 48).double() * torch.arange(1, B + 1)[:, None, None]  # their lengths do not count
+    alike = (
+        torch.randn(1, 2, 48).double() * torch.arange(1, B + 1)[:, None, None]
+    )  # their lengths do not count
     apart = torch.eye(48)[:B, None].expand(-1, 2, -1)
     half = torch.stack([alike[:, 0], apart[:, 0]], dim=1)  # one view collapsed
     z = torch.randn(B, 2, 16)
@@ -412,6 +467,8 @@ def test_spread_of_features_is_known_where_they_are_alike_or_at_right_angles():
 @pytest.mark.parametrize("right", [0, 2, 6, 8])
 def test_accuracy_is_the_fraction_of_views_whose_partner_is_nearest(right):
     first = torch.eye(16)[:8]
-    order = [*range(right), *range(right + 1, 8), right][:8]  # the second view of the rest is another sample's first
+    order = [*range(right), *range(right + 1, 8), right][
+        :8
+    ]  # the second view of the rest is another sample's first
     projections = torch.stack([first, first[order]], dim=1)
     assert losses_of(torch.randn(8, 2, 48), projections)["accuracy"] == pytest.approx(right / 8)

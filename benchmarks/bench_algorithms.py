@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import data_prep
 from checkpoints import LATEST
 from config import load_config
-from model import ViCMAE, load_pretrained
-from pretrain import pretrain
 from probes import embed, knn_accuracy
 from views import EvalViews
+
+import data_prep
+from model import ViCMAE, load_pretrained
+from pretrain import pretrain
 
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = {
@@ -45,17 +46,23 @@ def accuracy_of(run: Path, demo: Path) -> float:
     net = ViCMAE(**load_config([str(ROOT / "yamls" / "demo.yaml")], pretrain)["model"]).eval()
     load_pretrained(net, str(run / "checkpoints" / LATEST))
     views = [
-        EvalViews([str(demo / f"{split}_{kind}") for kind in ("videos", "images")], 32, crop_pct=1.0)
+        EvalViews(
+            [str(demo / f"{split}_{kind}") for kind in ("videos", "images")], 32, crop_pct=1.0
+        )
         for split in ("train", "test")
     ]
     return knn_accuracy(*(embed(net.encoder, data) for data in views))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=ALGORITHMS, choices=ALGORITHMS, metavar="ALGORITHM")
+    parser.add_argument(
+        "--only", nargs="*", default=ALGORITHMS, choices=ALGORITHMS, metavar="ALGORITHM"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     asked = {"none": ALGORITHMS["none"]} | {name: ALGORITHMS[name] for name in options.only}
@@ -65,22 +72,48 @@ def main() -> None:
         data_prep.demo(str(demo))
         for seed in range(options.seeds):
             for number, (name, override) in enumerate(asked.items()):
-                arguments = [str(ROOT / "yamls" / "demo.yaml"), f"seed={seed}", f"run_name=seed{seed}-{number}"]
-                arguments += [f"trainer.max_duration={options.epochs}ep", "callbacks={SpeedMonitor: {}}"]
+                arguments = [
+                    str(ROOT / "yamls" / "demo.yaml"),
+                    f"seed={seed}",
+                    f"run_name=seed{seed}-{number}",
+                ]
+                arguments += [
+                    f"trainer.max_duration={options.epochs}ep",
+                    "callbacks={SpeedMonitor: {}}",
+                ]
                 arguments += [override] if override else []
                 command = [sys.executable, str(ROOT / "pretrain.py"), *arguments]
                 environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+                subprocess.run(
+                    command, cwd=folder, env=environment, check=True, capture_output=True
+                )
                 run = Path(folder, "runs", f"seed{seed}-{number}")
                 times[name].append(json.loads((run / "result.json").read_text())["time/train"])
                 accuracies[name].append(accuracy_of(run, demo))
-                line = {"algorithm": name, "seed": seed, "hours": times[name][-1], "knn": round(accuracies[name][-1], 4)}
+                line = {
+                    "algorithm": name,
+                    "seed": seed,
+                    "hours": times[name][-1],
+                    "knn": round(accuracies[name][-1], 4),
+                }
                 print(json.dumps(line), flush=True)
     for name in asked:
-        ratio = statistics.median(time / none for time, none in zip(times[name], times["none"], strict=True))
-        mean, spread = statistics.mean(accuracies[name]), statistics.stdev(accuracies[name]) if options.seeds > 1 else 0.0
+        ratio = statistics.median(
+            time / none for time, none in zip(times[name], times["none"], strict=True)
+        )
+        mean, spread = (
+            statistics.mean(accuracies[name]),
+            statistics.stdev(accuracies[name]) if options.seeds > 1 else 0.0,
+        )
         print(
-            json.dumps({"algorithm": name, "time": round(ratio, 3), "knn": round(mean, 4), "std": round(spread, 4)}),
+            json.dumps(
+                {
+                    "algorithm": name,
+                    "time": round(ratio, 3),
+                    "knn": round(mean, 4),
+                    "std": round(spread, 4),
+                }
+            ),
             flush=True,
         )
 

@@ -20,13 +20,12 @@ from streaming.base.dataset import _ShardState
 from streaming.base.shuffle import get_shuffle
 from torch.utils.data import DataLoader
 
-import data_prep
-from config import Share
-from places import Place
-from views import note_unreadable
+from shards.format import Clips, decode_frame, record_unreadable, read_classes
+from shards.storage import Storage
+from shards.views import UnitInterval
 
 
-class KeyedStream(StreamingDataset):
+class DeterministicStream(StreamingDataset):
     """Streams of samples, each given to `transform` with a generator of its own, seeded by (seed, epoch, sample).
 
     The number of its stream is among what is stored of it, as `stream`.
@@ -45,7 +44,9 @@ class KeyedStream(StreamingDataset):
     unreadable: Path
     max_unreadable: float
 
-    def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def resample_streams(
+        self, epoch: int, stream_id: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         units, samples = super().resample_streams(epoch, stream_id)
         order = samples.argsort(kind="stable")
         _, first, counts = np.unique(samples[order], return_index=True, return_counts=True)
@@ -57,7 +58,9 @@ class KeyedStream(StreamingDataset):
         return units, samples
 
     def stream_of(self, samples: np.ndarray) -> np.ndarray:
-        shard = np.searchsorted(self.sample_offset_per_shard, samples % self.num_samples, "right") - 1
+        shard = (
+            np.searchsorted(self.sample_offset_per_shard, samples % self.num_samples, "right") - 1
+        )
         return self.stream_per_shard[shard]
 
     def __getitem__(self, number: int) -> dict[str, Any]:
@@ -122,12 +125,16 @@ class KeyedStream(StreamingDataset):
         Raises:
             RuntimeError: there are too many.
         """
-        count = len(note_unreadable(self.unreadable, name, error))
+        count = len(record_unreadable(self.unreadable, name, error))
         if count > max(1, self.max_unreadable * self.num_samples):
-            raise RuntimeError(f"{count} samples cannot be decoded, see {self.unreadable}; run data_prep.py verify")
+            raise RuntimeError(
+                f"{count} samples cannot be decoded, see {self.unreadable}; run data_prep.py verify"
+            )
 
 
-def open_stream(*, path: str, proportion: PositiveFloat | None = None, cache: str | None = None) -> Stream:
+def open_stream(
+    *, path: str, proportion: PositiveFloat | None = None, cache: str | None = None
+) -> Stream:
     """One data set of a mix.
 
     Args:
@@ -138,8 +145,8 @@ def open_stream(*, path: str, proportion: PositiveFloat | None = None, cache: st
     Raises:
         ValueError: no such data set.
     """
-    data_prep.read_classes(path)
-    if Place(path).remote:
+    read_classes(path)
+    if Storage(path).remote:
         return Stream(remote=path, local=cache, proportion=proportion)
     return Stream(local=path, proportion=proportion)
 
@@ -152,7 +159,10 @@ def cache_of(run: Path, path: str) -> str:
 @contextmanager
 def one_job_at_a_time() -> Iterator[None]:
     """Other jobs on this machine wait: each StreamingDataset takes the first names of shared memory that are free."""
-    lock, first = FileLock(Path(gettempdir(), f"streams-{os.getuid()}.lock")), dist.get_local_rank() == 0
+    lock, first = (
+        FileLock(Path(gettempdir(), f"streams-{os.getuid()}.lock")),
+        dist.get_local_rank() == 0,
+    )
     if first:
         with suppress(Timeout):  # no wait is worth more than a job
             lock.acquire(timeout=60)
@@ -166,9 +176,9 @@ def one_job_at_a_time() -> Iterator[None]:
 
 def frame_size(path: str) -> tuple[int, int]:
     """Height and width of a frame of a data set: the first that can be decoded."""
-    for sample in data_prep.Clips(path):
+    for sample in Clips(path):
         with suppress(ValueError):
-            return data_prep.decode_frame(sample, 0).shape[:2]
+            return decode_frame(sample, 0).shape[:2]
     raise ValueError(f"{path}: no sample can be decoded; run data_prep.py verify")
 
 
@@ -180,14 +190,20 @@ def check_streams(streams: list[dict], batch: int, micro: int, repeats: int, ran
             f"and that of the number of ranks, {ranks}"
         )
     if micro // ranks % repeats:
-        raise ValueError(f"data.repeats {repeats} must divide each rank's share of a micro-batch, {micro // ranks}")
+        raise ValueError(
+            f"data.repeats {repeats} must divide each rank's share of a micro-batch, {micro // ranks}"
+        )
     if not streams:
         raise ValueError("data.streams is empty; name at least one data set")
     path, times = Counter(stream["path"] for stream in streams).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"data.streams names {path} {times} times; name it once, with a proportion")
+        raise ValueError(
+            f"data.streams names {path} {times} times; name it once, with a proportion"
+        )
     if len({stream.get("proportion") is None for stream in streams}) > 1:
-        raise ValueError("data.streams: some have a proportion and some have not; give it to all or to none")
+        raise ValueError(
+            "data.streams: some have a proportion and some have not; give it to all or to none"
+        )
 
 
 def load_stream(
@@ -205,8 +221,7 @@ def load_stream(
     epoch_size: PositiveInt | None = None,
     constant_mix: bool = False,
     repeats: PositiveInt = 1,
-    max_unreadable: Share = 0.001,
-    make_demo: str | None = None,
+    max_unreadable: UnitInterval = 0.001,
 ) -> tuple[DataSpec, int]:
     """This rank's loader and its share of a micro-batch. The last, incomplete batch of an epoch is left out.
 
@@ -223,7 +238,6 @@ def load_stream(
         repeats: how many pairs (or clips) are drawn from each sample that is read. They count as samples of the batch, and
             are among each other's negatives; an epoch has so many times as many.
         max_unreadable: fraction of the samples that may turn out to be undecodable; they are in unreadable.jsonl.
-        make_demo: folder in which the demonstration's data is made if it is not there.
 
     Raises:
         ValueError: data that is missing, frames smaller than a patch, a batch that does not divide or that no epoch fills.
@@ -232,16 +246,17 @@ def load_stream(
     micro = global_micro_batch_size or global_train_batch_size
     check_streams(streams, global_train_batch_size, micro, repeats, ranks)
     batch_size = global_train_batch_size // ranks
-    if make_demo and dist.get_local_rank() == 0:
-        data_prep.demo(make_demo)
-    dist.barrier()
-    opened = [open_stream(**{"cache": cache_of(run, stream["path"])} | stream) for stream in streams]
+    opened = [
+        open_stream(**{"cache": cache_of(run, stream["path"])} | stream) for stream in streams
+    ]
     for path in (stream["path"] for stream in streams):
         height, width = frame_size(path)
         if min(height, width) < patch_size:
-            raise ValueError(f"{path}: frames of {width}x{height} are smaller than model.patch_size {patch_size}")
+            raise ValueError(
+                f"{path}: frames of {width}x{height} are smaller than model.patch_size {patch_size}"
+            )
     with one_job_at_a_time():
-        dataset = KeyedStream(
+        dataset = DeterministicStream(
             streams=opened,
             batch_size=batch_size // repeats,
             shuffle=True,

@@ -41,15 +41,29 @@ def measure(method: str, seed: int) -> dict[str, float]:
     name = f"bench_{method.replace(' ', '_')}_{seed}"
     checkpoint = "null"
     if METHODS[method] is not None:
-        run("pretrain.py", "demo", f"run_name={name}", f"seed={seed}", "trainer.progress_bar=false", *METHODS[method])
+        run(
+            "pretrain.py",
+            "demo",
+            f"run_name={name}",
+            f"seed={seed}",
+            "trainer.progress_bar=false",
+            *METHODS[method],
+        )
         checkpoint = f"runs/{name}/checkpoints/latest-rank0.pt"
     run("eval.py", "eval_demo", f"run_name={name}_eval", f"seed={seed}", f"checkpoint={checkpoint}")
     found = json.loads(Path("runs", f"{name}_eval", "eval.json").read_text())
     for kind, changes in (("clips", []), ("stills", ["yamls/finetune_stills.yaml"])):
         tuned = f"{name}_{kind}"
-        always = [f"run_name={tuned}", f"seed={seed}", f"pretrained={checkpoint}", "trainer.progress_bar=false"]
+        always = [
+            f"run_name={tuned}",
+            f"seed={seed}",
+            f"pretrained={checkpoint}",
+            "trainer.progress_bar=false",
+        ]
         run("finetune.py", "finetune_demo", *changes, *always)
-        found[kind] = json.loads(Path("runs", tuned, "result.json").read_text())["metrics/eval/top1"]
+        found[kind] = json.loads(Path("runs", tuned, "result.json").read_text())[
+            "metrics/eval/top1"
+        ]
     return {key: found[key] for key in COLUMNS}
 
 
@@ -61,9 +75,17 @@ def main() -> None:
         results = []
         for seed in range(3):
             results.append(measure(method, seed))
-            print(json.dumps({"method": method, "seed": seed} | results[-1]), file=sys.stderr, flush=True)
+            print(
+                json.dumps({"method": method, "seed": seed} | results[-1]),
+                file=sys.stderr,
+                flush=True,
+            )
         cells = ([100 * result[key] for result in results] for key in COLUMNS)
-        rows.append(" | ".join(f"{statistics.mean(cell):.1f} ± {statistics.stdev(cell):.1f}" for cell in cells))
+        rows.append(
+            " | ".join(
+                f"{statistics.mean(cell):.1f} ± {statistics.stdev(cell):.1f}" for cell in cells
+            )
+        )
     print("| --- " * (len(COLUMNS) + 1) + "|")
     for method, row in zip(METHODS, rows, strict=True):
         print(f"| {method} | {row} |")

@@ -34,12 +34,15 @@ def bucket_errors(address: str) -> Iterator[None]:
     try:
         yield
     except (ClientError, BotoCoreError, Boto3Error) as error:
-        missing = isinstance(error, ClientError) and error.response["Error"]["Code"] in ("404", "NoSuchKey")
+        missing = isinstance(error, ClientError) and error.response["Error"]["Code"] in (
+            "404",
+            "NoSuchKey",
+        )
         raise OSError(errno.ENOENT if missing else errno.EIO, str(error), address) from error
 
 
 @dataclass(frozen=True)
-class Place:
+class Storage:
     """A folder, or what lies under an s3:// address (at S3_ENDPOINT_URL, if that is set). Names in it have slashes.
 
     Its methods raise FileNotFoundError where there is no such file, and OSError for whatever else is in the way.
@@ -66,12 +69,18 @@ class Place:
         """Every file in the folder `under` and its folders, in order; hidden ones are left out."""
         if not self.remote:
             try:
-                entries = [entry for entry in os.scandir(self.at(under)) if not entry.name.startswith(".")]
-            except FileNotFoundError:  # renamed since its own folder was read: by a worker that a killed run left behind
+                entries = [
+                    entry for entry in os.scandir(self.at(under)) if not entry.name.startswith(".")
+                ]
+            except (
+                FileNotFoundError
+            ):  # renamed since its own folder was read: by a worker that a killed run left behind
                 if not under:
                     raise
                 return
-            for entry in sorted(entries, key=lambda entry: entry.name + "/" * entry.is_dir()):  # the order of a bucket
+            for entry in sorted(
+                entries, key=lambda entry: entry.name + "/" * entry.is_dir()
+            ):  # the order of a bucket
                 name = os.path.join(under, entry.name)
                 yield from self.names(name) if entry.is_dir() else [name]
             return
@@ -81,7 +90,9 @@ class Place:
             for page in pages.paginate(Bucket=prefix["Bucket"], Prefix=prefix["Key"]):
                 for found in page.get("Contents", ()):
                     name = found["Key"][len(base) :].lstrip("/")
-                    if not any(part.startswith(".") for part in name.split("/")) and not name.endswith("/"):
+                    if not any(
+                        part.startswith(".") for part in name.split("/")
+                    ) and not name.endswith("/"):
                         yield name
 
     def has(self, name: str) -> bool:
@@ -91,8 +102,13 @@ class Place:
         with bucket_errors(self.at(name)):
             where, client = self.key(name), s3_client(os.getpid())
             prefixes = (where["Key"], where["Key"].rstrip("/") + "/")
-            found = [client.list_objects_v2(Bucket=where["Bucket"], Prefix=one, MaxKeys=1) for one in prefixes]
-        return bool(found[1]["KeyCount"]) or any(one["Key"] == where["Key"] for one in found[0].get("Contents", ()))
+            found = [
+                client.list_objects_v2(Bucket=where["Bucket"], Prefix=one, MaxKeys=1)
+                for one in prefixes
+            ]
+        return bool(found[1]["KeyCount"]) or any(
+            one["Key"] == where["Key"] for one in found[0].get("Contents", ())
+        )
 
     def stream(self, name: str, begin: int = 0, size: int | None = None) -> BinaryIO:
         """The file from byte `begin` on, to be read in order."""
@@ -126,13 +142,19 @@ class Place:
             client.put_object(**self.key(name), Body=data, ChecksumAlgorithm="SHA256")
             there = client.head_object(**self.key(name), ChecksumMode="ENABLED")
         if there["ContentLength"] != len(data) or there.get("ChecksumSHA256", digest) != digest:
-            raise OSError(errno.EIO, f"what arrived is not the {len(data)} bytes that were sent", self.at(name))
+            raise OSError(
+                errno.EIO,
+                f"what arrived is not the {len(data)} bytes that were sent",
+                self.at(name),
+            )
 
     def upload(self, path: Path, name: str) -> None:
         """Copy a file into the bucket, in pieces and checked: it is there as a whole or not at all."""
         where = self.key(name)
         with bucket_errors(self.at(name)):
-            s3_client(os.getpid()).upload_file(str(path), *where.values(), ExtraArgs={"ChecksumAlgorithm": "SHA256"})
+            s3_client(os.getpid()).upload_file(
+                str(path), *where.values(), ExtraArgs={"ChecksumAlgorithm": "SHA256"}
+            )
 
     def download(self, name: str, path: Path) -> None:
         """Copy a file out of the bucket."""
@@ -150,8 +172,8 @@ class Place:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Place.write for a file by its path."""
-    Place(os.path.dirname(path) or ".").write(os.path.basename(path), data)
+    """Storage.write for a file by its path."""
+    Storage(os.path.dirname(path) or ".").write(os.path.basename(path), data)
 
 
 def write_picture(to: Path, draw: Callable[..., None]) -> None:

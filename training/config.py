@@ -3,14 +3,12 @@
 import difflib
 import functools
 import inspect
-import json
 import os
 import sys
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
-from pathlib import Path
 from typing import Annotated, Any
 
 from composer.core import Time, ensure_time
@@ -31,16 +29,17 @@ def check_time(value: Any, positive: bool = True) -> Any:
     try:
         length = ensure_time(value, "ep").value
     except (ValueError, TypeError) as error:
-        raise ValueError("give a whole number of epochs or steps, such as 800ep or 500ba") from error
+        raise ValueError(
+            "give a whole number of epochs or steps, such as 800ep or 500ba"
+        ) from error
     if length < 0 or (positive and length == 0):
         raise ValueError(f"must be {'positive' if positive else '0 or more'}")
     return value
 
 
-Share = Annotated[float, Field(ge=0, le=1)]  # a fraction or a probability
-Part = Annotated[float, Field(gt=0, le=1)]  # a fraction that is not nothing
 Duration = Annotated[str, AfterValidator(check_time)]
-DataSets = Annotated[list[str], Field(min_length=1)]  # paths
+
+
 RunName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # of a folder in runs/
 
 
@@ -58,7 +57,9 @@ def load_config(arguments: list[str], stage: Callable) -> dict[str, Any]:
         if not is_file and "=" not in argument:
             raise ValueError(f"{argument!r} is neither a .yaml file nor key=value")
         try:
-            sources[argument] = OmegaConf.load(argument) if is_file else OmegaConf.from_dotlist([argument])
+            sources[argument] = (
+                OmegaConf.load(argument) if is_file else OmegaConf.from_dotlist([argument])
+            )
         except (OSError, UnicodeError, YAMLError, OmegaConfBaseException) as error:
             raise ValueError(f"{argument}: {error}") from error
     model = schema(stage)
@@ -72,7 +73,13 @@ def load_config(arguments: list[str], stage: Callable) -> dict[str, Any]:
         wrong = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     path, place = [], merged
     for part in wrong["loc"]:  # pydantic's has the members of unions in it, too
-        if part in (place if isinstance(place, dict) else range(len(place)) if isinstance(place, list) else ()):
+        if part in (
+            place
+            if isinstance(place, dict)
+            else range(len(place))
+            if isinstance(place, list)
+            else ()
+        ):
             path.append(part)
             place = place[part]
     if wrong["type"] == "missing" and isinstance(wrong["loc"][-1], str):
@@ -85,7 +92,9 @@ def load_config(arguments: list[str], stage: Callable) -> dict[str, Any]:
         complaint = f"is not a key here; the nearest is {near[0] if near else 'none'}"
     else:
         reason = wrong["msg"].removeprefix("Value error, ").lower()
-        complaint = "is missing" if wrong["type"] == "missing" else f"is {wrong['input']!r}: {reason}"
+        complaint = (
+            "is missing" if wrong["type"] == "missing" else f"is {wrong['input']!r}: {reason}"
+        )
     raise ValueError(f"{named[-1] if named else ' '.join(arguments)}: {key} {complaint}")
 
 
@@ -101,10 +110,17 @@ def schema(target: Callable | tuple[type, ...], *given: str) -> type[BaseModel]:
         blocks = {made.__name__: (schema(made) | None, None) for made in target}
         return create_model("classes", __config__=strict, **blocks)
     parameters = inspect.signature(target).parameters.values()
-    parameters = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given] or list(parameters)
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    parameters = [
+        p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given
+    ] or list(parameters)
+    hints = typing.get_type_hints(
+        target.__init__ if inspect.isclass(target) else target, include_extras=True
+    )
     fields = {
-        p.name: (resolve(hints.get(p.name, Any)), ... if p.default is p.empty else Field(p.default, validate_default=False))
+        p.name: (
+            resolve(hints.get(p.name, Any)),
+            ... if p.default is p.empty else Field(p.default, validate_default=False),
+        )
         for p in parameters
     }
     return create_model(target.__name__, __config__=strict, **fields)
@@ -128,32 +144,10 @@ def keys_at(model: Any, path: list) -> list[str]:
     for part in path:
         hint = model if isinstance(part, int) else model.model_fields[part].annotation
         parts = (hint, *typing.get_args(hint))
-        model = next(part for part in parts if inspect.isclass(part) and issubclass(part, BaseModel))
+        model = next(
+            part for part in parts if inspect.isclass(part) and issubclass(part, BaseModel)
+        )
     return list(model.model_fields)
-
-
-def decisive(config: dict[str, Any]) -> dict[str, Any]:
-    """{block.key: value} of what decides a run's result."""
-    parts = {name: part for name, part in config.items() if name not in ("trainer", "callbacks", "loggers", "checkpoints")}
-    keys = {f"{name}.{key}": value for name, part in parts.items() if isinstance(part, dict) for key, value in part.items()}
-    plain = {name: part for name, part in parts.items() if not isinstance(part, dict)}
-    return {key: value for key, value in (keys | plain).items() if key not in ("data.num_workers", "allow_changes")}
-
-
-def changed_settings(run: Path, config: dict[str, Any]) -> list[str]:
-    """The block.key of what decides a run's result that are another in `config` than when the run was begun.
-
-    Raises:
-        ValueError: the run's config.yaml is damaged.
-    """
-    if not (run / "config.yaml").exists():
-        return []
-    try:
-        before = decisive(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
-    except (YAMLError, OmegaConfBaseException, AttributeError) as error:
-        raise ValueError(f"{run / 'config.yaml'} is damaged; delete it, if you know that the run is this one's") from error
-    now = decisive(json.loads(json.dumps(config)))  # lists for tuples, as in the file
-    return sorted(key for key in before | now if before.get(key) != now.get(key))
 
 
 @contextmanager

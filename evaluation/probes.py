@@ -19,24 +19,37 @@ from composer.algorithms import EMA
 from composer.utils import dist
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.utils import make_grid, save_image
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-import data_prep
-from checkpoints import Checkpoints
-from config import DataSets, Part
-from places import Place, write_picture
-from views import UNREADABLE, EvalViews, normalise
-from vit import Encoder, pool
+from evaluation.pictures import draw_neighbours
+from model import Encoder, pool
+from shards.format import UNREADABLE, common_classes, read_json
+from shards.storage import Storage
+from shards.views import DataSets, EvalViews, PositiveFraction, normalise
+from training.checkpoints import Checkpoints
 
 
-def digest_of(checkpoint: str | None, seed: int, sizes: dict[str, Any], block: dict[str, Any]) -> str:
+def cache_key(
+    checkpoint: str | None, seed: int, sizes: dict[str, Any], block: dict[str, Any]
+) -> str:
     """Sixteen digits for all that decides the numbers of a measurement, by which what is done of it is found again."""
-    files = [Path(checkpoint), *sorted(Path(checkpoint).rglob("*"))] if checkpoint and Path(checkpoint).exists() else []
+    files = (
+        [Path(checkpoint), *sorted(Path(checkpoint).rglob("*"))]
+        if checkpoint and Path(checkpoint).exists()
+        else []
+    )
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    data = [data_prep.read_json(path, "index.json") for key in ("data", "bank", "queries") for path in block.get(key, ())]
-    settled = {key: value for key, value in block.items() if key not in ("num_workers", "batch_size", "part_size")}
+    data = [
+        read_json(path, "index.json")
+        for key in ("data", "bank", "queries")
+        for path in block.get(key, ())
+    ]
+    settled = {
+        key: value
+        for key, value in block.items()
+        if key not in ("num_workers", "batch_size", "part_size")
+    }
     told = json.dumps([checkpoint, stamps, seed, sizes, settled, data], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
@@ -78,27 +91,38 @@ def infer(
             dist.broadcast_object_list(found)
         done[begin, end] = found[0]
         if found[0] is None:
-            mine = torch.arange(begin + rank, begin + math.ceil((end - begin) / ranks) * ranks, ranks).clamp(max=end - 1)
+            mine = torch.arange(
+                begin + rank, begin + math.ceil((end - begin) / ranks) * ranks, ranks
+            ).clamp(max=end - 1)
             batches[begin, end] = [batch.tolist() for batch in mine.split(batch_size)]
-    loader = iter(DataLoader(data, batch_sampler=list(chain(*batches.values())), num_workers=num_workers))
+    loader = iter(
+        DataLoader(data, batch_sampler=list(chain(*batches.values())), num_workers=num_workers)
+    )
     ready = len(data) - sum(end - begin for begin, end in batches)
     disable = None if rank == 0 else True
     module.eval()
-    with tqdm(total=len(data), initial=ready, desc="eval", unit=" samples", disable=disable, leave=False) as bar:
+    with tqdm(
+        total=len(data), initial=ready, desc="eval", unit=" samples", disable=disable, leave=False
+    ) as bar:
         for (begin, end), planned in batches.items():
             outputs, labels = [], []
             for batch in islice(loader, len(planned)):
                 outputs.append(forward(normalise(batch["inputs"].to(device))).float().cpu())
                 labels.append(batch["target"])
                 bar.update(min(len(labels[-1]) * ranks, len(data) - bar.n))
-            shares = dist.all_gather_object({"outputs": torch.cat(outputs), "labels": torch.cat(labels)})
-            part = {key: torch.stack([one[key] for one in shares], dim=1).flatten(0, 1)[: end - begin] for key in shares[0]}
+            shares = dist.all_gather_object(
+                {"outputs": torch.cat(outputs), "labels": torch.cat(labels)}
+            )
+            part = {
+                key: torch.stack([one[key] for one in shares], dim=1).flatten(0, 1)[: end - begin]
+                for key in shares[0]
+            }
             done[begin, end] = part
             if parts and rank == 0:
                 parts.mkdir(parents=True, exist_ok=True)
                 file = safetensors.torch.save(part)
                 name = f"{begin}-{end}-{hashlib.sha256(file).hexdigest()[:16]}.safetensors"
-                Place(str(parts)).write(name, file)
+                Storage(str(parts)).write(name, file)
     module.train(training)
     return tuple(torch.cat([part[key] for part in done.values()]) for key in ("outputs", "labels"))
 
@@ -130,13 +154,15 @@ def readable(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """What infer returns, without the samples that have no label, or could not be decoded; says how many they are."""
     kept = labels >= 0
     if dist.get_global_rank() == 0 and not kept.all():
-        print(f"{len(kept) - int(kept.sum())} of {len(kept)} samples cannot be decoded, or have no label, and do not count")
+        print(
+            f"{len(kept) - int(kept.sum())} of {len(kept)} samples cannot be decoded, or have no label, and do not count"
+        )
     return outputs[kept], labels[kept]
 
 
 @torch.autocast("cpu", enabled=False)  # whatever precision the features were computed in
 def knn_accuracy(bank: tuple, queries: tuple, k: int = 20, temperature: float = 0.07) -> float:
-    """Fraction of queries whose k nearest of the bank by cosine, weighted by exp(cosine / temperature), vote right.
+    """ProperFraction of queries whose k nearest of the bank by cosine, weighted by exp(cosine / temperature), vote right.
 
     Args:
         bank, queries: features (n, D) and labels (n,).
@@ -145,7 +171,9 @@ def knn_accuracy(bank: tuple, queries: tuple, k: int = 20, temperature: float = 
     """
     (features, labels), (asked, truth) = bank, queries
     features, right = F.normalize(features, dim=1), 0
-    for chunk, answers in zip(F.normalize(asked, dim=1).split(1024), truth.split(1024), strict=True):
+    for chunk, answers in zip(
+        F.normalize(asked, dim=1).split(1024), truth.split(1024), strict=True
+    ):
         cosine, nearest = (chunk @ features.T).topk(min(k, len(features)), dim=1)  # (n, k)
         votes = torch.zeros(len(chunk), int(labels.max()) + 1)
         votes.scatter_add_(1, labels[nearest], (cosine / temperature).exp())
@@ -174,10 +202,10 @@ class KNN(Callback):
         bank: DataSets,
         queries: DataSets,
         every: PositiveInt | None = None,
-        crop_pct: Part = 0.875,
+        crop_pct: PositiveFraction = 0.875,
         num_workers: NonNegativeInt = 0,
     ):
-        if data_prep.common_classes(bank) != data_prep.common_classes(queries):
+        if common_classes(bank) != common_classes(queries):
             raise ValueError(f"callbacks.KNN: {queries[0]} has other classes than {bank[0]}")
         self.bank, self.queries = bank, queries
         self.every = every
@@ -194,7 +222,12 @@ class KNN(Callback):
         for one in averages:
             one.apply(Event.EVAL_START, state, logger)
         heed = partial(checkpoints.save_if, state)
-        accuracy = knn_accuracy(*(readable(*embed(encoder, data, self.num_workers, before_batch=heed)) for data in views))
+        accuracy = knn_accuracy(
+            *(
+                readable(*embed(encoder, data, self.num_workers, before_batch=heed))
+                for data in views
+            )
+        )
         for one in averages:
             one.apply(Event.EVAL_END, state, logger)
         logger.log_metrics({f"knn/{name}": accuracy})
@@ -204,14 +237,20 @@ class KNN(Callback):
             self.measure("random", state, logger)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        if self.every and state.timestamp.epoch.value % self.every == 0 and state.timestamp < state.max_duration:
+        if (
+            self.every
+            and state.timestamp.epoch.value % self.every == 0
+            and state.timestamp < state.max_duration
+        ):
             self.measure("trained", state, logger)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self.measure("trained", state, logger)
 
 
-def fit_linear(features: Tensor, labels: Tensor, num_classes: int, l2: float) -> Callable[[Tensor], Tensor]:
+def fit_linear(
+    features: Tensor, labels: Tensor, num_classes: int, l2: float
+) -> Callable[[Tensor], Tensor]:
     """Multinomial logistic regression by L-BFGS on standardised features (n, D), labels (n,) -> features to logits (n, C).
 
     Args:
@@ -261,39 +300,10 @@ def choose(labels: Tensor, limits: Tensor, seed: int) -> Tensor:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     grouped, by_class = labels[order].sort(stable=True)
     counts = labels.bincount()
-    nth = torch.arange(len(labels)) - (counts.cumsum(dim=0) - counts)[grouped]  # of its class, from 0
+    nth = (
+        torch.arange(len(labels)) - (counts.cumsum(dim=0) - counts)[grouped]
+    )  # of its class, from 0
     return order[by_class[nth < limits[grouped]].sort().values]
-
-
-def first_frames(views: Dataset, numbers: Tensor) -> Tensor:
-    """The first frame of the first view of some of EvalViews' samples, by their numbers (n,) -> (n, 3, H, W) in 0..1."""
-    return torch.stack([views[number]["inputs"][0, 0] for number in numbers.tolist()]).float() / 255
-
-
-@torch.autocast("cpu", enabled=False)
-def draw_neighbours(
-    bank: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor], views: list[Dataset], to: Path, count: int = 8, k: int = 5
-) -> None:
-    """Draw a row for each of `count` queries, evenly picked: itself, then its k nearest of the bank by cosine.
-
-    A neighbour of the query's class has a green frame, any other a red one.
-
-    Args:
-        bank, queries: features (n, D) and labels (n,).
-        views: EvalViews of the bank, of the queries.
-    """
-    picked = torch.linspace(0, len(queries[1]) - 1, count).long()
-    cosine = F.normalize(queries[0][picked], dim=1) @ F.normalize(bank[0], dim=1).T
-    nearest = cosine.topk(min(k, len(bank[1])), dim=1).indices  # (count, k)
-    right = bank[1][nearest] == queries[1][picked, None]
-    colours = torch.stack([~right, right, torch.zeros_like(right)], dim=2).float()  # (count, k, 3)
-    colours = F.pad(colours, (0, 0, 1, 0), value=1.0).flatten(0, 1)  # (count * (1 + k), 3), white around the query
-    found = first_frames(views[0], nearest.flatten()).unflatten(0, nearest.shape)  # (count, k, 3, H, W)
-    images = torch.cat([first_frames(views[1], picked)[:, None], found], dim=1).flatten(0, 1)
-    images = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))
-    framed = F.pad(images, (4, 4, 4, 4), value=-1.0)
-    framed = torch.where(framed < 0, colours[:, :, None, None], framed)
-    write_picture(to, partial(save_image, make_grid(framed, nrow=1 + nearest.shape[1], pad_value=1.0)))
 
 
 def measure_probe(
@@ -305,10 +315,10 @@ def measure_probe(
     bank: DataSets,
     queries: DataSets,
     labels_per_class: list[PositiveInt | None] = (None,),
-    fractions: list[Part] = (),
+    fractions: list[PositiveFraction] = (),
     k: PositiveInt = 20,
     temperature: PositiveFloat = 0.07,
-    crop_pct: Part = 0.875,
+    crop_pct: PositiveFraction = 0.875,
     features: str | None = None,
     neighbours: bool = False,
     num_workers: NonNegativeInt = 0,
@@ -327,25 +337,38 @@ def measure_probe(
     Raises:
         ValueError: data sets that are missing, have no labels or have different ones.
     """
-    classes = data_prep.common_classes(bank)
-    if classes != data_prep.common_classes(queries):
+    classes = common_classes(bank)
+    if classes != common_classes(queries):
         raise ValueError(f"probe: {queries[0]} has other classes than {bank[0]}")
     how = {"crop_pct": crop_pct, "unreadable": run / UNREADABLE}
-    views = [EvalViews(paths, encoder.img_size, encoder.num_frames, **how) for paths in (bank, queries)]
-    found = [embed(encoder, one, num_workers, parts / str(number)) for number, one in enumerate(views)]
+    views = [
+        EvalViews(paths, encoder.img_size, encoder.num_frames, **how) for paths in (bank, queries)
+    ]
+    found = [
+        embed(encoder, one, num_workers, parts / str(number)) for number, one in enumerate(views)
+    ]
     learn, test = (readable(*one) for one in found)
     first = dist.get_global_rank() == 0
     if features and first:
-        names, values = ("bank_features", "bank_labels", "queries_features", "queries_labels"), (*learn, *test)
+        names, values = (
+            ("bank_features", "bank_labels", "queries_features", "queries_labels"),
+            (*learn, *test),
+        )
         aside = Path(f"{features}.{os.getpid()}.tmp")
         with aside.open("wb") as file:
             np.savez(file, classes=np.array(classes), **dict(zip(names, values, strict=True)))
         aside.replace(features)
     if neighbours and first:
-        views = [Subset(one, (labels >= 0).nonzero()[:, 0].tolist()) for one, (_, labels) in zip(views, found, strict=True)]
+        views = [
+            Subset(one, (labels >= 0).nonzero()[:, 0].tolist())
+            for one, (_, labels) in zip(views, found, strict=True)
+        ]
         draw_neighbours(learn, test, views, run / "neighbours.png")
     result, counts = {"knn": knn_accuracy(learn, test, k, temperature)}, learn[1].bincount()
-    limits = {str(number or "all"): torch.full_like(counts, number or len(learn[1])) for number in labels_per_class}
+    limits = {
+        str(number or "all"): torch.full_like(counts, number or len(learn[1]))
+        for number in labels_per_class
+    }
     # The product may come out above the whole number that it is: 0.07 * 100.
     shares = {f"{100 * share:g}%": (counts.double() * share - 1e-9).ceil() for share in fractions}
     for name, limit in (limits | shares).items():

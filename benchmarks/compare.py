@@ -28,17 +28,20 @@ from omegaconf import OmegaConf
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from checkpoints import LATEST
-from config import RunName, changed_settings, load_config
+from evaluation.probes import cache_key, measure_probe
 from finetune import finetune
-from model import Classifier, ViCMAE, load_pretrained
-from places import Place, write_file, write_picture
+from model import Classifier, Encoder, ViCMAE
 from pretrain import pretrain
-from probes import digest_of, measure_probe
-from vit import Encoder
+from shards.storage import Storage, write_file, write_picture
+from training.checkpoints import LATEST
+from training.config import RunName, load_config
+from training.run import changed_settings
+from training.weights import load_pretrained
 
 
-def table_row(*, name: str, runs: dict[str, str], paper: dict[str, float] | None = None) -> dict[str, str]:
+def table_row(
+    *, name: str, runs: dict[str, str], paper: dict[str, float] | None = None
+) -> dict[str, str]:
     """A row of a table of results -> column: paper's / ours (difference), in %.
 
     Args:
@@ -50,7 +53,11 @@ def table_row(*, name: str, runs: dict[str, str], paper: dict[str, float] | None
     cells = {}
     for column, source in runs.items():
         run, _, key = source.partition(":")
-        found = [Path("runs", run, file) for file in ("eval.json", "result.json") if Path("runs", run, file).exists()]
+        found = [
+            Path("runs", run, file)
+            for file in ("eval.json", "result.json")
+            if Path("runs", run, file).exists()
+        ]
         values = dict(chain(*(json.loads(path.read_text()).items() for path in found)))
         ours = values.get(key or "top1", values.get(f"metrics/eval/{key or 'top1'}"))
         theirs = (paper or {}).get(column)
@@ -71,7 +78,11 @@ def write_table(*, to: str, rows: list[Annotated[dict, table_row]]) -> None:
         raise ValueError("table.rows is []: give a row, of a name and runs")
     made = [table_row(**row) for row in rows]
     columns = list(dict.fromkeys(column for row in made for column in row))
-    head = ["| " + " | ".join([columns[0], *(f"{column}: paper / ours" for column in columns[1:])]) + " |"]
+    head = [
+        "| "
+        + " | ".join([columns[0], *(f"{column}: paper / ours" for column in columns[1:])])
+        + " |"
+    ]
     lines = ["| " + " | ".join(row.get(column, "") for column in columns) + " |" for row in made]
     text = "\n".join([*head, "| --- " * len(columns) + "|", *lines]) + "\n"
     write_file(to, text.encode())
@@ -83,16 +94,24 @@ def config_of(command: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: the command is of no stage that trains, or its configuration is wrong.
     """
-    stage = {"pretrain.py": pretrain, "finetune.py": finetune}.get(Path(command[0]).name) if command else None
+    stage = (
+        {"pretrain.py": pretrain, "finetune.py": finetune}.get(Path(command[0]).name)
+        if command
+        else None
+    )
     if stage is None:
-        raise ValueError(f"comparison.methods: {command} begins with neither pretrain.py nor finetune.py")
+        raise ValueError(
+            f"comparison.methods: {command} begins with neither pretrain.py nor finetune.py"
+        )
     return load_config(command[1:], stage)
 
 
 def encoder_of(command: list[str]) -> Encoder:
     """The encoder that a command trains, with random weights."""
     sizes = config_of(command)["model"]
-    return (ViCMAE(**sizes) if Path(command[0]).name == "pretrain.py" else Classifier(1, **sizes)).encoder
+    return (
+        ViCMAE(**sizes) if Path(command[0]).name == "pretrain.py" else Classifier(1, **sizes)
+    ).encoder
 
 
 def trained(run_name: str, command: list[str], lock: IO) -> dict[str, float]:
@@ -104,21 +123,36 @@ def trained(run_name: str, command: list[str], lock: IO) -> dict[str, float]:
     Raises:
         ValueError: it was made with other settings; or it fails, with the last line that it printed.
     """
-    run, words = Path("runs", run_name), [*command, f"run_name={run_name}", "trainer.progress_bar=false"]
+    run, words = (
+        Path("runs", run_name),
+        [*command, f"run_name={run_name}", "trainer.progress_bar=false"],
+    )
     config = config_of(words)
     changed = changed_settings(run, config)
-    if (run / "config.yaml").exists() and OmegaConf.load(run / "config.yaml").trainer != config["trainer"]:
-        changed.append("trainer")  # which a run that goes on may change, but not one that is compared
+    if (run / "config.yaml").exists() and OmegaConf.load(run / "config.yaml").trainer != config[
+        "trainer"
+    ]:
+        changed.append(
+            "trainer"
+        )  # which a run that goes on may change, but not one that is compared
     if changed:
-        raise ValueError(f"{run} was made with another {', '.join(changed)}; delete it, and it is made anew")
+        raise ValueError(
+            f"{run} was made with another {', '.join(changed)}; delete it, and it is made anew"
+        )
     if not (run / "result.json").exists():
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, pass_fds=[lock.fileno()])
+        done = subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, pass_fds=[lock.fileno()]
+        )
         if done.returncode:
-            raise ValueError(f"{' '.join(words)} failed: {(done.stderr.strip() or 'without a word').splitlines()[-1]}")
+            raise ValueError(
+                f"{' '.join(words)} failed: {(done.stderr.strip() or 'without a word').splitlines()[-1]}"
+            )
     return json.loads((run / "result.json").read_text())
 
 
-def measured(run: Path, command: list[str], seed: int, probes: dict[str, dict], checkpoint: str | None) -> dict[str, float]:
+def measured(
+    run: Path, command: list[str], seed: int, probes: dict[str, dict], checkpoint: str | None
+) -> dict[str, float]:
     """What probes make of the encoder of a command, by probe and measure; kept in the folder of its run.
 
     Args:
@@ -126,7 +160,7 @@ def measured(run: Path, command: list[str], seed: int, probes: dict[str, dict], 
     """
     result = {}
     for name, block in probes.items():
-        digest = digest_of(checkpoint, seed, config_of(command)["model"], block)
+        digest = cache_key(checkpoint, seed, config_of(command)["model"], block)
         found = run / f"compare-{digest}.json"
         if not found.exists():
             reproducibility.seed_all(seed)
@@ -136,7 +170,7 @@ def measured(run: Path, command: list[str], seed: int, probes: dict[str, dict], 
             run.mkdir(parents=True, exist_ok=True)
             parts = run / f"parts-{digest}"
             values = measure_probe(encoder.eval(), seed, run, parts, **block)
-            Place(str(run)).write_json(found.name, values)
+            Storage(str(run)).write_json(found.name, values)
             shutil.rmtree(parts)
         result |= {f"{name}, {key}": value for key, value in json.loads(found.read_text()).items()}
     return result
@@ -154,7 +188,9 @@ def alone() -> Iterator[IO]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError("another comparison, or a run that it left behind, is at work here; wait, or end it") from error
+            raise ValueError(
+                "another comparison, or a run that it left behind, is at work here; wait, or end it"
+            ) from error
         yield file
 
 
@@ -184,7 +220,9 @@ def compare(
             is at work in runs/, or this is one of several ranks.
     """
     if dist.get_world_size() > 1:
-        raise ValueError("comparison: it launches its runs itself; start it as python eval.py, as one process")
+        raise ValueError(
+            "comparison: it launches its runs itself; start it as python eval.py, as one process"
+        )
     if not Path(to).absolute().parent.is_dir():
         raise ValueError(f"comparison.to {to}: its folder does not exist")
     with torch.device("meta"):
@@ -195,7 +233,10 @@ def compare(
     budget = f"{seconds:g} s of training steps each, {seeds} seeds, {os.cpu_count()} cores ({platform.machine()})"
     steps, rows, first = {}, {}, next(iter(methods.values()))
     with alone() as lock:
-        for method, command in methods.items():  # all before any training, on a machine that is idle alike
+        for (
+            method,
+            command,
+        ) in methods.items():  # all before any training, on a machine that is idle alike
             speed = trained(f"compare_{method}_speed", [*command, *fast, *timed], lock)
             steps[method] = max(1, round(seconds * speed["throughput/batches_per_sec"]))
         for method, command in ({"random weights": []} | methods).items():
@@ -207,7 +248,11 @@ def compare(
                     checkpoint = str(run / "checkpoints" / LATEST)
                     duration = f"trainer.max_duration={steps[method]}ba"
                     trained(run.name, [*command, *fast, f"seed={seed}", duration], lock)
-                results.append(measured(run, command or first, seed, {"stills": stills, "clips": clips}, checkpoint))
+                results.append(
+                    measured(
+                        run, command or first, seed, {"stills": stills, "clips": clips}, checkpoint
+                    )
+                )
             values = {key: [100 * one[key] for one in results] for key in results[0]}
             rows[method] = {"steps": [steps.get(method, 0)]} | values
             write_comparison(rows, to, budget)
@@ -224,14 +269,23 @@ def write_comparison(rows: dict[str, dict[str, list[float]]], to: str, budget: s
     means, spreads = {}, {}
     for method, row in rows.items():
         means[method] = [np.mean(row[key]) for key in columns]
-        spreads[method] = [np.std(row[key], ddof=1) if len(row[key]) > 1 else 0.0 for key in columns]
-        cells = [f"{mean:.1f} ± {spread:.1f}" for mean, spread in zip(means[method], spreads[method], strict=True)]
+        spreads[method] = [
+            np.std(row[key], ddof=1) if len(row[key]) > 1 else 0.0 for key in columns
+        ]
+        cells = [
+            f"{mean:.1f} ± {spread:.1f}"
+            for mean, spread in zip(means[method], spreads[method], strict=True)
+        ]
         lines.append("| " + " | ".join([method, f"{row['steps'][0]}", *cells[1:]]) + " |")
     write_file(to, ("\n".join(lines) + "\n").encode())
     figure = Figure(figsize=(3 * len(columns[1:]), 0.4 * len(rows) + 1), layout="constrained")
     axes = figure.subplots(1, len(columns[1:]), squeeze=False, sharey=True)[0]
     for number, axis in enumerate(axes, start=1):
-        axis.barh(list(rows), [mean[number] for mean in means.values()], xerr=[one[number] for one in spreads.values()])
+        axis.barh(
+            list(rows),
+            [mean[number] for mean in means.values()],
+            xerr=[one[number] for one in spreads.values()],
+        )
         axis.set(title=columns[number], xlabel="%")
     figure.suptitle(budget)
     axes[0].invert_yaxis()  # of all, which share it: the first method above

@@ -38,11 +38,12 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import data_prep
-import finetune
 from sources import Recipe, read_video
 from streams import load_stream
-from views import SampleViews, augment_batch
+from views import PretrainingViews, augment_batch
+
+import data_prep
+import finetune
 
 SIZE, PATCHES, PATCH = 224, 196, 16
 BATCH = 64
@@ -55,10 +56,17 @@ def cpu_seconds() -> float:
     """Of this process and its children, those that have ended included."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     living = [process.cpu_times() for process in psutil.Process().children(recursive=True)]
-    return time.process_time() + ended.ru_utime + ended.ru_stime + sum(times.user + times.system for times in living)
+    return (
+        time.process_time()
+        + ended.ru_utime
+        + ended.ru_stime
+        + sum(times.user + times.system for times in living)
+    )
 
 
-def take_turns(contenders: dict[str, Callable[[], int]], clock: Callable[[], float], turns: int = TURNS) -> dict:
+def take_turns(
+    contenders: dict[str, Callable[[], int]], clock: Callable[[], float], turns: int = TURNS
+) -> dict:
     """Seconds of `clock` for each thing done, by contender and turn. A contender does something and says how many times."""
     seconds = {name: [] for name in contenders}
     for _ in range(turns + 1):
@@ -74,7 +82,12 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 
 def report(what: str, value: float, relative_to: str, counted: str, **more: object) -> None:
-    print(json.dumps({"what": what, "ratio": value, "relative_to": relative_to, "counted": counted} | more), flush=True)
+    print(
+        json.dumps(
+            {"what": what, "ratio": value, "relative_to": relative_to, "counted": counted} | more
+        ),
+        flush=True,
+    )
 
 
 def draw_images(folder: Path, count: int, width: int, height: int) -> None:
@@ -90,15 +103,22 @@ def draw_images(folder: Path, count: int, width: int, height: int) -> None:
         left, top = rng.uniform(0, frame.width - side * 4 / 3), rng.uniform(0, frame.height - side)
         box = (left, top, left + side * 4 / 3, top + side)
         pixels = np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC, box))
-        Path(folder, f"{number:06d}.jpg").write_bytes(simplejpeg.encode_jpeg(pixels, 90, colorsubsampling="420"))
+        Path(folder, f"{number:06d}.jpg").write_bytes(
+            simplejpeg.encode_jpeg(pixels, 90, colorsubsampling="420")
+        )
 
 
 def draw_clip(path: Path, seconds: int = 10, width: int = 340) -> None:
     """30 frames a second, 256 pixels high, a key frame every 250, as clips of Kinetics are."""
     with av.open(str(CLIPS / "bikes.mp4")) as film:
-        frames = [frame.to_ndarray(format="rgb24", width=602, height=256) for frame in film.decode(video=0)]
+        frames = [
+            frame.to_ndarray(format="rgb24", width=602, height=256)
+            for frame in film.decode(video=0)
+        ]
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=30, options={"crf": "23", "g": "250", "threads": "1"})
+        stream = container.add_stream(
+            "libx264", rate=30, options={"crf": "23", "g": "250", "threads": "1"}
+        )
         stream.width, stream.height, stream.pix_fmt = width, 256, "yuv420p"
         for number in range(30 * seconds):
             left = number * (602 - width) // (30 * seconds)
@@ -107,7 +127,9 @@ def draw_clip(path: Path, seconds: int = 10, width: int = 340) -> None:
         container.mux(stream.encode())
 
 
-def stream_of(path: Path, work: Path, workers: int, transform: Callable, samples: int = IMAGES) -> DataLoader:
+def stream_of(
+    path: Path, work: Path, workers: int, transform: Callable, samples: int = IMAGES
+) -> DataLoader:
     streams = [{"path": str(path)}]
     options = {"global_train_batch_size": BATCH, "num_workers": workers, "epoch_size": samples}
     spec, _ = load_stream(transform, augment_batch, 0, PATCH, work, streams=streams, **options)
@@ -118,8 +140,18 @@ def webdataset_of(tar: Path, workers: int) -> DataLoader:
     """As its documentation and torchvision's have it."""
     crop = transforms.RandomResizedCrop(SIZE, interpolation=transforms.InterpolationMode.BICUBIC)
     view = transforms.Compose([crop, transforms.ToTensor()])
-    data = webdataset.WebDataset(str(tar), shardshuffle=False).shuffle(256).decode("pil").to_tuple("jpg")
-    return DataLoader(data.map(partial(view_twice, view)), BATCH, num_workers=workers, persistent_workers=workers > 0)
+    data = (
+        webdataset.WebDataset(str(tar), shardshuffle=False)
+        .shuffle(256)
+        .decode("pil")
+        .to_tuple("jpg")
+    )
+    return DataLoader(
+        data.map(partial(view_twice, view)),
+        BATCH,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
 
 
 def view_twice(view: Callable, sample: tuple) -> torch.Tensor:
@@ -135,10 +167,17 @@ def ffcv_of(images: list[Path], beton: Path) -> Iterable:
     from ffcv.writer import DatasetWriter
 
     pairs = [(np.asarray(Image.open(path)),) * 2 for path in images]
-    fields = {view: RGBImageField(write_mode="jpg", jpeg_quality=90) for view in ("first", "second")}
+    fields = {
+        view: RGBImageField(write_mode="jpg", jpeg_quality=90) for view in ("first", "second")
+    }
     DatasetWriter(str(beton), fields, num_workers=1).from_indexed_dataset(pairs)
-    steps = {view: [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), ToTensor(), ToTorchImage()] for view in fields}
-    return Loader(str(beton), BATCH, num_workers=1, os_cache=True, order=OrderOption.RANDOM, pipelines=steps)
+    steps = {
+        view: [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), ToTensor(), ToTorchImage()]
+        for view in fields
+    }
+    return Loader(
+        str(beton), BATCH, num_workers=1, os_cache=True, order=OrderOption.RANDOM, pipelines=steps
+    )
 
 
 def read(loader: Iterable, epochs: int = 1) -> int:
@@ -155,9 +194,13 @@ def compare_loaders(images: Path, work: Path) -> None:
             file.add(path, path.name)
     loaders = {}
     for workers in (0, 1):
-        pairs = stream_of(work / "images", work, workers, SampleViews(SIZE, PATCHES), 4 * IMAGES)
+        pairs = stream_of(
+            work / "images", work, workers, PretrainingViews(SIZE, PATCHES), 4 * IMAGES
+        )
         loaders[f"ours, {workers} workers"] = partial(read, pairs)
-        loaders[f"webdataset, PIL, torchvision, {workers} workers"] = partial(read, webdataset_of(tar, workers))
+        loaders[f"webdataset, PIL, torchvision, {workers} workers"] = partial(
+            read, webdataset_of(tar, workers)
+        )
     if importlib.util.find_spec("ffcv"):
         loaders["FFCV, 1 thread"] = partial(read, ffcv_of(names, work / "images.beton"), 4)
     seconds = take_turns(loaders, cpu_seconds)
@@ -165,7 +208,12 @@ def compare_loaders(images: Path, work: Path) -> None:
         for rival in (f"webdataset, PIL, torchvision, {workers} workers", "FFCV, 1 thread"):
             if rival in seconds:
                 value = ratio(seconds[rival], seconds[f"ours, {workers} workers"])
-                report(f"pairs of 224 crops of a 341x256 JPEG, {workers} workers", value, rival, "pairs per CPU second")
+                report(
+                    f"pairs of 224 crops of a 341x256 JPEG, {workers} workers",
+                    value,
+                    rival,
+                    "pairs per CPU second",
+                )
 
 
 def find_ffmpeg() -> str | None:
@@ -192,7 +240,20 @@ def ffmpeg_command(ffmpeg: str, film: Path, recipe: Recipe, out: Path) -> list[s
     picked = "+".join(f"eq(n,{np.abs(seconds - time).argmin()})" for time in times)
     filters = f"select='{picked}',scale={width}:{height}:flags=bicubic"
     quiet = [ffmpeg, "-nostdin", "-loglevel", "error", "-y", "-threads", "1"]
-    return [*quiet, "-i", str(film), "-vf", filters, "-vsync", "0", "-threads", "1", "-q:v", "2", str(out / "%02d.jpg")]
+    return [
+        *quiet,
+        "-i",
+        str(film),
+        "-vf",
+        filters,
+        "-vsync",
+        "0",
+        "-threads",
+        "1",
+        "-q:v",
+        "2",
+        str(out / "%02d.jpg"),
+    ]
 
 
 def run(*command: str) -> int:
@@ -212,12 +273,32 @@ def compare_extraction(clip: Path, work: Path) -> None:
         contenders[f"ours {film.name}"] = partial(extract, film, recipe)
         contenders[f"ffmpeg {film.name}"] = partial(run, *ffmpeg_command(ffmpeg, film, recipe, out))
     seconds = take_turns(contenders, cpu_seconds)
-    each = {film.name: ratio(seconds[f"ffmpeg {film.name}"], seconds[f"ours {film.name}"]) for film in films}
-    ours = [sum(turn) for turn in zip(*(seconds[f"ours {film.name}"] for film in films), strict=True)]
-    theirs = [sum(turn) for turn in zip(*(seconds[f"ffmpeg {film.name}"] for film in films), strict=True)]
-    started = [total - len(films) * start for total, start in zip(theirs, seconds["start"], strict=True)]
-    report("16 JPEG frames of 4 videos", ratio(theirs, ours), "ffmpeg -threads 1", "videos per CPU second", each=each)
-    report("16 JPEG frames of 4 videos", ratio(started, ours), "ffmpeg without its start", "videos per CPU second")
+    each = {
+        film.name: ratio(seconds[f"ffmpeg {film.name}"], seconds[f"ours {film.name}"])
+        for film in films
+    }
+    ours = [
+        sum(turn) for turn in zip(*(seconds[f"ours {film.name}"] for film in films), strict=True)
+    ]
+    theirs = [
+        sum(turn) for turn in zip(*(seconds[f"ffmpeg {film.name}"] for film in films), strict=True)
+    ]
+    started = [
+        total - len(films) * start for total, start in zip(theirs, seconds["start"], strict=True)
+    ]
+    report(
+        "16 JPEG frames of 4 videos",
+        ratio(theirs, ours),
+        "ffmpeg -threads 1",
+        "videos per CPU second",
+        each=each,
+    )
+    report(
+        "16 JPEG frames of 4 videos",
+        ratio(started, ours),
+        "ffmpeg without its start",
+        "videos per CPU second",
+    )
 
 
 def convert(source: Path, out: Path, workers: int) -> int:
@@ -226,7 +307,9 @@ def convert(source: Path, out: Path, workers: int) -> int:
 
 
 def compare_workers(images: Path, work: Path) -> None:
-    contenders = {workers: partial(convert, images, work / "converted", workers) for workers in (1, 2)}
+    contenders = {
+        workers: partial(convert, images, work / "converted", workers) for workers in (1, 2)
+    }
     seconds = take_turns(contenders, time.perf_counter, 3)
     fastest = round(min(seconds[1]) / min(seconds[2]), 3)
     report(
@@ -260,8 +343,16 @@ def cost(what: str, source: Path, out: Path, recipe: Recipe) -> None:
     shutil.rmtree(out, ignore_errors=True)
     begin = cpu_seconds()
     count = data_prep.convert(str(source), str(out), recipe, 1)["samples"]
-    seconds, size = (cpu_seconds() - begin) / count, sum(path.stat().st_size for path in out.rglob("*.mds")) / count
-    print(json.dumps({"what": what, "cpu_seconds": round(seconds, 4), "kilobytes": round(size / 1000)}), flush=True)
+    seconds, size = (
+        (cpu_seconds() - begin) / count,
+        sum(path.stat().st_size for path in out.rglob("*.mds")) / count,
+    )
+    print(
+        json.dumps(
+            {"what": what, "cpu_seconds": round(seconds, 4), "kilobytes": round(size / 1000)}
+        ),
+        flush=True,
+    )
 
 
 def to_device(loader: DataLoader) -> int:
@@ -281,10 +372,13 @@ def compare_kinds(clip: Path, work: Path) -> None:
     films.mkdir()
     for number in range(8):
         os.link(clip, films / f"{number}.mp4")
-    packs = {"packs of 16 frames": Recipe("videos"), "packs of 75 frames": Recipe("videos", fps=7.5)}
+    packs = {
+        "packs of 16 frames": Recipe("videos"),
+        "packs of 75 frames": Recipe("videos", fps=7.5),
+    }
     for name, recipe in packs.items():
         data_prep.convert(str(films), str(work / name), recipe)
-    pairs, clips = SampleViews(SIZE, PATCHES), finetune.TrainingClips(SIZE, 16, 2)
+    pairs, clips = PretrainingViews(SIZE, PATCHES), finetune.FinetuningViews(SIZE, 16, 2)
     kinds = {name: (name, pairs, 768) for name in ("images", *packs)}
     kinds["clips of 16 frames, of packs of 16"] = ("packs of 16 frames", clips.draw, 128)
     contenders = {
@@ -307,7 +401,7 @@ def compare_kinds(clip: Path, work: Path) -> None:
 
 def compare_prefetching(work: Path) -> None:
     """Batches that each of 2 workers has ready or under way, while the training process is busy half of the time."""
-    pairs = SampleViews(SIZE, PATCHES)
+    pairs = PretrainingViews(SIZE, PATCHES)
     contenders = {}
     for factor in (1, 2, 4, 8):
         data = stream_of(work / "images", work, 0, pairs, 24 * BATCH).dataset
@@ -315,13 +409,20 @@ def compare_prefetching(work: Path) -> None:
         contenders[factor] = partial(read_with_work_between, DataLoader(data, BATCH, **options))
     seconds = take_turns(contenders, time.perf_counter, 3)
     for factor in contenders:
-        report(f"prefetch_factor {factor}", ratio(seconds[factor], seconds[2]), "2", "wall time of a pair: lower is better")
+        report(
+            f"prefetch_factor {factor}",
+            ratio(seconds[factor], seconds[2]),
+            "2",
+            "wall time of a pair: lower is better",
+        )
 
 
 def read_with_work_between(loader: DataLoader) -> int:
     for number, _ in enumerate(loader, 1):
         if number % 4 == 0:
-            time.sleep(2e-3 * BATCH)  # the device is at work, in bursts as evaluations and checkpoints make them
+            time.sleep(
+                2e-3 * BATCH
+            )  # the device is at work, in bursts as evaluations and checkpoints make them
     return number * BATCH
 
 

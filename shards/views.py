@@ -5,7 +5,6 @@ streams.py. The device then applies what was drawn to the whole batch at once.
 """
 
 import bisect
-import json
 import math
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain
@@ -20,13 +19,33 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 from torchvision.transforms.v2.functional import normalize
 
-import data_prep
-from config import Share
+from shards.format import Clips, decode_frame, record_unreadable
+
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+DataSets = Annotated[list[str], Field(min_length=1)]  # paths of data sets
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, of pixels in 0..1 [code]
-PARAMETERS = ("flip", "brightness", "contrast", "saturation", "hue", "grey", "blur_sigma", "solarise")
+
+
+PARAMETERS = (
+    "flip",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "grey",
+    "blur_sigma",
+    "solarise",
+)
+
+
 BLUR_KERNEL = (9, 5)  # pixels, height and width [code]
+
+
 SOLARISE_FROM = 127.5 / 255  # bytes from 128 on [code], whatever the colour map rounds
+
+
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's
 
 
@@ -47,33 +66,41 @@ class ViewRecipe:
         blur_sigma: range in pixels.
     """
 
-    crop_scale: tuple[Share, Share] = (0.08, 1.0)
+    crop_scale: tuple[UnitInterval, UnitInterval] = (0.08, 1.0)
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
-    flip: Share = 0.5
-    jitter: Share = 0.8
-    brightness: Share = 0.4
-    contrast: Share = 0.4
-    saturation: Share = 0.2
-    hue: Share = 0.1
-    grey: Share = 0.2
-    blur: tuple[Share, Share] = (1.0, 0.0)
+    flip: UnitInterval = 0.5
+    jitter: UnitInterval = 0.8
+    brightness: UnitInterval = 0.4
+    contrast: UnitInterval = 0.4
+    saturation: UnitInterval = 0.2
+    hue: UnitInterval = 0.1
+    grey: UnitInterval = 0.2
+    blur: tuple[UnitInterval, UnitInterval] = (1.0, 0.0)
     blur_sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
-    solarise: tuple[Share, Share] = (0.0, 0.2)
+    solarise: tuple[UnitInterval, UnitInterval] = (0.0, 0.2)
 
     def draw(self, rng: np.random.Generator, view: int) -> np.ndarray:
         """The numbers of PARAMETERS for view 0 or 1 -> (A,) float32; whatever is off is at its neutral value."""
         # Always as many draws, so that no choice moves another.
         flip, jitter, grey, blur, solarise, *amounts, spread = rng.random(10).tolist()
         ranges = (self.brightness, self.contrast, self.saturation, self.hue)
-        amounts = [(jitter < self.jitter) * half * (2 * one - 1) for half, one in zip(ranges, amounts, strict=True)]
+        amounts = [
+            (jitter < self.jitter) * half * (2 * one - 1)
+            for half, one in zip(ranges, amounts, strict=True)
+        ]
         brightness, contrast, saturation, hue = amounts
         least, most = self.blur_sigma
         sigma = (blur < self.blur[view]) * (least + (most - least) * spread)
         flip, grey, solarise = flip < self.flip, grey < self.grey, solarise < self.solarise[view]
-        return np.array([flip, 1 + brightness, 1 + contrast, 1 + saturation, hue, grey, sigma, solarise], np.float32)
+        return np.array(
+            [flip, 1 + brightness, 1 + contrast, 1 + saturation, hue, grey, sigma, solarise],
+            np.float32,
+        )
 
 
-def draw_crop(rng: np.random.Generator, height: int, width: int, scale: tuple, ratio: tuple) -> tuple[int, ...]:
+def draw_crop(
+    rng: np.random.Generator, height: int, width: int, scale: tuple, ratio: tuple
+) -> tuple[int, ...]:
     """(top, left, height, width), drawn as torchvision's RandomResizedCrop does, with its central crop to fall back on."""
     draws, low, high = rng.random(20).tolist(), math.log(ratio[0]), math.log(ratio[1])
     for area, shape in zip(draws[:10], draws[10:], strict=True):
@@ -92,14 +119,20 @@ def crop_and_scale(frame: np.ndarray, box: tuple[int, ...], size: int) -> Tensor
     Equals torchvision's resized_crop. A contiguous crop spares torch a repacking, and saves a third of the time.
     """
     top, left, height, width = box
-    pixels = torch.from_numpy(np.ascontiguousarray(frame[top : top + height, left : left + width]))[None]
-    return F.interpolate(pixels.permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True)[0]  # channels last
+    pixels = torch.from_numpy(np.ascontiguousarray(frame[top : top + height, left : left + width]))[
+        None
+    ]
+    return F.interpolate(pixels.permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True)[
+        0
+    ]  # channels last
 
 
 FrameGap = NonNegativeInt | Literal["any", "distant"]
 
 
-def draw_frame_pair(rng: np.random.Generator, count: int, frame_gap: FrameGap, sections: int) -> tuple[int, int]:
+def draw_frame_pair(
+    rng: np.random.Generator, count: int, frame_gap: FrameGap, sections: int
+) -> tuple[int, int]:
     """Indices of two frames of a clip of `count`.
 
     "any": two different ones at random [code]. "distant": one at random from each of `sections` equal parts, two of those
@@ -118,7 +151,9 @@ def draw_frame_pair(rng: np.random.Generator, count: int, frame_gap: FrameGap, s
     return int(pair[0]), int(pair[1])
 
 
-def pick_frames(timestamps: np.ndarray, num_frames: int, frame_interval: float | None, place: float) -> list[int]:
+def pick_frames(
+    timestamps: np.ndarray, num_frames: int, frame_interval: float | None, place: float
+) -> list[int]:
     """Indices of `num_frames` stored frames of a clip.
 
     Args:
@@ -131,12 +166,14 @@ def pick_frames(timestamps: np.ndarray, num_frames: int, frame_interval: float |
         return ((np.arange(num_frames) + place) * len(timestamps) / num_frames).astype(int).tolist()
     first, last = timestamps[0], timestamps[-1]
     free = max(0.0, last - first - (num_frames - 1) * frame_interval)
-    times = first + place * free + np.arange(num_frames) * frame_interval + 0.02 * frame_interval  # packs' times are rounded
+    times = (
+        first + place * free + np.arange(num_frames) * frame_interval + 0.02 * frame_interval
+    )  # packs' times are rounded
     return (np.searchsorted(timestamps, times, "right") - 1).tolist()
 
 
 @dataclass
-class SampleViews:
+class PretrainingViews:
     """A stored sample and a generator -> `views` uint8 (V, [T,] H, W, 3), `augment` (V, A), `noise` (V, N), `target`.
 
     Args:
@@ -165,22 +202,43 @@ class SampleViews:
         count = len(sample["ends"])
         recipe = self.video if count > 1 else self.image
         if self.num_frames == 1:
-            picked = [[index] for index in draw_frame_pair(rng, count, self.frame_gap, self.sections)][: self.views]
+            picked = [
+                [index] for index in draw_frame_pair(rng, count, self.frame_gap, self.sections)
+            ][: self.views]
         else:
             places = rng.random(self.views)
-            picked = [pick_frames(sample["timestamps"], self.num_frames, self.frame_interval, place) for place in places]
-        frames = sample.setdefault("decoded", {})  # an image is decoded once, and a frame that several views share
+            picked = [
+                pick_frames(sample["timestamps"], self.num_frames, self.frame_interval, place)
+                for place in places
+            ]
+        frames = sample.setdefault(
+            "decoded", {}
+        )  # an image is decoded once, and a frame that several views share
         for index in set(chain(*picked)) - frames.keys():
-            frames[index] = data_prep.decode_frame(sample, index)
+            frames[index] = decode_frame(sample, index)
         views, augment = [], []
         for view, indices in enumerate(picked):
-            box = draw_crop(rng, *frames[indices[0]].shape[:2], recipe.crop_scale, recipe.crop_ratio)
-            crops = {index: crop_and_scale(frames[index], box, self.img_size).permute(1, 2, 0) for index in set(indices)}
+            box = draw_crop(
+                rng, *frames[indices[0]].shape[:2], recipe.crop_scale, recipe.crop_ratio
+            )
+            crops = {
+                index: crop_and_scale(frames[index], box, self.img_size).permute(1, 2, 0)
+                for index in set(indices)
+            }
             # As it lies in memory, (H, W, 3): copied faster.
-            views.append(torch.stack([crops[index] for index in indices]) if self.num_frames > 1 else crops[indices[0]])
+            views.append(
+                torch.stack([crops[index] for index in indices])
+                if self.num_frames > 1
+                else crops[indices[0]]
+            )
             augment.append(recipe.draw(rng, view))
         noise = rng.random((self.views, self.num_patches), np.float32)
-        return {"views": torch.stack(views), "augment": np.stack(augment), "noise": noise, "target": int(sample["label"])}
+        return {
+            "views": torch.stack(views),
+            "augment": np.stack(augment),
+            "noise": noise,
+            "target": int(sample["label"]),
+        }
 
 
 def augment_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -202,19 +260,29 @@ def augment_views(views: Tensor, parameters: Tensor) -> Tensor:
     where torchvision rounds and clamps after each and draws their order (which without clamping makes no difference). Hue
     turns in YIQ, not in HSV.
     """
-    flip, brightness, contrast, saturation, hue, grey, sigma, solarise = parameters.float().unbind(1)
+    flip, brightness, contrast, saturation, hue, grey, sigma, solarise = parameters.float().unbind(
+        1
+    )
     x = views.float() / 255
     x = torch.where(flip.bool()[:, None, None, None], x.flip(3), x)
 
     luma, zero, one = x.new_tensor(LUMA), torch.zeros_like(hue), torch.ones_like(hue)
-    to_yiq = torch.stack([luma, x.new_tensor([0.5959, -0.2746, -0.3213]), x.new_tensor([0.2115, -0.5227, 0.3112])])
+    to_yiq = torch.stack(
+        [luma, x.new_tensor([0.5959, -0.2746, -0.3213]), x.new_tensor([0.2115, -0.5227, 0.3112])]
+    )
     cos, sin = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
     turn = torch.stack([one, zero, zero, zero, cos, sin, zero, -sin, cos], dim=1).view(-1, 3, 3)
     keep = (saturation * (1 - grey))[:, None, None]  # of the colour; the rest becomes luma
     colour = keep * torch.eye(3, device=x.device) + (1 - keep) * luma.expand(3, 3)
-    colour = colour @ torch.linalg.inv(to_yiq) @ turn @ to_yiq * (brightness * contrast)[:, None, None]  # (B, 3, 3)
+    colour = (
+        colour @ torch.linalg.inv(to_yiq) @ turn @ to_yiq * (brightness * contrast)[:, None, None]
+    )  # (B, 3, 3)
     offset = (1 - contrast) * brightness * (x.mean(dim=(2, 3)) @ luma)  # (B,)
-    x = torch.baddbmm(offset[:, None, None].expand(-1, 3, 1), colour, x.flatten(2)).view_as(x).clamp(0, 1)
+    x = (
+        torch.baddbmm(offset[:, None, None].expand(-1, 3, 1), colour, x.flatten(2))
+        .view_as(x)
+        .clamp(0, 1)
+    )
 
     blurred = sigma > 0
     if blurred.any():
@@ -226,22 +294,15 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Blur (B, 3, H, W), each with its own sigma (B,) in pixels, over BLUR_KERNEL, reflecting at the edges."""
     for axis, size in ((2, BLUR_KERNEL[0]), (3, BLUR_KERNEL[1])):
         half = size // 2
-        weights = torch.exp(-0.5 * (torch.arange(-half, half + 1, device=x.device) / sigma[:, None]) ** 2)  # (B, size)
+        weights = torch.exp(
+            -0.5 * (torch.arange(-half, half + 1, device=x.device) / sigma[:, None]) ** 2
+        )  # (B, size)
         weights = (weights / weights.sum(dim=1, keepdim=True))[:, :, None, None, None]
         padded = F.pad(x, (0, 0, half, half) if axis == 2 else (half, half, 0, 0), mode="reflect")
-        x = sum(padded.narrow(axis, shift, x.shape[axis]) * weights[:, shift] for shift in range(size))
+        x = sum(
+            padded.narrow(axis, shift, x.shape[axis]) * weights[:, shift] for shift in range(size)
+        )
     return x
-
-
-UNREADABLE = "unreadable_eval.jsonl"  # in a run's folder
-
-
-def note_unreadable(report: Path, name: str, error: Exception) -> set[str]:
-    """Add a sample that cannot be decoded to a list, and return the names in it."""
-    report.parent.mkdir(parents=True, exist_ok=True)
-    with report.open("a") as file:
-        file.write(json.dumps([name, " ".join(str(error).split())]) + "\n")
-    return {json.loads(line)[0] for line in report.read_text().splitlines() if line.endswith("]")}
 
 
 @dataclass
@@ -255,7 +316,7 @@ class EvalViews(Dataset):
         temporal_views: pieces of the clip, evenly placed from its beginning to its end; 1 is the middle.
         spatial_views: square crops along the longer side; 1 is the centre.
         crop_pct: side of the crop as a fraction of the shorter side, in (0, 1].
-        first_class: what is added to the labels of each data set; nothing if not given.
+        label_offsets: what is added to the labels of each data set; nothing if not given.
         unreadable: file for the names of samples that cannot be decoded, which are black and have the target -1: they do not
             count. Without it, one is an error.
         max_unreadable: fraction of the samples that may be.
@@ -270,12 +331,12 @@ class EvalViews(Dataset):
     spatial_views: int = 1
     crop_pct: float = 0.875
     frame_interval: float | None = None
-    first_class: tuple[int, ...] = ()
+    label_offsets: tuple[int, ...] = ()
     unreadable: Path | None = None
     max_unreadable: float = 0.001
 
     def __post_init__(self):
-        self.data = ConcatDataset([data_prep.Clips(path) for path in self.paths])
+        self.data = ConcatDataset([Clips(path) for path in self.paths])
 
     def __len__(self) -> int:
         return len(self.data)
@@ -283,13 +344,27 @@ class EvalViews(Dataset):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         try:
             views, label = self.views_of(self.data[number])
-        except (ValueError, IndexError, KeyError, TypeError) as error:  # of a spoilt frame, or a shard that is cut
+        except (
+            ValueError,
+            IndexError,
+            KeyError,
+            TypeError,
+        ) as error:  # of a spoilt frame, or a shard that is cut
             owner = self.owner(number)
-            self.note(f"{self.paths[owner]}, sample {number - [0, *self.data.cumulative_sizes][owner]}", error)
-            shape = (self.temporal_views * self.spatial_views, self.num_frames, 3, self.img_size, self.img_size)
+            self.note(
+                f"{self.paths[owner]}, sample {number - [0, *self.data.cumulative_sizes][owner]}",
+                error,
+            )
+            shape = (
+                self.temporal_views * self.spatial_views,
+                self.num_frames,
+                3,
+                self.img_size,
+                self.img_size,
+            )
             views, label = torch.zeros(shape, dtype=torch.uint8), -1
-        if self.first_class and label >= 0:
-            label += self.first_class[self.owner(number)]
+        if self.label_offsets and label >= 0:
+            label += self.label_offsets[self.owner(number)]
         return {"inputs": views, "target": torch.tensor(label)}
 
     def owner(self, number: int) -> int:
@@ -304,9 +379,15 @@ class EvalViews(Dataset):
         remedy = "run data_prep.py verify"
         if self.unreadable is None:
             raise ValueError(f"{name} cannot be decoded ({error}); {remedy}") from error
-        mine = [one for one in note_unreadable(self.unreadable, name, error) if one.rpartition(", sample")[0] in self.paths]
+        mine = [
+            one
+            for one in record_unreadable(self.unreadable, name, error)
+            if one.rpartition(", sample")[0] in self.paths
+        ]
         if len(mine) > max(1, self.max_unreadable * len(self)):
-            raise ValueError(f"{len(mine)} samples cannot be decoded, see {self.unreadable}; {remedy}") from error
+            raise ValueError(
+                f"{len(mine)} samples cannot be decoded, see {self.unreadable}; {remedy}"
+            ) from error
 
     def views_of(self, sample: dict[str, Any]) -> tuple[Tensor, int]:
         views, places = [], (np.arange(self.temporal_views) + 0.5) / self.temporal_views
@@ -314,11 +395,15 @@ class EvalViews(Dataset):
             places = np.linspace(0, 1, self.temporal_views)
         for place in places:
             picked = pick_frames(sample["timestamps"], self.num_frames, self.frame_interval, place)
-            frames = {index: data_prep.decode_frame(sample, index) for index in set(picked)}
+            frames = {index: decode_frame(sample, index) for index in set(picked)}
             height, width = frames[picked[0]].shape[:2]
             side = max(1, round(min(height, width) * self.crop_pct))
             for place in np.linspace(0, 1, self.spatial_views) if self.spatial_views > 1 else [0.5]:
                 down, right = (place, 0.5) if height > width else (0.5, place)
                 box = (round((height - side) * down), round((width - side) * right), side, side)
-                views.append(torch.stack([crop_and_scale(frames[index], box, self.img_size) for index in picked]))
+                views.append(
+                    torch.stack(
+                        [crop_and_scale(frames[index], box, self.img_size) for index in picked]
+                    )
+                )
         return torch.stack(views), sample["label"]

@@ -11,16 +11,36 @@ from PIL import Image
 from tqdm import tqdm
 
 FASHION_MNIST = Path(__file__).parent / "assets" / "fashion_mnist.npz"
-CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
+
+
+CLASSES = (
+    "T-shirt",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Boot",
+)
+
+
 SIDE, FRAMES, RATE = 40, 32, 16  # pixels, frames, frames a second
 
 
 def draw_garment(garment: np.ndarray, rng: np.random.Generator, frames: int) -> np.ndarray:
     """A tinted garment (28, 28) that drifts and turns over faint static clutter -> (frames, SIDE, SIDE, 3) uint8."""
     clutter = rng.uniform(0, 60, (5, 5, 3)).astype(np.uint8)
-    clutter = np.asarray(Image.fromarray(clutter).resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
+    clutter = np.asarray(
+        Image.fromarray(clutter).resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32
+    )
     tint = rng.uniform(0.55, 1.0, 3)
-    centre, drift = rng.uniform(-4, 4, 2), rng.uniform(-9, 9, 2)  # pixels; pixels over the whole clip
+    centre, drift = (
+        rng.uniform(-4, 4, 2),
+        rng.uniform(-9, 9, 2),
+    )  # pixels; pixels over the whole clip
     angle, turn = rng.uniform(-12, 12), rng.uniform(-20, 20)  # degrees; degrees over the whole clip
     picture = Image.new("L", (SIDE, SIDE))
     picture.paste(Image.fromarray(garment), ((SIDE - 28) // 2, (SIDE - 28) // 2))
@@ -56,7 +76,10 @@ def draw_demo(raw: Path, garments: int, workers: int) -> None:
     aside = raw.with_name(raw.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     jobs = []
-    with np.load(FASHION_MNIST, allow_pickle=False) as data, ProcessPoolExecutor(workers, get_context("fork")) as pool:
+    with (
+        np.load(FASHION_MNIST, allow_pickle=False) as data,
+        ProcessPoolExecutor(workers, get_context("fork")) as pool,
+    ):
         for number, split in enumerate(("train", "test")):
             images, labels = data[f"{split}_images"], data[f"{split}_labels"]
             for label, name in enumerate(CLASSES):
@@ -65,6 +88,8 @@ def draw_demo(raw: Path, garments: int, workers: int) -> None:
                     path = aside / split / kind / name / f"{index:04d}.{ending}"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     jobs.append(pool.submit(draw_file, path, garment, (number, label, index)))
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc=str(raw), unit="file", disable=None):
+        for job in tqdm(
+            as_completed(jobs), total=len(jobs), desc=str(raw), unit="file", disable=None
+        ):
             job.result()
     aside.rename(raw)

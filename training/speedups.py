@@ -35,9 +35,10 @@ from pydantic import PositiveInt
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from config import Duration, Part, Share
+from evaluation.probes import KNN
 from model import ViCMAE
-from probes import KNN
+from shards.views import PositiveFraction, UnitInterval
+from training.config import Duration
 
 
 def unwrapped(state: State) -> nn.Module:
@@ -60,7 +61,7 @@ class PartialDecoding(Algorithm):
     dual masking of VideoMAE v2, with a random choice for its fixed one.
     """
 
-    def __init__(self, ratio: Part = 0.5):
+    def __init__(self, ratio: PositiveFraction = 0.5):
         self.ratio = ratio
 
     def match(self, event: Event, state: State) -> bool:
@@ -79,7 +80,9 @@ class ContrastRamp(Algorithm):
     def __init__(self, duration: Duration):
         self.duration = ensure_time(duration, "ep")
         if self.duration.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH):
-            raise ValueError(f"algorithms.ContrastRamp.duration {duration} is not in epochs (ep) or steps (ba)")
+            raise ValueError(
+                f"algorithms.ContrastRamp.duration {duration} is not in epochs (ep) or steps (ba)"
+            )
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.INIT, Event.BATCH_START)
@@ -113,13 +116,15 @@ class ProgressiveResizing(Algorithm):
 
     def __init__(
         self,
-        initial_scale: Share = 0.5,
-        delay_fraction: Share = 0.5,
-        finetune_fraction: Share = 0.2,
+        initial_scale: UnitInterval = 0.5,
+        delay_fraction: UnitInterval = 0.5,
+        finetune_fraction: UnitInterval = 0.2,
         size_increment: PositiveInt = 16,
     ):
         if delay_fraction + finetune_fraction >= 1:
-            raise ValueError("algorithms.ProgressiveResizing: delay_fraction + finetune_fraction must be less than 1")
+            raise ValueError(
+                "algorithms.ProgressiveResizing: delay_fraction + finetune_fraction must be less than 1"
+            )
         self.initial_scale, self.size_increment = initial_scale, size_increment
         self.delay_fraction, self.finetune_fraction = delay_fraction, finetune_fraction
 
@@ -149,8 +154,14 @@ class ProgressiveResizing(Algorithm):
         if side < full:
             views = state.device.tensor_to_device(state.batch["views"])  # (B, V, [T,] H, W, 3)
             small = views.flatten(0, -4).permute(0, 3, 1, 2).float()  # (B * V * T, 3, H, W)
-            small = F.interpolate(small, (side, side), mode="bilinear", antialias=True).round().to(views.dtype)
-            state.batch = state.batch | {"views": small.permute(0, 2, 3, 1).unflatten(0, views.shape[:-3])}
+            small = (
+                F.interpolate(small, (side, side), mode="bilinear", antialias=True)
+                .round()
+                .to(views.dtype)
+            )
+            state.batch = state.batch | {
+                "views": small.permute(0, 2, 3, 1).unflatten(0, views.shape[:-3])
+            }
         logger.log_metrics({"progressive_resizing/width": side})
 
 
@@ -167,7 +178,7 @@ class LayerFreezing(Algorithm):
 
     find_unused_parameters = True  # by DDP, which still knows the frozen ones
 
-    def __init__(self, freeze_start: Share = 0.5, freeze_level: Share = 1.0):
+    def __init__(self, freeze_start: UnitInterval = 0.5, freeze_level: UnitInterval = 1.0):
         self.freeze_start, self.freeze_level = freeze_start, freeze_level
 
     def match(self, event: Event, state: State) -> bool:
@@ -175,7 +186,11 @@ class LayerFreezing(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         elapsed = float(state.get_elapsed_duration())
-        level = self.freeze_level * max(0.0, elapsed - self.freeze_start) / max(1 - self.freeze_start, 1e-9)
+        level = (
+            self.freeze_level
+            * max(0.0, elapsed - self.freeze_start)
+            / max(1 - self.freeze_start, 1e-9)
+        )
         leaves = (module for module in state.model.modules() if not any(module.children()))
         layers = [module for module in leaves if next(module.parameters(), None) is not None]
         count = int(level * len(layers[:-1]))
@@ -189,7 +204,9 @@ class MomentumStep(Algorithm):
     """Lets MoCo's second encoder follow the first one: once a step, however many passes it is made of."""
 
     def match(self, event: Event, state: State) -> bool:
-        return event == Event.BATCH_START and getattr(unwrapped(state), "momentum", None) is not None
+        return (
+            event == Event.BATCH_START and getattr(unwrapped(state), "momentum", None) is not None
+        )
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         net = unwrapped(state)
@@ -203,18 +220,40 @@ class GradientNorm(Algorithm):
         return event == Event.AFTER_TRAIN_BATCH
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+        gradients = [
+            parameter.grad for parameter in state.model.parameters() if parameter.grad is not None
+        ]
         if state.fsdp_enabled and torch.distributed.get_backend() == "gloo":
-            torch._foreach_div_(gradients, dist.get_world_size())  # there FSDP's mean over the ranks is their sum
+            torch._foreach_div_(
+                gradients, dist.get_world_size()
+            )  # there FSDP's mean over the ranks is their sum
         norm = torch.nn.utils.get_total_norm(gradients)
-        logger.log_metrics({"gradient_norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm)})
+        logger.log_metrics(
+            {"gradient_norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm)}
+        )
 
 
 # What a YAML file may name. Of Composer's, that is what can do something with these models and batches.
 ALGORITHMS = (ChannelsLast, EMA, GradientClipping, LowPrecisionLayerNorm, SAM, SWA)
+
+
 ALGORITHMS += (ContrastRamp, LayerFreezing, PartialDecoding, ProgressiveResizing)
-CALLBACKS = (EarlyStopper, LRMonitor, MemoryMonitor, MemorySnapshot, OOMObserver, OptimizerMonitor, RuntimeEstimator)
+
+
+CALLBACKS = (
+    EarlyStopper,
+    LRMonitor,
+    MemoryMonitor,
+    MemorySnapshot,
+    OOMObserver,
+    OptimizerMonitor,
+    RuntimeEstimator,
+)
+
+
 CALLBACKS += (SpeedMonitor, SystemMetricsMonitor, ThresholdStopper, KNN)
+
+
 LOGGERS = (
     CometMLLogger,
     ConsoleLogger,

@@ -36,24 +36,37 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import data_prep
-import pretrain
 import streams
 from checkpoints import Checkpoints
 from config import load_config
-from model import ViCMAE
 from views import ViewRecipe, augment_batch
+
+import data_prep
+import pretrain
+from model import ViCMAE
 
 ROOT = Path(__file__).parents[1]
 BATCH, TURNS = 16, 7
-RANKS_BATCH = 64  # enough that a rank's share of the step, 0.7 s, outweighs what is the same for any share
+RANKS_BATCH = (
+    64  # enough that a rank's share of the step, 0.7 s, outweighs what is the same for any share
+)
 MODEL = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3}
-MODEL |= {"decoder_embed_dim": 96, "decoder_depth": 2, "decoder_num_heads": 3, "projector_hidden_dim": 512}
-STEPS, INTERVAL = 32, 8  # of the run that is killed: half-way, which is half-way between two checkpoints
+MODEL |= {
+    "decoder_embed_dim": 96,
+    "decoder_depth": 2,
+    "decoder_num_heads": 3,
+    "projector_hidden_dim": 512,
+}
+STEPS, INTERVAL = (
+    32,
+    8,
+)  # of the run that is killed: half-way, which is half-way between two checkpoints
 KILLED_AFTER = STEPS // 2 + INTERVAL // 2
 
 
-def take_turns(contenders: dict[str, Callable[[], int]], turns: int = TURNS) -> dict[str, list[float]]:
+def take_turns(
+    contenders: dict[str, Callable[[], int]], turns: int = TURNS
+) -> dict[str, list[float]]:
     """Seconds for each thing done, by contender and turn. A contender does something and says how many times."""
     seconds = {name: [] for name in contenders}
     for _ in range(turns + 1):
@@ -69,13 +82,22 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 
 def report(what: str, value: float, relative_to: str, counted: str, **more: object) -> None:
-    print(json.dumps({"what": what, "ratio": value, "relative_to": relative_to, "counted": counted} | more), flush=True)
+    print(
+        json.dumps(
+            {"what": what, "ratio": value, "relative_to": relative_to, "counted": counted} | more
+        ),
+        flush=True,
+    )
 
 
 def configure(*changes: str, model: dict | None = MODEL, batch: int = BATCH) -> dict:
     """The demonstration's configuration with another model and batch, and no k-NN, which is not of a step."""
     changes += tuple(f"model.{key}={value}" for key, value in (model or {}).items())
-    always = ["data.make_demo=null", f"data.global_train_batch_size={batch}", "schedule.t_warmup=2ba"]
+    always = [
+        "data.make_demo=null",
+        f"data.global_train_batch_size={batch}",
+        "schedule.t_warmup=2ba",
+    ]
     config = load_config([str(ROOT / "yamls" / "demo.yaml"), *always, *changes], pretrain.pretrain)
     config["callbacks"].pop("KNN")
     return {"algorithms": None, "loggers": None} | config
@@ -89,18 +111,22 @@ class PlainBlock(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.widen = nn.Linear(dim, 4 * dim)
+        self.at_least_fp32 = nn.Linear(dim, 4 * dim)
         self.narrow = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         B, L, D = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.norm1(x))
+            .view(B, L, 3, self.heads, D // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         if self.fused:
             attended = F.scaled_dot_product_attention(q, k, v)
         else:
             attended = ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
         x = x + self.out(attended.transpose(1, 2).reshape(B, L, D))
-        return x + self.narrow(F.gelu(self.widen(self.norm2(x))))
+        return x + self.narrow(F.gelu(self.at_least_fp32(self.norm2(x))))
 
 
 class Plain(nn.Module):
@@ -116,15 +142,21 @@ class Plain(nn.Module):
         out = ours.projector[-1].out_features
         self.patch_size, self.mask_ratio, self.temperature = p, ours.mask_ratio, ours.temperature
         self.weights = (ours.weight_recon, ours.weight_contrast)
-        self.register_buffer("positions", encoder.pos_embed.detach().clone())  # fixed: not what is measured
+        self.register_buffer(
+            "positions", encoder.pos_embed.detach().clone()
+        )  # fixed: not what is measured
         self.register_buffer("decoder_positions", decoder.pos_embed.detach().clone())
         self.cls = nn.Parameter(torch.zeros(1, 1, D))
         self.patches = nn.Conv2d(3, D, p, p)
-        self.encoder = nn.Sequential(*(PlainBlock(D, block.attn.num_heads, fused) for block in encoder.blocks))
+        self.encoder = nn.Sequential(
+            *(PlainBlock(D, block.attn.num_heads, fused) for block in encoder.blocks)
+        )
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, d))
         self.to_decoder = nn.Linear(D, d)
-        self.decoder = nn.Sequential(*(PlainBlock(d, block.attn.num_heads, fused) for block in decoder.blocks))
+        self.decoder = nn.Sequential(
+            *(PlainBlock(d, block.attn.num_heads, fused) for block in decoder.blocks)
+        )
         self.decoder_norm = nn.LayerNorm(d, eps=1e-6)
         self.to_pixels = nn.Linear(d, 3 * p * p)
         first = (nn.Linear(D, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
@@ -151,7 +183,9 @@ class Plain(nn.Module):
 
         side = images.shape[-1] // p
         target = images.view(B, 3, side, p, side, p).permute(0, 2, 4, 3, 5, 1).reshape(B, N, -1)
-        target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+        target = (target - target.mean(dim=-1, keepdim=True)) / (
+            target.var(dim=-1, keepdim=True) + 1e-6
+        ).sqrt()
         removed = (back >= keep.shape[1]).float()
         error = ((pred - target) ** 2).mean(dim=-1)
         return (error * removed).sum() / removed.sum(), self.projector(tokens[:, 1:].mean(dim=1))
@@ -189,17 +223,27 @@ def compare_steps(what: str, config: dict) -> None:
     torch.manual_seed(0)
     size = config["data"]["global_train_batch_size"]
     net = ViCMAE(**config["model"])
-    others = [one for name, one in net.named_parameters() if one.requires_grad and not name.endswith("_token")]
+    others = [
+        one
+        for name, one in net.named_parameters()
+        if one.requires_grad and not name.endswith("_token")
+    ]
     trained = [net.encoder.cls_token, net.decoder.mask_token, *others]
     side = net.encoder.img_size
-    batch = {"views": torch.randn(size, 2, 3, side, side), "noise": torch.rand(size, 2, net.encoder.num_patches)}
+    batch = {
+        "views": torch.randn(size, 2, 3, side, side),
+        "noise": torch.rand(size, 2, net.encoder.num_patches),
+    }
     bfloat16 = torch.autocast("cpu", torch.bfloat16)
     plain = {
         "fp32": Plain(net, fused=True),
         "fp32, attention written out": Plain(net, fused=False),
         "autocast to bfloat16": Plain(net, fused=True),
     }
-    mine = {precision: copy.deepcopy(net) for precision in ("fp32", "amp_bf16", "fp32, compiled", "amp_bf16, compiled")}
+    mine = {
+        precision: copy.deepcopy(net)
+        for precision in ("fp32", "amp_bf16", "fp32, compiled", "amp_bf16, compiled")
+    }
     contenders = {}
     for precision, one in mine.items():
         if "compiled" in precision:
@@ -214,7 +258,9 @@ def compare_steps(what: str, config: dict) -> None:
                 theirs.copy_(value)
         torch.testing.assert_close(other(**batch), our_loss(net, batch))
         other.forward = bfloat16(other.forward) if "bfloat16" in name else other.forward
-        optimizer = torch.optim.AdamW(other.parameters(), lr=ours.param_groups[0]["lr"], weight_decay=0.05)
+        optimizer = torch.optim.AdamW(
+            other.parameters(), lr=ours.param_groups[0]["lr"], weight_decay=0.05
+        )
         contenders[f"plain, {name}"] = partial(step, partial(other, **batch), optimizer, 2)
     seconds = take_turns(contenders)
     for name, precision in product(plain, mine):
@@ -227,7 +273,9 @@ def compare_steps(what: str, config: dict) -> None:
 class Batches:
     """Hands out the same batches over and over, and times what is done with each, and before each what `between` does."""
 
-    def __init__(self, batches: list[dict], length: int, between: Callable[[dict], object] | None = None):
+    def __init__(
+        self, batches: list[dict], length: int, between: Callable[[dict], object] | None = None
+    ):
         self.batches, self.length, self.between = batches, length, between
         self.seconds, self.seconds_between = [], []
 
@@ -242,18 +290,25 @@ class Batches:
                 self.between(batch)
             handed = time.perf_counter()
             yield batch
-            self.seconds_between.append(handed - begin)  # the last is not asked for again, and so not counted
+            self.seconds_between.append(
+                handed - begin
+            )  # the last is not asked for again, and so not counted
             self.seconds.append(time.perf_counter() - handed)
 
 
 def draw_batches(config: dict, size: int, count: int = 4) -> list[dict[str, Tensor]]:
     """What the loader gives, without pictures in it."""
     rng, side = np.random.default_rng(0), config["model"]["img_size"]
-    recipe, patches = ViewRecipe(**config["augment"]["video"]), (side // config["model"]["patch_size"]) ** 2
+    recipe, patches = (
+        ViewRecipe(**config["augment"]["video"]),
+        (side // config["model"]["patch_size"]) ** 2,
+    )
     return [
         {
             "views": torch.from_numpy(rng.integers(0, 256, (size, 2, side, side, 3), np.uint8)),
-            "augment": torch.from_numpy(np.array([[recipe.draw(rng, view) for view in (0, 1)] for _ in range(size)])),
+            "augment": torch.from_numpy(
+                np.array([[recipe.draw(rng, view) for view in (0, 1)] for _ in range(size)])
+            ),
             "noise": torch.from_numpy(rng.random((size, 2, patches), np.float32)),
         }
         for _ in range(count)
@@ -264,7 +319,9 @@ def build_on(batches: Batches, config: dict, run: Path, size: int) -> Trainer:
     """The Trainer of a pre-training run on these batches, of `size` pairs for each rank."""
     torch.manual_seed(0)
     net = ViCMAE(**config["model"])
-    adamw = pretrain.build_optimizer(net, config["data"]["global_train_batch_size"], **config["optimizer"])
+    adamw = pretrain.build_optimizer(
+        net, config["data"]["global_train_batch_size"], **config["optimizer"]
+    )
     spec = DataSpec(batches, microbatch_transforms=augment_batch)
     return pretrain.build_trainer(run, config, net, adamw, spec, size)
 
@@ -312,7 +369,11 @@ class TimedLoader(DataLoader):
 def run_settings(demo: Path, steps: int, workers: int) -> list[str]:
     """Two epochs of real data; with 12 garments of each class, samples come again."""
     streams = f"data.streams=[{{path: {demo}/train_videos}}, {{path: {demo}/train_images}}]"
-    sizes = [f"data.epoch_size={BATCH * steps // 2}", "trainer.max_duration=2ep", f"data.num_workers={workers}"]
+    sizes = [
+        f"data.epoch_size={BATCH * steps // 2}",
+        "trainer.max_duration=2ep",
+        f"data.num_workers={workers}",
+    ]
     return [streams, *sizes, "trainer.progress_bar=false"]
 
 
@@ -326,7 +387,12 @@ def measure_waiting(demo: Path, model: dict | None, what: str, steps: int) -> No
     waits = TimedLoader.waits
     loop = waits[-1][1] - waits[0][1]  # from the first batch's coming to the last one's
     waited = sum(end - begin for begin, end in waits[1:])
-    more = {"steps": len(waits) - 1, "seconds": round(loop, 2), "cores": os.cpu_count(), "processes": 3}
+    more = {
+        "steps": len(waits) - 1,
+        "seconds": round(loop, 2),
+        "cores": os.cpu_count(),
+        "processes": 3,
+    }
     report(
         f"waiting for data, 2 workers, {what}",
         round(waited / loop, 4),
@@ -345,7 +411,11 @@ def note_time(self: Checkpoints, state: State, logger: Logger) -> None:
 def times_of(run: Path) -> list[list[float]]:
     path = run / "times.jsonl"
     return (
-        [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        [
+            json.loads(line)
+            for line in path.read_text().splitlines(keepends=True)
+            if line.endswith("\n")
+        ]
         if path.exists()
         else []
     )
@@ -353,11 +423,24 @@ def times_of(run: Path) -> list[list[float]]:
 
 def live(arguments: list[str], run: Path, kill_after: int | None = None) -> tuple[float, float]:
     """Launch a run as users do, and wait for its end, or kill it when so many steps are done -> begin, end in seconds."""
-    command = [sys.executable, "-m", "composer.cli.launcher", "-n", "1", __file__, "--child", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "composer.cli.launcher",
+        "-n",
+        "1",
+        __file__,
+        "--child",
+        *arguments,
+    ]
     begin = time.time()
     with (run.parent.parent / "out.txt").open("a") as out:
         process = subprocess.Popen(
-            command, cwd=run.parent.parent, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=run.parent.parent,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         while process.poll() is None:
@@ -376,7 +459,12 @@ def live(arguments: list[str], run: Path, kill_after: int | None = None) -> tupl
 def measure_kill(demo: Path, work: Path, turns: int = 2) -> None:
     """What one SIGKILL and the launch after it cost; it comes at the start of a step, half an interval from a checkpoint."""
     changes = [f"model.{key}={value}" for key, value in MODEL.items()]
-    changes += ["data.make_demo=null", f"data.global_train_batch_size={BATCH}", "callbacks=null", "schedule.t_warmup=2ba"]
+    changes += [
+        "data.make_demo=null",
+        f"data.global_train_batch_size={BATCH}",
+        "callbacks=null",
+        "schedule.t_warmup=2ba",
+    ]
     arguments = [str(ROOT / "yamls" / "demo.yaml"), *changes, *run_settings(demo, STEPS, 1)]
     arguments += [f"checkpoints.interval={INTERVAL}ba"]
     found = []
@@ -397,9 +485,20 @@ def measure_kill(demo: Path, work: Path, turns: int = 2) -> None:
             }
         )
     lost, start, again, seconds = (statistics.median(one[key] for one in found) for key in found[0])
-    more = {"start_up": round(start, 1), "done_again": again, "interval": INTERVAL, "seconds": round(seconds, 3)}
+    more = {
+        "start_up": round(start, 1),
+        "done_again": again,
+        "interval": INTERVAL,
+        "seconds": round(seconds, 3),
+    }
     more |= {"seconds_of_start_up": round(start * seconds, 1)}
-    report("lost by a kill and a launch", round(lost, 1), "a step", "wall time beyond that of a run never stopped", **more)
+    report(
+        "lost by a kill and a launch",
+        round(lost, 1),
+        "a step",
+        "wall time beyond that of a run never stopped",
+        **more,
+    )
 
 
 def in_processes(function: Callable, *arguments: list, at_once: int) -> list:
@@ -412,9 +511,16 @@ def in_processes(function: Callable, *arguments: list, at_once: int) -> list:
 
 def run_rank(rank: int, ranks: int, folder: str, steps: int) -> float:
     """Median seconds of a rank's steps of one global batch."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(ranks),
+    }
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks
+    )
     always = ["checkpoints.interval=1000ba", "trainer.progress_bar=false"]
     config = configure(f"trainer.max_duration={steps}ba", *always, batch=RANKS_BATCH)
     batches = Batches(draw_batches(config, RANKS_BATCH // ranks), steps)
@@ -429,8 +535,18 @@ def compare_ranks(work: Path, turns: int = 3, steps: int = 8) -> None:
         with tempfile.TemporaryDirectory(dir=work) as folder:
             rows = (range(ranks), [ranks] * ranks, [folder] * ranks, [steps] * ranks)
             seconds[ranks].append(max(in_processes(run_rank, *rows, at_once=ranks)))
-    more = {"batch": RANKS_BATCH, "seconds": round(statistics.median(seconds[1]), 3), "cores": os.cpu_count()}
-    report("2 ranks, the same global batch", ratio(seconds[1], seconds[2]), "1 rank", "samples a second", **more)
+    more = {
+        "batch": RANKS_BATCH,
+        "seconds": round(statistics.median(seconds[1]), 3),
+        "cores": os.cpu_count(),
+    }
+    report(
+        "2 ranks, the same global batch",
+        ratio(seconds[1], seconds[2]),
+        "1 rank",
+        "samples a second",
+        **more,
+    )
 
 
 def peak(model: dict, chunk_size: int | None, decode_ratio: float, pairs: int) -> int:
@@ -440,7 +556,10 @@ def peak(model: dict, chunk_size: int | None, decode_ratio: float, pairs: int) -
     net = ViCMAE(**model, chunk_size=chunk_size)
     net.decode_ratio = decode_ratio
     side = net.encoder.img_size
-    batch = {"views": torch.randn(pairs, 2, 3, side, side), "noise": torch.rand(pairs, 2, net.encoder.num_patches)}
+    batch = {
+        "views": torch.randn(pairs, 2, 3, side, side),
+        "noise": torch.rand(pairs, 2, net.encoder.num_patches),
+    }
     our_loss(net, batch).backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -450,20 +569,43 @@ def measure_memory(few: int = 4, many: int = 8) -> None:
 
     With chunks, what a pair has outside of them remains: its views and predictions, and the loss's targets and errors.
     """
-    small = {"embed_dim": 192, "depth": 6, "num_heads": 3, "decoder_embed_dim": 128, "decoder_depth": 4}
+    small = {
+        "embed_dim": 192,
+        "depth": 6,
+        "num_heads": 3,
+        "decoder_embed_dim": 128,
+        "decoder_depth": 4,
+    }
     sizes = {
         "D 192, depth 6, decoder 128 x 4": small | {"decoder_num_heads": 4},
-        "ViT-S (yamls/vits.yaml)": load_config([str(ROOT / "yamls" / "vits.yaml")], pretrain.pretrain)["model"],
+        "ViT-S (yamls/vits.yaml)": load_config(
+            [str(ROOT / "yamls" / "vits.yaml")], pretrain.pretrain
+        )["model"],
     }
-    options = {"plain": (None, 1.0), "chunk_size=2": (2, 1.0), "PartialDecoding 0.5": (None, 0.5), "both": (2, 0.5)}
+    options = {
+        "plain": (None, 1.0),
+        "chunk_size=2": (2, 1.0),
+        "PartialDecoding 0.5": (None, 0.5),
+        "both": (2, 0.5),
+    }
     for size, model in sizes.items():
         rows = [(model, *option, pairs) for option in options.values() for pairs in (few, many)]
         peaks = in_processes(peak, *zip(*rows, strict=True), at_once=2)
-        each = [(most - least) / (many - few) * 1024 / 1e6 for least, most in zip(peaks[::2], peaks[1::2], strict=True)]
+        each = [
+            (most - least) / (many - few) * 1024 / 1e6
+            for least, most in zip(peaks[::2], peaks[1::2], strict=True)
+        ]
         for name, megabytes, whole in zip(options, each, peaks[1::2], strict=True):
-            more = {"megabytes": round(megabytes, 1), f"megabytes_of_process_at_{many}": round(whole * 1024 / 1e6)}
+            more = {
+                "megabytes": round(megabytes, 1),
+                f"megabytes_of_process_at_{many}": round(whole * 1024 / 1e6),
+            }
             report(
-                f"memory of a pair of 224 pixels, {size}, {name}", round(megabytes / each[0], 3), "plain", "peak RSS", **more
+                f"memory of a pair of 224 pixels, {size}, {name}",
+                round(megabytes / each[0], 3),
+                "plain",
+                "peak RSS",
+                **more,
             )
 
 

@@ -30,11 +30,11 @@ from composer import Logger, State
 from composer.utils import dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from checkpoints import LATEST, Checkpoints, read_checkpoint
 from conftest import small
 
 import data_prep
 import pretrain
-from checkpoints import LATEST, Checkpoints, read_checkpoint
 
 LIMIT = 15  # seconds from SIGTERM to the end of the launcher, a checkpoint included
 
@@ -47,14 +47,30 @@ def note_samples(self: Checkpoints, state: State, logger: Logger) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def live(folder: Path, arguments: list[str], ranks: int, end: tuple[float, signal.Signals] | None) -> dict:
+def live(
+    folder: Path, arguments: list[str], ranks: int, end: tuple[float, signal.Signals] | None
+) -> dict:
     """Launch a run, and end it after so many seconds -> what happened. end: None for a life that may finish."""
-    command = [sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks), __file__, "--child", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "composer.cli.launcher",
+        "-n",
+        str(ranks),
+        __file__,
+        "--child",
+        *arguments,
+    ]
     begun = time.monotonic()
     with (folder / "out.txt").open("a") as out:
         environment = os.environ | {"LIFE": str(time.time_ns())}
         process = subprocess.Popen(
-            command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+            command,
+            cwd=folder,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
         )
         told = None
         try:
@@ -69,7 +85,12 @@ def live(folder: Path, arguments: list[str], ranks: int, end: tuple[float, signa
             os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
     now = time.monotonic()
-    life = {"ranks": ranks, "signal": end[1].name if told and end else None, "seconds": round(now - begun, 1), "exit": code}
+    life = {
+        "ranks": ranks,
+        "signal": end[1].name if told and end else None,
+        "seconds": round(now - begun, 1),
+        "exit": code,
+    }
     if life["signal"] == "SIGTERM":
         life["seconds_to_end"] = round(now - told, 1)
     return life
@@ -94,7 +115,10 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
 
 def losses_of(run: Path) -> dict[int, dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = {line["step"]: {key: value for key, value in line.items() if key.startswith("loss/")} for line in lines}
+    losses = {
+        line["step"]: {key: value for key, value in line.items() if key.startswith("loss/")}
+        for line in lines
+    }
     return {step: values for step, values in losses.items() if values}
 
 
@@ -103,7 +127,9 @@ def stress(folder: Path, kills: int, seed: int, epochs: int) -> bool:
     demo, rng, right = folder / "demo", np.random.default_rng(seed), True
     data_prep.demo(str(demo), workers=2, garments=12)
     arguments = [*small(demo), f"trainer.max_duration={epochs}ep", "data.num_workers=1"]
-    arguments += [f"callbacks.KNN={{bank: [{demo}/train_images], queries: [{demo}/test_images], every: 2}}"]
+    arguments += [
+        f"callbacks.KNN={{bank: [{demo}/train_images], queries: [{demo}/test_images], every: 2}}"
+    ]
     whole, duration = {}, {}
     for ranks in (1, 2):
         life = live(folder, [*arguments, f"run_name=whole{ranks}"], ranks, None)
@@ -131,12 +157,22 @@ def stress(folder: Path, kills: int, seed: int, epochs: int) -> bool:
                 return False
         run, truth = folder / "runs" / name, whole[ranks or 1]
         seen, wanted = samples_of(run), samples_of(truth)
-        verdict = {"run": name, "ranks": ranks or "1, 2, 4", "samples": seen == wanted, "seconds_to_end": worst}
+        verdict = {
+            "run": name,
+            "ranks": ranks or "1, 2, 4",
+            "samples": seen == wanted,
+            "seconds_to_end": worst,
+        }
         if ranks:
             ours, theirs = weights_of(run), weights_of(truth)
-            verdict["weights"] = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+            verdict["weights"] = ours.keys() == theirs.keys() and all(
+                torch.equal(ours[key], theirs[key]) for key in ours
+            )
             verdict["losses"] = losses_of(run) == losses_of(truth)
-        right &= all(value for key, value in verdict.items() if key in ("samples", "weights", "losses")) and worst < LIMIT
+        right &= (
+            all(value for key, value in verdict.items() if key in ("samples", "weights", "losses"))
+            and worst < LIMIT
+        )
         print(json.dumps(verdict), flush=True)
         number += 1
     return right
@@ -157,11 +193,16 @@ def main() -> None:
         Checkpoints.batch_start = note_samples
         pretrain.main()
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--epochs", type=int, default=16, help="of each run, of three steps; fewer put more kills before training"
+        "--epochs",
+        type=int,
+        default=16,
+        help="of each run, of three steps; fewer put more kills before training",
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
