@@ -1,0 +1,67 @@
+"""Algorithms, callbacks and loggers that a YAML file can name.
+
+Of Composer's, the lists hold what can do something with these models and batches. A class of your
+own is named with its module, as `my_module.MyCallback` (docs/code.md).
+"""
+
+from composer.algorithms import EMA, SAM, SWA, ChannelsLast, GradientClipping, LowPrecisionLayerNorm
+from composer.callbacks import (
+    EarlyStopper,
+    LRMonitor,
+    MemoryMonitor,
+    MemorySnapshot,
+    OOMObserver,
+    OptimizerMonitor,
+    RuntimeEstimator,
+    SpeedMonitor,
+    SystemMetricsMonitor,
+    ThresholdStopper,
+)
+from composer.loggers import (
+    CometMLLogger,
+    ConsoleLogger,
+    FileLogger,
+    MLFlowLogger,
+    NeptuneLogger,
+    SlackLogger,
+    TensorboardLogger,
+    WandBLogger,
+)
+
+from evaluation.probes import KNN
+from training.speedups import ContrastRamp, PartialDecoding, ProgressiveResizing
+
+ALGORITHMS = (
+    ChannelsLast,
+    ContrastRamp,
+    EMA,
+    GradientClipping,
+    LowPrecisionLayerNorm,
+    PartialDecoding,
+    ProgressiveResizing,
+    SAM,
+    SWA,
+)
+CALLBACKS = (
+    EarlyStopper,
+    KNN,
+    LRMonitor,
+    MemoryMonitor,
+    MemorySnapshot,
+    OOMObserver,
+    OptimizerMonitor,
+    RuntimeEstimator,
+    SpeedMonitor,
+    SystemMetricsMonitor,
+    ThresholdStopper,
+)
+LOGGERS = (
+    CometMLLogger,
+    ConsoleLogger,
+    FileLogger,
+    MLFlowLogger,
+    NeptuneLogger,
+    SlackLogger,
+    TensorboardLogger,
+    WandBLogger,
+)
