@@ -31,17 +31,16 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from model import Classifier, ProperFraction, ProbeHeads
+from shards.augment import MEAN, normalise
 from shards.format import UNREADABLE, common_classes, decode_frame
 from shards.stream import load_stream
 from shards.views import (
-    MEAN,
     DataSets,
     EvalViews,
     PositiveFraction,
     UnitInterval,
     crop_and_scale,
     draw_crop,
-    normalise,
     pick_frames,
 )
 from training.checkpoints import Checkpoints

@@ -21,9 +21,10 @@ from composer.utils import dist
 
 from evaluation.pictures import draw_reconstructions
 from model import ViCMAE
+from shards.augment import augment_batch
 from shards.format import common_classes
 from shards.stream import load_stream
-from shards.views import PretrainingViews, augment_batch
+from shards.views import PretrainingViews
 from training.checkpoints import Checkpoints
 from training.config import RunName, load_config, one_line_errors
 from training.plan import ALL_KEPT, activation_bytes, split_plan_flag, stack_of, training_plan

@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from evaluation.pictures import draw_neighbours
 from model import Encoder, pool
+from shards.augment import normalise
 from shards.format import UNREADABLE, common_classes, read_json
 from shards.storage import Storage
-from shards.views import DataSets, EvalViews, PositiveFraction, normalise
+from shards.views import DataSets, EvalViews, PositiveFraction
 from training.checkpoints import Checkpoints
 
 

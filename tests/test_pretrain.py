@@ -802,7 +802,7 @@ def test_run_goes_on_from_the_checkpoint_at_an_epochs_end_with_the_next_epoch(
 @pytest.mark.parametrize(("stop", "repeats"), [("1ep", 1), ("4ba", 1), ("4ba", 2)])
 def test_resumed_run_ends_with_the_weights_of_one_never_stopped(demo, tmp_path, stop, repeats):
     arguments = [*small(demo), "schedule.t_max=2ep", "checkpoints.interval=1ba", "callbacks=null"]
-    arguments += [f"data.repeats={repeats}", "data.constant_mix=true"]
+    arguments += [f"data.repeats={repeats}"]
     run_stage(pretrain, [*arguments, "run_name=whole"], tmp_path)
     run_stage(pretrain, [*arguments, "run_name=stopped", f"trainer.max_duration={stop}"], tmp_path)
     (tmp_path / "runs" / "stopped" / "result.json").unlink()
