@@ -30,20 +30,32 @@ from timm.optim import Lars
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-import methods
-from evaluation.accuracy import load_eval
-from model import Batch, Classifier, ProperFraction, all_gather
-from shards.format import common_classes, decode_frame
+from model import Classifier, ProperFraction, ProbeHeads
+from shards.augment import MEAN, normalise
+from shards.format import UNREADABLE, common_classes, decode_frame
 from shards.stream import load_stream
-from shards.views import MEAN, UnitInterval, crop_and_scale, draw_crop, normalise, pick_frames
-from training.config import Choice, load_config, one_line_errors
-from training.optimizer import build_optimizer
-from training.plan import flops_per_sample, size_of, split_plan_flag, training_plan
-from training.run import RunConfig, build_trainer, finish_run, fit, start_run
-from training.speedups import unwrapped
-from training.weights import describe, known_sizes, load_pretrained
-
-ENCODER_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+from shards.views import (
+    DataSets,
+    EvalViews,
+    PositiveFraction,
+    UnitInterval,
+    crop_and_scale,
+    draw_crop,
+    pick_frames,
+)
+from training.checkpoints import Checkpoints
+from training.config import RunName, load_config, one_line_errors
+from training.plan import (
+    ALL_KEPT,
+    activation_bytes,
+    split_plan_flag,
+    size_of,
+    stack_of,
+    training_plan,
+)
+from training.run import TrainerBlock, build_optimizer, build_trainer, finish_run, fit, start_run
+from training.speedups import ALGORITHMS, CALLBACKS, LOGGERS, unwrapped
+from training.weights import describe, load_pretrained
 
 
 @dataclass

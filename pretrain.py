@@ -25,14 +25,15 @@ import data_prep
 from evaluation.pictures import draw_reconstructions
 from methods import PRETRAINING
 from model import ViCMAE
+from shards.augment import augment_batch
 from shards.format import common_classes
 from shards.stream import load_stream
-from shards.views import PretrainingViews, augment_batch
-from training.config import Choice, load_config, one_line_errors
-from training.optimizer import build_optimizer
-from training.plan import flops_per_sample, split_plan_flag, training_plan
-from training.run import RunConfig, build_trainer, finish_run, fit, start_run
-from training.speedups import unwrapped
+from shards.views import PretrainingViews
+from training.checkpoints import Checkpoints
+from training.config import RunName, load_config, one_line_errors
+from training.plan import ALL_KEPT, activation_bytes, split_plan_flag, stack_of, training_plan
+from training.run import TrainerBlock, build_optimizer, build_trainer, finish_run, fit, start_run
+from training.speedups import ALGORITHMS, CALLBACKS, LOGGERS, unwrapped
 
 
 @dataclass(kw_only=True)

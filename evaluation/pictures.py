@@ -12,10 +12,11 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import normalize
 from torchvision.utils import make_grid, save_image
 
-from model import Encoder, ViCMAE, patchify
+from model import Encoder, ViCMAE, patchify, random_masking, unpatchify
+from shards.augment import MEAN, STD, normalise
 from shards.format import UNREADABLE
 from shards.storage import write_picture
-from shards.views import MEAN, STD, EvalViews, normalise
+from shards.views import EvalViews
 
 SMALLEST = 96  # pixels of a sample in a picture: smaller samples are enlarged
 

@@ -25,9 +25,11 @@ from tqdm import tqdm
 
 from evaluation.pictures import draw_neighbours
 from model import Encoder, pool
-from shards.format import UNREADABLE, common_classes
-from shards.storage import write_file
-from shards.views import DataSets, EvalViews, PositiveFraction, normalise
+from shards.augment import normalise
+from shards.format import UNREADABLE, common_classes, read_json
+from shards.storage import Storage
+from shards.views import DataSets, EvalViews, PositiveFraction
+from training.checkpoints import Checkpoints
 
 Labelled = tuple[Tensor, Tensor]  # features (n, D), labels (n,)
 

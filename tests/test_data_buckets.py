@@ -190,29 +190,6 @@ def test_data_set_in_a_bucket_is_verified_shown_and_read_in_place(bucket, tmp_pa
     assert missing == "part-000002/shard.00000.mds is missing"
 
 
-def test_training_streams_the_same_batches_from_a_bucket_as_from_disk(bucket, demo, tmp_path):
-    dist.initialize_dist("cpu")
-    upload(bucket, demo / "train_videos", "train_videos")
-    batches = []
-    for number, stream in enumerate(
-        (
-            {"path": str(demo / "train_videos")},
-            {"path": "s3://bkt/train_videos", "cache": str(tmp_path / "cache")},
-            *[{"path": "s3://bkt/train_videos"}] * 2,
-        )
-    ):
-        pairs = PretrainingViews(32, 16)
-        options = {"global_train_batch_size": 20, "num_workers": 2}
-        run = tmp_path / f"{tmp_path.name}-{number}"
-        spec, _ = load_stream(pairs, augment_batch, 0, 8, run, streams=[stream], **options)
-        batches.append(list(spec.dataloader))
-    assert [len(one) for one in batches] == [3] * 4
-    for near, *far in zip(*batches, strict=True):
-        assert all(
-            torch.equal(near[key], one[key]) for one in far for key in ("views", "augment", "noise")
-        )
-
-
 def test_bucket_that_fails_is_named_and_the_same_command_goes_on(bucket, tmp_path, monkeypatch):
     write_images(tmp_path / "in", 12)
     arguments = (str(tmp_path / "in"), "s3://bkt/set", Recipe("images"), 1)
