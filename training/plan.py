@@ -1,13 +1,13 @@
-"""Compute what a run would take from its configuration alone: weights, operations, memory, GPU-hours.
+"""Compute what a run would take from its configuration alone: operations, memory, GPU-hours.
 
     python pretrain.py yamls/vitl.yaml --plan=64        # on 64 GPUs; on 8 without a number
 
 Every stage takes --plan. It needs neither data nor GPUs; see cost.py for what is counted, and how.
 
-    with shapes_only():
+    with torch.device("meta"):
         net = ViCMAE(**config["model"])
         sample = {"views": torch.empty(1, 2, 3, 224, 224), "noise": torch.empty(1, 2, 196)}
-        print(training_plan(net, sample, config, gpus=8))
+    print(training_plan(net, sample, config, gpus=8))
 """
 
 import math
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from shards.format import Clips, read_classes
 from shards.storage import Storage
-from training.cost import batch_of, checkpoint_blocks, flops_per_sample, peak_bytes
+from training.cost import flops_per_sample, peak_bytes
 
 PUBLISHED = {  # samples and classes of published data sets, by the last two parts of their paths
     "in1k/train": (1_281_167, 1000),
@@ -97,7 +97,7 @@ def make_plan(
     """Return the plan of a run; of an evaluation if the model has no trained parameters.
 
     Args:
-        net, sample: the model and a batch of one sample, made in shapes_only.
+        net, sample: the model and a batch of one sample, on the meta device.
         samples, at_once: of the whole run; of a step on each GPU.
         precision: Composer's; without one, Composer takes half precision on GPUs.
         fsdp: the settings of FSDP, if it is used.
@@ -107,11 +107,10 @@ def make_plan(
     trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
     state = 4 * weights + 12 * trained  # in fp32: weights; gradients and AdamW's two moments
     flops = flops_per_sample(net, sample)
-    if fsdp and fsdp.get("activation_checkpointing"):
-        checkpoint_blocks(net)
-    activations = peak_bytes(net, batch_of(sample, at_once), half)
     if fsdp:
         state //= gpus
+    checkpointing = bool(fsdp and fsdp.get("activation_checkpointing"))
+    activations = peak_bytes(net, sample, at_once, half, checkpointing)
     return Plan(weights, trained, flops, samples, at_once, state, activations, half, gpus)
 
 
