@@ -13,14 +13,17 @@ import pytest
 import torch
 from composer.utils import dist
 from PIL import Image
-from places import Storage, bucket_errors, s3_client
-from sources import Recipe, list_in1k
-from streams import load_stream, open_stream
 from test_data_prep import files_of, write_image, write_images, write_video
-from views import EvalViews, PretrainingViews, augment_batch
 
 import data_prep
-from data_prep import Clips, convert
+from data_prep import convert
+from shards.decode import Recipe
+from shards.format import Clips, read_classes
+from shards.inspect import show, verify
+from shards.layouts import list_in1k
+from shards.storage import Storage, bucket_errors, s3_client
+from shards.stream import load_stream, open_stream
+from shards.views import EvalViews, PretrainingViews, augment_batch
 
 
 def upload(client, folder: Path, prefix: str) -> None:
@@ -103,7 +106,7 @@ def test_imagenets_tar_of_tars_is_read_from_a_bucket_without_unpacking(bucket, t
     )
     convert("s3://bkt/imagenet", str(tmp_path / "out"), Recipe("images"), 2, list_inputs=list_in1k)
     clips = Clips(str(tmp_path / "out"))
-    assert data_prep.read_classes(str(tmp_path / "out")) == ["n01", "n02"]
+    assert read_classes(str(tmp_path / "out")) == ["n01", "n02"]
     assert [
         (clips[number]["label"], clips[number]["name"][-10:]) for number in range(len(clips))
     ] == [
@@ -175,17 +178,17 @@ def test_data_set_in_a_bucket_is_verified_shown_and_read_in_place(bucket, tmp_pa
         assert {key: np.asarray(value).tolist() for key, value in far[number].items()} == {
             key: np.asarray(value).tolist() for key, value in near[number].items()
         }
-    data_prep.show("s3://bkt/set", str(tmp_path / "far.png"))
-    data_prep.show(str(tmp_path / "folder"), str(tmp_path / "near.png"))
+    show("s3://bkt/set", str(tmp_path / "far.png"))
+    show(str(tmp_path / "folder"), str(tmp_path / "near.png"))
     assert np.array_equal(Image.open(tmp_path / "far.png"), Image.open(tmp_path / "near.png"))
     assert EvalViews(["s3://bkt/set"], 24)[3]["inputs"].shape == (1, 1, 3, 24, 24)
 
-    assert data_prep.verify("s3://bkt/set", 2) == []
+    assert verify("s3://bkt/set", 2) == []
     shard = bytearray(objects(bucket, "set")["part-000001/shard.00000.mds"])
     shard[len(shard) // 2] ^= 1
     bucket.put_object(Bucket="bkt", Key="set/part-000001/shard.00000.mds", Body=bytes(shard))
     bucket.delete_object(Bucket="bkt", Key="set/part-000002/shard.00000.mds")
-    damaged, *_, missing = data_prep.verify("s3://bkt/set", 2)
+    damaged, *_, missing = verify("s3://bkt/set", 2)
     assert damaged.startswith("part-000001/shard.00000.mds is damaged")
     assert missing == "part-000002/shard.00000.mds is missing"
 
