@@ -1,8 +1,8 @@
 """The samples of a training run, in an order that ranks, workers and interruptions do not change.
 
-Streaming guarantees the order: with the same data, seed and `num_canonical_nodes`, each global batch
-of an epoch has the same samples, for any number of ranks and workers. A checkpoint stores how much
-of the epoch has been read, and a resumed run reads the rest in the same order.
+MosaicML Streaming guarantees the order: with the same data, seed and `num_canonical_nodes`, each
+global batch of an epoch has the same samples, for any number of ranks and workers. A checkpoint
+stores how much of the epoch has been read, and a resumed run reads the rest in the same order.
 
 This module adds the random numbers. Each sample has a generator of its own, whose seed names the
 sample but not the process that reads it. In a run with seed 7 on 1000 samples, for example, the
