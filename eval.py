@@ -3,7 +3,8 @@
     python eval.py yamls/eval_demo.yaml                          # probes and pictures of runs/demo
     python eval.py yamls/eval_demo.yaml random_weights=true run_name=random
     python eval.py yamls/eval_demo.yaml export=encoder.safetensors
-    composer -n 8 eval.py yamls/eval_k400_vitl.yaml              # accuracy of a fine-tuned classifier
+    composer -n 8 eval.py yamls/eval_k400_vitl.yaml              # accuracy of a fine-tuned
+    classifier
 
 The fields of EvalConfig are the keys of its YAML files: each block that is given is a measurement.
 The last line printed is the result as JSON, which is also in runs/{run_name}/eval.json.
@@ -28,13 +29,12 @@ from evaluation.accuracy import load_eval
 from evaluation.pictures import draw_attention, draw_confusion, draw_reconstructions
 from evaluation.probes import measure_probe
 from finetune import CLASSIFIERS, LinearProbe
-from finetune import meta_batch as classifier_batch
 from methods import PRETRAINING
 from model import Classifier, Encoder, ViCMAE
 from shards.format import common_classes, read_classes
 from shards.storage import Storage, write_file
-from training.config import RunName, keys_of, load_config, one_line_errors
-from training.plan import evaluation_plan, split_plan_flag
+from training.config import RunName, keywords_of, load_config, one_line_errors
+from training.plan import make_plan, size_of, split_plan_flag
 from training.weights import known_sizes, load_pretrained, read_checkpoint
 
 MODELS = PRETRAINING | CLASSIFIERS
@@ -47,8 +47,8 @@ class EvalConfig:
 
     Args:
         run_name: of the run directory.
-        checkpoint: of pretrain.py or finetune.py, an official file or the name of timm's weights; null
-            for none. Method and sizes come from it, unless `method` and `model` give them.
+        checkpoint: of pretrain.py or finetune.py, an official file or the name of timm's weights;
+            null for none. Method and sizes come from it, unless `method` and `model` give them.
         random_weights: take only the sizes of `checkpoint`, for the baseline of random weights.
         seed: of random weights and of the choice of labelled samples.
         device: Composer's, such as cpu or gpu; the best that there is if null.
@@ -148,7 +148,7 @@ def build_model(config: EvalConfig, planned_classes: int | None = None) -> ViCMA
     if method not in MODELS:
         raise ValueError(f"method={method}: must be one of {', '.join(MODELS)}")
     kind = MODELS[method]
-    keys = keys_of(kind)
+    keys = keywords_of(kind)
     given = config.model or {}
     if unknown := given.keys() - keys:
         raise ValueError(f"model.{min(unknown)}: unknown key; {method} has {', '.join(keys)}")
@@ -190,7 +190,8 @@ def measure_accuracy(
     """Measure the accuracy of a classifier, its probabilities averaged over all views of a sample.
 
     Returns:
-        top1, top5 and samples_per_second; the confusion matrix, (C, C) counts with true classes as rows.
+        top1, top5 and samples_per_second; the confusion matrix, (C, C) counts with true classes as
+        rows.
     """
     data_sets = len(config.accuracy["paths"])
     offsets = net.label_offsets(data_sets)
@@ -232,9 +233,10 @@ def report_accuracy(net: Classifier, run: Path, config: EvalConfig) -> dict[str,
 def export_timm(net: ViCMAE | Classifier, to: str) -> None:
     """Write an encoder, or a classifier with its head, as a .safetensors file in timm's names.
 
-    timm.create_model(name, checkpoint_path=to, ...) loads it. The other arguments are num_classes=0 for
-    an encoder. For a classifier they are num_classes=C and global_pool="token" if its pool is "cls",
-    else global_pool="avg", fc_norm=False. The BatchNorm of a linear probe becomes part of the head.
+    timm.create_model(name, checkpoint_path=to, ...) loads it. The other arguments are num_classes=0
+    for an encoder. For a classifier they are num_classes=C and global_pool="token" if its pool is
+    "cls", else global_pool="avg", fc_norm=False. The BatchNorm of a linear probe becomes part of
+    the head.
 
     Raises:
         ValueError: an encoder of clips, which timm does not have.
@@ -298,6 +300,39 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if dist.get_global_rank() == 0:
         Storage(str(run)).write_json("eval.json", result)
     return result
+
+
+def plan(config: EvalConfig, gpus: int) -> str:
+    """Return the cost of an evaluation, computed without data; linear heads are not counted.
+
+    Raises:
+        ValueError: there is neither accuracy nor probe.
+    """
+    if not (config.accuracy or config.probe):
+        raise ValueError("--plan: give a block accuracy or probe")
+    block = config.accuracy or config.probe
+    paths = block["paths"] if config.accuracy else block["bank"] + block["queries"]
+    views = block.get("temporal_views", 1) * block.get("spatial_views", 1)
+    with torch.device("meta"):
+        net = build_model(config, planned_classes=size_of(paths[0])[1])
+        encoder = Embedder(net.encoder).requires_grad_(False)
+        size, frames = net.encoder.img_size, net.encoder.num_frames
+        batch = {"inputs": torch.empty(1, views, frames, 3, size, size)}
+    samples = sum(size_of(path)[0] for path in paths)
+    at_once = block.get("batch_size", 256)
+    return str(make_plan(encoder, batch, samples, at_once, config.precision, gpus))
+
+
+class Embedder(nn.Module):
+    """The encoder's forward pass on a batch of an evaluation, for its plan."""
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        x = batch["inputs"].flatten(0, 1)
+        return self.encoder(x.flatten(0, 1) if self.encoder.num_frames == 1 else x)
 
 
 def main() -> None:

@@ -30,32 +30,22 @@ from timm.optim import Lars
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from model import Classifier, ProperFraction, ProbeHeads
+import methods
+from evaluation.accuracy import load_eval
+from model import Batch, Classifier, ProperFraction, all_gather
 from shards.augment import MEAN, normalise
-from shards.format import UNREADABLE, common_classes, decode_frame
+from shards.format import common_classes, decode_frame
 from shards.stream import load_stream
-from shards.views import (
-    DataSets,
-    EvalViews,
-    PositiveFraction,
-    UnitInterval,
-    crop_and_scale,
-    draw_crop,
-    pick_frames,
-)
-from training.checkpoints import Checkpoints
-from training.config import RunName, load_config, one_line_errors
-from training.plan import (
-    ALL_KEPT,
-    activation_bytes,
-    split_plan_flag,
-    size_of,
-    stack_of,
-    training_plan,
-)
-from training.run import TrainerBlock, build_optimizer, build_trainer, finish_run, fit, start_run
-from training.speedups import ALGORITHMS, CALLBACKS, LOGGERS, unwrapped
-from training.weights import describe, load_pretrained
+from shards.views import UnitInterval, crop_and_scale, draw_crop, pick_frames
+from training.config import Choice, load_config, one_line_errors
+from training.cost import flops_per_sample
+from training.optimizer import build_optimizer
+from training.plan import size_of, split_plan_flag, training_plan
+from training.run import RunConfig, build_trainer, finish_run, fit, start_run
+from training.speedups import unwrapped
+from training.weights import describe, known_sizes, load_pretrained
+
+ENCODER_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
 
 
 @dataclass
@@ -387,8 +377,10 @@ def finetune(config: FinetuneConfig) -> Trainer:
     """Return the Trainer of a fine-tuning run."""
     check_blocks(config)
     config = complete_sizes(config)
+    classes = count_classes(config)
+    flops = flops_per_sample(*shapes(config, classes)) if config.logs_speed else 0.0
     run = start_run(config)
-    net = config.new_model(count_classes(config))
+    net = config.new_model(classes)
     if config.pretrained and not config.random_weights:
         table = load_pretrained(net, config.pretrained)
         if dist.get_global_rank() == 0:
@@ -410,31 +402,26 @@ def finetune(config: FinetuneConfig) -> Trainer:
     else:
         optimizer = build_optimizer(net, batch_size, **config.optimizer)
     validation = load_eval(run, size, frames, offsets, **config.eval_data)
-    net.flops_per_sample = flops_of_step(config, net.num_classes)
+    net.flops_per_sample = flops
     return build_trainer(run, config, net, optimizer, loader, micro_size, validation)
 
 
-def meta_batch(net: Classifier, samples: int, views: int = 1) -> Batch:
-    """Return a batch without data, from which the cost of a step is computed."""
-    shape = (samples, views, net.encoder.num_frames, 3, net.encoder.img_size, net.encoder.img_size)
-    labels = torch.empty(samples, dtype=torch.long, device="meta")
-    return {"inputs": torch.empty(shape, device="meta"), "target": labels, "held_out": labels}
-
-
-def flops_of_step(config: FinetuneConfig, classes: int) -> float:
-    """Return the floating-point operations of a training step per sample."""
+def shapes(config: FinetuneConfig, classes: int | list[int]) -> tuple[Classifier, Batch]:
+    """Return a model and a batch of one sample without data, from which costs are computed."""
     with torch.device("meta"):
-        net = config.new_model([classes] if config.kind.head_per_data_set else classes)
-    return flops_per_sample(net, meta_batch(net, 2))
+        net = config.new_model(classes)
+        size, frames = net.encoder.img_size, net.encoder.num_frames
+        label = torch.empty(1, dtype=torch.long)
+        inputs = torch.empty(1, 1, frames, 3, size, size)
+    return net, {"inputs": inputs, "target": label, "held_out": label}
 
 
 def plan(config: FinetuneConfig, gpus: int) -> str:
     """Return the cost of a training without its evaluations, computed without data or weights."""
     config = complete_sizes(config, planned=True)
     classes = [size_of(path)[1] for path in config.training_paths]
-    with torch.device("meta"):
-        net = config.new_model(classes if config.kind.head_per_data_set else classes[0])
-    return training_plan(net, meta_batch(net, 2), config.given(), gpus)
+    net, batch = shapes(config, classes if config.kind.head_per_data_set else classes[0])
+    return str(training_plan(net, batch, config.given(), gpus))
 
 
 def main() -> None:

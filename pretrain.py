@@ -24,16 +24,17 @@ from composer.utils import dist
 import data_prep
 from evaluation.pictures import draw_reconstructions
 from methods import PRETRAINING
-from model import ViCMAE
+from model import Batch, ViCMAE
 from shards.augment import augment_batch
 from shards.format import common_classes
 from shards.stream import load_stream
 from shards.views import PretrainingViews
-from training.checkpoints import Checkpoints
-from training.config import RunName, load_config, one_line_errors
-from training.plan import ALL_KEPT, activation_bytes, split_plan_flag, stack_of, training_plan
-from training.run import TrainerBlock, build_optimizer, build_trainer, finish_run, fit, start_run
-from training.speedups import ALGORITHMS, CALLBACKS, LOGGERS, unwrapped
+from training.config import Choice, load_config, one_line_errors
+from training.cost import flops_per_sample
+from training.optimizer import build_optimizer
+from training.plan import split_plan_flag, training_plan
+from training.run import RunConfig, build_trainer, finish_run, fit, start_run
+from training.speedups import unwrapped
 
 
 @dataclass(kw_only=True)
@@ -74,18 +75,9 @@ def check_data(net: ViCMAE, config: PretrainConfig, views: int, micro_batch: int
         )
 
 
-def meta_batch(net: ViCMAE, samples: int, views: int) -> dict[str, torch.Tensor]:
-    """Return a batch without data, from which the cost of a step is computed."""
-    size, N = net.encoder.img_size, net.encoder.num_patches
-    frames = (net.num_frames,) if net.num_frames > 1 else ()
-    shape = (samples, views, *frames, 3, size, size)
-    noise = torch.empty(samples, views, N, device="meta")
-    target = torch.empty(samples, dtype=torch.long, device="meta")
-    return {"views": torch.empty(shape, device="meta"), "noise": noise, "target": target}
-
-
 def pretrain(config: PretrainConfig) -> Trainer:
     """Return the Trainer of a pre-training run."""
+    flops = flops_per_sample(*shapes(config)) if config.logs_speed else 0.0
     run = start_run(config)
     if config.make_demo and dist.get_local_rank() == 0:
         data_prep.make_demo(config.make_demo)
@@ -98,23 +90,28 @@ def pretrain(config: PretrainConfig) -> Trainer:
     loader, micro_size = data
     check_data(net, config, views.views, micro_size * dist.get_world_size())
     optimizer = build_optimizer(net, config.data["global_train_batch_size"], **config.optimizer)
-    net.flops_per_sample = flops_of_step(config)
+    net.flops_per_sample = flops
     return build_trainer(run, config, net, optimizer, loader, micro_size)
 
 
-def flops_of_step(config: PretrainConfig) -> float:
-    """Return the floating-point operations of a training step per sample."""
+def shapes(config: PretrainConfig) -> tuple[ViCMAE, Batch]:
+    """Return a model and a batch of one sample without data, from which costs are computed."""
     with torch.device("meta"):
         net = config.new_model()
-    return flops_per_sample(net, meta_batch(net, 2, config.augment.get("views", 2)))
+        size, frames = net.encoder.img_size, net.encoder.num_frames
+        views = config.augment.get("views", 2)
+        clip = (frames,) if frames > 1 else ()
+        batch = {
+            "views": torch.empty(1, views, *clip, 3, size, size),
+            "noise": torch.empty(1, views, net.encoder.num_patches),
+            "target": torch.empty(1, dtype=torch.long),
+        }
+    return net, batch
 
 
 def plan(config: PretrainConfig, gpus: int) -> str:
     """Return the cost of a pre-training, computed without data; speed-up algorithms are ignored."""
-    with torch.device("meta"):
-        net = config.new_model()
-    batch = meta_batch(net, 2, config.augment.get("views", 2))
-    return training_plan(net, batch, config.given(), gpus)
+    return str(training_plan(*shapes(config), config.given(), gpus))
 
 
 def report(run: Path, result: dict[str, Any]) -> None:

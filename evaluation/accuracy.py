@@ -9,8 +9,9 @@ from composer.utils import dist
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch.utils.data import DataLoader
 
+from shards.augment import normalise
 from shards.format import UNREADABLE
-from shards.views import DataSets, EvalViews, PositiveFraction, normalise
+from shards.views import DataSets, EvalViews, PositiveFraction
 
 
 def normalise_views(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

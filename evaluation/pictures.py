@@ -1,4 +1,5 @@
-"""Pictures of what a model does: reconstructions, attention, nearest neighbours, confusion, losses."""
+"""Pictures of what a model does: reconstructions, attention, nearest neighbours, confusion, losses.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import normalize
 from torchvision.utils import make_grid, save_image
 
-from model import Encoder, ViCMAE, patchify, random_masking, unpatchify
+from model import Encoder, ViCMAE, patchify
 from shards.augment import MEAN, STD, normalise
 from shards.format import UNREADABLE
 from shards.storage import write_picture

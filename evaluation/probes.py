@@ -26,10 +26,9 @@ from tqdm import tqdm
 from evaluation.pictures import draw_neighbours
 from model import Encoder, pool
 from shards.augment import normalise
-from shards.format import UNREADABLE, common_classes, read_json
-from shards.storage import Storage
+from shards.format import UNREADABLE, common_classes
+from shards.storage import write_file
 from shards.views import DataSets, EvalViews, PositiveFraction
-from training.checkpoints import Checkpoints
 
 Labelled = tuple[Tensor, Tensor]  # features (n, D), labels (n,)
 
@@ -68,12 +67,14 @@ def embed(
         labels.append(batch["target"])
     encoder.train(training)
     shares = dist.all_gather_object((torch.cat(features), torch.cat(labels)))
-    features, labels = (torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*shares))
+    features = torch.stack([share[0] for share in shares], dim=1).flatten(0, 1)  # (n, D)
+    labels = torch.stack([share[1] for share in shares], dim=1).flatten(0, 1)  # (n,)
     return features[: len(data)], labels[: len(data)]
 
 
 def labelled(features: Tensor, labels: Tensor) -> Labelled:
-    """Return the samples that have a label and could be decoded; print how many others there are."""
+    """Return the samples that have a label and could be decoded; print how many others there are.
+    """
     kept = labels >= 0
     missing = len(kept) - int(kept.sum())
     if missing and dist.get_global_rank() == 0:

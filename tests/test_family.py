@@ -19,16 +19,13 @@ import torch.distributed as dist
 from checkpoints import LATEST, Checkpoints, read_checkpoint
 from conftest import ROOT, run_stage, small, start_ranks
 from contrast import Projected, info_nce, simsiam, triplet, vicreg
-from streaming import LocalDataset
 from test_model import TINY
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
-from views import PretrainingViews, augment_batch
 from vit import patchify, pool, positions_for, random_masking, unpatchify
 
-import data_prep
 import eval as evaluation
 import finetune
 import pretrain

@@ -14,7 +14,6 @@ from config import load_config
 from conftest import ROOT, launch, run_stage, spoilt
 from streaming import LocalDataset
 from streams import load_stream
-from views import pick_frames
 
 import data_prep
 import eval as evaluation

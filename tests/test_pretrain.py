@@ -1,49 +1,31 @@
 """Pre-training and what it stands on: configuration, views, streams, optimiser, the run as a whole."""
 
-import colorsys
 import json
 import math
-import multiprocessing
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import streams
 import torch
-import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
 from algorithms import CALLBACKS
 from checkpoints import Checkpoints, read_checkpoint
-from composer.utils import dist
 from config import load_config
 from conftest import ROOT, launch, run_stage, small, spoilt
 from probes import infer, knn_accuracy
 from sources import Recipe
-from streams import DeterministicStream, load_stream
-from torchvision.transforms import RandomResizedCrop
 from views import (
-    BLUR_KERNEL,
-    LUMA,
     MEAN,
-    PARAMETERS,
     STD,
     EvalViews,
     PretrainingViews,
-    ViewRecipe,
-    augment_batch,
-    augment_views,
-    crop_and_scale,
-    draw_crop,
-    draw_frame_pair,
 )
 
 import data_prep
 import pretrain
 from model import ViCMAE
+
 
 def test_run_whose_first_sample_and_whose_queries_are_spoilt_is_finished(demo, tmp_path, capfd):
     images, queries = (

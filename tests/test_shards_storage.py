@@ -10,8 +10,6 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
-import torch
-from composer.utils import dist
 from PIL import Image
 from test_data_prep import files_of, write_image, write_images, write_video
 
@@ -22,8 +20,8 @@ from shards.format import Clips, read_classes
 from shards.inspect import show, verify
 from shards.layouts import list_in1k
 from shards.storage import Storage, bucket_errors, s3_client
-from shards.stream import load_stream, open_stream
-from shards.views import EvalViews, PretrainingViews, augment_batch
+from shards.stream import open_stream
+from shards.views import EvalViews
 
 
 def upload(client, folder: Path, prefix: str) -> None:

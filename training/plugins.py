@@ -4,6 +4,7 @@ Of Composer's, the lists hold what can do something with these models and batche
 own is named with its module, as `my_module.MyCallback` (docs/code.md).
 """
 
+from composer import Algorithm, Callback
 from composer.algorithms import EMA, SAM, SWA, ChannelsLast, GradientClipping, LowPrecisionLayerNorm
 from composer.callbacks import (
     EarlyStopper,
@@ -21,6 +22,7 @@ from composer.loggers import (
     CometMLLogger,
     ConsoleLogger,
     FileLogger,
+    LoggerDestination,
     MLFlowLogger,
     NeptuneLogger,
     SlackLogger,
@@ -29,39 +31,49 @@ from composer.loggers import (
 )
 
 from evaluation.probes import KNN
+from training.config import Named
 from training.speedups import ContrastRamp, PartialDecoding, ProgressiveResizing
 
-ALGORITHMS = (
-    ChannelsLast,
-    ContrastRamp,
-    EMA,
-    GradientClipping,
-    LowPrecisionLayerNorm,
-    PartialDecoding,
-    ProgressiveResizing,
-    SAM,
-    SWA,
+ALGORITHMS = Named(
+    (
+        ChannelsLast,
+        ContrastRamp,
+        EMA,
+        GradientClipping,
+        LowPrecisionLayerNorm,
+        PartialDecoding,
+        ProgressiveResizing,
+        SAM,
+        SWA,
+    ),
+    Algorithm,
 )
-CALLBACKS = (
-    EarlyStopper,
-    KNN,
-    LRMonitor,
-    MemoryMonitor,
-    MemorySnapshot,
-    OOMObserver,
-    OptimizerMonitor,
-    RuntimeEstimator,
-    SpeedMonitor,
-    SystemMetricsMonitor,
-    ThresholdStopper,
+CALLBACKS = Named(
+    (
+        EarlyStopper,
+        KNN,
+        LRMonitor,
+        MemoryMonitor,
+        MemorySnapshot,
+        OOMObserver,
+        OptimizerMonitor,
+        RuntimeEstimator,
+        SpeedMonitor,
+        SystemMetricsMonitor,
+        ThresholdStopper,
+    ),
+    Callback,
 )
-LOGGERS = (
-    CometMLLogger,
-    ConsoleLogger,
-    FileLogger,
-    MLFlowLogger,
-    NeptuneLogger,
-    SlackLogger,
-    TensorboardLogger,
-    WandBLogger,
+LOGGERS = Named(
+    (
+        CometMLLogger,
+        ConsoleLogger,
+        FileLogger,
+        MLFlowLogger,
+        NeptuneLogger,
+        SlackLogger,
+        TensorboardLogger,
+        WandBLogger,
+    ),
+    LoggerDestination,
 )

@@ -33,7 +33,7 @@ from evaluation.probes import KNN
 from shards.storage import Storage
 from shards.stream import load_stream
 from training.checkpoints import Checkpoints
-from training.config import Named, RunName, build_named
+from training.config import RunName, build_named
 from training.logs import GradientNorm, JsonLines
 from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS
 
@@ -57,9 +57,14 @@ class RunConfig:
     schedule: Annotated[dict, CosineAnnealingWithWarmupScheduler]
     trainer: TrainerBlock
     checkpoints: Annotated[dict, Checkpoints] | None = None
-    algorithms: Annotated[dict, Named(ALGORITHMS)] | None = None
-    callbacks: Annotated[dict, Named(CALLBACKS)] | None = None
-    loggers: Annotated[dict, Named(LOGGERS)] | None = None
+    algorithms: Annotated[dict, ALGORITHMS] | None = None
+    callbacks: Annotated[dict, CALLBACKS] | None = None
+    loggers: Annotated[dict, LOGGERS] | None = None
+
+    @property
+    def logs_speed(self) -> bool:
+        """Whether SpeedMonitor logs utilisation, for which a step's operations are counted."""
+        return "SpeedMonitor" in (self.callbacks or {})
 
     def given(self) -> dict[str, Any]:
         """Return the blocks that are not null, as they are stored in config.yaml."""
@@ -267,7 +272,7 @@ def fit(trainer: Trainer) -> None:
     """Train. If only the final evaluation was interrupted, run just that."""
     if trainer.state.timestamp < trainer.state.max_duration:
         model = getattr(trainer.state.model, "module", trainer.state.model)
-        if trainer.state.timestamp.batch.value == 0:
+        if trainer.state.timestamp.batch.value == 0 and model.flops_per_sample:
             trainer.logger.log_metrics({"flops_per_sample": model.flops_per_sample})
         trainer.fit()
         return
