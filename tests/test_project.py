@@ -1,151 +1,102 @@
-"""What holds for the project as a whole: its imports, its README, its configurations' headers."""
+"""The root's contents, and the commands in README.md and docs/."""
 
-import ast
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from config import load_config
 from conftest import ROOT
 
 import data_prep
-import eval as evaluation
-import finetune
-import pretrain
+from benchmarks.compare import CompareConfig
+from eval import EvalConfig
+from finetune import FinetuneConfig
+from pretrain import PretrainConfig
+from training.config import load_config
+from training.plan import split_plan_flag
 
-STAGES = {
-    "pretrain.py": pretrain.pretrain,
-    "finetune.py": finetune.finetune,
-    "eval.py": evaluation.evaluate,
+STAGES = {"data_prep.py", "model.py", "pretrain.py", "finetune.py", "eval.py"}
+WINGS = {"shards", "training", "evaluation", "methods"}
+CONFIGS = {
+    "pretrain.py": PretrainConfig,
+    "finetune.py": FinetuneConfig,
+    "eval.py": EvalConfig,
+    "benchmarks/compare.py": CompareConfig,
 }
-README = (ROOT / "README.md").read_text()
-ORDER = re.findall(r"^\| `(\w+)\.py` \|", README, flags=re.MULTILINE)  # as its table has them
+TOOLS = ("pytest", "ruff", "pip", "git", "cd", "export", "huggingface-cli")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_readme_lists_every_file():
-    assert sorted(ORDER) == sorted(path.stem for path in ROOT.glob("*.py"))
+def test_only_the_five_stages_are_python_files_at_the_root():
+    assert {path.name for path in ROOT.glob("*.py")} == STAGES
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_file_imports_only_those_above_it_in_the_readme(name):
-    used = set()
-    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
-        if isinstance(node, ast.Import):
-            used |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            used.add(node.module)
-    assert used.isdisjoint(ORDER[ORDER.index(name) :])
+def test_python_code_is_in_the_wings_the_tests_and_the_benchmarks():
+    folders = set()
+    for path in ROOT.glob("*/**/*.py"):
+        folder = path.relative_to(ROOT).parts[0]
+        if not folder.startswith("."):
+            folders.add(folder)
+    assert folders == {*WINGS, "tests", "benchmarks"}
 
 
-def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    lines = (line.split("#")[0].strip() for block in blocks for line in block.splitlines())
-    return [line for line in lines if line]
+def commands(page: Path) -> Iterator[str]:
+    """Yield the commands in the code blocks of a page, without prompts and comments."""
+    for block in re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", page.read_text(), re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            for command in split_at_operators(words):
+                yield shlex.join(command)
 
 
-@pytest.mark.parametrize("command", commands())
-def test_every_command_of_the_readme_is_one_that_the_project_takes(command, monkeypatch):
+def split_at_operators(words: list[str]) -> Iterator[list[str]]:
+    """Yield the commands that && or ; join."""
+    command = []
+    for word in [*words, "&&"]:
+        if word not in ("&&", ";"):
+            command.append(word)
+        elif command:
+            yield command
+            command = []
+
+
+def stage_of(words: list[str]) -> tuple[str, list[str]]:
+    """Return the script or tool of a command, and its arguments, without uv and launchers."""
+    while words and re.fullmatch(r"\w+=\S*", words[0]):
+        words = words[1:]  # an environment variable
+    if words[:2] == ["uv", "run"]:
+        words = words[2:]
+    if words[0] not in ("composer", "python", "torchrun"):
+        return words[0], words[1:]
+    for number, word in enumerate(words):
+        if word.endswith(".py"):
+            return word, words[number + 1 :]
+    raise AssertionError(f"{shlex.join(words)} names no script")
+
+
+EXAMPLES = [(page, command) for page in PAGES for command in commands(page)]
+
+
+def name_of(value: Path | str) -> str:
+    return value.name if isinstance(value, Path) else value
+
+
+def test_readme_shows_commands():
+    assert any(page.name == "README.md" for page, _ in EXAMPLES)
+
+
+@pytest.mark.parametrize(("page", "command"), EXAMPLES, ids=name_of)
+def test_every_command_of_readme_and_docs_is_one_that_its_script_takes(page, command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for part in command.split("&&"):
-        words = shlex.split(part)
-        if words[:2] == ["uv", "run"]:
-            words = words[2:]
-        words = [word for word in words if word not in ("composer", "python", "-n", "8", "--plan")]
-        if words[0] in STAGES:
-            load_config(words[1:], STAGES[words[0]])
-        elif words[0] == "data_prep.py":
-            data_prep.parse(words[1:])
-        elif words[0].startswith("tests/"):
-            assert Path(words[0]).exists()
-        else:
-            assert words in (
-                ["pytest"],
-                ["pip", "install", "uv"],
-                ["ruff", "check"],
-                ["ruff", "format", "--check"],
-            )
-
-
-def test_lines_that_the_readme_gives_for_parts_of_the_methods_are_theirs():
-    named = re.findall(r"`(\w+)`, (\w+)\.py (\d+)-(\d+)", README)
-    assert len(named) >= 10
-    for name, file, first, last in named:
-        tree = ast.parse((ROOT / f"{file}.py").read_text())
-        part = next(node for node in tree.body if getattr(node, "name", None) == name)
-        assert (int(first), int(last)) == (part.lineno, part.end_lineno), name
-
-
-PLANS = {"pretrain.py": pretrain, "finetune.py": finetune, "eval.py": evaluation}
-
-
-def plan_of(path: Path, monkeypatch, capsys) -> str:
-    """What the first command of a YAML's header prints with --plan."""
-    monkeypatch.chdir(ROOT)
-    words = (
-        next(
-            line
-            for line in path.read_text().splitlines()
-            if re.match(r"#   (composer|python) ", line)
-        )
-        .split("#")[1]
-        .split()
-    )
-    script = next(word for word in words if word in PLANS)
-    monkeypatch.setattr("sys.argv", [*words[words.index(script) :], "--plan=8"])
-    PLANS[script].main()
-    return capsys.readouterr().out
-
-
-def test_plan_of_a_known_run_is_its_arithmetic(monkeypatch, capsys):
-    """ViT-B on 1.28 M images, 100 epochs of 1251 steps of 1024; 12 blocks of width 768 on 197 tokens, three passes."""
-    printed = plan_of(ROOT / "yamls" / "finetune_in1k_vitb.yaml", monkeypatch, capsys)
-    images = 100 * 1251 * 1024
-    forward = 12 * (24 * 197 * 768**2 + 4 * 197**2 * 768) + 2 * 768 * 1000
-    flops = 3 * forward + 2 * 2 * 196 * 768 * 768  # no gradient of the pixels
-    weights = 86_567_656  # timm's vit_base_patch16_224
-    activations = 128 * (2 * 17 * 12 * 197 * 768 + 4 * 4 * 3 * 224**2)
-    for word, number in (
-        ("weights", weights / 1e6),
-        ("a sample", flops / 1e9),
-        ("samples", images),
-        ("memory", 16 * weights / 1e9),
-        ("cost", images * flops / (0.4 * 312e12) / 3600),
-    ):
-        found = re.search(rf"^{word} +([\d,.]+)", printed, re.MULTILINE)[1].replace(",", "")
-        assert float(found) == pytest.approx(number, rel=0.02), word
-    assert float(re.search(r"and ([\d.]+) GB", printed)[1]) == pytest.approx(
-        activations / 1e9, rel=0.01
-    )
-
-
-def test_plan_for_no_gpus_or_of_unknown_data_is_refused(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    for arguments, culprit in (
-        (["--plan=0"], "--plan=0: give a number"),
-        (["data.streams=[{path: x/y}]", "--plan"], "x/y"),
-    ):
-        monkeypatch.setattr("sys.argv", ["pretrain.py", "yamls/vits.yaml", *arguments])
-        with pytest.raises(SystemExit) as exit:
-            pretrain.main()
-        assert culprit in str(exit.value)
-
-
-@pytest.mark.parametrize("name", ORDER)
-def test_readme_gives_the_length_of_every_file(name):
-    stated = int(re.search(rf"\| `{name}.py` \| (\d+) \|", README)[1])
-    assert stated == len((ROOT / f"{name}.py").read_text().splitlines())
-
-
-SIZES = {
-    "data_prep": 600,
-    "model": 500,
-    "pretrain": 400,
-    "finetune": 350,
-    "eval": 350,
-}  # lines; 550 of any other
-
-
-@pytest.mark.parametrize("name", ORDER)
-def test_file_is_no_longer_than_it_may_be(name):
-    assert len((ROOT / f"{name}.py").read_text().splitlines()) < SIZES.get(name, 550)
+    script, arguments = stage_of(shlex.split(command))
+    if script in CONFIGS:
+        arguments, _ = split_plan_flag(arguments)
+        if arguments != ["--help"]:
+            load_config(arguments, CONFIGS[script])
+    elif script == "data_prep.py":
+        data_prep.parse(arguments)
+    elif script.endswith(".py"):
+        assert (ROOT / script).exists()
+    else:
+        assert script in TOOLS
