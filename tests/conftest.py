@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import data_prep  # noqa: E402
 import pretrain  # noqa: E402
+from shards.decode import Recipe  # noqa: E402
 from shards.storage import s3_client  # noqa: E402
 
 torch.set_num_threads(1)  # the models are small: more threads would only compete
@@ -57,6 +58,19 @@ def demo(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data") / "demo"
     data_prep.make_demo(str(out), workers=2, garments=12)
     return out
+
+
+@pytest.fixture(scope="session")
+def odd_images(demo, tmp_path_factory) -> Path:
+    """A data set of 31 stills of all classes: two ranks cannot share them equally."""
+    folder = tmp_path_factory.mktemp("odd")
+    for number, source in enumerate(sorted((demo / "raw" / "test" / "images").iterdir())):
+        (folder / "raw" / source.name).mkdir(parents=True)
+        count = 4 if number == 0 else 3
+        for file in sorted(source.iterdir())[:count]:
+            shutil.copy(file, folder / "raw" / source.name)
+    data_prep.convert(str(folder / "raw"), str(folder / "odd_images"), Recipe("images"), 1)
+    return folder / "odd_images"
 
 
 def join(
