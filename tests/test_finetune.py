@@ -12,7 +12,6 @@ from conftest import (
     ROOT,
     corrupted_copy,
     error_of,
-    launch,
     read_metrics,
     read_result,
     run_stage,
@@ -283,12 +282,16 @@ def test_images_and_clips_train_a_classifier_or_only_a_linear_head(
     assert is_same is (method == "linear_probe")
 
 
-def test_command_line_fine_tunes_and_prints_which_weights_were_loaded(demo, tmp_path, pretrained):
+def test_fine_tuning_prints_which_weights_were_loaded_and_the_accuracy(
+    demo, tmp_path, pretrained, capfd
+):
     short = ["trainer.max_duration=2ba", "trainer.eval_interval=2ba"]
     arguments = [FINETUNE_DEMO, *arguments_of(demo, pretrained, "videos"), *short]
-    result = launch(tmp_path, "finetune.py", *arguments)
-    assert result.returncode == 0, result.stderr
-    assert "encoder.blocks                     36" in result.stdout and "top-1" in result.stdout
+    run_stage(finetune, arguments, tmp_path)
+    printed = capfd.readouterr().out
+    assert "encoder.blocks                     36" in printed
+    top1 = read_result(tmp_path, "finetune_demo")["metrics/eval/top1"]
+    assert f"top-1 {top1:.3f}" in printed.splitlines()[-1]
 
 
 def test_random_weights_take_the_sizes_of_the_checkpoint_and_nothing_else(
