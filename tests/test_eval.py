@@ -115,7 +115,7 @@ def evaluate_rank(rank: int, folder: str, accuracy: dict) -> None:
 def test_two_ranks_count_every_sample_of_an_odd_number_once(
     odd_images, tmp_path, on_ranks, batch_size
 ):
-    """The second rank gets one sample twice. In batches of 5, its last batch is that sample alone."""
+    """The second rank gets one sample twice; in batches of 5, that sample is its last batch."""
     net = save_classifier(tmp_path / "classifier.pt")
     accuracy = {"paths": [str(odd_images)], "crop_pct": 1.0, "batch_size": batch_size}
     evaluate_file(tmp_path, run_name="one", accuracy=accuracy)
