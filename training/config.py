@@ -165,7 +165,8 @@ def load_config(arguments: list[str], stage: Callable) -> dict[str, Any]:
     """
     sources = read_sources(arguments)
     try:
-        merged = OmegaConf.to_container(OmegaConf.merge(*sources.values()), resolve=True)
+        merged = OmegaConf.merge(*[source for _, source in sources])
+        merged = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, TypeError) as error:
         raise ValueError(f"{' '.join(arguments)}: {one_line(error)}") from error
     if not isinstance(merged, dict):
@@ -176,26 +177,24 @@ def load_config(arguments: list[str], stage: Callable) -> dict[str, Any]:
         raise ValueError(located(error, sources, merged)) from error
 
 
-def read_sources(arguments: list[str]) -> dict[str, Any]:
-    """Return an OmegaConf configuration for every argument: a YAML file or key=value.
+def read_sources(arguments: list[str]) -> list[tuple[str, Any]]:
+    """Return every argument, a YAML file or key=value, with its OmegaConf configuration.
 
     Raises:
         ValueError: there is no argument, or one is neither of the two, or cannot be read.
     """
     if not arguments:
         raise ValueError("give at least one file of yamls/; key=value after it changes a value")
-    sources = {}
+    sources = []
     for argument in arguments:
         is_file = argument.endswith((".yaml", ".yml"))
         if not is_file and "=" not in argument:
             raise ValueError(f"{argument}: must be a .yaml file or key=value")
         try:
-            if is_file:
-                sources[argument] = OmegaConf.load(argument)
-            else:
-                sources[argument] = OmegaConf.from_dotlist([argument])
+            source = OmegaConf.load(argument) if is_file else OmegaConf.from_dotlist([argument])
         except (OSError, UnicodeError, YAMLError, OmegaConfBaseException) as error:
             raise ValueError(f"{argument}: {one_line(error)}") from error
+        sources.append((argument, source))
     return sources
 
 
@@ -341,16 +340,16 @@ def keys_at(model: Any, path: list) -> list[str]:
     return list(model.model_fields)
 
 
-def located(error: ConfigError, sources: dict[str, Any], config: dict[str, Any]) -> str:
+def located(error: ConfigError, sources: list[tuple[str, Any]], config: dict[str, Any]) -> str:
     """Return an error's text after its file or argument, its key and its value."""
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.path)[1:]
     to_list = list(takewhile(lambda part: not isinstance(part, int), error.path))
     holders = []
-    for name, source in sources.items():
+    for name, source in sources:
         if path_in(OmegaConf.to_container(source), to_list) == to_list:
             holders.append(name)
     if not holders:  # the key is missing
-        files = [name for name in sources if "=" not in name]
+        files = [name for name, _ in sources if "=" not in name]
         return f"{' '.join(files)}: {key} {error}"
     source = holders[-1]  # OmegaConf merges dictionaries but replaces lists
     if source.partition("=")[0] == key:  # the argument shows key and value
