@@ -252,11 +252,13 @@ def keywords_of(target: Callable) -> dict[str, tuple[Any, Any]]:
         if function is not target:
             parameters = parameters[1:]  # without self
         hints = typing.get_type_hints(function, include_extras=True)
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
         keyword_only = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-        for p in keyword_only or parameters:
-            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-                keywords.setdefault(p.name, (hints.get(p.name, Any), p.default))
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        if not keyword_only and not passes_on:
+            keyword_only = [p for p in parameters if p.kind is not p.VAR_POSITIONAL]
+        for p in keyword_only:
+            keywords.setdefault(p.name, (hints.get(p.name, Any), p.default))
+        if not passes_on:
             break
     return keywords
 
