@@ -109,7 +109,7 @@ def test_training_without_a_number_of_samples_is_refused(change, duration, messa
 
 
 def test_published_size_is_known_by_the_end_of_the_path():
-    assert size_of("s3://bucket/k400/val") == (20_000, 400)
+    assert size_of("elsewhere/k400/val") == (20_000, 400)
 
 
 def test_plan_flag_is_split_from_the_other_arguments():

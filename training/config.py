@@ -253,10 +253,10 @@ def keywords_of(target: Callable) -> dict[str, tuple[Any, Any]]:
             parameters = parameters[1:]  # without self
         hints = typing.get_type_hints(function, include_extras=True)
         passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        keyword_only = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-        if not keyword_only and not passes_on:
-            keyword_only = [p for p in parameters if p.kind is not p.VAR_POSITIONAL]
-        for p in keyword_only:
+        keys = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+        if not keys and not passes_on:
+            keys = [p for p in parameters if p.kind is not p.VAR_POSITIONAL]
+        for p in keys:
             keywords.setdefault(p.name, (hints.get(p.name, Any), p.default))
         if not passes_on:
             break
@@ -289,13 +289,15 @@ def named_schema(named: Named, key: str, config: dict[str, Any]) -> type[BaseMod
     Raises:
         ConfigError: the configuration names a class that Named.find refuses.
     """
-    classes = {known.__name__: known for known in named.classes}
+    classes = {}  # first those of the block, in whose order they will be built
     block = config.get(key)
     for name in block if isinstance(block, dict) else ():
         try:
             classes[name] = named.find(str(name))
         except ValueError as error:
             raise ConfigError([key, name], str(error)) from error
+    for known in named.classes:
+        classes.setdefault(known.__name__, known)
     fields = {name: (schema(found) | None, None) for name, found in classes.items()}
     return strict_model("classes", fields)
 
