@@ -95,7 +95,8 @@ class Choice:
         """
         name = config.get(self.key, self.default)
         if not isinstance(name, str) or name not in self.table:
-            raise ConfigError([self.key], "is unknown" + did_you_mean(str(name), list(self.table)))
+            nearest = did_you_mean(str(name), list(self.table))
+            raise ConfigError([self.key], f"must be one of {', '.join(self.table)}{nearest}")
         return self.table[name]
 
 
@@ -146,10 +147,12 @@ def build_named(
         block: keyword arguments by class name; None for a class without arguments.
         given: positional arguments that the program supplies, by class.
     """
+    given = given or {}
     objects = []
     for name, arguments in (block or {}).items():
         found = named.find(name)
-        objects.append(found(*(given or {}).get(found, ()), **(arguments or {})))
+        supplied = given.get(found, ())
+        objects.append(found(*supplied, **(arguments or {})))
     return objects
 
 
@@ -276,7 +279,7 @@ def field_type(hint: Any, name: str, config: dict[str, Any]) -> Any:
     if Time in parts:
         return Annotated[hint, AfterValidator(functools.partial(check_time, positive=False))]
     kinds = tuple(field_type(part, name, config) for part in parts)
-    if not any(is_block(kind) for kind in kinds):
+    if not any(block_in(kind) for kind in kinds):
         return hint
     if typing.get_origin(hint) is list:
         return list[kinds]
@@ -300,11 +303,6 @@ def named_schema(named: Named, key: str, config: dict[str, Any]) -> type[BaseMod
         classes.setdefault(known.__name__, known)
     fields = {name: (schema(found) | None, None) for name, found in classes.items()}
     return strict_model("classes", fields)
-
-
-def is_block(kind: Any) -> bool:
-    """Return whether a type is a model that schema has made."""
-    return inspect.isclass(kind) and issubclass(kind, BaseModel)
 
 
 def explained(error: ValidationError, model: type[BaseModel], config: dict) -> ConfigError:
@@ -336,12 +334,20 @@ def path_in(config: Any, location: Iterable) -> list:
     return path
 
 
-def keys_at(model: Any, path: list) -> list[str]:
+def keys_at(model: type[BaseModel], path: list) -> list[str]:
     """Return the keys that a model takes at the end of a path of keys and list indices."""
     for part in path:
-        hint = model if isinstance(part, int) else model.model_fields[part].annotation
-        model = next(kind for kind in (hint, *typing.get_args(hint)) if is_block(kind))
+        if not isinstance(part, int):
+            model = block_in(model.model_fields[part].annotation)
     return list(model.model_fields)
+
+
+def block_in(kind: Any) -> type[BaseModel] | None:
+    """Return the model that schema has made within a type such as `Model | None`, or None."""
+    if inspect.isclass(kind) and issubclass(kind, BaseModel):
+        return kind
+    found = (block_in(part) for part in typing.get_args(kind))
+    return next((model for model in found if model), None)
 
 
 def located(error: ConfigError, sources: list[tuple[str, Any]], config: dict[str, Any]) -> str:
@@ -358,7 +364,7 @@ def located(error: ConfigError, sources: list[tuple[str, Any]], config: dict[str
     source = holders[-1]  # OmegaConf merges dictionaries but replaces lists
     if source.partition("=")[0] == key:  # the argument shows key and value
         return f"{source}: {error}"
-    if str(error).startswith("is "):
+    if str(error).startswith("is "):  # the key is wrong, whatever its value
         return f"{source}: {key} {error}"
     return f"{source}: {key}={shown(value_at(config, error.path))}: {error}"
 
