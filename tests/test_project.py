@@ -1,22 +1,18 @@
 """What holds for the project as a whole: its imports, its README, its configurations' headers."""
 
 import ast
-import itertools
 import re
 import shlex
 from pathlib import Path
 
 import pytest
-import torch
 from config import load_config
 from conftest import ROOT
-from views import PretrainingViews
 
 import data_prep
 import eval as evaluation
 import finetune
 import pretrain
-from model import Classifier, ViCMAE
 
 STAGES = {
     "pretrain.py": pretrain.pretrain,
@@ -71,17 +67,6 @@ def test_every_command_of_the_readme_is_one_that_the_project_takes(command, monk
             )
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "yamls").rglob("*.yaml")), ids=lambda path: path.name
-)
-def test_yaml_opens_with_its_command_hardware_cost_and_expectation(path):
-    header = "".join(
-        line for line in path.read_text().splitlines(keepends=True) if line.startswith("#")
-    )
-    assert path.read_text().startswith("# ") and str(path.relative_to(ROOT)) in header
-    assert all(word in header.lower() for word in ("hardware", "cost", "expected"))
-
-
 def test_lines_that_the_readme_gives_for_parts_of_the_methods_are_theirs():
     named = re.findall(r"`(\w+)`, (\w+)\.py (\d+)-(\d+)", README)
     assert len(named) >= 10
@@ -89,35 +74,6 @@ def test_lines_that_the_readme_gives_for_parts_of_the_methods_are_theirs():
         tree = ast.parse((ROOT / f"{file}.py").read_text())
         part = next(node for node in tree.body if getattr(node, "name", None) == name)
         assert (int(first), int(last)) == (part.lineno, part.end_lineno), name
-
-
-@pytest.mark.parametrize(
-    "path",
-    [*(ROOT / "yamls").glob("compare.yaml"), *sorted((ROOT / "yamls" / "ablations").glob("*"))],
-)
-def test_every_row_of_a_comparison_is_a_command_that_its_stage_takes(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    rows = load_config([str(path)], evaluation.evaluate)["comparison"]["methods"]
-    assert "vicmae" in rows or path.stem == "frame_gap"
-    configs = [load_config(words, STAGES[script]) for script, *words in rows.values()]
-    for config in configs:
-        config.pop("run_name")
-        with torch.device("meta"):
-            net = (
-                ViCMAE(**config["model"])
-                if "projector_out_dim" in config["model"]
-                else Classifier(10, **config["model"])
-            )
-        if isinstance(net, ViCMAE):
-            PretrainingViews(
-                net.encoder.img_size,
-                net.encoder.num_patches,
-                net.encoder.num_frames,
-                **config["augment"],
-            )
-    assert all(
-        one != other for one, other in itertools.combinations(configs, 2)
-    )  # each row differs
 
 
 @pytest.mark.parametrize("name", ORDER)
