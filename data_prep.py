@@ -444,7 +444,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def run_conversion(args: argparse.Namespace) -> dict | None:
     """Convert as the command line says; return the report, or None for a share."""
     kind, list_inputs = LAYOUTS.get(args.command, (args.command, None))
-    given = {one.name: getattr(args, one.name) for one in fields(Recipe) if hasattr(args, one.name)}
+    names = [field.name for field in fields(Recipe) if hasattr(args, field.name)]
+    given = {name: getattr(args, name) for name in names}
     return convert(
         args.source,
         args.out,

@@ -320,9 +320,8 @@ def test_bad_source_output_or_option_is_named_in_one_line(tmp_path):
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
 
     (tmp_path / "in" / "stray.jpg").write_bytes(b"")
-    assert (
-        "stray.jpg has no class, but inputs before it have one" in run("images", source, out).stderr
-    )
+    stray = "stray.jpg has no class, but inputs before it have one"
+    assert stray in run("images", source, out).stderr
     (tmp_path / "in" / "stray.jpg").unlink()
     convert(source, out, Recipe("images"), 1)
     with pytest.raises(ValueError, match="begun with another recipe"):
