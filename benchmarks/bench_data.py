@@ -42,9 +42,10 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data_prep
 import finetune
+from shards.augment import augment_batch
 from shards.decode import Recipe, read_video
 from shards.stream import load_stream
-from shards.views import PretrainingViews, augment_batch
+from shards.views import PretrainingViews
 
 SIZE = 224  # pixels of a view
 PATCH = 16

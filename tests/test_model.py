@@ -1,26 +1,21 @@
-"""The method and its parts: vit.py, contrast.py, model.py; the reading of checkpoints."""
+"""The method and its parts."""
 
-import argparse
 import json
 import math
-import pickle
-from functools import partial
 from pathlib import Path
 
-import checkpoints
 import numpy as np
 import pytest
 import timm
 import torch
-from checkpoints import describe, our_name, read_checkpoint
 from contrast import Projected, info_nce
-from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from vit import Encoder, patchify, random_masking, sincos_positions, take, unpatchify
 
 import model
-from model import Classifier, ViCMAE, load_pretrained
+from model import Classifier, ViCMAE
+from training.weights import load_pretrained, our_name
 
 GOLDEN = Path(__file__).parent / "golden" / "vicmae_tiny.npz"
 TINY = {
@@ -398,21 +393,6 @@ def test_heads_of_two_data_sets_are_each_trained_and_asked_on_their_own_samples_
     torch.testing.assert_close(net.eval_forward(batch), expected)
 
 
-def test_checkpoint_of_a_linear_probe_gives_its_best_head(tmp_path):
-    probe = Classifier(4, 3, **ENCODER, freeze=True, head_init_std=1.0).eval()
-    probe.head.right.copy_(torch.tensor([1.0, 5.0, 2.0]))
-    torch.save({"state": {"model": probe.state_dict()}}, tmp_path / "probe.pt")
-    net = Classifier(4, **ENCODER, freeze=True).eval()
-    report = load_pretrained(net, str(tmp_path / "probe.pt"))
-    assert (
-        torch.equal(net.head.weight, probe.head[1].weight)
-        and not report["missing"]
-        and not report["unused"]
-    )
-    batch = {"inputs": torch.randn(2, 1, 1, 3, 32, 32)}
-    assert torch.equal(net(batch), probe(batch))
-
-
 def probe_on_a_rank(rank: int, out: str) -> None:
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     torch.manual_seed(0)
@@ -445,143 +425,6 @@ def test_flops_of_a_classifiers_step_are_those_torch_counts(num_frames, freeze):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         net.loss(net(batch), batch).backward()
     assert net.flops_per_batch(batch) == counter.get_total_flops()
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_official_file_fills_whole_model_or_encoder_alone(tmp_path, golden, whole):
-    state = state_of(golden)
-    if not whole:
-        state = {
-            k: v
-            for k, v in state.items()
-            if not k.startswith(("decoder", "mask_token", "projector"))
-        }
-    path = str(tmp_path / "official.pth")
-    torch.save(
-        {"model": state, "epoch": 799, "scaler": None, "args": argparse.Namespace(lr=1e-3)}, path
-    )
-    net = ViCMAE(**golden["config"])
-    before = net.decoder.mask_token.clone()
-    report = load_pretrained(net, path)
-    assert torch.equal(
-        net.encoder.blocks[1].mlp.fc1.weight, golden["state/blocks.1.mlp.fc1.weight"]
-    )
-    assert torch.equal(net.decoder.mask_token, golden["state/mask_token"] if whole else before)
-    assert bool(report["missing"]) is not whole
-
-
-def test_norm_of_an_mae_fine_tuning_is_taken_for_the_encoders(golden):
-    state = {
-        key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: v
-        for key, v in state_of(golden).items()
-    }
-    net = ViCMAE(**golden["config"])
-    torch.nn.init.zeros_(net.encoder.norm.weight)
-    load_pretrained(net, state)
-    assert torch.equal(net.encoder.norm.weight, golden["state/norm.weight"])
-
-
-def test_timms_weights_are_found_on_disk_by_their_name_and_never_fetched(tmp_path, monkeypatch):
-    name = "vit_small_patch16_224.augreg_in1k"
-    monkeypatch.setattr(
-        checkpoints,
-        "try_to_load_from_cache",
-        partial(checkpoints.try_to_load_from_cache, cache_dir=tmp_path),
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"timm's vit_small.* is not on disk; fetch it with: huggingface-cli download timm/",
-    ):
-        read_checkpoint(name)
-    with pytest.raises(
-        ValueError, match=r"vit_smaller does not exist, as a file or among timm's weights"
-    ):
-        read_checkpoint("vit_smaller")
-    folder = tmp_path / f"models--timm--{name}"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text("0123abc")
-    (folder / "snapshots" / "0123abc").mkdir(parents=True)
-    theirs = timm.models.VisionTransformer(32, 8, embed_dim=48, depth=2, num_heads=3, num_classes=4)
-    save_file(theirs.state_dict(), folder / "snapshots" / "0123abc" / "model.safetensors")
-    ours = Classifier(4, **ENCODER, pool="cls")
-    assert not load_pretrained(ours, name)["missing"]
-    assert torch.equal(ours.encoder.blocks[1].attn.qkv.weight, theirs.blocks[1].attn.qkv.weight)
-
-
-def test_vit_of_another_kind_is_refused_by_the_weights_that_have_no_place():
-    theirs = timm.models.VisionTransformer(
-        32, 8, embed_dim=48, depth=2, num_heads=3, num_classes=0, init_values=1e-5
-    )
-    with pytest.raises(
-        ValueError, match=r"has encoder.blocks.0.ls1.gamma, which the model has not"
-    ):
-        load_pretrained(Classifier(4, **ENCODER), theirs.state_dict())
-    deeper = Encoder(**ENCODER | {"depth": 3})
-    with pytest.raises(ValueError, match=r"has encoder.blocks.2"):
-        load_pretrained(Classifier(4, **ENCODER), deeper.state_dict())
-
-
-def test_report_counts_the_weights_of_every_part_by_their_fate(golden):
-    report = load_pretrained(Classifier(3, **ENCODER | {"img_size": 48}), state_of(golden))
-    rows = {line.split()[0]: line.split()[1:] for line in describe(report).splitlines()[1:]}
-    assert describe(report).split()[:4] == ["loaded", "resized", "missing", "unused"]
-    assert (
-        rows["encoder.blocks"] == ["24"]
-        and rows["encoder.pos_embed"] == ["1", "1"]
-        and rows["head"] == ["2"]
-    )
-    assert sum(int(count) for row in rows.values() for count in row) == sum(
-        map(len, report.values())
-    )
-
-
-def test_positions_of_another_grid_are_interpolated(golden):
-    net = Classifier(3, **ENCODER | {"img_size": 48})
-    report = load_pretrained(net, state_of(golden))
-    assert report["resized"] == ["encoder.pos_embed"]
-    expected = timm.layers.resample_abs_pos_embed(golden["state/pos_embed"], [6, 6])
-    torch.testing.assert_close(net.encoder.pos_embed.data, expected)
-
-
-class Malicious:
-    def __reduce__(self):
-        return (Path.touch, (Path("was_run"),))
-
-
-def test_malicious_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model": {"blocks.0.x": torch.zeros(1)}, "args": Malicious()}, "evil.pth")
-    with pytest.raises(ValueError, match=r"evil.pth is no checkpoint that can be read safely"):
-        load_pretrained(ViCMAE(**TINY), "evil.pth")
-    assert not Path("was_run").exists()
-    Path("plain.pth").write_bytes(pickle.dumps(Malicious()))
-    with pytest.raises(ValueError, match=r"plain.pth is no checkpoint"):
-        load_pretrained(ViCMAE(**TINY), "plain.pth")
-    assert not Path("was_run").exists()
-
-
-@pytest.mark.parametrize(
-    ("sizes", "culprit"),
-    [
-        ({"embed_dim": 96}, "encoder.cls_token is"),
-        ({"depth": 3}, "lacks 12 weights"),
-        ({"depth": 1}, "has encoder.blocks.1"),
-        ({"patch_size": 16}, "patch_embed"),
-    ],
-)
-def test_checkpoint_of_another_size_is_named(golden, sizes, culprit):
-    with pytest.raises(ValueError, match=culprit):
-        load_pretrained(ViCMAE(**TINY | sizes), state_of(golden))
-
-
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut"])
-def test_file_that_is_no_checkpoint_is_named(tmp_path, content):
-    path = tmp_path / "weights.pt"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"weights.pt is no checkpoint"):
-        load_pretrained(ViCMAE(**TINY), str(path))
-    with pytest.raises(ValueError, match=r"nowhere.pt does not exist"):
-        load_pretrained(ViCMAE(**TINY), "nowhere.pt")
 
 
 @pytest.mark.parametrize(
@@ -628,76 +471,3 @@ def test_contrastive_loss_and_gradients_on_two_ranks_equal_one_rank(tmp_path, on
         for name, parameter in net.named_parameters():
             if parameter.requires_grad and parameter.grad.norm() > 1e-12:
                 assert (found[name] - parameter.grad).norm() <= 1e-6 * parameter.grad.norm(), name
-
-
-def split_as_mae_st(encoder: Encoder) -> dict[str, torch.Tensor]:
-    """The weights of an encoder of clips by the names and in the layout of mae_st's files."""
-    state = {}
-    for key, value in encoder.state_dict().items():
-        if ".attn.qkv." in key:
-            for name, part in zip("qkv", value.chunk(3), strict=True):
-                state[key.replace("qkv", name)] = part
-        elif key == "pos_embed":
-            state["pos_embed_class"], state["pos_embed_spatial"] = value[:, :1], value[:, 1:]
-        elif key == "temporal_embed":
-            state["pos_embed_temporal"] = value
-        else:
-            state[key] = value
-    return state
-
-
-CLIPS = {"num_frames": 4, "tubelet_size": 2}
-
-
-def test_st_maes_file_gives_the_features_of_its_encoder(tmp_path):
-    theirs = Encoder(**ENCODER, **CLIPS).eval()
-    torch.nn.init.normal_(theirs.temporal_embed)
-    torch.save({"model_state": None, "model": split_as_mae_st(theirs)}, tmp_path / "st.pth")
-    ours = Classifier(3, **ENCODER, **CLIPS).eval()
-    report = load_pretrained(ours, str(tmp_path / "st.pth"))
-    assert report["missing"] == ["head.weight", "head.bias"] and not report["unused"]
-    clip = torch.randn(2, 4, 3, 32, 32)
-    torch.testing.assert_close(ours.encoder(clip), theirs(clip))
-
-
-def test_video_maes_file_gives_its_attention_and_leaves_cls_and_positions(tmp_path):
-    theirs, state = Encoder(**ENCODER, **CLIPS, learn_positions=True).eval(), {}
-    for block in theirs.blocks:
-        torch.nn.init.normal_(block.attn.qkv.bias)
-    for key, value in theirs.state_dict().items():
-        if key.endswith("attn.qkv.bias"):
-            state[f"encoder.{key.replace('qkv.bias', 'q_bias')}"] = value[:48]
-            state[f"encoder.{key.replace('qkv.bias', 'v_bias')}"] = value[96:]
-        elif not key.endswith(("cls_token", "pos_embed", "temporal_embed")):
-            state[f"encoder.{key}"] = value
-    torch.save({"model": state}, tmp_path / "video.pth")
-    ours = Classifier(3, **ENCODER, **CLIPS).eval()
-    ours.encoder.cls_token.data.copy_(theirs.cls_token)
-    report = load_pretrained(ours, str(tmp_path / "video.pth"))
-    kept = [
-        "encoder.temporal_embed",
-        "encoder.cls_token",
-        "encoder.pos_embed",
-        "head.weight",
-        "head.bias",
-    ]
-    assert sorted(report["missing"]) == sorted(kept)
-    clip = torch.randn(
-        2, 4, 3, 32, 32
-    )  # a bias of k shifts all scores of a query alike, and softmax takes that out
-    torch.testing.assert_close(ours.encoder(clip), theirs(clip), rtol=1e-4, atol=1e-4)
-
-
-def test_encoder_of_clips_gives_an_encoder_of_images_what_a_still_clip_has():
-    clips, images = (
-        Encoder(**ENCODER, num_frames=2, tubelet_size=2, learn_positions=True).eval(),
-        Classifier(3, **ENCODER).eval(),
-    )
-    load_pretrained(images, clips.state_dict())
-    frames = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(
-        images.encoder(frames),
-        clips(frames[:, None].expand(-1, 2, -1, -1, -1)),
-        rtol=1e-4,
-        atol=1e-5,
-    )

@@ -10,8 +10,6 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
-import torch
-from composer.utils import dist
 from PIL import Image
 from test_data_prep import files_of, write_image, write_images, write_video
 
@@ -22,8 +20,8 @@ from shards.format import Clips, read_classes
 from shards.inspect import show, verify
 from shards.layouts import list_in1k
 from shards.storage import Storage, bucket_errors, s3_client
-from shards.stream import load_stream, open_stream
-from shards.views import EvalViews, PretrainingViews, augment_batch
+from shards.stream import open_stream
+from shards.views import EvalViews
 
 
 def upload(client, folder: Path, prefix: str) -> None:
@@ -187,28 +185,6 @@ def test_data_set_in_a_bucket_is_read_shown_and_verified_without_a_copy(bucket, 
     corrupt, *_, missing = verify("s3://bkt/set", 2)
     assert corrupt.startswith("part-000001/shard.00000.mds is corrupt")
     assert missing == "part-000002/shard.00000.mds is missing"
-
-
-def test_training_reads_the_same_batches_from_a_bucket_as_from_disk(bucket, demo, tmp_path):
-    dist.initialize_dist("cpu")
-    upload(bucket, demo / "train_videos", "train_videos")
-    batches = []
-    for number, stream in enumerate(
-        (
-            {"path": str(demo / "train_videos")},
-            {"path": "s3://bkt/train_videos", "cache": str(tmp_path / "cache")},
-            *[{"path": "s3://bkt/train_videos"}] * 2,
-        )
-    ):
-        pairs = PretrainingViews(32, 16)
-        options = {"global_train_batch_size": 20, "num_workers": 2}
-        run = tmp_path / f"{tmp_path.name}-{number}"
-        spec, _ = load_stream(pairs, augment_batch, 0, 8, run, streams=[stream], **options)
-        batches.append(list(spec.dataloader))
-    assert [len(loader) for loader in batches] == [3] * 4
-    for local, *remote in zip(*batches, strict=True):
-        for batch in remote:
-            assert all(torch.equal(local[key], batch[key]) for key in ("views", "augment", "noise"))
 
 
 def test_unreachable_bucket_is_named_and_the_same_command_continues(bucket, tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
-"""Checkpoints: read those of ours and of others safely, write ours so that the newest is always whole.
+"""Checkpoints of a run: saved so that the newest is always intact, found again on the next launch.
 
-    weights = read_checkpoint("runs/vitl/checkpoints/latest-rank0.pt")      # by our names; official files alike
+    checkpoints = Checkpoints(Path("runs/vitl"), interval="500ba", bucket="s3://my-bucket/runs")
+    trainer = Trainer(..., callbacks=[checkpoints], load_path=checkpoints.newest())
 
-`Checkpoints` is the callback of every training; its arguments are the block `checkpoints` of the YAML files.
+docs/fault_tolerance.md lists what can happen to a run, and what follows.
 """
 
 import io
@@ -26,100 +27,86 @@ from composer import Callback, Event, Logger, State
 from composer.utils import collect_env, create_interval_scheduler, dist
 from composer.utils.checkpoint import save_checkpoint
 from pydantic import PositiveInt
-from torch import nn
 from torch.distributed.checkpoint import BytesStorageMetadata
 
 from shards.storage import Storage
 from training.config import Duration
-from training.weights import PlainReader, read_plainly
+from training.safe_load import PlainReader, load_plain
+from training.weights import LATEST
+
+STOPPED = 75  # exit code of a run that is to be started again: EX_TEMPFAIL of sysexits.h
+CHECKPOINT = re.compile(r"ep(\d+)-ba(\d+)(\.pt)?")  # a file; without .pt, a folder of FSDP's shards
 
 
-def check_checkpoint(path: Path) -> None:
-    """Compare a checkpoint with its checksums, or FSDP's shards with their sizes; and make sure that it is plain.
-
-    Composer unpickles without a care: what would run code must not come so far.
-
-    Raises:
-        ValueError: it is damaged, or holds more than tensors and plain values.
-    """
-    try:
-        if path.is_dir():
-            contents = PlainReader(path).read_metadata()
-            for index, part in contents.storage_data.items():
-                with open(path / part.relative_path, "rb") as file:
-                    if os.fstat(file.fileno()).st_size < part.offset + part.length:
-                        raise ValueError(f"{part.relative_path} is cut")
-                    if isinstance(contents.state_dict_metadata[index.fqn], BytesStorageMetadata):
-                        file.seek(part.offset)
-                        read_plainly(io.BytesIO(file.read(part.length)))
-        else:
-            with zipfile.ZipFile(path) as file:
-                if (bad := file.testzip()) is not None:
-                    raise ValueError(f"{bad} in it has another checksum")
-            read_plainly(str(path), mmap=True)
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(f"{path} is damaged ({error})") from error
+def checkpoint_epoch(name: str) -> int:
+    """Return the epoch in a checkpoint's name: 1 for ep1-ba500.pt."""
+    return int(CHECKPOINT.fullmatch(name)[1])
 
 
-def check_shapes(path: Path, model: nn.Module) -> None:
-    """Compare the weights of a checkpoint with those of a model.
-
-    Raises:
-        ValueError: they are others.
-    """
-    if path.is_dir():
-        entries = PlainReader(path).read_metadata().state_dict_metadata.items()
-        found = {
-            key.removeprefix("state.model."): one.size
-            for key, one in entries
-            if key.startswith("state.model.")
-        }
-    else:
-        found = {
-            key: value.shape
-            for key, value in read_plainly(str(path), mmap=True)["state"]["model"].items()
-        }
-    wanted = {key: value.shape for key, value in model.state_dict().items()}
-    if wrong := [key for key in wanted | found if wanted.get(key) != found.get(key)]:
-        raise ValueError(
-            f"{path} is of a model with another {wrong[0]}; give another run_name, or the sizes that it has"
-        )
-
-
-LATEST = "latest-rank0.pt"  # a link to the newest checkpoint
-
-
-STOPPED = 75  # exit code of a run that was told to stop and wants to be started again: EX_TEMPFAIL of sysexits.h
-
-
-CHECKPOINT = re.compile(r"ep(\d+)-ba(\d+)(\.pt)?")  # a file; without .pt a folder, of FSDP's shards
-
-
-def step_of(name: str) -> int:
+def checkpoint_step(name: str) -> int:
+    """Return the step in a checkpoint's name: 500 for ep1-ba500.pt."""
     return int(CHECKPOINT.fullmatch(name)[2])
 
 
-# Composer has py-cpuinfo name the processor in each checkpoint. Its two processes wait by sched_yield alone, which on Linux
-# 6.18 starves everything else when two ranks start on two cores: a launch hung for minutes, timers and all.
-collect_env.get_cpu_model = platform.processor
+def check_checkpoint(path: Path) -> None:
+    """Compare a file with its checksums, or FSDP's shards with their sizes, and unpickle it safely.
+
+    Composer loads with weights_only=False, so unsafe pickles are rejected first.
+
+    Raises:
+        ValueError: it is corrupt, or holds more than tensors and plain values.
+    """
+    try:
+        if path.is_dir():
+            check_shards(path)
+        else:
+            with zipfile.ZipFile(path) as file:
+                corrupt = file.testzip()
+            if corrupt is not None:
+                raise ValueError(f"{corrupt} in it has another checksum")
+            load_plain(str(path), mmap=True)
+    except Exception as error:  # a corrupt pickle raises nearly anything
+        raise ValueError(f"{path} is corrupt ({error})") from error
+
+
+def check_shards(path: Path) -> None:
+    """Check the sizes of FSDP's shards, and unpickle their plain values safely."""
+    metadata = PlainReader(path).read_metadata()
+    for index, part in metadata.storage_data.items():
+        with open(path / part.relative_path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < part.offset + part.length:
+                raise ValueError(f"{part.relative_path} is cut off")
+            if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+                file.seek(part.offset)
+                load_plain(io.BytesIO(file.read(part.length)))
+
+
+def avoid_cpuinfo_processes() -> None:
+    """Have Composer name the processor in its checkpoints without py-cpuinfo.
+
+    Composer calls py-cpuinfo at each checkpoint, and offers no option against it. The two processes
+    of py-cpuinfo wait in a loop of sched_yield. On Linux 6.18, with as many ranks as cores, they
+    starve all other processes: launches hung for minutes.
+    """
+    collect_env.get_cpu_model = platform.processor
 
 
 class Checkpoints(Callback):
-    """Composer's checkpoints, so that the newest one is always whole; and what ends a run early, at one.
+    """Composer's checkpoints, saved so that the newest is always intact.
 
-    Each is written aside, renamed, and then copied to the bucket in the background. SIGTERM has one written at the end of
-    the step, or of an evaluation's batch, and ends the run with exit code STOPPED. A loss or a weight that is not finite
-    ends it with none written.
+    Each is written aside, synced and renamed, then copied to the bucket in the background. SIGTERM
+    ends the run with exit code STOPPED, after a checkpoint at the end of the step or of the batch
+    of an evaluation. A loss or a weight that is not finite ends the run without a checkpoint.
 
     Args:
-        interval: time between two, such as 1ep or 500ba; the last step has one too.
-        keep: how many of the newest are kept.
-        milestone: the first after every so many epochs is kept for good.
-        bucket: s3:// address for copies, in a folder of the run's name, which are kept alike. A run goes on from them where
-            the disk is gone, or where FSDP's shards are on the disks of several machines.
+        interval: between checkpoints, such as 1ep or 500ba; the last step always has one.
+        keep: number of newest checkpoints that are kept.
+        milestone: number of epochs after which a checkpoint is kept for good.
+        bucket: s3:// address of copies, in a folder of the run's name, which are pruned alike. A
+            run resumes from them if the disk is lost, or if its shards are on several machines.
 
     Raises:
-        ValueError: a bucket that is no s3:// address.
+        ValueError: the bucket is not an s3:// address.
     """
 
     def __init__(
@@ -131,225 +118,284 @@ class Checkpoints(Callback):
         milestone: PositiveInt | None = None,
         bucket: str | None = None,
     ):
-        self.due = create_interval_scheduler(interval)
+        if bucket and not bucket.startswith("s3://"):
+            raise ValueError(f"checkpoints.bucket={bucket}: must be an s3:// address")
+        self.is_due = create_interval_scheduler(interval)
         self.folder = run / "checkpoints"
         self.keep = keep
         self.milestone = milestone
-        if bucket and not bucket.startswith("s3://"):
-            raise ValueError(f"checkpoints.bucket {bucket} is no s3:// address")
         self.bucket = Storage(f"{bucket.rstrip('/')}/{run.name}") if bucket else None
         self.copying = ThreadPoolExecutor(1)
-        self.told = False
-        self.saved = -1
+        self.stop_requested = False
+        self.saved_step = -1
+        avoid_cpuinfo_processes()
+
+    # Finding a checkpoint to resume from
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole, fetched from the bucket if it is only there; the same on every rank.
+        """Return the newest intact checkpoint, fetched from the bucket if needed; None if none yet.
 
-        Damaged ones are said, and set aside as *.damaged.
+        Returns the same on every rank. Corrupt ones are reported, and renamed to *.corrupt.*.
 
         Raises:
-            ValueError: there are checkpoints, but none is whole; or this machine cannot reach it.
+            ValueError: there are checkpoints, but none is intact, or this machine lacks it.
+            OSError: the bucket cannot be reached.
         """
-        chosen = [self.choose() if dist.get_global_rank() == 0 else None]
-        dist.broadcast_object_list(chosen)
-        if isinstance(chosen[0], ValueError):
-            raise chosen[0]
-        if chosen[0] is None:
-            return None
-        path = self.folder / chosen[0]
-        if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:
+        outcome = [None]
+        if dist.get_global_rank() == 0:
             try:
-                check_checkpoint(path)
-            except ValueError as error:
-                if not self.bucket:
-                    raise ValueError(
-                        f"{error}; give the machines a shared folder, or checkpoints.bucket"
-                    ) from error
-                self.fetch(path.name)
-            self.point_to(path.name)
+                outcome = [self.find_newest()]
+            except (ValueError, OSError) as error:
+                outcome = [error]  # for all ranks, which wait for the answer
+        dist.broadcast_object_list(outcome)
+        name = outcome[0]
+        if isinstance(name, Exception):
+            raise name
+        if name is None:
+            return None
+        if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:
+            self.ensure_on_this_machine(name)
         dist.barrier()
-        return path
+        return self.folder / name
 
-    def choose(self) -> str | ValueError | None:
-        here = {path.name for path in self.folder.glob("ep*") if CHECKPOINT.fullmatch(path.name)}
-        there = {name.split("/")[0] for name in self.bucket.names()} if self.bucket else set()
-        there = set(filter(CHECKPOINT.fullmatch, there))
-        damaged = []
-        for name in sorted(here | there, key=step_of, reverse=True):
-            for fetch in [False] * (name in here) + [True] * (name in there):
-                try:
-                    if fetch:
-                        self.fetch(name)
-                    check_checkpoint(self.folder / name)
-                except ValueError as error:
-                    if not fetch and name in there and not name.endswith(".pt"):
-                        continue  # the shards of other machines are in the bucket alone
-                    damaged.append(str(error))
-                    if (self.folder / name).exists():
-                        (self.folder / name).rename(
-                            self.folder / f"{name}.damaged.{time.time_ns()}"
-                        )
-                else:
-                    self.point_to(name)
-                    print("; ".join([*damaged, f"going on from {self.folder / name}"]), flush=True)
-                    return name
+    def find_newest(self) -> str | None:
+        """Return the name of the newest intact checkpoint on this disk or in the bucket.
+
+        Raises:
+            ValueError: there are checkpoints, but none is intact.
+        """
+        local = {path.name for path in self.folder.glob("ep*") if CHECKPOINT.fullmatch(path.name)}
+        remote = set()
+        if self.bucket:
+            folders = {name.split("/")[0] for name in self.bucket.names()}
+            remote = {name for name in folders if CHECKPOINT.fullmatch(name)}
+        problems = []
+        for name in sorted(local | remote, key=checkpoint_step, reverse=True):
+            if self.is_intact(name, name in local, name in remote, problems):
+                self.point_latest_to(name)
+                message = "; ".join([*problems, f"resuming from {self.folder / name}"])
+                print(message, flush=True)
+                return name
         latest = self.folder / LATEST
-        if damaged or latest.is_symlink():
-            lost = (
-                "; ".join(damaged)
-                or f"{latest} points to {os.readlink(latest)}, which is not there"
-            )
-            return ValueError(f"{lost}; no checkpoint is left. Delete {self.folder} to begin anew")
+        if latest.is_symlink() and not problems:
+            problems.append(f"{latest} points to {os.readlink(latest)}, which is not there")
+        if problems:
+            reasons = "; ".join(problems)
+            remedy = f"Delete {self.folder} to start anew"
+            raise ValueError(f"{reasons}; no checkpoint is left. {remedy}")
         return None
 
-    def fetch(self, name: str) -> None:
-        """Copy a checkpoint from the bucket.
+    def is_intact(self, name: str, local: bool, remote: bool, problems: list[str]) -> bool:
+        """Return whether a checkpoint is intact on this disk, or once fetched from the bucket.
+
+        Args:
+            local, remote: whether there is such a name on the disk and in the bucket.
+            problems: to which errors are added; what is corrupt on the disk is set aside.
+        """
+        if local:
+            try:
+                check_checkpoint(self.folder / name)
+                return True
+            except ValueError as error:
+                # A folder may lack the shards of other machines, which are in the bucket alone.
+                if name.endswith(".pt") or not remote:
+                    problems.append(str(error))
+                    self.set_aside(name)
+        if remote:
+            try:
+                self.fetch(name)
+                check_checkpoint(self.folder / name)
+                return True
+            except ValueError as error:
+                problems.append(str(error))
+                self.set_aside(name)
+        return False
+
+    def set_aside(self, name: str) -> None:
+        """Rename a corrupt checkpoint, if it is on the disk, so that no launch tries it again."""
+        if (self.folder / name).exists():
+            (self.folder / name).rename(self.folder / f"{name}.corrupt.{time.time_ns()}")
+
+    def ensure_on_this_machine(self, name: str) -> None:
+        """Fetch the checkpoint that rank 0 has chosen, if this machine lacks it.
 
         Raises:
-            ValueError: it is not there whole.
+            ValueError: the checkpoint is neither on this machine nor in a bucket.
+        """
+        try:
+            check_checkpoint(self.folder / name)
+        except ValueError as error:
+            if not self.bucket:
+                remedy = "give the machines a shared folder, or checkpoints.bucket"
+                raise ValueError(f"{error}; {remedy}") from error
+            self.fetch(name)
+        self.point_latest_to(name)
+
+    def fetch(self, name: str) -> None:
+        """Download a checkpoint from the bucket.
+
+        Raises:
+            ValueError: it is incomplete there.
         """
         aside = self.folder / f"{name}.fetched"
         shutil.rmtree(aside, ignore_errors=True)
+        parts = [name]
+        if not name.endswith(".pt"):
+            parts = [*self.bucket.names(name), f"{name}/.metadata"]  # names() omits hidden files
         try:
-            for part in (
-                [name] if name.endswith(".pt") else [*self.bucket.names(name), f"{name}/.metadata"]
-            ):
+            for part in parts:
                 self.bucket.download(part, aside / part)
         except FileNotFoundError as error:
-            raise ValueError(f"{self.bucket.at(name)} is not whole ({error})") from error
+            raise ValueError(f"{self.bucket.at(name)} is incomplete ({error})") from error
         shutil.rmtree(self.folder / name, ignore_errors=True)
         (aside / name).rename(self.folder / name)
         aside.rmdir()
 
-    def point_to(self, name: str) -> None:
+    def point_latest_to(self, name: str) -> None:
+        """Make the link to the newest checkpoint, in one step."""
         aside = self.folder / f"{LATEST}.{dist.get_global_rank()}.tmp"
         aside.unlink(missing_ok=True)
         aside.symlink_to(name)
         aside.replace(self.folder / LATEST)
 
+    # Saving
+
     def save(self, state: State) -> None:
-        """Write a checkpoint. Each machine renames what is in its folder, which it may share with the others, or not."""
+        """Write a checkpoint aside, then rename it; all ranks call this together.
+
+        Machines may share the folder or have their own: each renames what is in its folder.
+        """
         stem = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
         name = stem if state.fsdp_sharded_state_dict_enabled else f"{stem}.pt"
-        aside, first = self.folder / "aside", dist.get_local_rank() == 0
-        if first:
-            for stale in (aside, self.folder / name):  # of a life that ended within this
-                shutil.rmtree(stale, ignore_errors=True)
+        aside = self.folder / "aside"
+        if dist.get_local_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)  # left by a run killed while saving
+            shutil.rmtree(self.folder / name, ignore_errors=True)
             aside.mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        written = save_checkpoint(
-            state, str(aside / f"{stem}.pt")
-        )  # for FSDP's shards it makes a folder of that name
+        written = save_checkpoint(state, str(aside / f"{stem}.pt"))  # FSDP's shards: a folder, stem
         if written:
             with open(written, "rb") as file:
                 os.fsync(file.fileno())
         dist.barrier()
-        if first:
-            with suppress(
-                FileNotFoundError
-            ):  # another machine's first rank was faster, or nothing was written here
-                (aside / name).replace(self.folder / name)
-            if (self.folder / name).exists():
-                self.point_to(name)
-            shutil.rmtree(aside, ignore_errors=True)
+        if dist.get_local_rank() == 0:
+            self.publish(aside, name)
         dist.barrier()
-        parts = [os.path.relpath(written, aside)] if written else []
-        if written and dist.get_global_rank() == 0 and not name.endswith(".pt"):
-            parts.append(f"{name}/.metadata")
-        self.copying.submit(self.finish, parts)
-        self.saved = state.timestamp.batch.value
+        parts = []
+        if written:
+            parts.append(os.path.relpath(written, aside))
+            if dist.get_global_rank() == 0 and not name.endswith(".pt"):
+                parts.append(f"{name}/.metadata")
+        self.copying.submit(self.copy_and_prune, parts)
+        self.saved_step = state.timestamp.batch.value
 
-    def finish(self, parts: list[str]) -> None:
-        """Copy the files of a checkpoint to the bucket, then delete old ones. The run goes on without the bucket."""
+    def publish(self, aside: Path, name: str) -> None:
+        """Rename a checkpoint from `aside` into the folder, and let the link point to it."""
+        # Where the folder is shared, another machine may have renamed it already. Where it is not,
+        # a machine without the file of rank 0 has nothing to rename.
+        with suppress(FileNotFoundError):
+            (aside / name).replace(self.folder / name)
+        if (self.folder / name).exists():
+            self.point_latest_to(name)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def copy_and_prune(self, parts: list[str]) -> None:
+        """Copy the files of a checkpoint to the bucket, then delete old ones, in the background.
+
+        A bucket that cannot be reached is reported, and the run continues.
+        """
         try:
-            for part in parts if self.bucket else ():
-                self.bucket.upload(self.folder / part, part)
-            self.prune()
+            if self.bucket:
+                for part in parts:
+                    self.bucket.upload(self.folder / part, part)
+            if dist.get_local_rank() == 0:
+                self.prune_folder()
+            if self.bucket and dist.get_global_rank() == 0:
+                self.prune_bucket()
         except OSError as error:
-            print(
-                f"checkpoints.bucket: {error}; what is in {self.folder} is whole, and the run goes on",
-                flush=True,
-            )
+            kept = f"what is in {self.folder} is intact, and the run continues"
+            print(f"checkpoints.bucket: {error}; {kept}", flush=True)
 
-    def prune(self) -> None:
-        for name in (
-            self.superseded(path.name for path in self.folder.glob("ep*"))
-            if dist.get_local_rank() == 0
-            else ()
-        ):
+    def prune_folder(self) -> None:
+        for name in self.superseded(path.name for path in self.folder.glob("ep*")):
             shutil.rmtree(self.folder / name, ignore_errors=True)
             with suppress(OSError):
                 (self.folder / name).unlink()
-        if not self.bucket or dist.get_global_rank() != 0:
-            return
-        there = list(self.bucket.names())
-        for name in self.superseded({part.split("/")[0] for part in there}):
-            for part in (
-                part for part in [*there, f"{name}/.metadata"] if part.split("/")[0] == name
-            ):
-                self.bucket.delete(part)
+
+    def prune_bucket(self) -> None:
+        files = list(self.bucket.names())
+        for name in self.superseded({file.split("/")[0] for file in files}):
+            for file in [*files, f"{name}/.metadata"]:
+                if file.split("/")[0] == name:
+                    self.bucket.delete(file)
 
     def superseded(self, names: Iterable[str]) -> list[str]:
-        """The names of checkpoints that are neither among the newest nor a milestone."""
-        names = sorted(filter(CHECKPOINT.fullmatch, names), key=step_of)
-        first = {
-            int(CHECKPOINT.fullmatch(name)[1]): name for name in reversed(names)
-        }  # of each epoch
-        kept = [
-            name
-            for epoch, name in first.items()
-            if self.milestone and epoch and epoch % self.milestone == 0
-        ]
-        return [name for name in names[: -self.keep] if name not in kept]
+        """Return the names of checkpoints that are neither among the newest nor a milestone."""
+        ordered = sorted(filter(CHECKPOINT.fullmatch, names), key=checkpoint_step)
+        milestones, last_epoch = set(), 0
+        for name in ordered:
+            epoch = checkpoint_epoch(name)
+            if self.milestone and epoch > last_epoch and epoch % self.milestone == 0:
+                milestones.add(name)  # the first of its epoch
+            last_epoch = epoch
+        return [name for name in ordered[: -self.keep] if name not in milestones]
+
+    # Events of a run
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self.saved = state.timestamp.batch.value
-        self.before = signal.signal(signal.SIGTERM, self.note)
+        self.saved_step = state.timestamp.batch.value
+        self.previous_handler = signal.signal(signal.SIGTERM, self.request_stop)
 
-    def note(self, number: int, frame: Any) -> None:
-        self.told = True
+    def request_stop(self, number: int, frame: Any) -> None:
+        """Handle SIGTERM: note it for the end of the step, since ranks stop together."""
+        self.stop_requested = True
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        total = state.total_loss_dict.get(
-            "loss/train/total", 0.0
-        )  # none if half precision has skipped the first steps
+        # There is no loss yet if half precision has skipped the first steps.
+        total = state.total_loss_dict.get("loss/train/total", 0.0)
         if not math.isfinite(total):
-            sys.exit(
-                f"the loss is {total} at step {state.timestamp.batch.value}; the newest checkpoint is from before it"
-            )
+            step = state.timestamp.batch.value
+            sys.exit(f"the loss is {total} at step {step}; the newest checkpoint is from before it")
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        self.save_if(state, Event.BATCH_CHECKPOINT)
+        self.save_if_due_or_stopped(state, self.is_due(state, Event.BATCH_CHECKPOINT))
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        self.save_if(state, Event.EPOCH_CHECKPOINT)
+        self.save_if_due_or_stopped(state, self.is_due(state, Event.EPOCH_CHECKPOINT))
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
-        self.save_if(state)
+        self.save_and_exit_if_stopped(state)
 
-    def save_if(self, state: State, event: Event | None = None) -> None:
-        """Save a checkpoint that is due at this event, or, if the run was told to stop, one in any case, and end it.
+    def save_and_exit_if_stopped(self, state: State) -> None:
+        """Save and exit if a stop was requested; evaluations call this between batches.
 
-        All ranks call it together: after each step and epoch, and within evaluations, which may take longer than a machine
-        that is about to go.
+        All ranks call it together. An evaluation may last longer than a machine that is to go.
         """
-        step, due = state.timestamp.batch.value, event is not None and self.due(state, event)
-        broken = (due or self.told) and not all(
-            parameter.isfinite().all() for parameter in state.model.parameters()
-        )
-        flags = state.device.tensor_to_device(torch.tensor([self.told, broken], dtype=torch.int32))
-        dist.all_reduce(flags, "MAX")  # the signal may not have reached every rank yet
-        told, broken = flags.tolist()
-        if broken:
+        self.save_if_due_or_stopped(state, is_due=False)
+
+    def save_if_due_or_stopped(self, state: State, is_due: bool) -> None:
+        """Save if a checkpoint is due; if a stop was requested, save in any case, and exit."""
+        step = state.timestamp.batch.value
+        stop = self.on_any_rank(state, self.stop_requested)  # signals arrive at different times
+        if not (is_due or stop):
+            return
+        is_finite = all(weight.isfinite().all() for weight in state.model.parameters())
+        if self.on_any_rank(state, not is_finite):
             sys.exit(
                 f"a weight is not finite after step {step}; the newest checkpoint is from before it"
             )
-        if (due or told) and self.saved != step:
+        if self.saved_step != step:
             self.save(state)
-        if told:
+        if stop:
             self.copying.shutdown()
             sys.exit(STOPPED)
 
+    def on_any_rank(self, state: State, flag: bool) -> bool:
+        """Return whether the flag is true on any rank; all ranks call this together."""
+        highest = state.device.tensor_to_device(torch.tensor(int(flag)))
+        dist.all_reduce(highest, "MAX")
+        return bool(highest.item())
+
     def fit_end(self, state: State, logger: Logger) -> None:
-        signal.signal(signal.SIGTERM, self.before)
-        self.copying.shutdown()  # once the last is copied
+        signal.signal(signal.SIGTERM, self.previous_handler)
+        self.copying.shutdown()  # waits for the last copy

@@ -1,109 +1,44 @@
-"""training/weights.py."""
+"""Read weights of any origin safely, and load them into our models.
 
-import argparse
-import datetime
+    weights = read_checkpoint("runs/vitl")                          # a run directory, or any file
+    report = load_pretrained(model, "vicmae_vitl.pth")              # official files, by our names
+    print(describe(report))                                         # how many weights were loaded
+    known_sizes("runs/vitl/checkpoints/latest-rank0.pt")["model"]   # {"img_size": 224, ...}
+
+Nothing in a file is executed, see safe_load.
+"""
+
 import math
 import os
-import pickle
 import re
 from collections import Counter
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed.checkpoint as distributed_checkpoint
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
+from yaml import YAMLError
 
-HARMLESS = [  # plain values that may stand beside the weights
-    argparse.Namespace,  # the official files' arguments
-    *(datetime.timedelta, torch.torch_version.TorchVersion),  # Composer's time stamp and versions
-    *(
-        np._core.multiarray._reconstruct,
-        np.ndarray,
-        np.dtype,
-        np.dtypes.UInt32DType,
-    ),  # Composer's generator states
-]
+from training.safe_load import load_plain, read_shards
+
+LATEST = "latest-rank0.pt"  # in a run's checkpoints/: a link to the newest checkpoint
+YAMLS = Path(__file__).parent.parent / "yamls"
+
+# Keys under which a file may hold its weights, outermost first: Composer's are in state.model.
+WRAPPERS = ("state", "model", "module", "model_state", "state_dict")
 
 
-IN_SHARDS = {  # all that their table of contents is made of, by exact name: a dotted one would lead out of its module
-    *(
-        (distributed_checkpoint.metadata.__name__, name)
-        for name in ("Metadata", "MetadataIndex", "StorageMeta")
-    ),
-    *(
-        (distributed_checkpoint.metadata.__name__, f"{name}StorageMetadata")
-        for name in ("Bytes", "Chunk", "Tensor")
-    ),
-    *(
-        (distributed_checkpoint.metadata.__name__, name)
-        for name in ("TensorProperties", "_MEM_FORMAT_ENCODING")
-    ),
-    *(
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.serialization", "_get_layout"),
-    ),
-    *(("pathlib", "PosixPath"), ("torch", "Size")),
-    *(
-        ("torch", name)
-        for name in ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool")
-    ),
-}
+def find_timm_file(name: str) -> str:
+    """Return the cached file of timm's weights, such as vit_base_patch16_224.mae.
 
-
-class PlainUnpickler(pickle.Unpickler):
-    """Unpickles the table of contents of FSDP's shards, and refuses whatever does not belong there."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in IN_SHARDS:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
-        return super().find_class(module, name)
-
-
-class PlainReader(FileSystemReader):
-    """FSDP's shards, read without running what a pickle says."""
-
-    def read_metadata(self) -> Metadata:
-        with open(os.path.join(self.path, ".metadata"), "rb") as file:
-            return PlainUnpickler(file).load()
-
-
-def read_plainly(file: str | IO[bytes], mmap: bool = False) -> Any:
-    """What torch.save wrote of tensors and plain values; with mmap, weights are read from disk only when they are used.
-
-    Raises:
-        UnpicklingError: something else is in it, or it is damaged.
-    """
-    try:
-        with torch.serialization.safe_globals(HARMLESS):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:  # which advises to load it without a care
-        raise pickle.UnpicklingError(
-            "it is damaged, or holds more than tensors and plain values"
-        ) from error
-
-
-def read_shards(path: str) -> dict[str, Tensor]:
-    """The model's weights in a folder of FSDP's shards, each whole."""
-    reader = PlainReader(path)
-    shapes = reader.read_metadata().state_dict_metadata
-    state = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in shapes.items()
-        if key.startswith("state.model.") and isinstance(entry, TensorStorageMetadata)
-    }
-    distributed_checkpoint.load(state, storage_reader=reader)
-    return {key.removeprefix("state.model."): value for key, value in state.items()}
-
-
-def timm_file(name: str) -> str:
-    """The file on disk with timm's weights of this name, such as vit_base_patch16_224.mae; nothing is downloaded.
+    Nothing is downloaded.
 
     Raises:
         ValueError: timm has no such weights, or they are not in Hugging Face's cache.
@@ -112,193 +47,391 @@ def timm_file(name: str) -> str:
     if entry is None or not entry.hf_hub_id:
         raise ValueError(f"checkpoint {name} does not exist, as a file or among timm's weights")
     for file in ("model.safetensors", "pytorch_model.bin"):
-        if isinstance(path := try_to_load_from_cache(entry.hf_hub_id, file), str):
+        path = try_to_load_from_cache(entry.hf_hub_id, file)
+        if isinstance(path, str):
             return path
-    raise ValueError(
-        f"timm's {name} is not on disk; fetch it with: huggingface-cli download {entry.hf_hub_id}"
-    )
+    command = f"huggingface-cli download {entry.hf_hub_id}"
+    raise ValueError(f"timm's {name} is not on disk; fetch it with: {command}")
 
 
-def read_checkpoint(path: str, head: int | None = None) -> dict[str, Tensor]:
-    """The weights in a file, by our names; or timm's weights by theirs, see timm_file.
+def read_checkpoint(path: str) -> dict[str, Tensor]:
+    """Return the weights in a checkpoint, by the names and in the layout of our models.
 
-    Reads Composer's checkpoints (a file, or a folder of FSDP's shards), the official files of ViC-MAE and MAE ({"model":
-    ...}, whole or encoder alone) and bare state dicts, as .pt, .pth or .safetensors. Where Composer's EMA was at work, its
-    averages are taken. Nothing but tensors and plain values is unpickled. With `head`, of a classifier's heads for several
-    data sets, that one is taken.
+    Where Composer's EMA was used, its averages are returned in place of the weights.
+
+    Args:
+        path: a run directory; a checkpoint of Composer (a file, or a folder of FSDP's shards); an
+            official file of ViC-MAE, MAE, ST-MAE or VideoMAE; a bare state dict; as .pt, .pth or
+            .safetensors. Or the name of timm's weights, see find_timm_file.
 
     Raises:
-        ValueError: the file is missing, is no such checkpoint, or has no such head.
+        ValueError: the file is missing, corrupt, unsafe, or holds no ViT.
     """
-    if not os.path.exists(path):
-        path = timm_file(path)
+    newest = os.path.join(path, "checkpoints", LATEST)
+    if os.path.exists(newest):
+        path = newest
+    elif not os.path.exists(path):
+        path = find_timm_file(path)
     try:
         if os.path.isdir(path):
-            state = read_shards(path)
+            content = read_shards(path)
         elif path.endswith(".safetensors"):
-            state = load_file(path)
+            content = load_file(path)
         else:
-            state = read_plainly(path)
-    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
+            content = load_plain(path)
+    except Exception as error:  # a corrupt file makes the unpickler raise nearly anything
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} is no checkpoint that can be read safely: {reason}") from error
-    averages = {}
-    for key in ("state", "model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            ema = dict(state.get("algorithms") or ()).get("EMA", {})
-            if not ema.get(
-                "ema_weights_active"
-            ):  # else, written within an evaluation, the two had changed places
-                for kind in ("named_parameters_dict", "named_buffers_dict"):
-                    averages |= ema.get("ema_model", {}).get(kind, {})
-    items = (state | averages).items() if isinstance(state, dict) else ()
-    weights = {
-        key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)
-    }
+    weights = unwrap(content)
     if not any("blocks.0." in key for key in weights):
         raise ValueError(f"{path} holds no ViT (no key named blocks.0.*)")
-    weights = our_layout(weights)
-    if head is None:
-        return weights
-    if f"head.{head}.bias" not in weights:
-        raise ValueError(
-            f"checkpoint {path} has no head.{head}; a run with own_heads has one for each of its streams"
-        )
-    return {key.replace(f"head.{head}.", "head."): value for key, value in weights.items()}
+    return our_layout(weights)
+
+
+def unwrap(content: Any) -> dict[str, Tensor]:
+    """Return the tensors in the innermost of the dictionaries that a file wraps around them."""
+    averages = {}
+    for key in WRAPPERS:
+        inner = content.get(key) if isinstance(content, dict) else None
+        if isinstance(inner, dict):
+            content = inner
+            averages |= ema_averages(content)
+    if not isinstance(content, dict):
+        return {}
+    weights = {}
+    for key, value in (content | averages).items():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            weights[key] = value
+    return weights
+
+
+def ema_averages(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the averages of Composer's EMA in the state of a checkpoint; empty if it has none.
+
+    During an evaluation, EMA swaps averages and weights: then the model has the averages already.
+    """
+    ema = dict(state.get("algorithms") or ()).get("EMA", {})
+    if ema.get("ema_weights_active"):
+        return {}
+    averages = ema.get("ema_model", {})
+    return averages.get("named_parameters_dict", {}) | averages.get("named_buffers_dict", {})
 
 
 def our_name(key: str) -> str:
-    """A parameter's name in our models for its name in the official files; our own names stay as they are."""
+    """Return our name of a parameter of the official files; our own names stay as they are."""
     key = key.removeprefix("module.")
     key = re.sub(r"^decoder_(embed|pos_embed|blocks|norm|pred)", r"decoder.\1", key)
     key = re.sub(r"^mask_token", "decoder.mask_token", key)
-    key = re.sub(
-        r"^(encoder\.)?fc_norm", r"\1norm", key
-    )  # where MAE's fine-tuning pools before the norm
+    key = re.sub(r"^(encoder\.)?fc_norm", r"\1norm", key)  # MAE's, if pooled before the norm
     return re.sub(r"^(?=(cls_token|pos_embed|patch_embed|blocks|norm)(\b|_))", "encoder.", key)
 
 
 def our_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by our names, and as our models have them, from those of ViC-MAE, MAE, ST-MAE, VideoMAE, or our own.
+    """Rename the weights of other code, and join what it keeps in parts.
 
-    ST-MAE (mae_st) splits qkv and positions. VideoMAE has no bias for k, whose effect on attention is nothing, no CLS and no
-    stored positions. Of a linear probe's heads, the best is taken.
+    Takes state dicts of ViC-MAE, MAE, ST-MAE (github.com/facebookresearch/mae_st), VideoMAE
+    (github.com/MCG-NJU/VideoMAE), timm and our own. Of a linear probe's heads, the best is taken.
     """
     weights = {our_name(key): value for key, value in weights.items()}
-    if "head.right" in weights:
-        best = int(weights["head.right"].argmax())
-        best = {f"head.{name}": weights[f"head.{best}.{name}"] for name in ("weight", "bias")}
-        weights = {
-            key: value for key, value in weights.items() if not key.startswith("head.")
-        } | best
+    keep_best_head(weights)
     for key in list(weights):
-        if split := re.fullmatch(r"(.*attn\.)q\.(weight|bias)", key):
-            parts = [weights.pop(f"{split[1]}{part}.{split[2]}") for part in "qkv"]
-            weights[f"{split[1]}qkv.{split[2]}"] = torch.cat(parts)
-        elif split := re.fullmatch(r"(.*attn\.)q_bias", key):
-            q, v = weights.pop(key), weights.pop(f"{split[1]}v_bias")
-            weights[f"{split[1]}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+        if re.search(r"attn\.q\.(weight|bias)$", key):
+            join_qkv(weights, key)
+        elif key.endswith("attn.q_bias"):
+            join_qkv_bias(weights, key)
         elif key.endswith("pos_embed_spatial"):
-            prefix = key.removesuffix("_spatial")
-            cls = weights.pop(f"{prefix}_class")
-            weights[prefix] = torch.cat([cls, weights.pop(key)], dim=1)
-            weights["encoder.temporal_embed"] = weights.pop(f"{prefix}_temporal")
+            join_positions(weights, key)
     return weights
 
 
-def resized(name: str, value: Tensor, shape: torch.Size) -> Tensor:
-    """A weight brought to the shape that a model has for it, if that is of another kind of input; else the weight itself.
+def keep_best_head(weights: dict[str, Tensor]) -> None:
+    """Replace the heads of a linear probe by the head that was right most often."""
+    if "head.right" not in weights:
+        return
+    best = int(weights["head.right"].argmax())
+    weight, bias = weights[f"head.{best}.weight"], weights[f"head.{best}.bias"]
+    for key in list(weights):
+        if key.startswith("head."):
+            del weights[key]
+    weights["head.weight"], weights["head.bias"] = weight, bias
 
-    A 2-D patch embedding is inflated to tubelets (repeated over the frames and divided by their number), tubelets are summed
-    up for images, positions are interpolated to another grid or number of steps.
+
+def join_qkv(weights: dict[str, Tensor], key: str) -> None:
+    """Join ST-MAE's q, k and v, of which `key` names q, into the rows of qkv."""
+    before, after = key.rsplit(".q.", 1)
+    names = [f"{before}.{part}.{after}" for part in "qkv"]
+    if all(name in weights for name in names):
+        weights[f"{before}.qkv.{after}"] = torch.cat([weights.pop(name) for name in names])
+
+
+def join_qkv_bias(weights: dict[str, Tensor], key: str) -> None:
+    """Join VideoMAE's biases of q and v, of which `key` names q's, into qkv's.
+
+    VideoMAE has no bias of k: it adds the same number to all scores of a query, and softmax
+    cancels it.
+    """
+    prefix = key.removesuffix("q_bias")
+    if f"{prefix}v_bias" in weights:
+        q_bias, v_bias = weights.pop(key), weights.pop(f"{prefix}v_bias")
+        k_bias = torch.zeros_like(q_bias)
+        weights[f"{prefix}qkv.bias"] = torch.cat([q_bias, k_bias, v_bias])
+
+
+def join_positions(weights: dict[str, Tensor], key: str) -> None:
+    """Join ST-MAE's positions of CLS and of the grid, named by `key`; rename those in time."""
+    owner = key.removesuffix("pos_embed_spatial")  # "encoder." or "decoder."
+    names = [f"{owner}pos_embed_{part}" for part in ("class", "spatial", "temporal")]
+    if all(name in weights for name in names):
+        cls, grid, times = [weights.pop(name) for name in names]
+        weights[f"{owner}pos_embed"] = torch.cat([cls, grid], dim=1)  # (1, 1 + N, D)
+        weights[f"{owner}temporal_embed"] = times  # (1, steps, D)
+
+
+def square_side(positions: Tensor | None) -> int | None:
+    """Return the side of the square grid that positions (1, 1 + N, D) cover; None if there is none.
+
+    Positions without CLS, as N alone, count as none.
+    """
+    if positions is None or positions.ndim != 3:
+        return None
+    count = positions.shape[1] - 1
+    side = math.isqrt(max(count, 0))
+    return side if side > 0 and side**2 == count else None
+
+
+def resize_weight(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """Resize a patch embedding or a position table to `shape`; return other weights unchanged.
+
+    A 2-D patch embedding is inflated to tubelets: repeated over the frames, and divided by their
+    number. Tubelets are summed over the frames for images, as for a still clip. Positions are
+    interpolated to another grid (bicubic) or another number of time steps (linear).
     """
     if name.endswith("patch_embed.proj.weight") and value.ndim == 4 and len(shape) == 5:
-        return value[:, :, None].expand(-1, -1, shape[2], -1, -1) / shape[2]
+        frames = shape[2]
+        return value[:, :, None].expand(-1, -1, frames, -1, -1) / frames
     if name.endswith("patch_embed.proj.weight") and value.ndim == 5 and len(shape) == 4:
-        return value.sum(dim=2)  # what a still clip gives
+        return value.sum(dim=2)
     if value.shape == shape:
         return value
     if name.endswith("temporal_embed") and value.shape[2] == shape[2]:
         return F.interpolate(value.transpose(1, 2), shape[1], mode="linear").transpose(1, 2)
-    side = math.isqrt(value.shape[1] - 1) if value.ndim == 3 else 0
-    if name.endswith("pos_embed") and value.shape[1:2] == (
-        1 + side**2,
-    ):  # of CLS and a square grid
+    if name.endswith("pos_embed") and square_side(value) is not None:
         return resample_abs_pos_embed(value, [math.isqrt(shape[1] - 1)] * 2)
     return value
 
 
-def describe(report: dict[str, list[str]]) -> str:
-    """A report of load_pretrained as a table: how many weights of each part met which fate."""
-    parts = {}
-    for fate, names in report.items():
-        for name in names:
-            words = name.split(".")
-            part = ".".join(words[: 2 if words[0] in ("encoder", "decoder") else 1])
-            parts.setdefault(part, Counter())[fate] += 1
-    lines = [f"{'':28}" + "".join(f"{fate:>9}" for fate in report)]
-    lines += [
-        f"{part:28}" + "".join(f"{fates[fate] or '':>9}" for fate in report)
-        for part, fates in parts.items()
-    ]
-    return "\n".join(lines)
+def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[str, list[str]]:
+    """Fill a model with an `encoder` from a checkpoint, or from a state dict; resize what differs.
 
+    The source must have all of the encoder. Only CLS and positions may be absent, as in VideoMAE's
+    files, and positions in time. A decoder, projector or head is filled if the source has it.
 
-def load_pretrained(
-    module: nn.Module, source: str | dict[str, Tensor], head: int | None = None
-) -> dict[str, list[str]]:
-    """Fill a ViCMAE or a Classifier from a checkpoint file or from a state dict in our or the official names.
-
-    The encoder must be there whole, but for CLS and positions where the source, as VideoMAE, has none; a decoder, projector
-    or head is filled if it is. Weights for another kind of input are brought to this one's, see resized. `head`: see
-    read_checkpoint.
+    Args:
+        source: see read_checkpoint; or weights by our names or the official ones.
 
     Returns:
-        Names by what became of them: `loaded`, `resized` (loaded after inflation or interpolation), `missing` (stay as they
-        were), `unused` (in the source alone).
+        Names of weights: `loaded`; `resized` (loaded, see resize_weight); `missing` from the source
+        (unchanged in the model); `unused` (in the source alone).
 
     Raises:
-        ValueError: no checkpoint, an encoder that is not whole, or of another size.
+        ValueError: no checkpoint, or its encoder is incomplete or of another size.
     """
-    name = source if isinstance(source, str) else "the state dict"
-    found = read_checkpoint(source, head) if isinstance(source, str) else our_layout(source)
+    if isinstance(source, str):
+        origin, weights = source, read_checkpoint(source)
+    else:
+        origin, weights = "the state dict", our_layout(source)
     own = module.state_dict()
-    report = {
-        "loaded": [],
-        "resized": [],
-        "missing": [key for key in own if key not in found],
-        "unused": [],
-    }
-    filled = {}
-    for key, value in found.items():
+    report = {"loaded": [], "resized": [], "missing": [], "unused": []}
+    report["missing"] = [key for key in own if key not in weights]
+    fitting = {}
+    for key, value in weights.items():
         if key not in own:
             report["unused"].append(key)
             continue
         shape = own[key].shape
-        filled[key] = fit = resized(key, value, shape)
-        if fit.shape != shape:
+        fitting[key] = resize_weight(key, value, shape)
+        if fitting[key].shape != shape:
+            found, wanted = tuple(fitting[key].shape), tuple(shape)
             raise ValueError(
-                f"{name}: {key} is {tuple(fit.shape)} but the model's is {tuple(shape)}; set the model's sizes as trained"
+                f"{origin}: {key} is {found} but the model's is {wanted}; "
+                "set the model's sizes as trained"
             )
         report["loaded"].append(key)
-        if fit is not value:
+        if fitting[key] is not value:
             report["resized"].append(key)
+    check_encoder(origin, report)
+    module.load_state_dict(fitting, strict=False)
+    return report
+
+
+def check_encoder(origin: str, report: dict[str, list[str]]) -> None:
+    """Raise a ValueError if the encoders of a source and a model are not the same kind of ViT."""
     for key in report["unused"]:
         if key.startswith(("encoder.blocks.", "encoder.norm", "encoder.patch_embed")):
             raise ValueError(
-                f"{name} has {key}, which the model has not; it is of another depth or kind of ViT"
+                f"{origin} has {key}, which the model has not; "
+                "it is of another depth or kind of ViT"
             )
-    absent = [
-        key
-        for key in report["missing"]
-        if key.startswith("encoder.") and "temporal_embed" not in key
-    ]
-    if "encoder.cls_token" in absent and "encoder.pos_embed" in absent:
-        absent = [key for key in absent if not key.endswith(("cls_token", "pos_embed"))]
+    optional = ["encoder.temporal_embed"]
+    if "encoder.cls_token" in report["missing"] and "encoder.pos_embed" in report["missing"]:
+        optional += ["encoder.cls_token", "encoder.pos_embed"]  # VideoMAE has neither
+    absent = []
+    for key in report["missing"]:
+        if key.startswith("encoder.") and key not in optional:
+            absent.append(key)
     if absent:
         raise ValueError(
-            f"{name} lacks {len(absent)} weights of the encoder, {absent[0]} first; set the model's depth as trained"
+            f"{origin} lacks {len(absent)} weights of the encoder, {absent[0]} first; "
+            "set the model's depth as trained"
         )
-    module.load_state_dict(filled, strict=False)
-    return report
+
+
+def describe(report: dict[str, list[str]]) -> str:
+    """Return a report of load_pretrained as a table: how many weights of each part, by fate."""
+    parts = {}
+    for fate, names in report.items():
+        for name in names:
+            words = name.split(".")
+            depth = 2 if words[0] in ("encoder", "decoder") else 1
+            parts.setdefault(".".join(words[:depth]), Counter())[fate] += 1
+    lines = [" " * 28 + "".join(f"{fate:>9}" for fate in report)]
+    for part, counts in parts.items():
+        cells = [f"{counts[fate] or '':>9}" for fate in report]
+        lines.append(f"{part:28}" + "".join(cells))
+    return "\n".join(lines)
+
+
+NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}  # by embed_dim; shapes do not tell
+DECODER_NUM_HEADS = {256: 8, 512: 16}
+ENCODER_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+
+
+def vit_sizes(weights: dict[str, Tensor]) -> dict[str, int]:
+    """Return the sizes of a model, by ViCMAE's arguments, as far as its weights tell them.
+
+    Args:
+        weights: by our names, as read_checkpoint returns them.
+
+    Raises:
+        ValueError: there is no patch embedding.
+    """
+    patches = weights.get("encoder.patch_embed.proj.weight")  # (D, 3, [t,] p, p)
+    if patches is None:
+        raise ValueError("the weights have no encoder.patch_embed.proj.weight; give a ViT's")
+    sizes = {"patch_size": patches.shape[-1], "embed_dim": patches.shape[0]}
+    sizes["depth"] = count_blocks(weights, "encoder")
+    if patches.shape[0] in NUM_HEADS:
+        sizes["num_heads"] = NUM_HEADS[patches.shape[0]]
+    grid = square_side(weights.get("encoder.pos_embed"))
+    if grid is not None:
+        sizes["img_size"] = grid * sizes["patch_size"]
+    if patches.ndim == 5:
+        sizes["tubelet_size"] = patches.shape[2]
+        if "encoder.temporal_embed" in weights:
+            steps = weights["encoder.temporal_embed"].shape[1]
+            sizes["num_frames"] = steps * sizes["tubelet_size"]
+    return sizes | decoder_sizes(weights) | head_sizes(weights)
+
+
+def count_blocks(weights: dict[str, Tensor], owner: str) -> int:
+    """Return the number of transformer blocks of the encoder or the decoder."""
+    found = [re.match(rf"{owner}\.blocks\.(\d+)\.", key) for key in weights]
+    return len({match[1] for match in found if match})
+
+
+def decoder_sizes(weights: dict[str, Tensor]) -> dict[str, int]:
+    """Return the sizes of a decoder as ours; empty if there is none."""
+    depth = count_blocks(weights, "decoder")
+    if depth == 0 or "decoder.embed.weight" not in weights:  # VideoMAE's has no such layer
+        return {}
+    width = weights["decoder.embed.weight"].shape[0]
+    sizes = {"decoder_embed_dim": width, "decoder_depth": depth}
+    if width in DECODER_NUM_HEADS:
+        sizes["decoder_num_heads"] = DECODER_NUM_HEADS[width]
+    return sizes
+
+
+def head_sizes(weights: dict[str, Tensor]) -> dict[str, int]:
+    """Return the sizes of the projector and the predictor, as far as they are there."""
+    sizes = {}
+    if "projector.0.weight" in weights and "projector.6.weight" in weights:
+        sizes["projector_hidden_dim"] = weights["projector.0.weight"].shape[0]
+        sizes["projector_out_dim"] = weights["projector.6.weight"].shape[0]
+    if "predictor.0.weight" in weights:
+        sizes["predictor_hidden_dim"] = weights["predictor.0.weight"].shape[0]
+    return sizes
+
+
+def known_sizes(checkpoint: str, planned: bool = False) -> dict[str, Any]:
+    """Return what a checkpoint's run, or else its weights, tell about the model.
+
+    Args:
+        checkpoint: see read_checkpoint.
+        planned: if the run directory does not exist yet, read yamls/NAME.yaml for it.
+
+    Returns:
+        `method`: of the run's configuration, None if not given there. `stage`: "pretrain", or
+        "finetune" for a classifier. `model`: the `model` block, or vit_sizes of the weights.
+
+    Raises:
+        ValueError: the checkpoint, or the configuration of its run, cannot be read.
+    """
+    run = find_run(checkpoint)
+    if run is not None and (run / "config.yaml").exists():
+        return sizes_of_config(read_config(run / "config.yaml"))
+    if planned and run is not None and not run.exists():
+        return planned_sizes(run.name)
+    weights = read_checkpoint(checkpoint)
+    is_classifier = any(name.startswith("head.") for name in weights)
+    stage = "finetune" if is_classifier else "pretrain"
+    return {"method": None, "stage": stage, "model": vit_sizes(weights)}
+
+
+def find_run(checkpoint: str) -> Path | None:
+    """Return the run directory runs/NAME of a checkpoint; None if the path shows none."""
+    path = Path(checkpoint)
+    if path.parent.name == "checkpoints":
+        return path.parent.parent
+    if path.parent.name == "runs" or (path / "config.yaml").exists():
+        return path
+    return None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the contents of a YAML file of settings.
+
+    Raises:
+        ValueError: it is missing or corrupt.
+    """
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, UnicodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no settings")
+    return config
+
+
+def sizes_of_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return method, stage and model block of a configuration, see known_sizes."""
+    stage = "finetune" if "eval_data" in config else "pretrain"
+    return {"method": config.get("method"), "stage": stage, "model": config.get("model") or {}}
+
+
+def planned_sizes(name: str) -> dict[str, Any]:
+    """Return what yamls/NAME.yaml tells about the model of a run that has not begun.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    file = YAMLS / f"{name}.yaml"
+    if not file.exists():
+        raise ValueError(f"runs/{name} does not exist, nor does {file}, which would tell its sizes")
+    config = read_config(file)
+    known = sizes_of_config(config)
+    pretrained = config.get("pretrained")
+    if pretrained and find_run(pretrained) is not None:
+        start = known_sizes(pretrained, planned=True)["model"]
+        encoder = {key: value for key, value in start.items() if key in ENCODER_SIZES}
+        known["model"] = encoder | known["model"]
+    return known

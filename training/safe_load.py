@@ -1,0 +1,96 @@
+"""Load checkpoint files that may come from anyone, without executing anything that is in them.
+
+    state = load_plain("runs/vitl/checkpoints/ep1-ba500.pt")    # a file of torch.save
+    weights = read_shards("runs/vitl/checkpoints/ep1-ba500")    # a folder of FSDP's shards
+
+A file may hold tensors and plain values. Anything else is refused before it is unpickled.
+"""
+
+import argparse
+import datetime
+import os
+import pickle
+from typing import IO, Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as distributed_checkpoint
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
+
+SAFE_CLASSES = [  # plain values that files may hold beside tensors
+    argparse.Namespace,  # arguments, in the official files
+    datetime.timedelta,  # the rest: time stamps, versions and generator states, in Composer's
+    torch.torch_version.TorchVersion,
+    np._core.multiarray._reconstruct,
+    np.ndarray,
+    np.dtype,
+    np.dtypes.UInt32DType,
+]
+
+# Everything that the .metadata file of a sharded checkpoint consists of, by module. Names are
+# compared whole: pickle resolves a dotted name such as "os.system" to an attribute of an attribute.
+METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath"},
+    "torch": {
+        *("Size", "bool", "uint8", "int32", "int64"),
+        *("float16", "bfloat16", "float32", "float64"),
+    },
+}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """An unpickler for the metadata of sharded checkpoints that refuses everything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in METADATA_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
+        return super().find_class(module, name)
+
+
+class PlainReader(FileSystemReader):
+    """A reader of sharded checkpoints that executes nothing from their metadata."""
+
+    def read_metadata(self) -> Metadata:
+        with open(os.path.join(self.path, ".metadata"), "rb") as file:
+            return PlainUnpickler(file).load()
+
+
+def load_plain(file: str | IO[bytes], mmap: bool = False) -> Any:
+    """Load what torch.save wrote, if it consists of tensors and plain values.
+
+    Args:
+        mmap: read a tensor from disk only when it is used.
+
+    Raises:
+        UnpicklingError: the file is corrupt, or holds something else.
+    """
+    try:
+        with torch.serialization.safe_globals(SAFE_CLASSES):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:  # its message advises to load unsafely
+        reason = "it is corrupt, or holds more than tensors and plain values"
+        raise pickle.UnpicklingError(reason) from error
+
+
+def read_shards(path: str) -> dict[str, Tensor]:
+    """Return the model's weights in a sharded checkpoint, each joined from all ranks' files."""
+    reader = PlainReader(path)
+    weights = {}
+    for key, entry in reader.read_metadata().state_dict_metadata.items():
+        if key.startswith("state.model.") and isinstance(entry, TensorStorageMetadata):
+            weights[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    distributed_checkpoint.load(weights, storage_reader=reader)
+    return {key.removeprefix("state.model."): value for key, value in weights.items()}
