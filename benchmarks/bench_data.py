@@ -334,9 +334,9 @@ def to_device(loader: DataLoader) -> int:
 
 def compare_kinds(clip: Path, work: Path) -> None:
     films = work / "films"
-    films.mkdir()
+    (films / "ride").mkdir(parents=True)  # Fine-tuning needs labels, so the films have a class.
     for number in range(8):
-        os.link(clip, films / f"{number}.mp4")
+        os.link(clip, films / "ride" / f"{number}.mp4")
     recipes = {
         "videos of 16 frames": Recipe("videos"),
         "videos of 75 frames": Recipe("videos", fps=7.5),
