@@ -191,8 +191,7 @@ def convert(
         check_listed(source, recipe.kind, counts)
         request = {"source": source, "recipe": asdict(recipe), "parts": len(manifest.starts)}
         claim_output(target, folder, request | counts)
-        classes = counts["classes"]
-        job = Conversion(listing, classes, recipe, manifest, target, folder, keep_local)
+        job = Conversion(listing, counts["classes"], recipe, manifest, target, folder, keep_local)
         waiting = unfinished_parts(job, share)
         if waiting:
             import streaming  # noqa: F401  # takes 4 s; imported once, before workers are forked
