@@ -1,118 +1,125 @@
-"""Raw videos and images -> sharded streaming data sets (MDS), and the reader of their format.
+"""Conversion of raw videos and images to shards for training.
 
-    python data_prep.py k400    kinetics/k400    data/k400/train  # also k600 k700 mit ssv2 in1k places365
-    python data_prep.py in1k    imagenet         data/in1k/val   --split val   # folders, or the official tars as they are
-    python data_prep.py videos  folder_or.csv    s3://bucket/mine --part 3/16  # the third of sixteen machines; then: merge
-    python data_prep.py verify  data/k400/train                                # reads every frame
-    python data_prep.py show    data/k400/train  --to sheet.png
-    python data_prep.py demo    data/demo                                      # makes and converts the demonstration, 30 s
+    python data_prep.py k400    kinetics/k400  data/k400/train  # or k600 k700 mit ssv2 places365
+    python data_prep.py in1k    imagenet       data/in1k/val --split val
+    python data_prep.py videos  x.csv          s3://bucket/mine --part 3/16  # third of 16 machines
+    python data_prep.py merge   s3://bucket/mine                # once all 16 are done
+    python data_prep.py verify  data/k400/train                 # decodes every frame
+    python data_prep.py show    data/k400/train --to sheet.png
+    python data_prep.py demo    data/demo                       # the demonstration, 30 s
 
-Every sample of every data set is a clip: a pack of JPEG frames with their timestamps. An image is a clip of one frame, so
-one schema serves both and they mix in a batch. A pack costs little more room than the video and gives a pair of frames
-an order of magnitude faster than decoding it.
+Every sample of every data set becomes a clip: JPEG frames with their timestamps. An image is a
+clip of one frame, so that videos and images mix in a batch. A clip needs little more room than its
+video, and yields a pair of frames about ten times as fast. shards/format.py describes the format,
+docs/data.md the sources that can be read.
 
-The work is cut into parts. Each is written aside and renamed when complete, so that what stands in OUT is whole at any
-moment, and the same command, given again after an interruption, goes on with the parts that are missing.
+The inputs are divided into parts. A part is written to a temporary folder, which is renamed once
+the part is complete. So an interrupted conversion is resumed by the same command.
 """
 
 import argparse
 import csv
-import errno
 import functools
 import json
 import os
-import re
 import shutil
-import signal
 import sys
 import tempfile
-import traceback
-from collections import Counter, defaultdict
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
-from itertools import islice, pairwise
-from multiprocessing import connection, get_context
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from time import monotonic
 
-import av
-import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from shards.decode import Recipe, read_image, read_video
 from shards.demo import draw_demo
-from shards.format import COLUMNS, Clips, decode_frame, encode_clip, read_classes, read_json
-from shards.layouts import EXTENSIONS, LAYOUTS, Listing, list_any, read_inputs, write_manifest
+from shards.format import COLUMNS, Clips, encode_clip, read_json
+from shards.inputs import (
+    Manifest,
+    describe_error,
+    is_system_error,
+    part_name,
+    read_inputs,
+    write_manifest,
+)
+from shards.inspect import show, verify
+from shards.layouts import EXTENSIONS, LAYOUTS, Listing, list_any
 from shards.storage import Storage
+from shards.workers import Report, run_parts
 
-PART_SIZE = 256  # inputs: what an interruption costs at most, per worker
-
-
+PART_SIZE = 256  # inputs: the most that an interruption costs each worker
 SHARD_BYTES = 1 << 26
 
 
-NOT_THE_FILE = {  # what a disk, a bucket or the system may answer for no fault of the input
-    *(errno.EACCES, errno.EPERM, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS),
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
-}
+@dataclass
+class Conversion:
+    """The settings that all parts of a conversion share.
 
+    Args:
+        target: storage of the data set.
+        folder: of the data set if it is local, else of its local copy.
+        keep_local: whether the local copy stays.
+    """
 
-TIME_LIMIT = 600  # seconds for one input; a decoder that hangs is stopped
+    listing: Listing
+    classes: list[str]
+    recipe: Recipe
+    manifest: Manifest
+    target: Storage
+    folder: Path
+    keep_local: bool
 
 
 def write_part(
-    listing: Listing,
-    classes: list[str],
-    recipe: Recipe,
-    entries: list,
-    out: str,
-    spoilt: dict,
-    step: Callable,
+    job: Conversion, entries: list, out: Path, bad_inputs: dict[int, str], report: Report
 ) -> dict:
-    """Convert some inputs into the folder `out`, MDS shards, and return what became of them.
+    """Convert some inputs into MDS shards in the folder `out`.
 
     Args:
-        spoilt: {number of an input: why it is left out}.
-        step: called with the number of each input before it is read.
+        entries: lines of the manifest.
+        bad_inputs: {number of an input: reason to skip it}.
+        report: called with the number of each input before it is read.
+
+    Returns:
+        The content of part.json: counts, skipped inputs, highest label, entries for index.json.
     """
     from streaming import MDSWriter
 
-    read = read_video if recipe.kind == "videos" else read_image
-    label_of = {name: label for label, name in enumerate(classes)} | {None: -1}
-    number, skipped, short, highest = -1, [], 0, -1
-    with MDSWriter(out=out, columns=COLUMNS, size_limit=SHARD_BYTES, hashes=["xxh64"]) as writer:
-        for number, (name, named, load) in enumerate(read_inputs(listing, recipe.kind, entries)):
-            step(number)
+    kind = job.recipe.kind
+    read = read_video if kind == "videos" else read_image
+    Image.MAX_IMAGE_PIXELS = None  # read_image has a limit of its own.
+    labels = {name: label for label, name in enumerate(job.classes)} | {None: -1}
+    inputs, short, highest = 0, 0, -1
+    skipped = []
+    with MDSWriter(out=str(out), columns=COLUMNS, size_limit=SHARD_BYTES, hashes=["xxh64"]) as mds:
+        for number, item in enumerate(read_inputs(job.listing, kind, entries)):
+            name, class_name, open_input = item
+            report(number)
+            inputs += 1
             try:
-                if number in spoilt:
-                    raise ValueError(spoilt[number])
-                label = label_of.get(named, named)
-                if label < -1 or (classes and label >= len(classes)):
-                    raise ValueError(f"label {label} of {len(classes)} classes")
-                with load() as file:
-                    frames, times = read(file, recipe)
-            except Exception as error:  # damaged files make the libraries raise nearly anything
-                if (
-                    isinstance(error, OSError)
-                    and error.errno in NOT_THE_FILE
-                    and not isinstance(error, av.FFmpegError)
-                ):
+                if number in bad_inputs:
+                    raise ValueError(bad_inputs[number])
+                label = labels.get(class_name, class_name)  # Samples of tars have a label instead.
+                if label < -1 or (job.classes and label >= len(job.classes)):
+                    raise ValueError(f"label {label}: must be below {len(job.classes)}, or -1")
+                with open_input() as file:
+                    frames, timestamps = read(file, job.recipe)
+            except Exception as error:  # Corrupt files make the libraries raise nearly anything.
+                if is_system_error(error):
                     raise
-                # Not the whole text: a path or an address in memory in it would differ between machines.
-                why = re.sub(r" ?<.* at 0x\w+>", "", str(getattr(error, "strerror", None) or error))
-                skipped.append([name, " ".join(f"{type(error).__name__}: {why}".split())])
+                skipped.append([name, describe_error(error)])
                 continue
             highest = max(highest, label)
-            short += len(set(times)) < len(times)
-            writer.write(encode_clip(frames, times, label, name))
-    index = Path(out, "index.json")
+            short += len(set(timestamps)) < len(timestamps)
+            mds.write(encode_clip(frames, timestamps, label, name))
+    index = out / "index.json"
     shards = json.loads(index.read_text())["shards"]
     index.unlink()
     return {
-        "inputs": number + 1,
+        "inputs": inputs,
         "skipped": skipped,
         "short": short,
         "highest": highest,
@@ -120,82 +127,26 @@ def write_part(
     }
 
 
-def run_parts(
-    work: Callable[[str, dict, Callable], None], parts: list[str], workers: int, bar: tqdm
-) -> None:
-    """Call work(part, spoilt, step) for each part in a process of its own, `workers` at a time.
-
-    A process that dies, because an input crashes the decoder or takes longer than TIME_LIMIT, is started anew with that
-    input's number in `spoilt`. What it raises is raised here, and ends the others.
-    """
-    context, waiting, spoilt, running = get_context("fork"), parts[::-1], defaultdict(dict), {}
-    late = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                receiver, sender = context.Pipe(duplex=False)
-                part = waiting.pop()
-                process = context.Process(target=run_part, args=(work, part, spoilt[part], sender))
-                process.start()
-                sender.close()
-                running[receiver] = process, part, None, monotonic()
-            for receiver in connection.wait(list(running), timeout=1):
-                process, part, number, _ = running[receiver]
-                try:
-                    message = receiver.recv()
-                except EOFError:
-                    process.join()
-                    del running[receiver]
-                    if process.exitcode:
-                        died = (
-                            signal.Signals(-process.exitcode).name
-                            if process.exitcode < 0
-                            else f"exit {process.exitcode}"
-                        )
-                        if number is None or number in spoilt[part] or died == "SIGTERM":
-                            raise OSError(f"a worker was ended ({died}) at {part}") from None
-                        slow = died == "SIGKILL" and process in late
-                        why = (
-                            f"took longer than {TIME_LIMIT} s to decode"
-                            if slow
-                            else f"crashed the decoder ({died})"
-                        )
-                        spoilt[part][number] = why
-                        waiting.append(part)
-                        bar.update(-number - 1)
-                else:
-                    if isinstance(message, OSError):
-                        raise OSError(
-                            f"{message}; what is finished is kept, and the same command goes on"
-                        )
-                    if isinstance(message, Exception):
-                        raise message
-                    running[receiver] = process, part, message, monotonic()
-                    bar.update(message is not None)
-            late = [
-                one[0]
-                for one in running.values()
-                if one[2] is not None and monotonic() - one[3] > TIME_LIMIT
-            ]
-            for process in late:
-                process.kill()
-    finally:
-        for process, *_ in running.values():
-            process.kill()
-            process.join()
-
-
-def run_part(work: Callable, part: str, spoilt: dict, sender: connection.Connection) -> None:
-    """What the process of a part does."""
-    Image.MAX_IMAGE_PIXELS = None  # read_image has a bound of its own
-    try:
-        work(
-            part, spoilt, sender.send
-        )  # to send fails, and ends this process, if the parent is gone
-    except OSError as error:
-        sender.send(error if error.filename else OSError(f"{error} (while writing {part})"))
-    except Exception:
-        sender.send(RuntimeError(traceback.format_exc()))
+def convert_part(job: Conversion, part: str, bad_inputs: dict[int, str], report: Report) -> None:
+    """Write one part to a temporary folder, upload it if the target is a bucket, and rename it."""
+    temporary = job.folder / f"{part}.{os.getpid()}.tmp"
+    entries = job.manifest.read_entries(part)
+    result = write_part(job, entries, temporary, bad_inputs, report)
+    report(None)  # The time limit is for inputs, not for what follows.
+    Storage(str(temporary)).write_json("part.json", result)
+    if job.target.remote:
+        # A part counts as finished once it has its part.json, which is therefore uploaded last.
+        for name in sorted(os.listdir(temporary), key=lambda name: name == "part.json"):
+            job.target.write(f"{part}/{name}", (temporary / name).read_bytes())
+    finished = job.folder / part
+    keep = job.keep_local or not job.target.remote
+    if keep and not (finished / "part.json").exists():
+        shutil.rmtree(finished, ignore_errors=True)
+        # A worker that outlived a killed run may have been faster, with the same bytes.
+        with suppress(OSError):
+            temporary.rename(finished)
+        (finished / "part.json").stat()  # raises if neither succeeded
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def convert(
@@ -209,99 +160,80 @@ def convert(
     share: tuple[int, int] = (1, 1),
     keep_local: bool = True,
 ) -> dict | None:
-    """Convert a source of videos or images into a data set at `out`, and return its report.
+    """Convert a source of videos or images into a data set.
 
     Args:
-        source: folder, csv list or tars, or the root of a data set in its published layout; a path or an s3:// address.
-        out: new folder, or one that an earlier run of the same command left unfinished; or an s3:// address, to which each
-            part is uploaded from a folder of that name, without the bucket, under the current one.
+        source: folder, .csv list or tars, or the root of a published layout; local or s3://.
+        out: new folder, or the folder of an interrupted conversion, which is resumed. With an
+            s3:// address, parts are written to a local folder named by its key, then uploaded.
         workers: processes; 0 for one per core.
-        max_skipped: fraction in [0, 1] of inputs that may be unreadable.
-        list_inputs: finds `split` in a published layout, see LAYOUTS; list_any if not given.
-        share: (k, n) does the k-th of n shares of the parts, for as many machines; `merge` then joins them.
-        keep_local: whether what was uploaded stays in the local folder too.
+        max_skipped: fraction of inputs in [0, 1] that may be undecodable.
+        list_inputs: lists `split` of a published layout, see LAYOUTS; list_any if None.
+        share: (k, n) converts the k-th of n shares of the parts; `merge` then joins them.
+        keep_local: whether the local folder keeps what was uploaded.
 
     Returns:
-        The report; nothing for a share.
+        The report, or None if `share` is not (1, 1).
 
     Raises:
-        ValueError: `source` holds nothing of the kind; `out` holds something else; too many inputs were unreadable, or all.
-        OSError: a disk or bucket is full, away or forbidden. What is finished is kept, and the same call goes on.
+        ValueError: `source` has no inputs; `out` is something else; or more inputs than allowed,
+            or all, are undecodable.
+        OSError: a disk or bucket is full, unreachable or forbidden. Finished parts are kept.
     """
     target = Storage(out)
-    folder = Path(target.key("")["Key"] if target.remote else out)
+    folder = local_folder(target)
     listing = list_inputs(source, split) if list_inputs else list_any(source, recipe.kind)
     if listing.tars and recipe.per_class:
-        raise ValueError("--per-class counts files, and SOURCE holds tars")
-    size = 1 if listing.tars else PART_SIZE
-    with tempfile.NamedTemporaryFile() as manifest:
-        found, starts = write_manifest(listing, manifest, recipe.per_class, size)
-        if not found["listed"]:
-            none = f"none of the {found['absent']}" if found["absent"] else "no"
-            raise ValueError(
-                f"SOURCE {source} holds {none} {recipe.kind} ({' '.join(EXTENSIONS[recipe.kind])}); for tars, name them"
-            )
-        claim(
-            target,
-            folder,
-            {"source": source, "recipe": asdict(recipe), "parts": len(starts), **found},
-        )
-
-        def work(part: str, spoilt: dict, step: Callable) -> None:
-            with open(manifest.name, "rb") as file:
-                file.seek(starts[int(part.removeprefix("part-"))])
-                entries = [json.loads(line) for line in islice(file, size)]
-            aside = folder / f"{part}.{os.getpid()}.tmp"
-            result = write_part(
-                listing, found["classes"], recipe, entries, str(aside), spoilt, step
-            )
-            step(None)  # what follows may take as long as it does
-            Storage(str(aside)).write_json("part.json", result)
-            if target.remote:
-                for name in sorted(
-                    os.listdir(aside), key=lambda name: name == "part.json"
-                ):  # that last: the part is whole
-                    target.write(f"{part}/{name}", (aside / name).read_bytes())
-            if (keep_local or not target.remote) and not (folder / part / "part.json").exists():
-                shutil.rmtree(folder / part, ignore_errors=True)
-                with suppress(
-                    OSError
-                ):  # a worker that a killed run left behind may have been faster, with the same bytes
-                    aside.rename(folder / part)
-                (folder / part / "part.json").stat()
-            shutil.rmtree(aside, ignore_errors=True)
-
-        done = finished_parts(target)
-        if target.remote and keep_local:
-            done = {part for part in done if (folder / part / "part.json").exists()}
-        mine = [f"part-{number:06d}" for number in range(share[0] - 1, len(starts), share[1])]
-        waiting = [part for part in mine if part not in done]
-        for stale in (path for part in waiting for path in folder.glob(f"{part}.*.tmp")):
-            shutil.rmtree(stale, ignore_errors=True)
+        raise ValueError("--per-class needs files, but SOURCE holds tars; leave it out")
+    part_size = 1 if listing.tars else PART_SIZE
+    with tempfile.NamedTemporaryFile() as file:
+        manifest, counts = write_manifest(listing, file, recipe.per_class, part_size)
+        check_listed(source, recipe.kind, counts)
+        request = {"source": source, "recipe": asdict(recipe), "parts": len(manifest.starts)}
+        claim_output(target, folder, request | counts)
+        classes = counts["classes"]
+        job = Conversion(listing, classes, recipe, manifest, target, folder, keep_local)
+        waiting = unfinished_parts(job, share)
         if waiting:
-            import streaming  # noqa: F401  # 4 s; once here, so that the forked workers need not
+            import streaming  # noqa: F401  # takes 4 s; imported once, before workers are forked
 
-            total = None if listing.tars else min(len(waiting) * size, found["listed"])
+            total = None if listing.tars else min(len(waiting) * part_size, counts["listed"])
+            work = functools.partial(convert_part, job)
             with tqdm(total=total, desc=out, unit=recipe.kind[:-1], disable=None) as bar:
                 run_parts(work, waiting, workers or os.cpu_count(), bar)
     if not any(folder.iterdir()):
-        folder.rmdir()  # all is in the bucket
+        folder.rmdir()  # Everything is in the bucket.
     return merge(out, max_skipped) if share == (1, 1) else None
 
 
-def claim(target: Storage, folder: Path, request: dict) -> None:
-    """Mark `target` as this data set's.
+def local_folder(target: Storage) -> Path:
+    """Return the local folder of a data set: for a bucket, the key under the current folder."""
+    return Path(target.key("")["Key"] if target.remote else target.root)
+
+
+def check_listed(source: str, kind: str, counts: dict) -> None:
+    """Raise ValueError if no input was found."""
+    if not counts["listed"]:
+        number = f"none of the {counts['absent']}" if counts["absent"] else "no"
+        endings = " ".join(EXTENSIONS[kind])
+        raise ValueError(
+            f"SOURCE {source} holds {number} {kind} ({endings}); tars must be named as x.tar"
+        )
+
+
+def claim_output(target: Storage, folder: Path, request: dict) -> None:
+    """Write request.json, which marks `target` as the output of one conversion.
 
     Raises:
-        ValueError: it is another's, or no data set.
+        ValueError: `target` is the output of another conversion, or no data set.
     """
     if target.has("request.json"):
-        before = read_json(target.root, "request.json")
-        changed = [key for key in ("recipe", "listing") if before.get(key) != request[key]]
+        earlier = read_json(target.root, "request.json")
+        changed = [key for key in ("recipe", "listing") if earlier.get(key) != request[key]]
         if changed:
-            what = " and ".join(changed)
             raise ValueError(
-                f"OUT {target.root} was begun with another {what}; delete it or choose another OUT"
+                f"OUT {target.root} was begun with another {' and '.join(changed)}; "
+                "delete it or choose another OUT"
             )
     elif os.path.isfile(target.root) or (target.has("") and any(target.names())):
         raise ValueError(
@@ -313,312 +245,247 @@ def claim(target: Storage, folder: Path, request: dict) -> None:
 
 
 def finished_parts(target: Storage) -> set[str]:
+    """Return the names of the parts that are complete."""
     return {name.split("/")[0] for name in target.names() if name.endswith("/part.json")}
 
 
+def unfinished_parts(job: Conversion, share: tuple[int, int]) -> list[str]:
+    """Return the parts of a share that are still to be made, and delete what killed runs left."""
+    finished = finished_parts(job.target)
+    if job.target.remote and job.keep_local:
+        finished = {part for part in finished if (job.folder / part / "part.json").exists()}
+    waiting = [part for part in job.manifest.parts(share) if part not in finished]
+    for part in waiting:
+        for stale in job.folder.glob(f"{part}.*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
+    return waiting
+
+
 def merge(out: str, max_skipped: float = 0.01) -> dict:
-    """Make one data set of the parts in `out`, once all are there, and return its report. See convert.
+    """Join the parts in `out` into one data set, and return its report.
+
+    Args:
+        max_skipped: fraction of inputs in [0, 1] that may be undecodable.
 
     Raises:
-        ValueError: parts are missing; too many inputs were unreadable, or all.
+        ValueError: parts are missing; or more inputs than allowed, or all, are undecodable.
     """
     target = Storage(out)
+    folder = local_folder(target)
     request = read_json(out, "request.json")
-    names = [f"part-{number:06d}" for number in range(request["parts"])]
-    there = finished_parts(target)
-    missing = [name for name in names if name not in there]
-    if missing:
-        count = f"{len(missing)} of its {len(names)} parts"
-        raise ValueError(
-            f"OUT {out} lacks {count}, first {missing[0]}; give the command that makes them again"
-        )
-    folder = target.key("")["Key"] if target.remote else out
-    for stale in Path(folder).glob("part-*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)  # of runs that were killed
-    with ThreadPoolExecutor(16) as pool:  # a bucket answers slowly, but many at a time
-        parts = list(pool.map(lambda name: json.loads(target.read(f"{name}/part.json")), names))
+    names = [part_name(number) for number in range(request["parts"])]
+    parts = read_parts(target, names)
+    for stale in folder.glob("part-*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)  # left by killed runs
     skipped = [entry for part in parts for entry in part["skipped"]]
     inputs = sum(part["inputs"] for part in parts)
     report = request | {
         "inputs": inputs,
         "samples": inputs - len(skipped),
-        "short": sum(
-            part["short"] for part in parts
-        ),  # videos of fewer frames than asked: frames repeat
+        "short": sum(part["short"] for part in parts),  # videos that repeat frames
         "skipped": skipped,
     }
     target.write_json("report.json", report)
-    if len(skipped) > max_skipped * inputs or not report["samples"]:
-        first = "; ".join(f"{name} ({reason})" for name, reason in skipped[:3])
-        raise ValueError(
-            f"{len(skipped)} of {inputs} inputs were unreadable, more than --max-skipped {max_skipped:g} allows: {first}"
-            f"; all are in {target.at('report.json')}"
-        )
+    check_skipped(report, max_skipped, target.at("report.json"))
     shards = []
     for name, part in zip(names, parts, strict=True):
         for shard in part["shards"]:
             shard["raw_data"]["basename"] = f"{name}/{shard['raw_data']['basename']}"
             shards.append(shard)
-    classes = request["classes"] or [
-        str(label) for label in range(1 + max(part["highest"] for part in parts))
-    ]
-    for place in {target, Storage(folder)} if os.path.isdir(folder) else {target}:
-        place.write_json("report.json", report)
-        place.write_json("classes.json", classes)
-        place.write_json("index.json", {"version": 2, "shards": shards})
+    highest = max(part["highest"] for part in parts)
+    classes = request["classes"] or [str(label) for label in range(highest + 1)]
+    copies = [target]
+    if target.remote and folder.is_dir():
+        copies.append(Storage(str(folder)))
+    for copy in copies:
+        copy.write_json("report.json", report)
+        copy.write_json("classes.json", classes)
+        copy.write_json("index.json", {"version": 2, "shards": shards})
     return report
 
 
-def check_sample(sample: dict, labels: int, short_side: int) -> None:
-    """Raises ValueError if a sample is not as write_part writes it."""
-    frames, ends, times = sample["frames"], sample["ends"], sample["timestamps"]
-    if not 0 < len(ends) == len(times) or ends[-1] != len(frames):
-        raise ValueError(f"{len(ends)} frames, {len(times)} timestamps, {len(frames)} bytes")
-    if not np.isfinite(times).all() or (np.diff(times) < 0).any():
-        raise ValueError("timestamps do not ascend")
-    if not -1 <= sample["label"] < labels:
-        raise ValueError(f"label {sample['label']} of {labels} classes")
-    for index in range(len(ends)):
-        if min(size := decode_frame(sample, index).shape[:2]) > short_side:
-            raise ValueError(
-                f"frame {index} is {size[1]}x{size[0]}, its short side above {short_side}"
-            )
-
-
-def check_shard(storage: Storage, shard: dict, labels: int, short_side: int) -> list[str]:
-    """All that is wrong with a shard: its bytes, its samples."""
-    from streaming.base.format import reader_from_json
-    from streaming.base.hashing import get_hash
-
-    info, faults = shard["raw_data"], []
-    name = info["basename"]
-    try:
-        data = place.read(name)
-    except OSError as error:
-        return [
-            f"{name} is missing"
-            if isinstance(error, FileNotFoundError)
-            else f"{name} cannot be read: {error}"
-        ]
-    if len(data) != info["bytes"]:
-        return [f"{name} is cut or too long: {len(data)} bytes, not {info['bytes']}"]
-    if any(get_hash(algorithm, data) != expected for algorithm, expected in info["hashes"].items()):
-        faults.append(f"{name} is damaged: its hash is not that of index.json")
-    bounds = np.frombuffer(data, np.uint32, shard["samples"] + 1, offset=4).tolist()
-    for row, (begin, end) in enumerate(pairwise(bounds)):
-        try:
-            sample = reader_from_json("", None, shard).decode_sample(data[begin:end])
-            check_sample(sample, labels, short_side)
-        except Exception as error:  # damage makes the libraries raise nearly anything
-            faults.append(f"{name}, sample {row}: {' '.join(str(error).split())}")
-    return faults
-
-
-def verify(path: str, workers: int = 0) -> list[str]:
-    """Read every sample of a data set and return all that is wrong with it: hashes, frames, sizes, counts, labels.
+def read_parts(target: Storage, names: list[str]) -> list[dict]:
+    """Return the part.json of each part.
 
     Raises:
-        ValueError: `path` is no complete data set.
+        ValueError: parts are missing.
     """
-    shards, report = read_json(path, "index.json")["shards"], read_json(path, "report.json")
-    labels, side = len(read_classes(path)), report["recipe"]["short_side"]
-    faults = []
-    counts = Counter({f"part-{number:06d}": 0 for number in range(report["parts"])})
-    for shard in shards:
-        counts[shard["raw_data"]["basename"].split("/")[0]] += shard["samples"]
-    if (count := sum(counts.values())) != report["samples"]:
-        faults += [f"{part} is not in index.json" for part, found in counts.items() if not found]
-        faults.append(f"index.json has {count} samples, report.json {report['samples']}")
-    check = functools.partial(check_shard, Storage(path), labels=labels, short_side=side)
-    with ProcessPoolExecutor(workers or os.cpu_count(), get_context("fork")) as pool:
-        for found in tqdm(
-            pool.map(check, shards), total=len(shards), desc=path, unit="shard", disable=None
-        ):
-            faults += found
-    return faults
+    finished = finished_parts(target)
+    missing = [name for name in names if name not in finished]
+    if missing:
+        raise ValueError(
+            f"OUT {target.root} lacks {len(missing)} of its {len(names)} parts, "
+            f"first {missing[0]}; run the commands that make them again"
+        )
+    with ThreadPoolExecutor(16) as pool:  # A bucket answers slowly, but many requests at a time.
+        contents = pool.map(lambda name: target.read(f"{name}/part.json"), names)
+        return [json.loads(content) for content in contents]
 
 
-def demo(out: str, workers: int = 0, garments: int = 600) -> None:
-    """Make the demonstration at `out`: raw files, then the data sets {train,test}_{videos,images}.
+def check_skipped(report: dict, max_skipped: float, address: str) -> None:
+    """Raise ValueError if more inputs than allowed, or all, were skipped."""
+    skipped, inputs = report["skipped"], report["inputs"]
+    if report["samples"] and len(skipped) <= max_skipped * inputs:
+        return
+    examples = "; ".join(f"{name} ({reason})" for name, reason in skipped[:3])
+    raise ValueError(
+        f"{len(skipped)} of {inputs} inputs are undecodable, but --max-skipped allows a "
+        f"fraction of {max_skipped:g}: {examples}; all are in {address}"
+    )
 
-    train_{videos,images}_200 are 20 of every class, for learning from few labels.
+
+def make_demo(out: str, workers: int = 0, garments: int = 600) -> None:
+    """Make the demonstration at `out` unless it is complete.
+
+    It consists of raw files and of the data sets {train,test}_{videos,images}. Two smaller ones,
+    train_{videos,images}_200, have 20 samples of every class, for learning from few labels.
 
     Args:
-        garments: how many of every class, at most, in each split.
+        workers: processes; 0 for one per core.
+        garments: of every class in each split, at most.
 
     Raises:
-        ValueError: `out` holds something else, or fewer than two garments are asked for.
+        ValueError: `out` holds something else, or `garments` is below 2.
     """
     if garments < 2:
-        raise ValueError(
-            f"--garments {garments} must be at least 2, of which one moves and one is still"
-        )
+        raise ValueError(f"--garments {garments}: must be at least 2, one video and one image")
     raw = Path(out, "raw")
-    targets = [
-        (f"{split}_{kind}", raw / split / kind, Recipe(kind))
-        for split in ("train", "test")
-        for kind in EXTENSIONS
-    ]
-    targets += [
-        (f"train_{kind}_200", raw / "train" / kind, Recipe(kind, per_class=20))
-        for kind in EXTENSIONS
-    ]
-    if all(os.path.exists(os.path.join(out, name, "index.json")) for name, _, _ in targets):
+    jobs = []  # (name, source, recipe)
+    for split in ("train", "test"):
+        for kind in EXTENSIONS:
+            jobs.append((f"{split}_{kind}", raw / split / kind, Recipe(kind)))
+    for kind in EXTENSIONS:
+        jobs.append((f"train_{kind}_200", raw / "train" / kind, Recipe(kind, per_class=20)))
+    if all(Path(out, name, "index.json").exists() for name, _, _ in jobs):
         return
     if not raw.exists():
         if os.path.exists(out) and any(path.name != "raw.tmp" for path in Path(out).iterdir()):
             raise ValueError(f"OUT {out} exists and is not the demonstration; choose another OUT")
         draw_demo(raw, garments, workers or os.cpu_count())
-    for name, source, recipe in targets:
+    for name, source, recipe in jobs:
         convert(str(source), os.path.join(out, name), recipe, workers)
 
 
-def show(path: str, to: str, samples: int = 12, frames: int = 8) -> None:
-    """Draw a contact sheet: a row per sample, spread over the data set, with its label and name, frames left to right.
-
-    Raises:
-        ValueError: `path` is no data set, or there is nothing to draw.
-    """
-    classes = read_classes(path)
-    if samples < 1:
-        raise ValueError(f"--samples {samples} must be positive")
-    data = Clips(path)
-    cell, rows = 128, []
-    for number in np.unique(np.linspace(0, len(data) - 1, samples).astype(int)):
-        sample = data[int(number)]
-        count = len(sample["ends"])
-        picked = np.unique(np.linspace(0, count - 1, min(frames, count)).astype(int))
-        row = Image.new("RGB", (cell * frames, cell + 14), "white")
-        for column, index in enumerate(picked):
-            frame = ImageOps.contain(
-                Image.fromarray(decode_frame(sample, int(index))), (cell - 2, cell - 2)
-            )
-            row.paste(frame, (column * cell, 14))
-        label = classes[sample["label"]] if sample["label"] >= 0 else "no label"
-        seconds = (
-            f", {sample['timestamps'][0]:.2f}-{sample['timestamps'][-1]:.2f} s" if count > 1 else ""
-        )
-        text = f"{label}: {sample['name']}, {count} frame{'s' if count > 1 else ''}{seconds}"
-        ImageDraw.Draw(row).text((2, 1), text, fill="black")
-        rows.append(row)
-    sheet = Image.new("RGB", (cell * frames, sum(row.height for row in rows)), "white")
-    for number, row in enumerate(rows):
-        sheet.paste(row, (0, number * row.height))
-    sheet.save(to)
-
-
-def share(text: str) -> tuple[int, int]:
-    """3/16 -> (3, 16)."""
+def parse_share(text: str) -> tuple[int, int]:
+    """Return (3, 16) for "3/16"."""
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise argparse.ArgumentTypeError(f"{text} is not K/N with K from 1 to N")
+        raise argparse.ArgumentTypeError(f"{text}: must be K/N with K from 1 to N")
     return int(number), int(count)
 
 
+def shared_arguments() -> dict[str, argparse.ArgumentParser]:
+    """Return parsers of the arguments that several sub-commands have."""
+    names = ("source", "out", "workers", "max_skipped")
+    parsers = {name: argparse.ArgumentParser(add_help=False) for name in names}
+    text = "folder or s3:// address; x.csv; x-{0..9}.tar"
+    parsers["source"].add_argument("source", metavar="SOURCE", help=text)
+    text = "folder or s3:// address of the data set"
+    parsers["out"].add_argument("out", metavar="OUT", help=text)
+    text = "processes (one per core)"
+    parsers["workers"].add_argument("--workers", type=int, default=0, help=text)
+    text = "fraction of inputs that may be undecodable (0.01)"
+    parsers["max_skipped"].add_argument("--max-skipped", type=float, default=0.01, help=text)
+    return parsers
+
+
+def add_conversion(commands, name: str, parents: list[argparse.ArgumentParser]) -> None:
+    """Add the sub-command of a published layout, or of videos or images in general."""
+    kind, list_inputs = LAYOUTS.get(name, (name, list_any))
+    text = list_inputs.__doc__.split("\n")[0].replace("List", "Convert", 1)
+    add = commands.add_parser(name, help=text, parents=parents).add_argument
+    if name in LAYOUTS:
+        add("--split", default="train", help="train, val or test (train)")
+    if kind == "videos":
+        frames = 8 if name == "mit" else 16  # Videos of mit last 3 s.
+        add("--frames", type=int, default=frames, help=f"per video, evenly spaced ({frames})")
+        add("--fps", type=float, help="frames per second of video, instead of --frames")
+    add("--short-side", type=int, default=256, help="in pixels; frames are never enlarged (256)")
+    add("--quality", type=int, default=90, help="of the JPEG frames, 1-100 (90)")
+    add("--per-class", type=int, help="convert only the first so many inputs of every class (all)")
+    text = "K/N: convert the K-th of N shares; `merge` joins them (1/1)"
+    add("--part", type=parse_share, default=(1, 1), help=text)
+    text = "keep a local copy of what is uploaded (yes)"
+    add("--keep-local", choices=("yes", "no"), default="yes", help=text)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the parsed command line.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def add(name: str, what: str, *options: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=what)
-        if "source" in options:
-            command.add_argument(
-                "source", metavar="SOURCE", help="folder or s3:// address; x.csv; {0..9}.tar"
-            )
-        command.add_argument("out", metavar="OUT", help="folder or s3:// address of the data set")
-        if "workers" in options:
-            command.add_argument("--workers", type=int, default=0, help="processes (one per core)")
-        if "skipped" in options:
-            command.add_argument(
-                "--max-skipped",
-                type=float,
-                default=0.01,
-                help="fraction that may be unreadable (0.01)",
-            )
-        return command
-
+    shared = shared_arguments()
+    out, workers, max_skipped = shared["out"], shared["workers"], shared["max_skipped"]
     for name in (*LAYOUTS, *EXTENSIONS):
-        kind, list_inputs = LAYOUTS.get(name, (name, list_any))
-        command = add(name, list_inputs.__doc__.split("\n")[0], "source", "workers", "skipped")
-        if name in LAYOUTS:
-            command.add_argument("--split", default="train", help="train, val or test (train)")
-        if kind == "videos":
-            frames = 8 if name == "mit" else 16  # its videos are of 3 s
-            command.add_argument(
-                "--frames",
-                type=int,
-                default=frames,
-                help=f"kept per video, evenly spaced ({frames})",
-            )
-            command.add_argument(
-                "--fps", type=float, help="keep frames at this rate instead, in Hz"
-            )
-        command.add_argument(
-            "--short-side", type=int, default=256, help="pixels, never enlarged (256)"
-        )
-        command.add_argument("--quality", type=int, default=90, help="JPEG quality, 1-100 (90)")
-        command.add_argument(
-            "--per-class", type=int, help="inputs of every class, the first in order (all)"
-        )
-        command.add_argument(
-            "--part",
-            type=share,
-            default=(1, 1),
-            help="K/N: do the K-th of N shares, then `merge` (1/1)",
-        )
-        command.add_argument(
-            "--keep-local",
-            choices=("yes", "no"),
-            default="yes",
-            help="keep what was uploaded (yes)",
-        )
-    add("merge", "join the shares of several machines", "skipped")
-    add("verify", "read every sample and name what is damaged", "workers")
-    command = add("demo", "make the demonstration", "workers")
-    command.add_argument(
-        "--garments", type=int, default=600, help="per class and split, at most (600)"
-    )
-    command = add("show", "draw a contact sheet of a data set")
-    command.add_argument("--to", default="sheet.png", help="picture to write (sheet.png)")
-    command.add_argument("--samples", type=int, default=12, help="rows (12)")
+        add_conversion(commands, name, list(shared.values()))
+    text = "Join the shares of several machines."
+    commands.add_parser("merge", help=text, parents=[out, max_skipped])
+    text = "Decode every frame and name what is corrupt."
+    commands.add_parser("verify", help=text, parents=[out, workers])
+    demo = commands.add_parser("demo", help="Make the demonstration.", parents=[out, workers])
+    text = "of every class in each split, at most (600)"
+    demo.add_argument("--garments", type=int, default=600, help=text)
+    sheet = commands.add_parser("show", help="Draw a contact sheet of a data set.", parents=[out])
+    sheet.add_argument("--to", default="sheet.png", help="picture to write (sheet.png)")
+    sheet.add_argument("--samples", type=int, default=12, help="rows (12)")
     args = parser.parse_args(arguments)
     if getattr(args, "workers", 0) < 0:
-        raise ValueError(f"--workers {args.workers} must not be negative")
+        raise ValueError(f"--workers {args.workers}: must be at least 0")
     if not 0 <= getattr(args, "max_skipped", 0) <= 1:
-        raise ValueError(f"--max-skipped {args.max_skipped} must be from 0 to 1")
+        raise ValueError(f"--max-skipped {args.max_skipped}: must be in [0, 1]")
     return args
+
+
+def run_conversion(args: argparse.Namespace) -> dict | None:
+    """Convert as the command line says; return the report, or None for a share."""
+    kind, list_inputs = LAYOUTS.get(args.command, (args.command, None))
+    given = {one.name: getattr(args, one.name) for one in fields(Recipe) if hasattr(args, one.name)}
+    return convert(
+        args.source,
+        args.out,
+        Recipe(kind, **given),
+        workers=args.workers,
+        max_skipped=args.max_skipped,
+        list_inputs=list_inputs,
+        split=getattr(args, "split", ""),
+        share=args.part,
+        keep_local=args.keep_local == "yes",
+    )
+
+
+def run_verify(args: argparse.Namespace) -> None:
+    """Print the faults of a data set, and raise ValueError if there are any."""
+    faults = verify(args.out, args.workers)
+    for fault in faults:
+        print(fault)
+    if faults:
+        raise ValueError(
+            f"{args.out} has {len(faults)} faults; delete the parts that are named, "
+            "and run the command that made the data set again"
+        )
+    print(f"{args.out}: {len(Clips(args.out))} samples, no faults")
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.command == "demo":
-        return demo(args.out, args.workers, args.garments)
+        return make_demo(args.out, args.workers, args.garments)
     if args.command == "show":
         return show(args.out, args.to, args.samples)
     if args.command == "verify":
-        faults = verify(args.out, args.workers)
-        for fault in faults:
-            print(fault)
-        if faults:
-            raise ValueError(
-                f"{args.out} has {len(faults)} faults; delete the parts named and give its command again"
-            )
-        print(f"{args.out}: {len(Clips(args.out))} samples, no faults")
-        return
-    if args.command == "merge":
-        report = merge(args.out, args.max_skipped)
-    else:
-        names = [name for name in Recipe.__dataclass_fields__ if hasattr(args, name)]
-        kind, list_inputs = LAYOUTS.get(args.command, (args.command, list_any))
-        recipe = Recipe(kind, **{name: getattr(args, name) for name in names})
-        inputs = (list_inputs, args.split) if args.command in LAYOUTS else (None, "")
-        how = (args.workers, args.max_skipped, *inputs, args.part, args.keep_local == "yes")
-        report = convert(args.source, args.out, recipe, *how)
+        return run_verify(args)
+    merging = args.command == "merge"
+    report = merge(args.out, args.max_skipped) if merging else run_conversion(args)
     if report is None:
+        number, count = args.part
         print(
-            f"{args.out}: share {args.part[0]} of {args.part[1]} is done; when all are: data_prep.py merge {args.out}"
+            f"{args.out}: share {number} of {count} is done; "
+            f"after all {count}, run: data_prep.py merge {args.out}"
         )
         return
     counts = ", ".join(f"{report[name]} {name}" for name in ("samples", "absent", "short"))

@@ -1,317 +1,348 @@
-"""Measure what was learnt: accuracy with many views, k-NN and linear probe of an encoder, pictures, an export for timm.
+"""Measure a model: accuracy with many views, k-NN and linear probe; draw pictures; export to timm.
 
-    python eval.py yamls/eval_demo.yaml                                     # k-NN, linear probe, pictures of runs/demo
-    python eval.py yamls/eval_demo.yaml checkpoint=null run_name=random     # the same of random weights
-    python eval.py yamls/eval_demo.yaml export=encoder.safetensors          # for timm.create_model
-    python eval.py yamls/compare.yaml                                       # trains and compares methods
+    python eval.py yamls/eval_demo.yaml                          # probes and pictures of runs/demo
+    python eval.py yamls/eval_demo.yaml random_weights=true run_name=random
+    python eval.py yamls/eval_demo.yaml export=encoder.safetensors
+    composer -n 8 eval.py yamls/eval_k400_vitl.yaml              # accuracy of a fine-tuned
+    classifier
 
-The signature of `evaluate` is the schema of its YAML files: each block that is given is a measurement. The last line printed
-is the result as JSON, which is also in runs/{run_name}/eval.json, but for tables and comparisons. An evaluation that was
-interrupted goes on when the same command is given again.
+The fields of EvalConfig are the keys of its YAML files: each block that is given is a measurement.
+The last line printed is the result as JSON, which is also in runs/{run_name}/eval.json.
 """
 
-import inspect
+import contextlib
 import json
-import shutil
 import sys
 import time
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
-from composer.devices import Device
+from composer import Trainer
 from composer.trainer.trainer import get_device
 from composer.utils import dist, reproducibility
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
-from benchmarks.compare import compare, write_table
+from evaluation.accuracy import load_eval
 from evaluation.pictures import draw_attention, draw_confusion, draw_reconstructions
-from evaluation.probes import cache_key, infer, measure_probe, readable
+from evaluation.probes import measure_probe
+from finetune import CLASSIFIERS, LinearProbe
+from methods import PRETRAINING
 from model import Classifier, Encoder, ViCMAE
-from shards.format import UNREADABLE, common_classes, read_classes
+from shards.format import common_classes, read_classes
 from shards.storage import Storage, write_file
-from shards.views import DataSets, EvalViews, PositiveFraction
-from training.config import RunName, load_config, one_line_errors
-from training.plan import activation_bytes, split_plan_flag, is_half, show_plan, size_of, stack_of
-from training.weights import load_pretrained, read_checkpoint
+from training.config import RunName, keywords_of, load_config, one_line_errors
+from training.plan import make_plan, size_of, split_plan_flag
+from training.weights import known_sizes, load_pretrained, read_checkpoint
+
+MODELS = PRETRAINING | CLASSIFIERS
+DTYPES = {"amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """The keys of an evaluation's YAML files.
+
+    Args:
+        run_name: of the run directory.
+        checkpoint: of pretrain.py or finetune.py, an official file or the name of timm's weights;
+            null for none. Method and sizes come from it, unless `method` and `model` give them.
+        random_weights: take only the sizes of `checkpoint`, for the baseline of random weights.
+        seed: of random weights and of the choice of labelled samples.
+        device: Composer's, such as cpu or gpu; the best that there is if null.
+        precision: of the forward passes.
+        method, model: the method, and arguments that replace those of the checkpoint.
+        accuracy: top-1 and top-5 accuracy of a classifier, see load_eval.
+        probe: k-NN and linear accuracy of the encoder, see measure_probe.
+        reconstructions, attention: data sets of which samples are drawn.
+        export: file for the encoder, or the classifier with its head, in timm's names.
+    """
+
+    run_name: RunName
+    checkpoint: str | None
+    random_weights: bool = False
+    seed: int = 0
+    device: str | None = None
+    precision: Literal["fp32", "amp_fp16", "amp_bf16"] = "fp32"
+    method: str | None = None
+    model: dict[str, Any] | None = None
+    accuracy: Annotated[dict, load_eval] | None = None
+    probe: Annotated[dict, measure_probe] | None = None
+    reconstructions: list[str] | None = None
+    attention: list[str] | None = None
+    export: str | None = None
+
+
+def check_request(config: EvalConfig) -> None:
+    """Check that something is asked for, and that data sets and folders exist.
+
+    Raises:
+        ValueError: they do not.
+    """
+    pictures = (config.reconstructions or []) + (config.attention or [])
+    if not (config.accuracy or config.probe or pictures or config.export):
+        blocks = "accuracy, probe, reconstructions, attention or export"
+        raise ValueError(f"no measurement: give a block {blocks}")
+    if config.random_weights and not config.checkpoint:
+        raise ValueError("random_weights: needs a checkpoint, whose sizes it takes")
+    features = (config.probe or {}).get("features")
+    for name, path in (("export", config.export), ("probe.features", features)):
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{name}={path}: its folder does not exist")
+    for path in pictures + (config.accuracy or {}).get("paths", []):
+        read_classes(path)
+
+
+def choose_method(config: EvalConfig, known: dict[str, Any], weights: dict[str, Tensor]) -> str:
+    """Return the name of the model class in MODELS that a checkpoint belongs to."""
+    if config.method:
+        return config.method
+    if known.get("method"):
+        return known["method"]
+    if known.get("stage") != "finetune":
+        return "vicmae"
+    if "neck.running_mean" in weights:
+        return "linear_probe"
+    return "omnivore" if "head.0.bias" in weights else "classifier"
+
+
+def count_classes(kind: type[Classifier], config: EvalConfig, weights: dict) -> int | list[int]:
+    """Return the number of classes that the head of a checkpoint has, or else the data sets have.
+
+    Raises:
+        ValueError: the checkpoint has no head, or the data sets have another number of classes.
+    """
+    if kind.head_per_data_set:
+        return kind.classes_in(weights)
+    named = common_classes(config.accuracy["paths"]) if config.accuracy else None
+    if "head.bias" not in weights:
+        if config.checkpoint or named is None:
+            raise ValueError(f"checkpoint={config.checkpoint}: has no classifier's head")
+        return len(named)
+    count = len(weights["head.bias"])
+    if named is not None and len(named) != count:
+        raise ValueError(
+            f"checkpoint={config.checkpoint}: its head has {count} classes, but "
+            f"{config.accuracy['paths'][0]} has {len(named)}"
+        )
+    return count
+
+
+def build_model(config: EvalConfig, planned_classes: int | None = None) -> ViCMAE | Classifier:
+    """Return the model of a checkpoint, with random weights.
+
+    Args:
+        planned_classes: number of classes for a plan, which reads no checkpoint; None otherwise.
+
+    Raises:
+        ValueError: an unknown method or size, or a checkpoint that does not suit the measurement.
+    """
+    planned = planned_classes is not None
+    known = known_sizes(config.checkpoint, planned) if config.checkpoint else {"model": {}}
+    weights = {}
+    if config.checkpoint and not planned:
+        weights = read_checkpoint(config.checkpoint)
+    method = choose_method(config, known, weights)
+    if method not in MODELS:
+        raise ValueError(f"method={method}: must be one of {', '.join(MODELS)}")
+    kind = MODELS[method]
+    keys = keywords_of(kind)
+    given = config.model or {}
+    if unknown := given.keys() - keys:
+        raise ValueError(f"model.{min(unknown)}: unknown key; {method} has {', '.join(keys)}")
+    if not known["model"] and not given:
+        raise ValueError("model: missing; without a checkpoint, give the sizes of the model")
+    sizes = {key: value for key, value in known["model"].items() if key in keys} | given
+    if not issubclass(kind, Classifier):
+        if config.accuracy:
+            raise ValueError(f"accuracy: needs a classifier, and method={method} is none")
+        return kind(**sizes)
+    if planned:
+        return kind([planned_classes] if kind.head_per_data_set else planned_classes, **sizes)
+    return kind(count_classes(kind, config, weights), **sizes)
+
+
+def load_model(config: EvalConfig) -> ViCMAE | Classifier:
+    """Return the model that is measured, with its weights, in evaluation mode.
+
+    Raises:
+        ValueError: see build_model; or the checkpoint lacks weights that are needed.
+    """
+    net = build_model(config)
+    if config.reconstructions and getattr(net, "decoder", None) is None:
+        raise ValueError(f"reconstructions: {type(net).__name__} has no decoder")
+    if config.checkpoint and not config.random_weights:
+        report = load_pretrained(net, config.checkpoint)
+        needed = ("head.", "neck.") if isinstance(net, Classifier) else ()
+        if config.reconstructions:
+            needed = ("decoder.",)
+        missing = [name for name in report["missing"] if name.startswith(needed or "-")]
+        if missing:
+            raise ValueError(f"checkpoint={config.checkpoint}: lacks {missing[0]}")
+    return net.eval()
 
 
 def measure_accuracy(
-    net: Classifier,
-    parts: Path,
-    *,
-    data: DataSets,
-    temporal_views: PositiveInt = 1,
-    spatial_views: PositiveInt = 1,
-    crop_pct: PositiveFraction = 0.875,
-    frame_interval: PositiveFloat | None = None,
-    batch_size: PositiveInt = 64,
-    num_workers: NonNegativeInt = 0,
-    part_size: PositiveInt = 1024,
+    net: Classifier, run: Path, config: EvalConfig
 ) -> tuple[dict[str, float], Tensor]:
-    """Accuracy, the softmax averaged over all views of a sample. See EvalViews for the views.
+    """Measure the accuracy of a classifier, its probabilities averaged over all views of a sample.
 
-    Args:
-        parts: folder for what is done already, see infer.
-        part_size: samples that an interruption costs at most.
-
-    Returns top-1, top-5 and samples a second, of those not done already, and the confusion matrix: (C, C) counts, a row for
-    each true class.
+    Returns:
+        top1, top5 and samples_per_second; the confusion matrix, (C, C) counts with true classes as
+        rows.
     """
-    sizes = (net.encoder.img_size, net.encoder.num_frames, temporal_views, spatial_views, crop_pct)
-    views = EvalViews(
-        data, *sizes, frame_interval=frame_interval, unreadable=parts.parent / UNREADABLE
+    data_sets = len(config.accuracy["paths"])
+    offsets = net.label_offsets(data_sets)
+    size, frames = net.encoder.img_size, net.encoder.num_frames
+    evaluator = load_eval(run, size, frames, offsets, **config.accuracy)
+    evaluator.metric_names.append("confusion")
+    device = get_device(config.device)
+    precision = config.precision if device.name == "gpu" else "fp32"
+    trainer = Trainer(
+        model=net,
+        eval_dataloader=evaluator,
+        device=device,
+        precision=precision,
+        seed=config.seed,
     )
-    begin, computed = time.monotonic(), 0
-
-    def forward(inputs: Tensor) -> Tensor:
-        nonlocal computed
-        computed += len(inputs) * dist.get_world_size()
-        return net.eval_forward({"inputs": inputs})
-
-    probabilities, labels = readable(
-        *infer(net, forward, views, batch_size, num_workers, parts, part_size)
-    )
-    result = {"samples_per_second": computed / (time.monotonic() - begin)}
-    for name, k in {
-        "top1": 1,
-        "top5": min(5, net.num_classes),
-    }.items():  # every rank has it all: nothing is to be gathered
-        result[name] = float(
-            multiclass_accuracy(probabilities, labels, net.num_classes, average="micro", top_k=k)
-        )
-    return result, multiclass_confusion_matrix(probabilities, labels, net.num_classes)
+    begin = time.monotonic()
+    trainer.eval()
+    seconds = time.monotonic() - begin
+    metrics = trainer.state.eval_metrics["eval"]
+    samples = len(evaluator.dataloader.dataloader.dataset)
+    result = {name: float(metrics[name].compute()) for name in ("top1", "top5")}
+    return result | {"samples_per_second": samples / seconds}, metrics["confusion"].compute().cpu()
 
 
-def export_timm(net: Encoder | Classifier, to: str) -> None:
-    """Write an encoder, or a classifier, in timm's names: timm.create_model(name, checkpoint_path=to, ...) loads it.
+def report_accuracy(net: Classifier, run: Path, config: EvalConfig) -> dict[str, float]:
+    """Measure the accuracy, draw confusion.png and write per_class.json."""
+    result, confusion = measure_accuracy(net, run, config)
+    if dist.get_global_rank() == 0:
+        names = read_classes(config.accuracy["paths"][0])
+        classes = names if len(names) == len(confusion) else list(map(str, range(len(confusion))))
+        draw_confusion(confusion, classes, run / "confusion.png")
+        right, counts = confusion.diag().tolist(), confusion.sum(dim=1).tolist()
+        by_class = zip(classes, right, counts, strict=True)
+        accuracy = {name: hits / count for name, hits, count in by_class if count}
+        Storage(str(run)).write_json("per_class.json", accuracy)
+    return result
 
-    The other arguments are num_classes=0 for an encoder; for a classifier num_classes=C and, where its pool is "cls",
-    global_pool="token", else global_pool="avg", fc_norm=False. The BatchNorm of a linear probe becomes part of the head.
+
+def export_timm(net: ViCMAE | Classifier, to: str) -> None:
+    """Write an encoder, or a classifier with its head, as a .safetensors file in timm's names.
+
+    timm.create_model(name, checkpoint_path=to, ...) loads it. The other arguments are num_classes=0
+    for an encoder. For a classifier they are num_classes=C and global_pool="token" if its pool is
+    "cls", else global_pool="avg", fc_norm=False. The BatchNorm of a linear probe becomes part of
+    the head.
 
     Raises:
         ValueError: an encoder of clips, which timm does not have.
     """
-    encoder = net.encoder if isinstance(net, Classifier) else net
-    if encoder.num_frames > 1:
+    if net.encoder.num_frames > 1:
         raise ValueError("export: timm has no ViT for clips; export an encoder of images")
-    state = encoder.state_dict()
+    state = net.encoder.state_dict()
     if isinstance(net, Classifier):
-        weight, bias = net.head.weight.detach(), net.head.bias.detach()
-        if net.freeze:
+        head = net.head
+        if not isinstance(head, nn.Linear):  # a head for each data set
+            head = head[net.data_set or 0]
+        weight, bias = head.weight.detach(), head.bias.detach()
+        if isinstance(net, LinearProbe):
             weight = weight / (net.neck.running_var + net.neck.eps).sqrt()
             bias = bias - weight @ net.neck.running_mean
         state |= {"head.weight": weight, "head.bias": bias}
-    file = safetensors.torch.save({name: value.contiguous().cpu() for name, value in state.items()})
+    state = {name: value.contiguous().cpu() for name, value in state.items()}
     if dist.get_global_rank() == 0:
-        write_file(to, file)
+        write_file(to, safetensors.torch.save(state))
 
 
-def evaluate(
-    *,
-    run_name: RunName,
-    checkpoint: str | None,
-    seed: int = 0,
-    device: str | None = None,
-    precision: Literal["fp32", "amp_fp16", "amp_bf16"] = "fp32",
-    model: Annotated[dict, ViCMAE] | None = None,
-    classifier: Annotated[dict, Classifier] | None = None,
-    head: NonNegativeInt | None = None,
-    accuracy: Annotated[dict, measure_accuracy] | None = None,
-    probe: Annotated[dict, measure_probe] | None = None,
-    reconstructions: list[str] | None = None,
-    attention: list[str] | None = None,
-    export: str | None = None,
-    table: Annotated[dict, write_table] | None = None,
-    comparison: Annotated[dict, compare] | None = None,
-) -> dict[str, Any]:
-    """Load a checkpoint and carry out the measurements that are asked for.
-
-    Args:
-        run_name, seed: folder in runs/; what draws random weights and chooses labelled samples.
-        device: Composer's, such as cpu or gpu; the best there is if not given.
-        checkpoint: of pretrain.py or finetune.py, an official file or the name of timm's weights; null for random weights.
-        precision: of the forward passes.
-        model: sizes of a pre-trained model, for `probe`, `reconstructions`, `attention` and `export`.
-        classifier: sizes of a classifier, for `accuracy`, and for `export` where no `model` is given.
-        head: where the classifier has one for each data set, which of them, from 0.
-        reconstructions, attention: data sets to draw samples from.
-        export: file to write the encoder, or the classifier, to, in timm's names.
-        table, comparison: of other runs; nothing else is measured then.
-
-    Raises:
-        ValueError: a checkpoint or data that do not fit, or a measurement without its model.
-    """
-    if table:
-        write_table(**table)
-        return {"table": table["to"]}
-    if comparison:
-        compare(**comparison)
-        return {"comparison": comparison["to"]}
-    whole = export and classifier and not model  # to be exported with its head
-    asked = {
-        "model": probe or reconstructions or attention or (export and not whole),
-        "classifier": accuracy or whole,
-    }
-    if not any(asked.values()):
-        raise ValueError(
-            "nothing is asked for; give accuracy, probe, reconstructions, attention, export, table, comparison"
-        )
-    for name, sizes in (("model", model), ("classifier", classifier)):
-        if asked[name] and sizes is None:
-            raise ValueError(f"the block {name} is missing: it gives the sizes of what is measured")
-    if reconstructions and model.get("mask") == "none":
-        raise ValueError(
-            "reconstructions: model.mask is none, and nothing is removed that could be reconstructed"
-        )
-    for name, to in (("export", export), ("probe.features", (probe or {}).get("features"))):
-        if to and not Path(to).absolute().parent.is_dir():
-            raise ValueError(f"{name} {to}: its folder does not exist")
-    for path in chain(reconstructions or (), attention or (), (accuracy or {}).get("data", ())):
-        read_classes(path)
-
-    where = get_device(device)
-    kind, half = (
-        {"gpu": "cuda"}.get(where.name, where.name),
-        {"amp_fp16": torch.float16, "amp_bf16": torch.bfloat16},
-    )
-    autocast = torch.autocast(kind, half.get(precision), enabled=precision in half)
-    dist.initialize_dist(where)
-    reproducibility.seed_all(seed)
-    run, first = Path("runs", run_name), dist.get_global_rank() == 0
-    result: dict[str, Any] = {"run_name": run_name, "checkpoint": checkpoint, "seed": seed}
-    run.mkdir(parents=True, exist_ok=True)
-    if asked["model"]:
-        net = load(ViCMAE(**model), checkpoint, where, ("decoder.",) if reconstructions else ())
-        if probe:
-            with autocast:
-                parts = (
-                    run
-                    / f"parts-{cache_key(checkpoint, seed, model, probe | {'precision': precision})}"
-                )
-                result |= measure_probe(net.encoder, seed, run, parts, **probe)
-        if reconstructions and first:
-            draw_reconstructions(net, reconstructions, run / "reconstructions.png")
-        if attention and first:
-            draw_attention(net.encoder, attention, run / "attention.png")
-        if export:
-            export_timm(net.encoder, export)
-    if asked["classifier"]:
-        classes = (
-            common_classes(accuracy["data"]) if accuracy else range(count_classes(checkpoint, head))
-        )
-        net = load(
-            Classifier(len(classes), **classifier), checkpoint, where, ("head.", "neck."), head
-        )
-        if whole:
-            export_timm(net, export)
-    if accuracy:
+def probe_and_draw(net: nn.Module, run: Path, config: EvalConfig) -> dict[str, float]:
+    """Carry out the measurements of the encoder."""
+    kind = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    autocast = contextlib.nullcontext()
+    if config.precision in DTYPES:
+        autocast = torch.autocast(kind, DTYPES[config.precision])
+    result = {}
+    if config.probe:
         with autocast:
-            told = accuracy | {"precision": precision, "head": head}
-            parts = run / f"parts-{cache_key(checkpoint, seed, classifier, told)}"
-            measured, confusion = measure_accuracy(net, parts, **accuracy)
-        result |= measured
-        if first:
-            draw_confusion(confusion, classes, run / "confusion.png")
-            counts = zip(
-                classes, confusion.diag().tolist(), confusion.sum(dim=1).tolist(), strict=True
-            )
-            right = {name: hits / count for name, hits, count in counts if count}
-            Storage(str(run)).write_json("per_class.json", right)
-    if first:
-        Storage(str(run)).write_json("eval.json", result)
-        for folder in run.glob("parts-*"):
-            shutil.rmtree(folder)
+            result = measure_probe(net.encoder, config.seed, run, **config.probe)
+    if dist.get_global_rank() == 0:
+        if config.reconstructions:
+            draw_reconstructions(net, config.reconstructions, run / "reconstructions.png")
+        if config.attention:
+            draw_attention(net.encoder, config.attention, run / "attention.png")
     return result
 
 
-def count_classes(checkpoint: str | None, head: int | None) -> int:
-    """C of a classifier's checkpoint; see read_checkpoint.
-
-    Raises:
-        ValueError: it has no head, or none is given.
-    """
-    bias = read_checkpoint(checkpoint, head).get("head.bias") if checkpoint else None
-    if bias is None:
-        raise ValueError(
-            f"export: checkpoint {checkpoint} has no head; give the block model to export the encoder alone"
-        )
-    return len(bias)
-
-
-def load(
-    net: nn.Module,
-    checkpoint: str | None,
-    device: Device,
-    needed: tuple[str, ...],
-    head: int | None = None,
-) -> nn.Module:
-    """Fill a model from a checkpoint, see load_pretrained, and put it on the device.
-
-    Raises:
-        ValueError: the checkpoint lacks weights whose names begin with one of `needed`, or has some that the model has not.
-    """
-    if checkpoint:
-        report = load_pretrained(net, checkpoint, head)
-        missing = [name for name in report["missing"] if name.startswith(needed)] if needed else []
-        if "head.0.bias" in report["unused"] and "head.bias" in missing:
-            raise ValueError(
-                f"checkpoint {checkpoint} has a head for each of several data sets; say which, such as head=0"
-            )
-        if missing:
-            raise ValueError(f"checkpoint {checkpoint} lacks {missing[0]}, which is needed here")
-        if "neck." in needed and any(name.startswith("neck.") for name in report["unused"]):
-            raise ValueError(
-                f"checkpoint {checkpoint} is of a linear probe; set classifier.freeze to true"
-            )
-    return device.module_to_device(net).eval()
-
-
-def plan(config: dict[str, Any], gpus: int) -> str:
-    """What an evaluation would take, from its configuration alone; the linear heads of a probe are not counted.
-
-    Raises:
-        ValueError: neither accuracy nor probe is asked for.
-    """
-    asked = config.get("accuracy") or config.get("probe")
-    if not asked:
-        raise ValueError("--plan: give a block accuracy or probe, which this configuration has not")
-    sizes = config.get("classifier") or {
-        key: value
-        for key, value in config["model"].items()
-        if key in inspect.signature(Encoder).parameters
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Load a checkpoint and carry out the measurements that a config asks for."""
+    check_request(config)
+    device = get_device(config.device)
+    dist.initialize_dist(device)
+    reproducibility.seed_all(config.seed)
+    run = Path("runs", config.run_name)
+    run.mkdir(parents=True, exist_ok=True)
+    net = device.module_to_device(load_model(config))
+    result: dict[str, Any] = {
+        "run_name": config.run_name,
+        "checkpoint": config.checkpoint,
+        "seed": config.seed,
     }
-    data = asked.get("data") or asked["bank"] + asked["queries"]
-    views = asked.get("temporal_views", 1) * asked.get("spatial_views", 1)
+    if config.random_weights:
+        result["random_weights"] = True
+    result |= probe_and_draw(net, run, config)
+    if config.export:
+        export_timm(net, config.export)
+    if config.accuracy:
+        result |= report_accuracy(net, run, config)
+    if dist.get_global_rank() == 0:
+        Storage(str(run)).write_json("eval.json", result)
+    return result
+
+
+def plan(config: EvalConfig, gpus: int) -> str:
+    """Return the cost of an evaluation, computed without data; linear heads are not counted.
+
+    Raises:
+        ValueError: there is neither accuracy nor probe.
+    """
+    if not (config.accuracy or config.probe):
+        raise ValueError("--plan: give a block accuracy or probe")
+    block = config.accuracy or config.probe
+    paths = block["paths"] if config.accuracy else block["bank"] + block["queries"]
+    views = block.get("temporal_views", 1) * block.get("spatial_views", 1)
     with torch.device("meta"):
-        net = Classifier(
-            size_of(data[0])[1], **sizes | {"freeze": True}
-        )  # counted without a backward pass
-        frames, size = net.encoder.num_frames, net.encoder.img_size
-        flops = net.flops_per_batch({"inputs": torch.empty(1, views, frames, 3, size, size)})
-    net.requires_grad_(False)
-    precision, at_once = config.get("precision", "fp32"), asked.get("batch_size", 256)
-    stacks = [stack_of(net.encoder, 1 + net.encoder.num_patches)]
-    activations = (
-        at_once * views * (activation_bytes(stacks, precision, 0) + 2 * 4 * frames * 3 * size**2)
-    )
-    state = 4 * sum(parameter.numel() for parameter in net.parameters())
-    samples = sum(size_of(path)[0] for path in data)
-    return show_plan(net, gpus, samples, flops, is_half(precision), state, activations, at_once)
+        net = build_model(config, planned_classes=size_of(paths[0])[1])
+        encoder = Embedder(net.encoder).requires_grad_(False)
+        size, frames = net.encoder.img_size, net.encoder.num_frames
+        batch = {"inputs": torch.empty(1, views, frames, 3, size, size)}
+    samples = sum(size_of(path)[0] for path in paths)
+    at_once = block.get("batch_size", 256)
+    return str(make_plan(encoder, batch, samples, at_once, config.precision, gpus))
+
+
+class Embedder(nn.Module):
+    """The encoder's forward pass on a batch of an evaluation, for its plan."""
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        x = batch["inputs"].flatten(0, 1)
+        return self.encoder(x.flatten(0, 1) if self.encoder.num_frames == 1 else x)
 
 
 def main() -> None:
     with one_line_errors():
         arguments, gpus = split_plan_flag(sys.argv[1:])
-        config = load_config(arguments, evaluate)
+        config = EvalConfig(**load_config(arguments, EvalConfig))
         if gpus:
             print(plan(config, gpus))
             return
-        result = evaluate(**config)
+        result = evaluate(config)
     if dist.get_global_rank() == 0:
         print(json.dumps(result))
 

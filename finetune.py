@@ -1,82 +1,75 @@
-"""Fine-tune a pre-trained encoder, or a linear head on it, to classify images or clips (paper section 4).
+"""Fine-tune a pre-trained encoder to classify images or clips, or train a linear head on it
+(section 4).
 
-    composer finetune.py yamls/finetune_demo.yaml                                             # clips, from yamls/demo.yaml
-    composer finetune.py yamls/linprobe_demo.yaml                                             # a linear head on stills
+    composer finetune.py yamls/finetune_demo.yaml        # clips, on the encoder of yamls/demo.yaml
+    composer finetune.py yamls/linprobe_demo.yaml        # a linear head, on stills
+    composer finetune.py yamls/finetune_demo.yaml random_weights=true run_name=finetune_random
 
-The signature of `finetune` is the schema of its YAML files. All of a run is in runs/{run_name}/, as in pre-training.
+The fields of FinetuneConfig are the keys of its YAML files. Everything of a run is in
+runs/{run_name}/, as in pre-training.
 """
 
 import math
 import random
 import sys
 import zlib
-from dataclasses import KW_ONLY, dataclass
-from itertools import accumulate
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from composer import Trainer
-from composer.core import DataSpec
-from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.utils import dist
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from timm.optim import Lars
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from model import Classifier, ProperFraction, ProbeHeads
-from shards.format import UNREADABLE, common_classes, decode_frame
+import methods
+from evaluation.accuracy import load_eval
+from model import Batch, Classifier, ProperFraction, all_gather
+from shards.augment import MEAN, normalise
+from shards.format import common_classes, decode_frame
 from shards.stream import load_stream
-from shards.views import (
-    MEAN,
-    DataSets,
-    EvalViews,
-    PositiveFraction,
-    UnitInterval,
-    crop_and_scale,
-    draw_crop,
-    normalise,
-    pick_frames,
-)
-from training.checkpoints import Checkpoints
-from training.config import RunName, load_config, one_line_errors
-from training.plan import (
-    ALL_KEPT,
-    activation_bytes,
-    split_plan_flag,
-    size_of,
-    stack_of,
-    training_plan,
-)
-from training.run import TrainerBlock, build_optimizer, build_trainer, finish_run, fit, start_run
-from training.speedups import ALGORITHMS, CALLBACKS, LOGGERS, unwrapped
-from training.weights import describe, load_pretrained
+from shards.views import UnitInterval, crop_and_scale, draw_crop, pick_frames
+from training.config import Choice, load_config, one_line_errors
+from training.cost import flops_per_sample
+from training.optimizer import build_optimizer
+from training.plan import size_of, split_plan_flag, training_plan
+from training.run import RunConfig, build_trainer, finish_run, fit, start_run
+from training.speedups import unwrapped
+from training.weights import describe, known_sizes, load_pretrained
+
+ENCODER_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
 
 
 @dataclass
 class FinetuningViews:
-    """How a labelled sample is seen in training: crop and flip, one for all frames, then erasing, mixup and cutmix.
+    """Crop, flip and policy of a labelled sample, then erasing, mixup and cutmix of a batch.
+
+    All frames of a clip are treated alike.
 
     Args:
-        label_offsets: what is added to the labels of each stream; nothing if not given.
+        label_offsets: number of the first class of each stream; all 0 if empty.
         crop_scale, crop_ratio: of RandomResizedCrop.
-        flip: probability; 0 where a label has a direction.
-        frame_interval: seconds between two frames, for a piece of the clip; None for the whole clip. See pick_frames.
-        rand_augment: policy in timm's notation, such as rand-m9-mstd0.5-inc1; alike for all frames of a clip.
-        erasing: probability that a box of a sample becomes noise (timm's RandomErasing, mode "pixel").
-        mixup, cutmix: alpha of the beta distribution of their share; 0 is off. One of the two is drawn for each batch.
+        flip: probability; 0 if labels have a direction.
+        frame_interval: seconds between two frames, for a part of the clip; None for the whole clip.
+        rand_augment: policy in timm's notation, such as rand-m9-mstd0.5-inc1.
+        erasing: probability that a box of a sample becomes noise (timm's RandomErasing, mode
+            "pixel").
+        mixup, cutmix: alpha of the beta distribution of the mixed share; 0 is off. One of the two
+            is drawn for each batch.
         label_smoothing: in [0, 1).
-        held_out: fraction of the samples, by a checksum of their names, that are not trained on but choose a linear head.
+        held_out: fraction of the samples, by a checksum of their names, that are not trained on.
+            They choose the learning rate of a linear probe.
 
     Raises:
-        ValueError: a policy that timm does not have, samples held out where all are mixed, or labels that are smoothed where
-            the classes are of several data sets.
+        ValueError: a policy that timm does not know, or settings that exclude each other.
     """
 
     img_size: int
@@ -96,77 +89,91 @@ class FinetuningViews:
     held_out: UnitInterval = 0.0
 
     def __post_init__(self):
-        mixing = {"label_smoothing": self.label_smoothing, "num_classes": self.num_classes}
-        self.mix = Mixup(self.mixup, self.cutmix, **mixing) if self.mixup or self.cutmix else None
+        self.mix = None
+        if self.mixup or self.cutmix:
+            smoothing, classes = self.label_smoothing, self.num_classes
+            self.mix = Mixup(
+                self.mixup, self.cutmix, label_smoothing=smoothing, num_classes=classes
+            )
         if self.mix and self.held_out:
             raise ValueError(
-                "augment.held_out needs augment.mixup and augment.cutmix to be 0: they would mix its labels in"
+                f"augment.held_out={self.held_out}: augment.mixup and augment.cutmix must be 0, "
+                "since they would mix in the labels of the held-out samples"
             )
-        if self.label_offsets and self.label_smoothing:
+        if any(self.label_offsets) and self.label_smoothing:
             raise ValueError(
-                "augment.label_smoothing must be 0 with own_heads: it would reach other data sets' classes"
+                f"augment.label_smoothing={self.label_smoothing}: must be 0 with a head for each "
+                "data set, since it would reach the classes of other data sets"
             )
-        self.policy = None
-        if self.rand_augment:
-            colour = tuple(round(255 * one) for one in MEAN)
-            hints = {"translate_const": int(0.45 * self.img_size), "img_mean": colour}
-            try:
-                self.policy = rand_augment_transform(self.rand_augment, hints)
-            except (AssertionError, ValueError) as error:
-                example = "one is rand-m9-mstd0.5-inc1"
-                raise ValueError(
-                    f"augment.rand_augment {self.rand_augment} is no policy of timm's; {example}"
-                ) from error
+        self.policy = self.new_policy() if self.rand_augment else None
 
-    def draw(self, sample: dict, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Run in a worker on a stored sample -> `inputs` uint8 (1, T, 3, H, W), `target`, `key` (seeds what follows).
+    def new_policy(self):
+        colour = tuple(round(255 * mean) for mean in MEAN)
+        hints = {"translate_const": int(0.45 * self.img_size), "img_mean": colour}
+        try:
+            return rand_augment_transform(self.rand_augment, hints)
+        except (AssertionError, ValueError) as error:
+            raise ValueError(
+                f"augment.rand_augment={self.rand_augment}: timm has no such policy; an example is "
+                "rand-m9-mstd0.5-inc1"
+            ) from error
 
-        Frames are picked from a random place, and cropped and flipped alike. `held_out` is the label of a sample that is not
-        to be trained on, else -1.
+    def draw(self, sample: dict, rng: np.random.Generator) -> dict[str, Any]:
+        """Crop, flip and augment a stored sample, in a data worker.
+
+        Returns:
+            `inputs` uint8 (1, T, 3, H, W); `target`; `held_out`, the label if the sample is held
+            out, else -1; `key`, which seeds the random numbers of apply.
 
         Raises:
-            ValueError: the sample has no label; the stream names it and goes on with the next.
+            ValueError: the sample has no label. The stream records it and takes the next sample.
         """
         if sample["label"] < 0:
             raise ValueError("has no label")
-        picked = pick_frames(
-            sample["timestamps"], self.num_frames, self.frame_interval, rng.random()
-        )
+        timestamps = sample["timestamps"]
+        picked = pick_frames(timestamps, self.num_frames, self.frame_interval, rng.random())
         frames = {index: decode_frame(sample, index) for index in set(picked)}
-        box = draw_crop(rng, *frames[picked[0]].shape[:2], self.crop_scale, self.crop_ratio)
-        clip = torch.stack([crop_and_scale(frames[index], box, self.img_size) for index in picked])
+        height, width = frames[picked[0]].shape[:2]
+        box = draw_crop(rng, height, width, self.crop_scale, self.crop_ratio)
+        crops = [crop_and_scale(frames[index], box, self.img_size) for index in picked]
+        clip = torch.stack(crops)  # (T, 3, H, W)
         if rng.random() < self.flip:
             clip = clip.flip(3)
         if self.policy:
             seed = int(rng.integers(2**31))
-            clip = torch.stack([self.augmented(frame, seed) for frame in clip])
-        kept_out = zlib.crc32(sample["name"].encode()) < self.held_out * 2**32
-        label = sample["label"] + (
-            self.label_offsets[sample["stream"]] if self.label_offsets else 0
-        )
-        drawn = {"inputs": clip[None], "target": label, "held_out": label if kept_out else -1}
-        return drawn | {"key": int(rng.integers(2**31))}
+            clip = torch.stack([self.apply_policy(frame, seed) for frame in clip])
+        is_held_out = zlib.crc32(sample["name"].encode()) < self.held_out * 2**32
+        label = sample["label"]
+        if self.label_offsets:
+            label += self.label_offsets[sample["stream"]]
+        return {
+            "inputs": clip[None],
+            "target": label,
+            "held_out": label if is_held_out else -1,
+            "key": int(rng.integers(2**31)),
+        }
 
-    def augmented(self, frame: Tensor, seed: int) -> Tensor:
-        """What the policy makes of a frame (3, H, W) uint8; timm draws from global generators."""
+    def apply_policy(self, frame: Tensor, seed: int) -> Tensor:
+        """Apply the policy to a frame uint8 (3, H, W); timm draws from the global generators."""
         random.seed(seed)
         np.random.seed(seed)
         return pil_to_tensor(self.policy(to_pil_image(frame)))
 
-    def apply(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run on the device: `inputs` normalised, erased and mixed (B, 1, T, 3, H, W); `target` mixed (B, C); `held_out`.
+    def apply(self, batch: Batch) -> Batch:
+        """Normalise, erase and mix a batch, on the device.
 
-        The target of a sample that is held out is zero: its cross-entropy is, too.
+        timm draws from the global generators, as does drop path in the forward pass that follows.
+        All are seeded by the key of the first sample, so that a step depends on its batch alone and
+        a resumed run repeats it.
 
-        timm draws from the global generators, and so does drop path in the forward pass that follows: all are seeded by the
-        first sample's key, so that a step depends on its batch alone and a resumed run repeats it.
+        Returns:
+            `inputs` (B, 1, T, 3, H, W); `target` (B, C), 0 for a held-out sample; `held_out` (B,).
         """
         key = int(batch["key"][0])
         random.seed(key)
         np.random.seed(key)
         torch.manual_seed(key)
         inputs, target = batch["inputs"], batch["target"]
-        shape = inputs.shape
         x = normalise(inputs).flatten(1, 3)  # (B, T * 3, H, W): one box for all frames
         if self.erasing:
             x = RandomErasing(self.erasing, mode="pixel", device=x.device)(x)
@@ -175,43 +182,86 @@ class FinetuningViews:
         else:
             target = mixup_target(target, self.num_classes, smoothing=self.label_smoothing)
             target = target * (batch["held_out"] < 0)[:, None]
-        return {"inputs": x.view(shape), "target": target, "held_out": batch["held_out"]}
+        return {"inputs": x.view(inputs.shape), "target": target, "held_out": batch["held_out"]}
 
 
-def normalise_views(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`inputs` of EvalViews, uint8 -> normalised."""
-    return {"inputs": normalise(batch["inputs"]), "target": batch["target"]}
+class GlobalBatchNorm(nn.BatchNorm1d):
+    """A BatchNorm over the samples of all ranks, for features that need no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        gathered = super().forward(all_gather(x))  # (B of all ranks, D)
+        own = dist.get_global_rank() if len(gathered) > len(x) else 0
+        return gathered.view(-1, *x.shape)[own]
 
 
-def load_eval(
-    run: Path,
-    img_size: int,
-    num_frames: int,
-    label_offsets: tuple[int, ...] = (),
-    *,
-    paths: DataSets,
-    batch_size: PositiveInt = 64,
-    num_workers: NonNegativeInt = 0,
-    crop_pct: PositiveFraction = 0.875,
-    frame_interval: PositiveFloat | None = None,
-) -> DataSpec:
-    """The loader of the validation data: one central view of each sample.
+class ProbeHeads(nn.ModuleList):
+    """Linear heads on the same features, each trained at its own learning rate.
+
+    The best head has most held-out training samples right; a step counts 0.98 times the next step.
+    """
+
+    def __init__(self, heads: list[nn.Linear]):
+        super().__init__(heads)
+        self.register_buffer("right", torch.zeros(len(heads)))  # discounted counts
+
+    def best(self) -> int:
+        return int(self.right.argmax())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, heads, C) in training, and (B, C) of the best head in evaluation."""
+        if self.training:
+            return torch.stack([head(x) for head in self], dim=1)
+        return self[self.best()](x)
+
+    @torch.no_grad()
+    def count(self, logits: Tensor, held_out: Tensor) -> None:
+        """Count the correct predictions of logits (B, heads, C) on held-out labels (B,); -1 = none.
+        """
+        right = (logits.argmax(dim=-1) == held_out[:, None]).sum(dim=0).float()  # (heads,)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(right)
+        self.right.mul_(0.98).add_(right)
+
+
+class LinearProbe(Classifier):
+    """A linear head on a frozen encoder, after a BatchNorm without affine parameters (source: MAE).
 
     Args:
-        label_offsets, crop_pct, frame_interval: see EvalViews.
-        paths: data sets of data_prep.py.
-        batch_size: samples of each rank.
-        num_workers: processes of each rank.
+        heads: number of heads that are trained at once, see ProbeHeads.
+        classifier: arguments of Classifier.
     """
-    how = {"crop_pct": crop_pct, "frame_interval": frame_interval, "unreadable": run / UNREADABLE}
-    data = EvalViews(paths, img_size, num_frames, label_offsets=label_offsets, **how)
-    sampler = dist.get_sampler(data, drop_last=False, shuffle=False)
-    loader = DataLoader(data, batch_size, sampler=sampler, num_workers=num_workers)
-    return DataSpec(loader, batch_transforms=normalise_views)
+
+    def __init__(self, num_classes: int, heads: int = 1, **classifier):
+        super().__init__(num_classes, **classifier)
+        width = self.encoder.norm.normalized_shape[0]
+        self.neck = GlobalBatchNorm(width, affine=False, eps=1e-6)
+        if heads > 1:
+            self.head = ProbeHeads([self.new_head(num_classes) for _ in range(heads)])
+        self.encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "LinearProbe":
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the cross-entropy, summed over the heads."""
+        if not isinstance(self.head, ProbeHeads):
+            return super().loss(outputs, batch)
+        logits = outputs.flatten(0, 1).float()  # (B * V, heads, C)
+        views = outputs.shape[1]
+        target = batch["target"].repeat_interleave(views, dim=0)
+        self.head.count(logits, batch["held_out"].repeat_interleave(views))
+        return sum(F.cross_entropy(head_logits, target) for head_logits in logits.unbind(1))
+
+
+CLASSIFIERS = methods.CLASSIFIERS | {"linear_probe": LinearProbe}
 
 
 def build_lars(
-    net: Classifier,
+    net: LinearProbe,
     global_train_batch_size: int,
     *,
     base_lrs: Annotated[list[PositiveFloat], Field(min_length=1)],
@@ -219,138 +269,180 @@ def build_lars(
     weight_decay: NonNegativeFloat = 0.0,
     trust_coeff: PositiveFloat = 0.001,
 ) -> Lars:
-    """LARS for the heads of a linear probe, one for each learning rate. Biases have SGD's step (source: MAE).
+    """Return LARS for the heads of a linear probe. Biases take SGD's step (source: MAE).
 
     Args:
-        base_lrs: for 256 samples; lr = base_lr * batch / 256.
-        trust_coeff: length of a step relative to the weights', at a learning rate of 1.
+        base_lrs: a learning rate for each head, per 256 samples; lr = base_lr * batch / 256.
+        trust_coeff: length of a step relative to the weights' norm, at a learning rate of 1.
     """
     groups = []
     heads = net.head if isinstance(net.head, ProbeHeads) else [net.head]
     for head, base_lr in zip(heads, base_lrs, strict=True):
         lr = base_lr * global_train_batch_size / 256
-        groups.append(
-            {"params": [head.weight], "lr": lr, "always_adapt": True, "weight_decay": weight_decay}
-        )
-        groups.append({"params": [head.bias], "lr": lr, "always_adapt": False, "weight_decay": 0.0})
+        weight = {"params": [head.weight], "always_adapt": True, "weight_decay": weight_decay}
+        bias = {"params": [head.bias], "always_adapt": False, "weight_decay": 0.0}
+        groups += [weight | {"lr": lr}, bias | {"lr": lr}]
     return Lars(groups, momentum=momentum, trust_coeff=trust_coeff)
 
 
-def finetune(
-    *,
-    run_name: RunName,
-    seed: int,
-    pretrained: str | None,
-    data: Annotated[dict, load_stream],
-    eval_data: Annotated[dict, load_eval],
-    augment: Annotated[dict, FinetuningViews],
-    model: Annotated[dict, Classifier],
-    optimizer: Annotated[dict, build_optimizer] | None = None,
-    lars: Annotated[dict, build_lars] | None = None,
-    schedule: Annotated[dict, CosineAnnealingWithWarmupScheduler],
-    trainer: TrainerBlock,
-    checkpoints: Annotated[dict, Checkpoints] | None = None,
-    algorithms: Annotated[dict, ALGORITHMS] | None = None,
-    callbacks: Annotated[dict, CALLBACKS] | None = None,
-    loggers: Annotated[dict, LOGGERS] | None = None,
-    own_heads: bool = False,
-    allow_changes: bool = False,
-) -> Trainer:
-    """The Trainer of a fine-tuning run; the parameters are the blocks of its YAML files.
+@dataclass(kw_only=True)
+class FinetuneConfig(RunConfig):
+    """The keys of a fine-tuning's YAML files.
 
     Args:
-        pretrained: a checkpoint of pretrain.py, an official file or the name of timm's weights; null for random weights.
-        optimizer, lars: the one or the other; LARS is for linear probes, with a head for each of its learning rates.
-        own_heads: whether each of data.streams has classes and a head of its own (OMNIVORE); eval_data.paths then are of the
-            same data sets, one each.
+        pretrained: a checkpoint of pretrain.py, an official file or the name of timm's weights;
+            null for none. The sizes of the encoder come from it, unless `model` gives them.
+        random_weights: take only the sizes of `pretrained`, for the baseline of random weights.
+        method: classifier, linear_probe or omnivore.
+        optimizer, lars: one of the two. LARS is for linear probes, with a head for each of its
+            learning rates.
+    """
+
+    pretrained: str | None
+    eval_data: Annotated[dict, load_eval]
+    augment: Annotated[dict, FinetuningViews]
+    model: Annotated[dict, Choice("method", CLASSIFIERS, "classifier")]
+    optimizer: Annotated[dict, build_optimizer] | None = None
+    lars: Annotated[dict, build_lars] | None = None
+    method: str | None = None
+    random_weights: bool = False
+
+    @property
+    def kind(self) -> type[Classifier]:
+        return CLASSIFIERS[self.method or "classifier"]
+
+    @property
+    def training_paths(self) -> list[str]:
+        return [stream["path"] for stream in self.data["streams"]]
+
+    def new_model(self, classes: int | list[int]) -> Classifier:
+        if self.lars and len(self.lars["base_lrs"]) > 1:
+            return self.kind(classes, len(self.lars["base_lrs"]), **self.model)
+        return self.kind(classes, **self.model)
+
+
+def check_blocks(config: FinetuneConfig) -> None:
+    """Check that the blocks of a config go together.
 
     Raises:
-        ValueError: blocks that do not go together.
+        ValueError: they do not.
     """
-    config = locals().copy()
-    if (optimizer is None) == (lars is None):
+    if (config.optimizer is None) == (config.lars is None):
         raise ValueError("give one of the blocks optimizer (AdamW) and lars (for a linear probe)")
-    if lars and not model.get("freeze"):
+    if config.lars and config.kind is not LinearProbe:
+        raise ValueError("lars: works for a linear probe only; give method=linear_probe")
+    several = config.lars and len(config.lars["base_lrs"]) > 1
+    if several and not config.augment.get("held_out"):
         raise ValueError(
-            "lars is for a linear probe; set model.freeze to true, or give optimizer in its place"
+            "augment.held_out=0: held-out samples choose one of lars.base_lrs; give 0.01, say"
         )
-    heads = len(lars["base_lrs"]) if lars else 1
-    if heads > 1 and not augment.get("held_out"):
+    if config.random_weights and not config.pretrained:
+        raise ValueError("random_weights: needs the checkpoint pretrained, whose sizes it takes")
+    testing = config.eval_data["paths"]
+    if config.kind.head_per_data_set and len(config.training_paths) != len(testing):
         raise ValueError(
-            "augment.held_out is 0, but one of lars.base_lrs is to be chosen by what is held out; give 0.01"
+            f"method={config.method}: give one of eval_data.paths for each of data.streams"
         )
-    training, testing = [stream["path"] for stream in data["streams"]], eval_data["paths"]
-    if own_heads and (lars or len(training) != len(testing)):
+
+
+def complete_sizes(config: FinetuneConfig, planned: bool = False) -> FinetuneConfig:
+    """Return a config whose block `model` has the sizes of the pre-trained encoder.
+
+    Raises:
+        ValueError: neither the block nor `pretrained` gives a size.
+    """
+    known = known_sizes(config.pretrained, planned)["model"] if config.pretrained else {}
+    sizes = {name: known[name] for name in ENCODER_SIZES if name in known}
+    model = sizes | config.model
+    if missing := [name for name in ENCODER_SIZES if name not in model]:
         raise ValueError(
-            "own_heads: give optimizer, not lars, and for each of data.streams one of eval_data.paths"
+            f"model.{missing[0]}: missing, and pretrained={config.pretrained} has none"
         )
+    return replace(config, model=model)
+
+
+def count_classes(config: FinetuneConfig) -> int | list[int]:
+    """Return the number of classes; of each data set, if each has a head of its own.
+
+    Raises:
+        ValueError: data sets that are missing, have no labels or differ in their classes.
+    """
+    training, testing = config.training_paths, config.eval_data["paths"]
+    if not config.kind.head_per_data_set:
+        return len(common_classes(training + testing))
+    return [len(common_classes(list(pair))) for pair in zip(training, testing, strict=True)]
+
+
+def finetune(config: FinetuneConfig) -> Trainer:
+    """Return the Trainer of a fine-tuning run."""
+    check_blocks(config)
+    config = complete_sizes(config)
+    classes = count_classes(config)
+    flops = flops_per_sample(*shapes(config, classes)) if config.logs_speed else 0.0
     run = start_run(config)
-    label_offsets = ()
-    if own_heads:
-        classes = [len(common_classes(list(pair))) for pair in zip(training, testing, strict=True)]
-        label_offsets = (0, *accumulate(classes[:-1]))
-    else:
-        classes = len(common_classes(training + testing))
-    net = Classifier(classes, heads, **model)
-    if pretrained:
-        report = load_pretrained(net, pretrained)
+    net = config.new_model(classes)
+    if config.pretrained and not config.random_weights:
+        table = load_pretrained(net, config.pretrained)
         if dist.get_global_rank() == 0:
-            print(f"weights of {pretrained}:\n{describe(report)}")
-    num_frames = model.get("num_frames", 1)
-    clips = FinetuningViews(
-        net.encoder.img_size, num_frames, net.num_classes, label_offsets, **augment
-    )
-    loader, micro_size = load_stream(
-        clips.draw, clips.apply, seed, net.encoder.patch_size, run, **data
-    )
-    if clips.mix and micro_size % 2:
+            print(f"weights of {config.pretrained}:\n{describe(table)}")
+    size, frames = net.encoder.img_size, net.encoder.num_frames
+    offsets = net.label_offsets(len(config.training_paths))
+    views = FinetuningViews(size, frames, net.num_classes, offsets, **config.augment)
+    patch_size = net.encoder.patch_size
+    stream = load_stream(views.draw, views.apply, config.seed, patch_size, run, **config.data)
+    loader, micro_size = stream
+    if views.mix and micro_size % 2:
         raise ValueError(
-            f"a micro-batch of {micro_size} on each rank must be even for mixup and cutmix, or set both to 0"
+            f"data: a micro-batch of {micro_size} on each rank must be even for mixup and cutmix; "
+            "change the batch size, or set both to 0"
         )
-    batch_size = data["global_train_batch_size"]
-    built = (
-        build_lars(net, batch_size, **lars)
-        if lars
-        else build_optimizer(net, batch_size, **optimizer)
-    )
-    validation = load_eval(run, net.encoder.img_size, num_frames, label_offsets, **eval_data)
-    return build_trainer(run, config, net, built, loader, micro_size, validation)
+    batch_size = config.data["global_train_batch_size"]
+    if config.lars:
+        optimizer = build_lars(net, batch_size, **config.lars)
+    else:
+        optimizer = build_optimizer(net, batch_size, **config.optimizer)
+    validation = load_eval(run, size, frames, offsets, **config.eval_data)
+    net.flops_per_sample = flops
+    return build_trainer(run, config, net, optimizer, loader, micro_size, validation)
 
 
-def plan(config: dict[str, Any], gpus: int) -> str:
-    """What a fine-tuning or a linear probe would take, from its configuration alone; without its evaluations."""
-    classes = [size_of(stream["path"])[1] for stream in config["data"]["streams"]]
-    classes = classes if config.get("own_heads") else classes[0]
+def shapes(config: FinetuneConfig, classes: int | list[int]) -> tuple[Classifier, Batch]:
+    """Return a model and a batch of one sample without data, from which costs are computed."""
     with torch.device("meta"):
-        net = Classifier(
-            classes, len(config["lars"]["base_lrs"]) if config.get("lars") else 1, **config["model"]
-        )
-        frames, size = net.encoder.num_frames, net.encoder.img_size
-        flops = net.flops_per_batch({"inputs": torch.empty(1, 1, frames, 3, size, size)})
-    pictures = 4 * 4 * frames * 3 * size**2  # bytes and floats, erased and mixed
-    kept = 0 if net.freeze else ALL_KEPT
-    stacks = [stack_of(net.encoder, 1 + net.encoder.num_patches)]
-    activations = activation_bytes(stacks, config["trainer"].get("precision"), kept) + pictures
-    return training_plan(net, config, gpus, flops, activations)
+        net = config.new_model(classes)
+        size, frames = net.encoder.img_size, net.encoder.num_frames
+        label = torch.empty(1, dtype=torch.long)
+        inputs = torch.empty(1, 1, frames, 3, size, size)
+    return net, {"inputs": inputs, "target": label, "held_out": label}
+
+
+def plan(config: FinetuneConfig, gpus: int) -> str:
+    """Return the cost of a training without its evaluations, computed without data or weights."""
+    config = complete_sizes(config, planned=True)
+    classes = [size_of(path)[1] for path in config.training_paths]
+    net, batch = shapes(config, classes if config.kind.head_per_data_set else classes[0])
+    return str(training_plan(net, batch, config.given(), gpus))
 
 
 def main() -> None:
     with one_line_errors():
         arguments, gpus = split_plan_flag(sys.argv[1:])
-        config = load_config(arguments, finetune)
+        config = FinetuneConfig(**load_config(arguments, FinetuneConfig))
         if gpus:
             print(plan(config, gpus))
             return
-        trainer = finetune(**config)
+        trainer = finetune(config)
     fit(trainer)
     if dist.get_global_rank() == 0:
-        run, head, extra = Path("runs", config["run_name"]), unwrapped(trainer.state).head, {}
+        run, head = Path("runs", config.run_name), unwrapped(trainer.state).head
+        extra = {}
         if isinstance(head, ProbeHeads):
-            extra = {"base_lr": config["lars"]["base_lrs"][head.best()]}
-            print(f"best of the learning rates on the samples held out: {extra['base_lr']}")
+            extra = {"base_lr": config.lars["base_lrs"][head.best()]}
+            print(f"the learning rate that is best on held-out samples: {extra['base_lr']}")
         result = finish_run(run, extra)
-        top1, top5 = (result.get(f"metrics/eval/{name}", math.nan) for name in ("top1", "top5"))
-        print(f"top-1 {top1:.3f}, top-5 {top5:.3f}; all of the run is in {run}")
+        top1 = result.get("metrics/eval/top1", math.nan)
+        top5 = result.get("metrics/eval/top5", math.nan)
+        print(f"top-1 {top1:.3f}, top-5 {top5:.3f}; the run directory is {run}")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,23 @@
-"""Tables: finished runs beside the paper's numbers; methods trained for the same time and probed alike.
+"""Compare methods that are trained for the same time; collect finished runs beside the paper's
+table.
 
-    python eval.py yamls/table.yaml                                         # collects results
-    python eval.py yamls/compare.yaml                                       # trains and measures what is missing, 55 min
+    python benchmarks/compare.py yamls/compare.yaml     # trains and probes all methods, 55 minutes
+    python benchmarks/compare.py yamls/table.yaml       # collects the results of finished runs
 
-Both are blocks of eval.py, `table` and `comparison`.
+An interrupted comparison continues when the same command is given again.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -28,169 +29,167 @@ from omegaconf import OmegaConf
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from evaluation.probes import cache_key, measure_probe
-from finetune import finetune
-from model import Classifier, Encoder, ViCMAE
-from pretrain import pretrain
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the stages are not a package
+
+from evaluation.probes import measure_probe
+from finetune import FinetuneConfig
+from model import Encoder
+from pretrain import PretrainConfig
+from shards.format import read_json
 from shards.storage import Storage, write_file, write_picture
-from training.checkpoints import LATEST
-from training.config import RunName, load_config
-from training.run import changed_settings
-from training.weights import load_pretrained
+from training.config import RunName, load_config, one_line_errors
+from training.run import RunConfig, changed_settings
+from training.weights import LATEST, load_pretrained
+
+STAGES = {"pretrain.py": PretrainConfig, "finetune.py": FinetuneConfig}
+
+
+def find_result(run: str, key: str) -> float | None:
+    """Return a number of a run's eval.json or result.json; None if the run has not finished."""
+    values = {}
+    for file in ("eval.json", "result.json"):
+        path = Path("runs", run, file)
+        if path.exists():
+            values |= json.loads(path.read_text())
+    return values.get(key, values.get(f"metrics/eval/{key}"))
 
 
 def table_row(
     *, name: str, runs: dict[str, str], paper: dict[str, float] | None = None
 ) -> dict[str, str]:
-    """A row of a table of results -> column: paper's / ours (difference), in %.
+    """Return a row of a table of results, {column: "paper / ours (difference)"}, in %.
 
     Args:
-        name: what was pre-trained.
-        runs: for each column, the run of eval.py or finetune.py whose result it is, as run_name or run_name:key; the key is
-            top1, if none is given.
-        paper: for each column, in %.
+        name: the pre-training.
+        runs: for each column the run of eval.py or finetune.py that has the result, as run_name or
+            run_name:key; the key is top1 if none is given.
+        paper: the paper's number for each column, in %.
     """
-    cells = {}
+    cells = {"": name}
     for column, source in runs.items():
         run, _, key = source.partition(":")
-        found = [
-            Path("runs", run, file)
-            for file in ("eval.json", "result.json")
-            if Path("runs", run, file).exists()
-        ]
-        values = dict(chain(*(json.loads(path.read_text()).items() for path in found)))
-        ours = values.get(key or "top1", values.get(f"metrics/eval/{key or 'top1'}"))
-        theirs = (paper or {}).get(column)
-        cells[column] = ("-" if theirs is None else f"{theirs:.1f}") + " / "
-        cells[column] += "not run" if ours is None else f"{100 * ours:.1f}"
+        ours, theirs = find_result(run, key or "top1"), (paper or {}).get(column)
+        published = "-" if theirs is None else f"{theirs:.1f}"
+        measured = "not run" if ours is None else f"{100 * ours:.1f}"
         if ours is not None and theirs is not None:
-            cells[column] += f" ({100 * ours - theirs:+.1f})"
-    return {"": name} | cells
+            measured += f" ({100 * ours - theirs:+.1f})"
+        cells[column] = f"{published} / {measured}"
+    return cells
 
 
-def write_table(*, to: str, rows: list[Annotated[dict, table_row]]) -> None:
-    """Collect finished runs into a table in Markdown, with what was not run; written to the file `to`.
-
-    Raises:
-        ValueError: no rows.
-    """
-    if not rows:
-        raise ValueError("table.rows is []: give a row, of a name and runs")
+def write_table(
+    *, to: str, rows: Annotated[list[Annotated[dict, table_row]], Field(min_length=1)]
+) -> None:
+    """Collect finished runs in a Markdown table, and write it to the file `to`."""
     made = [table_row(**row) for row in rows]
     columns = list(dict.fromkeys(column for row in made for column in row))
-    head = [
-        "| "
-        + " | ".join([columns[0], *(f"{column}: paper / ours" for column in columns[1:])])
-        + " |"
-    ]
-    lines = ["| " + " | ".join(row.get(column, "") for column in columns) + " |" for row in made]
-    text = "\n".join([*head, "| --- " * len(columns) + "|", *lines]) + "\n"
-    write_file(to, text.encode())
+    titles = [columns[0], *(f"{column}: paper / ours" for column in columns[1:])]
+    lines = ["| " + " | ".join(titles) + " |", "| --- " * len(columns) + "|"]
+    lines += ["| " + " | ".join(row.get(column, "") for column in columns) + " |" for row in made]
+    write_file(to, ("\n".join(lines) + "\n").encode())
 
 
-def config_of(command: list[str]) -> dict[str, Any]:
-    """The configuration of a command such as [pretrain.py, yamls/demo.yaml, model.pool=max]; see load_config.
+def config_of(command: list[str]) -> RunConfig:
+    """Return the configuration of a command such as [pretrain.py, yamls/demo.yaml, seed=1].
 
     Raises:
-        ValueError: the command is of no stage that trains, or its configuration is wrong.
+        ValueError: the command does not begin with a stage that trains, or has a mistake.
     """
-    stage = (
-        {"pretrain.py": pretrain, "finetune.py": finetune}.get(Path(command[0]).name)
-        if command
-        else None
-    )
+    stage = STAGES.get(Path(command[0]).name) if command else None
     if stage is None:
-        raise ValueError(
-            f"comparison.methods: {command} begins with neither pretrain.py nor finetune.py"
-        )
-    return load_config(command[1:], stage)
+        names = " or ".join(STAGES)
+        raise ValueError(f"comparison.methods: {command} must begin with {names}")
+    return stage(**load_config(command[1:], stage))
 
 
-def encoder_of(command: list[str]) -> Encoder:
-    """The encoder that a command trains, with random weights."""
-    sizes = config_of(command)["model"]
-    return (
-        ViCMAE(**sizes) if Path(command[0]).name == "pretrain.py" else Classifier(1, **sizes)
-    ).encoder
+def new_encoder(command: list[str]) -> Encoder:
+    """Return the encoder that a command trains, with random weights."""
+    config = config_of(command)
+    if isinstance(config, PretrainConfig):
+        return config.new_model().encoder
+    return config.new_model([1] if config.kind.head_per_data_set else 1).encoder
 
 
-def trained(run_name: str, command: list[str], lock: IO) -> dict[str, float]:
-    """The result of a run, which is begun, or gone on with, if it is not finished.
+def train(run_name: str, command: list[str], lock: IO) -> dict[str, float]:
+    """Return the result of a run, which is started or resumed if it has not finished.
 
     Args:
-        lock: an open file that is locked as long as the run, or this program, is at work.
+        lock: an open, locked file. The run inherits it, so that the lock lasts as long as the run.
 
     Raises:
-        ValueError: it was made with other settings; or it fails, with the last line that it printed.
+        ValueError: the run was made with other settings; or it fails, with its last line.
     """
-    run, words = (
-        Path("runs", run_name),
-        [*command, f"run_name={run_name}", "trainer.progress_bar=false"],
-    )
+    run = Path("runs", run_name)
+    words = [*command, f"run_name={run_name}", "trainer.progress_bar=false"]
     config = config_of(words)
-    changed = changed_settings(run, config)
-    if (run / "config.yaml").exists() and OmegaConf.load(run / "config.yaml").trainer != config[
-        "trainer"
-    ]:
-        changed.append(
-            "trainer"
-        )  # which a run that goes on may change, but not one that is compared
+    changed = changed_settings(run, config.given())
+    stored = run / "config.yaml"
+    # A resumed run may change its trainer, but a compared run may not.
+    if stored.exists() and OmegaConf.load(stored).trainer != config.trainer:
+        changed.append("trainer")
     if changed:
         raise ValueError(
-            f"{run} was made with another {', '.join(changed)}; delete it, and it is made anew"
+            f"{run} was made with other values of {', '.join(changed)}; delete it to make it anew"
         )
     if not (run / "result.json").exists():
-        done = subprocess.run(
-            [sys.executable, *words], capture_output=True, text=True, pass_fds=[lock.fileno()]
-        )
+        stage, pipe = [sys.executable, *words], subprocess.PIPE
+        done = subprocess.run(stage, stdout=pipe, stderr=pipe, text=True, pass_fds=[lock.fileno()])
         if done.returncode:
-            raise ValueError(
-                f"{' '.join(words)} failed: {(done.stderr.strip() or 'without a word').splitlines()[-1]}"
-            )
+            last = (done.stderr.strip() or "no output").splitlines()[-1]
+            raise ValueError(f"{' '.join(words)} failed: {last}")
     return json.loads((run / "result.json").read_text())
 
 
-def measured(
+def cache_key(checkpoint: str | None, seed: int, model: dict, probe: dict[str, Any]) -> str:
+    """Return 16 digits that stand for everything that decides the numbers of a probe."""
+    stamps = []
+    if checkpoint:
+        status = Path(checkpoint).stat()
+        stamps = [status.st_size, status.st_mtime_ns]
+    data = [read_json(path, "index.json") for path in probe["bank"] + probe["queries"]]
+    text = json.dumps([checkpoint, stamps, seed, model, probe, data], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def probe_encoder(
     run: Path, command: list[str], seed: int, probes: dict[str, dict], checkpoint: str | None
 ) -> dict[str, float]:
-    """What probes make of the encoder of a command, by probe and measure; kept in the folder of its run.
+    """Return the results of all probes of an encoder; they are cached in its run directory.
 
     Args:
         checkpoint: None for random weights.
     """
     result = {}
-    for name, block in probes.items():
-        digest = cache_key(checkpoint, seed, config_of(command)["model"], block)
-        found = run / f"compare-{digest}.json"
-        if not found.exists():
+    for name, probe in probes.items():
+        key = cache_key(checkpoint, seed, config_of(command).model, probe)
+        cached = run / f"compare-{key}.json"
+        if not cached.exists():
             reproducibility.seed_all(seed)
-            encoder = encoder_of(command)
+            encoder = new_encoder(command)
             if checkpoint:
                 load_pretrained(nn.ModuleDict({"encoder": encoder}), checkpoint)
             run.mkdir(parents=True, exist_ok=True)
-            parts = run / f"parts-{digest}"
-            values = measure_probe(encoder.eval(), seed, run, parts, **block)
-            Storage(str(run)).write_json(found.name, values)
-            shutil.rmtree(parts)
-        result |= {f"{name}, {key}": value for key, value in json.loads(found.read_text()).items()}
+            values = measure_probe(encoder.eval(), seed, run, **probe)
+            Storage(str(run)).write_json(cached.name, values)
+        values = json.loads(cached.read_text())
+        result |= {f"{name}, {measure}": value for measure, value in values.items()}
     return result
 
 
 @contextmanager
-def alone() -> Iterator[IO]:
-    """A locked file, of which there is one in runs/: two trainings at a time would take each other's share of the machine.
+def exclusive_lock() -> Iterator[IO]:
+    """Hold a lock on this folder's runs: two trainings at once would slow each other.
 
     Raises:
-        ValueError: another comparison, or a run that it has left behind, holds it.
+        ValueError: another comparison, or a run that it has left behind, holds the lock.
     """
     os.makedirs("runs", exist_ok=True)
     with open("runs/comparison.lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
-                "another comparison, or a run that it left behind, is at work here; wait, or end it"
-            ) from error
+            holder = "another comparison, or a run that it left behind"
+            raise ValueError(f"runs/comparison.lock: held by {holder}; wait, or end it") from error
         yield file
 
 
@@ -203,90 +202,124 @@ def compare(
     clips: Annotated[dict, measure_probe],
     seeds: PositiveInt = 3,
 ) -> None:
-    """Train methods for the same time on this machine, probe their encoders, and write a table and a picture.
+    """Train methods for the same time on this machine, probe their encoders, write table and
+    picture.
 
-    What is finished is not done again: an interrupted comparison goes on where it was. Every run is without callbacks, with
-    a checkpoint at its end alone, and warms up for 7 % of its steps.
+    Every run has no callbacks, one checkpoint at its end, and a warm-up of 7 % of its steps.
 
     Args:
         to: file of the table; the picture has its name, with .png.
-        methods: the command of each, without run_name. The encoder of the first is measured untrained, too.
-        seconds: of training steps. How many steps that are is measured once, on 40 of each method's.
+        methods: the command of each method, without run_name. The encoder of the first is also
+            measured with random weights.
+        seconds: of training steps. The number of steps is computed from the speed of 40 steps.
         stills, clips: see measure_probe.
-        seeds: runs of each, of which mean and standard deviation are given.
+        seeds: number of runs of each method, for mean and standard deviation.
 
     Raises:
-        ValueError: a command or its configuration is wrong; a run fails, or was made with other settings; another comparison
-            is at work in runs/, or this is one of several ranks.
+        ValueError: a command has a mistake; a run fails, or was made with other settings; another
+            comparison is running.
     """
-    if dist.get_world_size() > 1:
-        raise ValueError(
-            "comparison: it launches its runs itself; start it as python eval.py, as one process"
-        )
     if not Path(to).absolute().parent.is_dir():
-        raise ValueError(f"comparison.to {to}: its folder does not exist")
+        raise ValueError(f"comparison.to={to}: its folder does not exist")
     with torch.device("meta"):
         for command in methods.values():
-            encoder_of(command)
-    fast = ["callbacks=null", "checkpoints.interval=1000000ba", "schedule.t_warmup=0.07dur"]
+            new_encoder(command)
+    once = ["callbacks=null", "checkpoints.interval=1000000ba", "schedule.t_warmup=0.07dur"]
     timed = ["callbacks={SpeedMonitor: {window_size: 20}}", "trainer.max_duration=40ba"]
-    budget = f"{seconds:g} s of training steps each, {seeds} seeds, {os.cpu_count()} cores ({platform.machine()})"
-    steps, rows, first = {}, {}, next(iter(methods.values()))
-    with alone() as lock:
+    cores = f"{os.cpu_count()} cores ({platform.machine()})"
+    budget = f"{seconds:g} s of training steps each, {seeds} seeds, {cores}"
+    probes = {"stills": stills, "clips": clips}
+    steps, rows = {}, {}
+    with exclusive_lock() as lock:
         for (
             method,
             command,
-        ) in methods.items():  # all before any training, on a machine that is idle alike
-            speed = trained(f"compare_{method}_speed", [*command, *fast, *timed], lock)
+        ) in methods.items():  # all before any training: the machine is idle alike
+            speed = train(f"compare_{method}_speed", [*command, *once, *timed], lock)
             steps[method] = max(1, round(seconds * speed["throughput/batches_per_sec"]))
-        for method, command in ({"random weights": []} | methods).items():
+        first = next(iter(methods.values()))
+        random = []
+        for seed in range(seeds):
+            run = Path(f"runs/compare_random_{seed}")
+            random.append(probe_encoder(run, first, seed, probes, None))
+        rows["random weights"] = table_values(0, random)
+        for method, command in methods.items():
             results = []
             for seed in range(seeds):
-                run, checkpoint = Path(f"runs/compare_random_{seed}"), None
-                if command:
-                    run = Path(f"runs/compare_{method}_{steps[method]}_{seed}")
-                    checkpoint = str(run / "checkpoints" / LATEST)
-                    duration = f"trainer.max_duration={steps[method]}ba"
-                    trained(run.name, [*command, *fast, f"seed={seed}", duration], lock)
-                results.append(
-                    measured(
-                        run, command or first, seed, {"stills": stills, "clips": clips}, checkpoint
-                    )
-                )
-            values = {key: [100 * one[key] for one in results] for key in results[0]}
-            rows[method] = {"steps": [steps.get(method, 0)]} | values
+                run = Path(f"runs/compare_{method}_{steps[method]}_{seed}")
+                duration = f"trainer.max_duration={steps[method]}ba"
+                train(run.name, [*command, *once, f"seed={seed}", duration], lock)
+                checkpoint = str(run / "checkpoints" / LATEST)
+                results.append(probe_encoder(run, command, seed, probes, checkpoint))
+            rows[method] = table_values(steps[method], results)
             write_comparison(rows, to, budget)
 
 
-def write_comparison(rows: dict[str, dict[str, list[float]]], to: str, budget: str) -> None:
-    """Write values by method and column, one for each seed, as a table of means and standard deviations, and as bars.
+def table_values(steps: int, results: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Return the values of a row by column, in %, one for each seed."""
+    values = {key: [100 * result[key] for result in results] for key in results[0]}
+    return {"steps": [steps]} | values
 
-    The column `steps` comes first, and has one value. `budget` is what every row was given, in words.
+
+def write_comparison(rows: dict[str, dict[str, list[float]]], to: str, budget: str) -> None:
+    """Write means and standard deviations as a table and as bars.
+
+    Args:
+        rows: values by method and column, one for each seed; the first column is `steps`.
+        to: file of the table.
+        budget: what every method was given, in words.
     """
     columns = list(next(iter(rows.values())))
     lines = [f"Accuracy in %, mean ± standard deviation: {budget}.", ""]
     lines += ["| | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
-    means, spreads = {}, {}
+    means, deviations = {}, {}
     for method, row in rows.items():
-        means[method] = [np.mean(row[key]) for key in columns]
-        spreads[method] = [
-            np.std(row[key], ddof=1) if len(row[key]) > 1 else 0.0 for key in columns
-        ]
-        cells = [
-            f"{mean:.1f} ± {spread:.1f}"
-            for mean, spread in zip(means[method], spreads[method], strict=True)
-        ]
-        lines.append("| " + " | ".join([method, f"{row['steps'][0]}", *cells[1:]]) + " |")
+        means[method] = [np.mean(row[column]) for column in columns]
+        several = len(row[columns[-1]]) > 1
+        deviations[method] = [np.std(row[key], ddof=1) if several else 0.0 for key in columns[1:]]
+        pairs = zip(means[method][1:], deviations[method], strict=True)
+        cells = [f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in pairs]
+        lines.append("| " + " | ".join([method, f"{row['steps'][0]}", *cells]) + " |")
     write_file(to, ("\n".join(lines) + "\n").encode())
-    figure = Figure(figsize=(3 * len(columns[1:]), 0.4 * len(rows) + 1), layout="constrained")
-    axes = figure.subplots(1, len(columns[1:]), squeeze=False, sharey=True)[0]
-    for number, axis in enumerate(axes, start=1):
-        axis.barh(
-            list(rows),
-            [mean[number] for mean in means.values()],
-            xerr=[one[number] for one in spreads.values()],
-        )
+    draw_bars(columns[1:], means, deviations, budget, Path(to).with_suffix(".png"))
+
+
+def draw_bars(columns: list[str], means: dict, deviations: dict, title: str, to: Path) -> None:
+    """Draw a panel of horizontal bars for each column."""
+    figure = Figure(figsize=(3 * len(columns), 0.4 * len(means) + 1), layout="constrained")
+    axes = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
+    for number, axis in enumerate(axes):
+        widths = [values[number + 1] for values in means.values()]  # after the column `steps`
+        errors = [values[number] for values in deviations.values()]
+        axis.barh(list(means), widths, xerr=errors)
         axis.set(title=columns[number], xlabel="%")
-    figure.suptitle(budget)
-    axes[0].invert_yaxis()  # of all, which share it: the first method above
-    write_picture(Path(to).with_suffix(".png"), partial(figure.savefig, dpi=100))
+    figure.suptitle(title)
+    axes[0].invert_yaxis()  # shared by all panels: the first method on top
+    write_picture(to, partial(figure.savefig, dpi=100))
+
+
+@dataclass(kw_only=True)
+class CompareConfig:
+    """The keys of yamls/compare.yaml, yamls/table.yaml and yamls/ablations/*.yaml."""
+
+    comparison: Annotated[dict, compare] | None = None
+    table: Annotated[dict, write_table] | None = None
+
+
+def main() -> None:
+    with one_line_errors():
+        if dist.get_world_size() > 1:
+            raise ValueError("starts its runs itself; start it as one process, with python")
+        config = CompareConfig(**load_config(sys.argv[1:], CompareConfig))
+        if not config.comparison and not config.table:
+            raise ValueError("give a block comparison or table")
+        if config.table:
+            write_table(**config.table)
+            print(config.table["to"])
+        if config.comparison:
+            compare(**config.comparison)
+            print(config.comparison["to"])
+
+
+if __name__ == "__main__":
+    main()

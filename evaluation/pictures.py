@@ -1,4 +1,5 @@
-"""evaluation/pictures.py."""
+"""Pictures of what a model does: reconstructions, attention, nearest neighbours, confusion, losses.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -12,15 +13,90 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import normalize
 from torchvision.utils import make_grid, save_image
 
-from model import Encoder, ViCMAE, patchify, random_masking, unpatchify
+from model import Encoder, ViCMAE, patchify
+from shards.augment import MEAN, STD, normalise
 from shards.format import UNREADABLE
 from shards.storage import write_picture
-from shards.views import MEAN, STD, EvalViews, normalise
+from shards.views import EvalViews
+
+SMALLEST = 96  # pixels of a sample in a picture: smaller samples are enlarged
+
+
+def draw_losses(lines: list[dict], to: Path) -> None:
+    """Draw every training loss in the lines of a metrics.jsonl against the step."""
+    names = sorted({key for line in lines for key in line if key.startswith("loss/train/")})
+    if not names:
+        return
+    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for axis, name in zip(axes, names, strict=True):
+        logged = [line for line in lines if name in line]
+        steps, values = [line["step"] for line in logged], [line[name] for line in logged]
+        axis.plot(steps, values, linewidth=0.8)
+        axis.set(title=name.removeprefix("loss/train/"), xlabel="step")
+    write_picture(to, partial(figure.savefig, dpi=120))
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """Invert model.patchify for square images: (B, N, P) -> (B, 3, H, W)."""
+    B, N, _ = patches.shape
+    h, p = round(N**0.5), patch_size
+    x = patches.reshape(B, h, h, p, p, 3).permute(0, 5, 1, 3, 2, 4)  # (B, 3, h, p, w, p)
+    return x.reshape(B, 3, h * p, h * p)
+
+
+def pick_samples(paths: list[str], encoder: Encoder, run: Path, count: int) -> Tensor:
+    """Return `count` views uint8 (T, 3, H, W), evenly spaced over some data sets in turn."""
+    size, frames = encoder.img_size, encoder.num_frames
+    report = run / UNREADABLE
+    sets = [EvalViews([path], size, frames, crop_pct=1.0, unreadable=report) for path in paths]
+    picked = []
+    for number in range(count):
+        data = sets[number % len(sets)]
+        picked.append(data[int(number / count * len(data))]["inputs"][0])
+    return torch.stack(picked)  # (count, T, 3, H, W)
+
+
+@torch.no_grad()
+def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int = 8) -> None:
+    """Draw `count` samples in four rows: original, masked, predicted, predicted where masked.
+
+    Of a clip, the first frame is drawn. All ranks must call this, since FSDP gathers the weights.
+    """
+    encoder = model.encoder
+    device = next(model.parameters()).device
+    views = normalise(pick_samples(paths, encoder, to.parent, count).to(device))
+    noise = torch.rand(count, encoder.num_patches, generator=torch.Generator().manual_seed(0))
+    ids_keep, ids_restore, mask = model.masking(noise.to(device))
+    tokens = encoder(views if encoder.num_frames > 1 else views[:, 0], ids_keep)
+    pred = model.decoder(tokens, ids_restore).float()  # (count, N, P)
+    target = patchify(views, encoder.patch_size, model.tubelet_size)
+    if model.norm_pix_loss:
+        # The prediction is relative to the mean and the deviation of its patch.
+        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        pred = pred * (var + 1e-6).sqrt() + mean
+    removed = mask[:, :, None].bool()
+    masked, inpainted = target.masked_fill(removed, 0.0), torch.where(removed, pred, target)
+    rows = torch.cat([target, masked, pred, inpainted])
+    frame = target.shape[2] // model.tubelet_size  # numbers of one frame of a tubelet
+    images = unpatchify(rows[:, : encoder.grid**2, :frame], encoder.patch_size)
+    images = denormalise(images).clamp(0, 1)
+    if dist.get_global_rank() == 0:
+        enlarged = F.interpolate(images, scale_factor=max(1, SMALLEST // encoder.img_size))
+        grid = make_grid(enlarged, nrow=count, pad_value=1.0)
+        write_picture(to, partial(save_image, grid))
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """Invert shards.views.normalise, to values in [0, 1]."""
+    offset = [-mean / std for mean, std in zip(MEAN, STD, strict=True)]
+    return normalize(images, offset, [1 / std for std in STD])
 
 
 def first_frames(views: Dataset, numbers: Tensor) -> Tensor:
-    """The first frame of the first view of some of EvalViews' samples, by their numbers (n,) -> (n, 3, H, W) in 0..1."""
-    return torch.stack([views[number]["inputs"][0, 0] for number in numbers.tolist()]).float() / 255
+    """Return the first frame of some samples of EvalViews: (n, 3, H, W) in [0, 1]."""
+    frames = [views[number]["inputs"][0, 0] for number in numbers.tolist()]
+    return torch.stack(frames).float() / 255
 
 
 @torch.autocast("cpu", enabled=False)
@@ -32,44 +108,39 @@ def draw_neighbours(
     count: int = 8,
     k: int = 5,
 ) -> None:
-    """Draw a row for each of `count` queries, evenly picked: itself, then its k nearest of the bank by cosine.
+    """Draw `count` queries, evenly spaced, each beside its k nearest samples of the bank by cosine.
 
-    A neighbour of the query's class has a green frame, any other a red one.
+    A neighbour of the query's class has a green frame, any other neighbour a red frame.
 
     Args:
         bank, queries: features (n, D) and labels (n,).
-        views: EvalViews of the bank, of the queries.
+        views: the samples of the bank and of the queries.
     """
     picked = torch.linspace(0, len(queries[1]) - 1, count).long()
     cosine = F.normalize(queries[0][picked], dim=1) @ F.normalize(bank[0], dim=1).T
     nearest = cosine.topk(min(k, len(bank[1])), dim=1).indices  # (count, k)
     right = bank[1][nearest] == queries[1][picked, None]
     colours = torch.stack([~right, right, torch.zeros_like(right)], dim=2).float()  # (count, k, 3)
-    colours = F.pad(colours, (0, 0, 1, 0), value=1.0).flatten(
-        0, 1
-    )  # (count * (1 + k), 3), white around the query
-    found = first_frames(views[0], nearest.flatten()).unflatten(
-        0, nearest.shape
-    )  # (count, k, 3, H, W)
-    images = torch.cat([first_frames(views[1], picked)[:, None], found], dim=1).flatten(0, 1)
-    images = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))
+    colours = F.pad(colours, (0, 0, 1, 0), value=1.0)  # (count, 1 + k, 3), white for the query
+    found = first_frames(views[0], nearest.flatten()).unflatten(0, nearest.shape)
+    asked = first_frames(views[1], picked)[:, None]
+    images = torch.cat([asked, found], dim=1).flatten(0, 1)  # (count * (1 + k), 3, H, W)
+    images = F.interpolate(images, scale_factor=max(1, SMALLEST // images.shape[-1]))
     framed = F.pad(images, (4, 4, 4, 4), value=-1.0)
-    framed = torch.where(framed < 0, colours[:, :, None, None], framed)
-    write_picture(
-        to, partial(save_image, make_grid(framed, nrow=1 + nearest.shape[1], pad_value=1.0))
-    )
+    framed = torch.where(framed < 0, colours.flatten(0, 1)[:, :, None, None], framed)
+    grid = make_grid(framed, nrow=1 + nearest.shape[1], pad_value=1.0)
+    write_picture(to, partial(save_image, grid))
 
 
 def draw_confusion(counts: Tensor, classes: list[str], to: Path) -> None:
-    """Draw a confusion matrix, each row as fractions of its class; with names, where they can be read."""
+    """Draw a confusion matrix (C, C), true classes as rows, each row as fractions of its class."""
     figure = Figure(figsize=(7, 6), layout="constrained")
     axis = figure.subplots()
-    picture = axis.imshow(
-        counts / counts.sum(dim=1, keepdim=True).clamp(min=1), vmin=0, vmax=1, cmap="Blues"
-    )
+    fractions = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    picture = axis.imshow(fractions, vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(picture, label="fraction of the true class")
     axis.set(xlabel="predicted", ylabel="true")
-    if len(classes) <= 40:
+    if len(classes) <= 40:  # more names could not be read
         axis.set_xticks(range(len(classes)), classes, rotation=90)
         axis.set_yticks(range(len(classes)), classes)
     write_picture(to, partial(figure.savefig, dpi=120))
@@ -77,103 +148,35 @@ def draw_confusion(counts: Tensor, classes: list[str], to: Path) -> None:
 
 @torch.no_grad()
 def last_attention(encoder: Encoder, images: Tensor) -> Tensor:
-    """Attention of the last block on images (B, 3, H, W), normalised -> (B, heads, 1 + N, 1 + N), CLS first.
+    """Return the attention of the last block on normalised images: (B, heads, 1 + N, 1 + N).
 
-    Row i says how token i, which looks, shares itself out among all: it sums to 1.
+    Row i is the distribution of token i over all tokens, CLS first.
     """
-    attn, seen = encoder.blocks[-1].attn, []
-    with attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+    attn, inputs = encoder.blocks[-1].attn, []
+    with attn.register_forward_pre_hook(lambda module, args: inputs.append(args[0])):
         encoder(images)
-    q, k, _ = (
-        attn.qkv(seen[0]).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    )  # (B, heads, 1 + N, d)
-    return (attn.q_norm(q) * attn.scale @ attn.k_norm(k).transpose(-2, -1)).softmax(dim=-1)
+    q, k, _ = attn.qkv(inputs[0]).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    scores = attn.q_norm(q) * attn.scale @ attn.k_norm(k).transpose(-2, -1)
+    return scores.softmax(dim=-1)
 
 
 def draw_attention(encoder: Encoder, paths: list[str], to: Path, count: int = 8) -> None:
-    """Draw `count` samples, evenly picked, and below each how much its patches are looked at in the last block.
+    """Draw `count` samples, evenly spaced, above maps of the attention that their patches receive.
 
-    That is the mean over heads and over the patches that look, from the least of the image, black, to the most, white. What
-    CLS looks at, as is usually drawn, would say less: ViC-MAE's losses have no target for it.
+    A map is the mean over the heads of the last block and over the attending patches, from black,
+    the least of the image, to white, the most. The attention of CLS is not drawn: ViC-MAE's losses
+    do not train CLS.
     """
     views = EvalViews(paths, encoder.img_size, crop_pct=1.0, unreadable=to.parent / UNREADABLE)
     images = first_frames(views, torch.linspace(0, len(views) - 1, count).long())
-    attention = last_attention(
-        encoder, normalize(images.to(encoder.cls_token.device), MEAN, STD)
-    ).cpu()
-    looked = (
+    normalised = normalize(images.to(encoder.cls_token.device), MEAN, STD)
+    attention = last_attention(encoder, normalised).cpu()
+    received = (
         attention[:, :, 1:, 1:].mean(dim=(1, 2)) * encoder.num_patches
-    )  # (B, N), 1 if all are looked at alike
-    looked = looked.unflatten(1, (1, encoder.grid, encoder.grid))  # (B, 1, h, w)
-    scale = max(1, 96 // encoder.img_size)
-    looked = F.interpolate(
-        looked, scale_factor=scale * encoder.patch_size, mode="bilinear"
-    )  # (B, 1, H, W)
+    )  # (B, N), 1 on average
+    received = received.unflatten(1, (1, encoder.grid, encoder.grid))  # (B, 1, h, w)
+    scale = max(1, SMALLEST // encoder.img_size)
+    maps = F.interpolate(received, scale_factor=scale * encoder.patch_size, mode="bilinear")
     above = make_grid(F.interpolate(images, scale_factor=scale), nrow=count, pad_value=1.0)
-    below = make_grid(looked, nrow=count, pad_value=1.0, normalize=True, scale_each=True)
+    below = make_grid(maps, nrow=count, pad_value=1.0, normalize=True, scale_each=True)
     write_picture(to, partial(save_image, torch.cat([above, below], dim=1)))
-
-
-def draw_losses(lines: list[dict], to: Path) -> None:
-    """Draw every training loss of the lines of a metrics.jsonl against the step."""
-    names = sorted({key for line in lines for key in line if key.startswith("loss/train/")})
-    if not names:
-        return
-    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        axis.plot(
-            *zip(*[(line["step"], line[name]) for line in lines if name in line], strict=True),
-            linewidth=0.8,
-        )
-        axis.set(title=name.removeprefix("loss/train/"), xlabel="step")
-    write_picture(to, partial(figure.savefig, dpi=120))
-
-
-@torch.no_grad()
-def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int = 8) -> None:
-    """Draw four rows for `count` samples of some data sets: original, masked, reconstructed, reconstructed where masked.
-
-    Of clips, the first frame.
-    """
-    device, size, frames = (
-        next(model.parameters()).device,
-        model.encoder.img_size,
-        model.encoder.num_frames,
-    )
-    sets = [
-        EvalViews([path], size, frames, crop_pct=1.0, unreadable=to.parent / UNREADABLE)
-        for path in paths
-    ]
-    turns = [(sets[number % len(sets)], number / count) for number in range(count)]
-    picked = [data[int(place * len(data))]["inputs"][0] for data, place in turns]
-    views = normalise(torch.stack(picked).to(device))  # (B, T, 3, H, W)
-    noise = torch.rand(
-        count, model.encoder.num_patches, generator=torch.Generator().manual_seed(0)
-    ).to(device)
-    ids_keep, ids_restore, mask = random_masking(
-        noise, model.mask_ratio, model.mask, model.encoder.steps
-    )
-    tokens = model.encoder(views if frames > 1 else views[:, 0], ids_keep)
-    pred = model.decoder(tokens, ids_restore).float()  # (B, N, P)
-    patch = (model.encoder.patch_size, model.tubelet_size)
-    target, removed = patchify(views, *patch), mask[:, :, None].bool()
-    if (
-        model.norm_pix_loss
-    ):  # the prediction is relative to its patch: give it the patch's mean and deviation back
-        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        pred = pred * (var + 1e-6).sqrt() + mean
-    rows = torch.cat(
-        [target, target.masked_fill(removed, 0.0), pred, torch.where(removed, pred, target)]
-    )
-    rows = rows[
-        :, : model.encoder.grid**2, : target.shape[2] // model.tubelet_size
-    ]  # the first frame of a clip
-    grey = [-m / s for m, s in zip(MEAN, STD, strict=True)]
-    pictures = normalize(
-        unpatchify(rows, model.encoder.patch_size), grey, [1 / s for s in STD]
-    ).clamp(0, 1)
-    if dist.get_global_rank() == 0:
-        grid = make_grid(
-            F.interpolate(pictures, scale_factor=max(1, 96 // size)), nrow=count, pad_value=1.0
-        )
-        write_picture(to, partial(save_image, grid))

@@ -1,0 +1,20 @@
+"""All methods that are not ViC-MAE; a YAML names a method of these tables by its key `method`."""
+
+from methods.contrastive import MoCoV2, SimCLR, SimSiam, Triplet, VICReg
+from methods.masked import MAE, STMAE, OmniMAE, VideoMAE
+from methods.supervised import Omnivore
+from model import Classifier, ViCMAE
+
+PRETRAINING = {
+    "vicmae": ViCMAE,
+    "simclr": SimCLR,
+    "moco_v2": MoCoV2,
+    "triplet": Triplet,
+    "simsiam": SimSiam,
+    "vicreg": VICReg,
+    "mae": MAE,
+    "st_mae": STMAE,
+    "videomae": VideoMAE,
+    "omnimae": OmniMAE,
+}
+CLASSIFIERS = {"classifier": Classifier, "omnivore": Omnivore}

@@ -1,103 +1,309 @@
-"""methods/contrastive.py."""
+"""Contrastive methods: SimCLR, MoCo v2, FaceNet's triplets, SimSiam and VICReg.
+
+    composer pretrain.py yamls/demo.yaml yamls/methods/simclr.yaml
+
+Each class replaces the contrastive term of ViC-MAE. By default views are not masked and there is no
+decoder. With `masked: true` the views are masked and reconstructed as in ViC-MAE: the ablation of
+the contrastive term (yamls/ablations/contrast.yaml).
+"""
 
 import copy
+from typing import Literal
 
 import torch
-import torch.distributed.nn
 import torch.nn.functional as F
+from composer import Algorithm, Event, Logger, State
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from model import Encoder, Head, Projected, rows, at_least_fp32
+from model import (
+    Batch,
+    Head,
+    ProperFraction,
+    ViCMAE,
+    all_gather,
+    apply_head,
+    at_least_fp32,
+    feature_std,
+    pool,
+    unit_rows,
+)
 
 
-def triplet(z: Projected, margin: float) -> tuple[Tensor, Tensor]:
-    """FaceNet's: for all pairs of an anchor and a positive, [|a - p|^2 - |a - n|^2 + margin]+ with a semi-hard negative.
-
-    That is the nearest of those further away than the positive, or, if there is none, the furthest of all. Positives are the
-    other view of a sample, and every view of its label's, where there are labels. The mean over the pairs; 0 where no pair
-    has a negative, as all have one label.
-
-    Returns the loss, and the fraction of pairs whose positive is nearer than that negative.
-    """
-    p = rows(z.predictions)
-    B = len(z.predictions)
-    same = -1 - torch.arange(B, device=p.device)  # none but itself, where there is no label
-    same = (same if z.labels is None else torch.where(z.labels < 0, same, z.labels)).repeat(
-        len(p) // B
-    )
-    distance = 2 - 2 * p @ p.T  # (n, n), of unit vectors
-    alike = same[:, None] == same  # (n, n)
-    positive = alike & ~torch.eye(len(p), dtype=torch.bool, device=p.device) & ~alike.all(dim=1)
-    anchor, other = positive.nonzero(as_tuple=True)  # (pairs,)
-    reached = distance[anchor, other]
-    with torch.no_grad():  # the choice has no gradient, and would cost most of the time
-        far = distance.masked_fill(alike, float("-inf"))[anchor]  # (pairs, n), the negatives'
-        beyond = far.masked_fill(far <= reached[:, None], float("inf"))
-        chosen = torch.where(beyond.amin(dim=1).isinf(), far.argmax(dim=1), beyond.argmin(dim=1))
-    negative = distance[anchor, chosen]
-    count = max(1, len(anchor))
-    return F.relu(reached - negative + margin).sum() / count, (reached < negative).sum() / count
-
-
-def matched(z: Projected) -> Tensor:
-    """The fraction of views whose partner's target is nearer than any other sample's."""
-    B = len(z.predictions)
-    similar = rows(z.predictions) @ rows(z.targets).T  # (2B, 2B)
-    partner = torch.arange(len(similar), device=similar.device).roll(B)
-    return (similar.fill_diagonal_(float("-inf")).argmax(dim=1) == partner).float().mean()
-
-
-def simsiam(z: Projected) -> tuple[Tensor, Tensor]:
-    """Minus the cosine of each view's prediction and the other view's target, no sample repels (Chen and He 2021).
-
-    Returns the loss, and see matched.
-    """
-    p, t = rows(z.predictions), rows(z.targets)
-    return -(p * t.roll(len(p) // 2, dims=0)).sum(dim=1).mean(), matched(z)
-
-
-def vicreg(z: Projected) -> tuple[Tensor, Tensor]:
-    """Invariance 25, variance 25 and covariance 1 of the projections of both views (Bardes et al. 2022).
-
-    Returns the loss, and see matched.
-    """
-    one, two = at_least_fp32(z.predictions).unbind(1)  # (B, out)
-    loss = 25 * F.mse_loss(one, two)
-    for view in (one, two):
-        covariance = view.T.cov()  # (out, out)
-        deviation = (covariance.diag() + 1e-4).sqrt()
-        off = covariance - covariance.diag().diag()
-        loss = loss + 25 * F.relu(1 - deviation).mean() / 2 + off.square().sum() / len(covariance)
-    return loss, matched(z)
-
-
-class Momentum(nn.Module):
-    """MoCo's second encoder and projector, moving averages of the first ones, and the queue of what they projected.
+class SimCLR(ViCMAE):
+    """InfoNCE between two whole views (Chen et al. 2020), and the base of the other methods here.
 
     Args:
-        momentum: share of the average that stays in a step, in [0, 1).
-        queue_size: projections kept.
+        masked: mask and reconstruct the views as ViC-MAE does.
+        vicmae: arguments of ViCMAE. The sizes of the decoder have no effect if masked is false.
     """
 
-    def __init__(self, encoder: Encoder, projector: Head, momentum: float, queue_size: int):
+    def __init__(self, *, masked: bool = False, **vicmae):
+        super().__init__(**vicmae)
+        if not masked:
+            self.decoder = None
+            if not self.weight_contrast:
+                raise ValueError(
+                    "weight_contrast=0: must be positive, since nothing else is learnt"
+                )
+
+    def reconstruct(self, views: Tensor, noise: Tensor) -> Batch:
+        """Return the features of whole views; if masked, all that ViC-MAE returns."""
+        if self.decoder is not None:
+            return super().reconstruct(views, noise)
+        return {"features": pool(self.encoder(views), self.pool)}
+
+    def loss(self, outputs: Batch, batch: Batch) -> Batch:
+        """Return total = ramp * weight_contrast * contrastive; if masked, the loss of ViC-MAE."""
+        if self.decoder is not None:
+            return super().loss(outputs, batch)
+        with torch.autocast(outputs["features"].device.type, enabled=False):
+            contrastive, accuracy = self.contrastive_term(outputs)
+        return {
+            "total": self.ramp * self.weight_contrast * contrastive,
+            "accuracy": accuracy,
+            "contrastive": contrastive.detach(),
+            "feature_std": feature_std(outputs["features"]),
+        }
+
+
+def moco_info_nce(
+    predictions: Tensor, targets: Tensor, queue: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return InfoNCE with negatives from a queue, and the fraction of matched views.
+
+    Args:
+        predictions, targets: (B, 2, out).
+        queue: (Q, out), normalised.
+        temperature: divides the cosine similarities, > 0.
+    """
+    p, t = unit_rows(predictions), unit_rows(targets)  # (2B, out)
+    positive = (p * t.roll(len(p) // 2, dims=0)).sum(dim=1, keepdim=True)  # (2B, 1)
+    logits = torch.cat([positive, p @ at_least_fp32(queue).T], dim=1)  # (2B, 1 + Q)
+    # A strict comparison: if all features are equal, no view finds its partner.
+    found = logits[:, 0] > logits[:, 1:].amax(dim=1)
+    first = torch.zeros(len(p), dtype=torch.long, device=p.device)
+    return F.cross_entropy(logits / temperature, first), found.float().mean()
+
+
+class MomentumEncoder(nn.Module):
+    """Moving averages of the encoder and the projector, and the queue of their latest projections.
+
+    Args:
+        queue_size: number of projections kept.
+    """
+
+    def __init__(self, encoder: nn.Module, projector: Head, queue_size: int):
         super().__init__()
         self.encoder, self.projector = copy.deepcopy(encoder), copy.deepcopy(projector)
         self.requires_grad_(False)
-        self.momentum = momentum
-        queue = torch.randn(
-            queue_size, projector[-1].out_features, generator=torch.Generator().manual_seed(0)
-        )
+        generator = torch.Generator().manual_seed(0)
+        queue = torch.randn(queue_size, projector[-1].out_features, generator=generator)
         self.register_buffer("queue", F.normalize(queue, dim=-1))
 
     @torch.no_grad()
-    def follow(self, encoder: Encoder, projector: Head) -> None:
-        """Take a step towards the weights of now; due before each of the optimiser's."""
-        for mine, theirs in ((self.encoder, encoder), (self.projector, projector)):
-            for average, new in zip(mine.parameters(), theirs.parameters(), strict=True):
-                average.lerp_(new, 1 - self.momentum)
+    def update(self, encoder: nn.Module, projector: Head, momentum: float) -> None:
+        """Move the averages towards the current weights by a share of 1 - momentum."""
+        for average, current in ((self.encoder, encoder), (self.projector, projector)):
+            pairs = zip(average.parameters(), current.parameters(), strict=True)
+            for average_weight, weight in pairs:
+                average_weight.lerp_(weight, 1 - momentum)
 
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:
-        """Put keys (B, V, out) in the place of the oldest."""
-        new = rows(keys).to(self.queue.dtype)
-        self.queue.copy_(torch.cat([new, self.queue])[: len(self.queue)])
+        """Replace the oldest projections in the queue by keys (B, V, out)."""
+        newest = unit_rows(keys).to(self.queue.dtype)
+        self.queue.copy_(torch.cat([newest, self.queue])[: len(self.queue)])
+
+
+class MomentumStep(Algorithm):
+    """Updates MoCo's moving averages once a step, however many micro-batches the step has."""
+
+    def __init__(self, model: "MoCoV2"):
+        self.model = model
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.BATCH_START
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        model = self.model
+        model.momentum.update(model.encoder, model.projector, model.momentum_share)
+
+
+class MoCoV2(SimCLR):
+    """MoCo v2 (Chen et al. 2020): the other view is encoded by a moving average of the encoder.
+
+    Both views are queries. Not possible with FSDP, which shards the weights that are averaged.
+
+    Args:
+        momentum: share of the average that is kept in a step, in [0, 1).
+        queue_size: number of earlier projections that serve as negatives.
+    """
+
+    supports_fsdp = False
+
+    def __init__(
+        self, *, momentum: ProperFraction = 0.999, queue_size: PositiveInt = 65536, **simclr
+    ):
+        super().__init__(**simclr)
+        self.momentum_share = momentum
+        self.momentum = MomentumEncoder(self.encoder, self.projector, queue_size)
+
+    def algorithms(self) -> list[Algorithm]:
+        """Return the Composer algorithms that training this model needs."""
+        return [MomentumStep(self)]
+
+    def project(self, features: Tensor, batch: Batch) -> Batch:
+        """Return predictions, and targets and queue of the momentum encoder, without gradient."""
+        projected = super().project(features, batch)
+        with torch.no_grad():
+            views, noise = self.flatten_views(batch)
+            ids_keep = self.masking(noise)[0] if self.decoder is not None else None
+            tokens = self.momentum.encoder(views, ids_keep)
+            keys = all_gather(pool(tokens, self.pool).unflatten(0, features.shape[:2]))
+            keys = apply_head(self.momentum.projector, keys)
+            queue = self.momentum.queue.clone()
+            if self.training:
+                self.momentum.push(keys)
+        return {"predictions": projected["predictions"], "targets": keys, "queue": queue}
+
+    def contrastive_term(self, outputs: Batch) -> tuple[Tensor, Tensor]:
+        predictions, targets = outputs["predictions"], outputs["targets"]
+        return moco_info_nce(predictions, targets, outputs["queue"], self.temperature)
+
+
+def triplet_loss(
+    predictions: Tensor, labels: Tensor | None, margin: float
+) -> tuple[Tensor, Tensor]:
+    """Return FaceNet's loss with semi-hard negatives, and the fraction of pairs in the right order.
+
+    The loss is the mean of [|a - p|^2 - |a - n|^2 + margin]+ over all pairs of an anchor a and a
+    positive p. The negative n is the nearest beyond the positive; if there is none, the furthest.
+    The loss is 0 if no pair has a negative. A pair is in the right order if p is nearer than n.
+
+    Args:
+        predictions: (B, V, out).
+        labels: (B,), -1 = unknown. Samples of one label are positives of each other. None:
+            positives are the views of one sample.
+        margin: in squared distance of unit vectors.
+    """
+    p = unit_rows(predictions)
+    B = len(predictions)
+    own = -1 - torch.arange(B, device=p.device)  # a label of its own for a sample without one
+    identity = own if labels is None else torch.where(labels < 0, own, labels)
+    identity = identity.repeat(len(p) // B)  # (V * B,)
+    distance = 2 - 2 * p @ p.T  # (V * B, V * B), of unit vectors
+    alike = identity[:, None] == identity
+    itself = torch.eye(len(p), dtype=torch.bool, device=p.device)
+    positive = alike & ~itself & ~alike.all(dim=1)
+    anchor, other = positive.nonzero(as_tuple=True)  # (pairs,)
+    to_positive = distance[anchor, other]
+    with torch.no_grad():  # the choice of the negative has no gradient
+        negatives = distance.masked_fill(alike, float("-inf"))[anchor]  # (pairs, V * B)
+        beyond = negatives.masked_fill(negatives <= to_positive[:, None], float("inf"))
+        none_beyond = beyond.amin(dim=1).isinf()
+        chosen = torch.where(none_beyond, negatives.argmax(dim=1), beyond.argmin(dim=1))
+    to_negative = distance[anchor, chosen]
+    count = max(1, len(anchor))
+    loss = F.relu(to_positive - to_negative + margin).sum() / count
+    return loss, (to_positive < to_negative).sum() / count
+
+
+class Triplet(SimCLR):
+    """FaceNet's triplets (Schroff et al. 2015).
+
+    Args:
+        positives: "view": the other view of a sample; "label": the samples of its label as well.
+        margin: in squared distance of unit vectors.
+    """
+
+    def __init__(
+        self,
+        *,
+        positives: Literal["view", "label"] = "view",
+        margin: PositiveFloat = 0.2,
+        **simclr,
+    ):
+        super().__init__(**simclr)
+        self.needs_labels = positives == "label"
+        self.margin = margin
+
+    def project(self, features: Tensor, batch: Batch) -> Batch:
+        projected = super().project(features, batch)
+        labels = {"labels": all_gather(batch["target"])} if self.needs_labels else {}
+        return projected | labels
+
+    def contrastive_term(self, outputs: Batch) -> tuple[Tensor, Tensor]:
+        return triplet_loss(outputs["predictions"], outputs.get("labels"), self.margin)
+
+
+def partner_accuracy(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Return the fraction of views whose partner's target is nearer than any other target."""
+    similarity = unit_rows(predictions) @ unit_rows(targets).T  # (2B, 2B)
+    partner = torch.arange(len(similarity), device=similarity.device).roll(len(predictions))
+    nearest = similarity.fill_diagonal_(float("-inf")).argmax(dim=1)
+    return (nearest == partner).float().mean()
+
+
+def simsiam_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Return minus the mean cosine of each prediction (B, 2, out) and the other view's target."""
+    p, t = unit_rows(predictions), unit_rows(targets)
+    return -(p * t.roll(len(p) // 2, dims=0)).sum(dim=1).mean()
+
+
+class SimSiam(SimCLR):
+    """SimSiam (Chen and He 2021): a prediction of the other view; no sample repels another.
+
+    Args:
+        predictor_hidden_dim: width of the predictor. Without a predictor all features collapse.
+    """
+
+    def __init__(self, *, predictor_hidden_dim: PositiveInt = 512, **simclr):
+        super().__init__(predictor_hidden_dim=predictor_hidden_dim, **simclr)
+
+    def contrastive_term(self, outputs: Batch) -> tuple[Tensor, Tensor]:
+        predictions, targets = outputs["predictions"], outputs["targets"]
+        return simsiam_loss(predictions, targets), partner_accuracy(predictions, targets)
+
+
+def vicreg_loss(
+    predictions: Tensor, invariance: float, variance: float, covariance: float
+) -> Tensor:
+    """Return VICReg's loss of two views (B, 2, out), which are not normalised.
+
+    Args:
+        invariance, variance, covariance: weights of the three terms.
+    """
+    first, second = at_least_fp32(predictions).unbind(1)  # (B, out)
+    loss = invariance * F.mse_loss(first, second)
+    for view in (first, second):
+        matrix = view.T.cov()  # (out, out)
+        deviation = (matrix.diag() + 1e-4).sqrt()
+        off_diagonal = matrix - matrix.diag().diag()
+        loss = loss + variance * F.relu(1 - deviation).mean() / 2
+        loss = loss + covariance * off_diagonal.square().sum() / len(matrix)
+    return loss
+
+
+class VICReg(SimCLR):
+    """VICReg (Bardes et al. 2022).
+
+    Args:
+        invariance, variance, covariance: weights of the three terms, as published.
+    """
+
+    def __init__(
+        self,
+        *,
+        invariance: NonNegativeFloat = 25.0,
+        variance: NonNegativeFloat = 25.0,
+        covariance: NonNegativeFloat = 1.0,
+        **simclr,
+    ):
+        super().__init__(**simclr)
+        self.weights = (invariance, variance, covariance)
+
+    def contrastive_term(self, outputs: Batch) -> tuple[Tensor, Tensor]:
+        predictions = outputs["predictions"]
+        accuracy = partner_accuracy(predictions, outputs["targets"])
+        return vicreg_loss(predictions, *self.weights), accuracy

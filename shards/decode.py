@@ -1,4 +1,11 @@
-"""shards/decode.py."""
+"""Decoding of one video or image into the frames of a clip, as JPEG files.
+
+    with open("x.mp4", "rb") as file:
+        frames, timestamps = read_video(file, Recipe("videos", frames=16))
+
+A video is read in two passes. The first reads its packets without decoding them, and finds which
+frame is on screen at each wanted time. The second decodes only what those frames need.
+"""
 
 import io
 from dataclasses import dataclass
@@ -10,50 +17,63 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 1 << 27  # of an image while it is decoded: 400 MB
+EXIF_ORIENTATION = 0x0112
+
+LIMITS = {"frames": (1, 1e6), "fps": (1e-6, 1e3), "short_side": (8, 1e5), "quality": (1, 100)}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is kept of an input: `frames` evenly spaced over the clip, or one every 1 / `fps` seconds."""
+    """The settings of a conversion: which frames are kept of an input, and how they are encoded.
 
-    kind: str  # "videos" or "images"
+    Args:
+        kind: "videos" or "images".
+        frames: kept of each video, evenly spaced.
+        fps: in Hz; if given, a frame is kept every 1 / `fps` seconds, and `frames` is ignored.
+        short_side: in pixels; larger frames are scaled down to it, smaller ones never up.
+        quality: of the JPEG files, in [1, 100].
+        per_class: keeps the first so many inputs of each class; None for all.
+
+    Raises:
+        ValueError: a value is out of range. The message names the option of data_prep.py.
+    """
+
+    kind: str
     frames: int = 16
-    fps: float | None = None  # Hz; if given, instead of `frames`
-    short_side: int = 256  # pixels; smaller inputs are never enlarged
-    quality: int = 90  # JPEG, 1-100
-    per_class: int | None = None  # the first so many inputs of every class; None for all
+    fps: float | None = None
+    short_side: int = 256
+    quality: int = 90
+    per_class: int | None = None
 
     def __post_init__(self):
-        for name, lowest, highest in (
-            ("frames", 1, 1e6),
-            ("fps", 1e-6, 1e3),
-            ("short_side", 8, 1e5),
-            ("quality", 1, 100),
-        ):
-            if (value := getattr(self, name)) is not None and not lowest <= value <= highest:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} {value} must be from {lowest:g} to {highest:g}"
-                )
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} {value}: must be in [{low:g}, {high:g}]")
         if self.per_class is not None and self.per_class < 1:
-            raise ValueError(f"--per-class {self.per_class} must be positive")
+            raise ValueError(f"--per-class {self.per_class}: must be at least 1")
 
 
-def kept_times(start: float, duration: float, recipe: Recipe) -> np.ndarray:
-    """Times in seconds at which a video is sampled: the middles of `frames` equal sections, or every 1 / `fps`."""
+def wanted_times(start: float, duration: float, recipe: Recipe) -> np.ndarray:
+    """Return the times in seconds at which a video is sampled -> (T,).
+
+    They are the middles of `recipe.frames` equal sections, or multiples of 1 / `recipe.fps`.
+    """
     if recipe.fps:
         return start + np.arange(max(1, int(duration * recipe.fps))) / recipe.fps
     return start + (np.arange(recipe.frames) + 0.5) * duration / recipe.frames
 
 
 def open_video(file: BinaryIO) -> av.container.InputContainer:
-    """The container of a video file, from its beginning.
+    """Open a video file at its beginning.
 
     Raises:
         ValueError: it has no video, or none that can be decoded.
-        av.FFmpegError: the file is damaged or no video.
+        av.FFmpegError: the file is corrupt or no video.
     """
     file.seek(0)
-    container = av.open(file, metadata_errors="ignore")  # titles are in whatever encoding
+    container = av.open(file, metadata_errors="ignore")  # Titles come in any encoding.
     if not container.streams.video:
         raise ValueError("no video stream")
     if container.format.name.endswith("_pipe") or container.format.name == "image2":
@@ -65,145 +85,214 @@ def open_video(file: BinaryIO) -> av.container.InputContainer:
     return container
 
 
-def time_of(packet: av.Packet | av.VideoFrame, ordered: bool) -> int | None:
-    return packet.dts if ordered or packet.pts is None else packet.pts
+def has_no_display_times(container: av.container.InputContainer) -> bool:
+    """Return whether the format stores no display times: AVI stores the decoding order alone."""
+    return container.format.name == "avi"
 
 
-def scan_video(container: av.container.InputContainer, ordered: bool) -> tuple[np.ndarray, float]:
-    """Read the packets alone -> times of the frames shown, ascending, in the stream's unit; seconds from one to the next.
+def time_of(packet: av.Packet | av.VideoFrame, decoding_order: bool) -> int | None:
+    """Return the time of a packet or frame in its stream's unit."""
+    return packet.dts if decoding_order or packet.pts is None else packet.pts
+
+
+def scan_video(container: av.container.InputContainer) -> tuple[np.ndarray, float]:
+    """Read the packets of a video without decoding them.
+
+    Returns:
+        Times of the frames that a player shows, ascending, in the stream's unit; and the seconds
+        from one frame to the next (median).
 
     Raises:
-        ValueError: there are none, or fewer than the container claims.
+        ValueError: there are no frames, or fewer than the container claims.
     """
-    stream, found, count, end = container.streams.best("video"), [], 0, 0.0
+    stream = container.streams.best("video")
+    decoding_order = has_no_display_times(container)
+    shown = []
+    packets, end = 0, 0.0
     for packet in container.demux():
-        time = time_of(packet, ordered)
+        time = time_of(packet, decoding_order)
         if time is None:
             continue
         if packet.stream is stream:
-            count += 1
-            if not packet.is_discard:  # an edit list hides frames that other frames need
-                found.append(time)
+            packets += 1
+            if not packet.is_discard:  # An edit list hides frames that other frames need.
+                shown.append(time)
         end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
-    if not found:
+    if not shown:
         raise ValueError("no frames")
-    pts = np.unique(found)
-    gap = float(
-        np.median(np.diff(pts)) * stream.time_base
-        if len(pts) > 1
-        else 1 / (stream.average_rate or 1)
-    )
-    claimed = (container.duration or 0) / av.time_base
-    if count < stream.frames or (
-        not stream.frames and end + gap < 0.98 * claimed
-    ):  # some packets have no duration
+    times = np.unique(shown)
+    if len(times) > 1:
+        gap = float(np.median(np.diff(times)) * stream.time_base)
+    else:
+        gap = float(1 / (stream.average_rate or 1))
+    check_complete(container, packets, end, gap)
+    return times, gap
+
+
+def check_complete(
+    container: av.container.InputContainer, packets: int, end: float, gap: float
+) -> None:
+    """Raise ValueError if a video has fewer frames than its container claims, or ends earlier."""
+    claimed_packets = container.streams.best("video").frames  # 0 if unknown
+    claimed_end = (container.duration or 0) / av.time_base
+    truncated = packets < claimed_packets
+    if not claimed_packets:
+        truncated = end + gap < 0.98 * claimed_end  # The last packets may lack a duration.
+    if truncated:
         raise ValueError(
-            f"cut: {count} frames, {end:.2f} s of {stream.frames or '?'}, {claimed:.2f} s"
+            f"truncated: {packets} of {claimed_packets or '?'} frames, "
+            f"{end:.2f} of {claimed_end:.2f} s"
         )
-    return pts, gap
 
 
 def read_video(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]]:
-    """Decode the wanted frames of a video file -> upright JPEG files, timestamps in seconds.
+    """Decode the wanted frames of a video file.
 
-    A first pass reads the packets alone and finds which frame is on screen at each wanted time. The second decodes: for a
-    packet that is neither wanted nor a key frame the decoder may drop what no other frame refers to.
+    Returns:
+        Upright JPEG files, and their timestamps in seconds. A video with fewer frames than wanted
+        repeats some.
 
     Raises:
-        ValueError: see open_video and scan_video; or the file lacks a frame that its packets promise.
-        av.FFmpegError: the file is damaged or no video.
+        ValueError: see open_video and scan_video; or the file lacks a frame that it announces.
+        av.FFmpegError: the file is corrupt or no video.
     """
     with open_video(file) as container:
-        ordered = (
-            container.format.name == "avi"
-        )  # has no presentation times: the n-th frame shown has the n-th packet's
-        pts, gap = scan_video(container, ordered)
-        seconds = pts * float(container.streams.best("video").time_base)
-    times = (
-        kept_times(seconds[0], seconds[-1] - seconds[0] + gap, recipe) + 0.02 * gap
-    )  # containers round to 1 ms
-    on_screen = np.searchsorted(seconds, times, "right") - 1
-    wanted = pts[on_screen].tolist()
-    missing, frames, shown = set(wanted), {}, iter(pts.tolist())
-    with open_video(file) as container:  # anew, since not every format can be rewound
+        times, gap = scan_video(container)
+        unit = float(container.streams.best("video").time_base)
+    seconds = times * unit
+    wanted = wanted_times(seconds[0], seconds[-1] - seconds[0] + gap, recipe)
+    # Containers round times to 1 ms, so a frame may seem to begin just after its wanted time.
+    on_screen = np.searchsorted(seconds, wanted + 0.02 * gap, "right") - 1
+    frames = decode_frames(file, times, set(times[on_screen].tolist()), recipe)
+    return [frames[time] for time in times[on_screen].tolist()], seconds[on_screen].tolist()
+
+
+def decode_frames(
+    file: BinaryIO, times: np.ndarray, wanted: set[int], recipe: Recipe
+) -> dict[int, bytes]:
+    """Decode the frames at the wanted times -> {time in the stream's unit: JPEG file}.
+
+    The decoder may skip a frame that is not wanted and to which no other frame refers.
+
+    Args:
+        times: of all frames that a player shows, ascending.
+    """
+    missing = set(wanted)
+    frames = {}
+    with open_video(file) as container:  # opened again, since not every format can be rewound
+        decoding_order = has_no_display_times(container)
+        remaining_times = iter(times.tolist())
         stream = container.streams.best("video")
         for packet in container.demux(stream):
-            time = time_of(packet, ordered)
-            keep_all = ordered or time is None or time in missing or packet.is_keyframe
-            stream.codec_context.skip_frame = "DEFAULT" if keep_all else "NONREF"
+            time = time_of(packet, decoding_order)
+            needed = decoding_order or time is None or time in missing or packet.is_keyframe
+            stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
             for frame in packet.decode():
-                time = next(shown, None) if ordered else time_of(frame, ordered)
+                if decoding_order:  # The n-th frame shown has the n-th time.
+                    time = next(remaining_times, None)
+                else:
+                    time = time_of(frame, decoding_order)
                 if time in missing:
                     missing.remove(time)
-                    frames[time] = encode_jpeg(frame, recipe)
+                    frames[time] = encode_video_frame(frame, recipe)
             if not missing:
-                break
-    if missing:
-        raise ValueError(
-            f"no such frame: {len(missing)} of {len(set(wanted))} could not be decoded"
-        )
-    return [frames[time] for time in wanted], seconds[on_screen].tolist()
+                return frames
+    raise ValueError(f"{len(missing)} of {len(wanted)} wanted frames could not be decoded")
 
 
-def encode_jpeg(frame: av.VideoFrame, recipe: Recipe) -> bytes:
-    """A decoded video frame, scaled to the recipe's short side and turned as a player shows it, as a JPEG file."""
+def encode_jpeg(pixels: np.ndarray, recipe: Recipe) -> bytes:
+    """Encode (H, W, 3) uint8 as a JPEG file."""
+    pixels = np.ascontiguousarray(pixels)
+    return simplejpeg.encode_jpeg(pixels, recipe.quality, colorsubsampling="420")
+
+
+def encode_video_frame(frame: av.VideoFrame, recipe: Recipe) -> bytes:
+    """Encode a decoded video frame, scaled to the short side and upright, as a JPEG file."""
     scale = min(1.0, recipe.short_side / min(frame.width, frame.height))
-    width, height = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
-    # (H, W, 3). More threads would be made anew for every frame.
+    width = max(1, round(frame.width * scale))
+    height = max(1, round(frame.height * scale))
+    # One thread, because PyAV would start more for each frame.
     pixels = frame.to_ndarray(
         format="rgb24", width=width, height=height, interpolation="BICUBIC", threads=1
-    )
-    if matrix := frame.side_data.get(
-        "DISPLAYMATRIX"
-    ):  # as of phones, which store what is upright lying on its side
-        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]  # x' = ax + cy, y' = bx + dy
-        if abs(b) > abs(a):
-            pixels, a, d = pixels.swapaxes(0, 1), c, b
-        pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
-    return simplejpeg.encode_jpeg(
-        np.ascontiguousarray(pixels), recipe.quality, colorsubsampling="420"
-    )
+    )  # (H, W, 3)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix:
+        pixels = turn_upright(pixels, np.frombuffer(matrix, np.int32))
+    return encode_jpeg(pixels, recipe)
+
+
+def turn_upright(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Turn and mirror a frame (H, W, 3) as a player does.
+
+    Args:
+        matrix: the display matrix of phones, which store an upright picture on its side. It maps
+            x' = ax + cy, y' = bx + dy, and is stored as a, b, _, c, d, ...
+    """
+    a, b, _, c, d = matrix[:5]
+    if abs(b) > abs(a):
+        pixels = pixels.swapaxes(0, 1)
+        a, d = c, b
+    if d < 0:
+        pixels = pixels[::-1]
+    if a < 0:
+        pixels = pixels[:, ::-1]
+    return pixels
 
 
 def read_image(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]]:
-    """Read an image file -> one upright RGB JPEG file, timestamp 0. A JPEG that is small enough is stored untouched.
+    """Read an image file -> one upright RGB JPEG file, timestamp 0.
+
+    A JPEG file that needs no change is stored byte for byte.
 
     Raises:
-        OSError: the file is damaged, cut, or no image.
-        ValueError: more than MAX_PIXELS would have to be decoded.
+        OSError: the file is corrupt, truncated or no image.
+        ValueError: more than MAX_PIXELS would have to be decoded, or pixels have 32 bits.
     """
     data = file.read()
     with Image.open(io.BytesIO(data)) as image:
-        small = min(image.size) <= recipe.short_side
-        progressive = (
-            "progressive" in image.info
-        )  # its coefficients are in memory as a whole, however small it is decoded
-        if not progressive and image.width * image.height > MAX_PIXELS // 8:
-            image.draft(
-                None, (2 * recipe.short_side,) * 2
-            )  # a JPEG can be decoded at a half, a quarter, an eighth
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"huge: {image.width}x{image.height} pixels")
-        if image.mode in ("I", "F"):
-            raise ValueError("32 bits a pixel, of unknown range")
-        image.load()
-        upright = image.getexif().get(0x0112, 1) == 1
-        if image.format == "JPEG" and image.mode in ("RGB", "L") and upright and small:
-            try:
-                simplejpeg.decode_jpeg(
-                    data, "RGB"
-                )  # stricter than Pillow: what it refuses is encoded anew
-                return [data], [0.0]
-            except ValueError:
-                pass
+        fits = min(image.size) <= recipe.short_side
+        load_pixels(image, recipe.short_side)
+        if fits and is_plain_jpeg(image) and can_be_decoded(data):
+            return [data], [0.0]
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # Pillow would clip it
+        if image.mode.startswith("I;16"):  # Pillow would clip it instead of scaling.
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert("RGB")
         scale = recipe.short_side / min(image.size)
         if scale < 1:
             size = [max(1, round(side * scale)) for side in image.size]
             image = image.resize(size, Image.Resampling.BICUBIC)
-        return [
-            simplejpeg.encode_jpeg(np.asarray(image), recipe.quality, colorsubsampling="420")
-        ], [0.0]
+        return [encode_jpeg(np.asarray(image), recipe)], [0.0]
+
+
+def load_pixels(image: Image.Image, short_side: int) -> None:
+    """Decode an opened image; a large JPEG at a half, a quarter or an eighth of its size.
+
+    Raises:
+        ValueError: it is too large, or its pixels have 32 bits.
+    """
+    # A progressive JPEG holds all coefficients in memory, at whatever size it is decoded.
+    progressive = "progressive" in image.info
+    if not progressive and image.width * image.height > MAX_PIXELS // 8:
+        image.draft(None, (2 * short_side, 2 * short_side))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"too large: {image.width}x{image.height} pixels")
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits per pixel, of unknown range")
+    image.load()
+
+
+def is_plain_jpeg(image: Image.Image) -> bool:
+    """Return whether an image is an RGB or grey JPEG that is stored upright."""
+    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return False
+    return image.getexif().get(EXIF_ORIENTATION, 1) == 1
+
+
+def can_be_decoded(jpeg: bytes) -> bool:
+    """Return whether the decoder of training reads a JPEG file; it is stricter than Pillow."""
+    try:
+        simplejpeg.decode_jpeg(jpeg, "RGB")
+    except ValueError:
+        return False
+    return True

@@ -1,4 +1,9 @@
-"""Draws the raw files of the demonstration: tinted garments of Fashion-MNIST that drift over clutter, as mp4, and stills."""
+"""Drawing of the demonstration's raw files: garments of Fashion-MNIST in colour, moving or still.
+
+    draw_demo(Path("data/demo/raw"), garments=600, workers=2)
+
+Every video is an mp4 of a tinted garment that drifts and turns over clutter; every image, a still.
+"""
 
 import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -10,9 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-FASHION_MNIST = Path(__file__).parent / "assets" / "fashion_mnist.npz"
-
-
+FASHION_MNIST = Path(__file__).parents[1] / "assets" / "fashion_mnist.npz"
 CLASSES = (
     "T-shirt",
     "Trouser",
@@ -25,43 +28,49 @@ CLASSES = (
     "Bag",
     "Boot",
 )
-
-
-SIDE, FRAMES, RATE = 40, 32, 16  # pixels, frames, frames a second
+SIDE = 40  # pixels
+FRAMES = 32
+RATE = 16  # frames per second
 
 
 def draw_garment(garment: np.ndarray, rng: np.random.Generator, frames: int) -> np.ndarray:
-    """A tinted garment (28, 28) that drifts and turns over faint static clutter -> (frames, SIDE, SIDE, 3) uint8."""
-    clutter = rng.uniform(0, 60, (5, 5, 3)).astype(np.uint8)
-    clutter = np.asarray(
-        Image.fromarray(clutter).resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32
-    )
+    """Draw a tinted garment that drifts and turns over faint clutter.
+
+    Args:
+        garment: (28, 28) uint8.
+
+    Returns:
+        (frames, SIDE, SIDE, 3) uint8.
+    """
+    clutter = Image.fromarray(rng.uniform(0, 60, (5, 5, 3)).astype(np.uint8))
+    clutter = np.asarray(clutter.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
     tint = rng.uniform(0.55, 1.0, 3)
-    centre, drift = (
-        rng.uniform(-4, 4, 2),
-        rng.uniform(-9, 9, 2),
-    )  # pixels; pixels over the whole clip
-    angle, turn = rng.uniform(-12, 12), rng.uniform(-20, 20)  # degrees; degrees over the whole clip
+    centre = rng.uniform(-4, 4, 2)  # pixels
+    drift = rng.uniform(-9, 9, 2)  # pixels over the whole clip
+    angle = rng.uniform(-12, 12)  # degrees
+    turn = rng.uniform(-20, 20)  # degrees over the whole clip
     picture = Image.new("L", (SIDE, SIDE))
     picture.paste(Image.fromarray(garment), ((SIDE - 28) // 2, (SIDE - 28) // 2))
     clip = np.empty((frames, SIDE, SIDE, 3), np.uint8)
-    for frame, time in enumerate(np.linspace(-0.5, 0.5, frames) if frames > 1 else (0.0,)):
+    times = np.linspace(-0.5, 0.5, frames) if frames > 1 else [0.0]
+    for frame, time in enumerate(times):
         shift = tuple(np.clip(centre + drift * time, -6, 6))
         moved = picture.rotate(angle + turn * time, Image.Resampling.BILINEAR, translate=shift)
-        opaque = np.asarray(moved, np.float32)[..., None] / 255  # (SIDE, SIDE, 1)
-        clip[frame] = clutter * (1 - opaque) + 255 * tint * opaque
+        opacity = np.asarray(moved, np.float32)[..., None] / 255  # (SIDE, SIDE, 1)
+        clip[frame] = clutter * (1 - opacity) + 255 * tint * opacity
     return clip
 
 
 def draw_file(path: Path, garment: np.ndarray, seed: tuple[int, ...]) -> None:
-    """Write one garment as an mp4 of FRAMES frames, or as a JPEG still."""
+    """Write a garment as an mp4 of FRAMES frames, or as a JPEG still."""
     rng = np.random.default_rng(seed)
     if path.suffix == ".jpg":
         Image.fromarray(draw_garment(garment, rng, 1)[0]).save(path, quality=95)
         return
     with av.open(str(path), "w") as container:
-        steady = "mbtree=0:rc-lookahead=0"  # with them, x264 writes other bytes now and then
-        options = {"crf": "18", "preset": "veryfast", "x264-params": steady}
+        # With mbtree and lookahead, x264 does not always write the same bytes.
+        reproducible = "mbtree=0:rc-lookahead=0"
+        options = {"crf": "18", "preset": "veryfast", "x264-params": reproducible}
         stream = container.add_stream("libx264", rate=RATE, options=options)
         stream.width = stream.height = SIDE
         stream.pix_fmt = "yuv420p"
@@ -71,25 +80,38 @@ def draw_file(path: Path, garment: np.ndarray, seed: tuple[int, ...]) -> None:
         container.mux(stream.encode())
 
 
+def garment_files(split: str, garments: int) -> list[tuple[Path, np.ndarray, tuple[int, int]]]:
+    """Return the files of a split: (path in raw/, garment, (label, number in its class)).
+
+    Every other garment of a class moves, and the rest are still.
+    """
+    with np.load(FASHION_MNIST, allow_pickle=False) as data:
+        images, labels = data[f"{split}_images"], data[f"{split}_labels"]
+    files = []
+    for label, name in enumerate(CLASSES):
+        for number, garment in enumerate(images[labels == label][:garments]):
+            kind, ending = ("images", "jpg") if number % 2 else ("videos", "mp4")
+            path = Path(split, kind, name, f"{number:04d}.{ending}")
+            files.append((path, garment, (label, number)))
+    return files
+
+
 def draw_demo(raw: Path, garments: int, workers: int) -> None:
-    """Write raw/{train,test}/{videos,images}/CLASS/*: one half of the garments of every class moves, the other is still."""
-    aside = raw.with_name(raw.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    """Write raw/{train,test}/{videos,images}/CLASS/*, complete or not at all.
+
+    Args:
+        garments: of every class in each split, at most.
+    """
+    temporary = raw.with_name(raw.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     jobs = []
-    with (
-        np.load(FASHION_MNIST, allow_pickle=False) as data,
-        ProcessPoolExecutor(workers, get_context("fork")) as pool,
-    ):
-        for number, split in enumerate(("train", "test")):
-            images, labels = data[f"{split}_images"], data[f"{split}_labels"]
-            for label, name in enumerate(CLASSES):
-                for index, garment in enumerate(images[labels == label][:garments]):
-                    kind, ending = (("videos", "mp4"), ("images", "jpg"))[index % 2]
-                    path = aside / split / kind / name / f"{index:04d}.{ending}"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    jobs.append(pool.submit(draw_file, path, garment, (number, label, index)))
-        for job in tqdm(
-            as_completed(jobs), total=len(jobs), desc=str(raw), unit="file", disable=None
-        ):
+    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+        for split_number, split in enumerate(("train", "test")):
+            for name, garment, key in garment_files(split, garments):
+                path = temporary / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                jobs.append(pool.submit(draw_file, path, garment, (split_number, *key)))
+        finished = as_completed(jobs)
+        for job in tqdm(finished, total=len(jobs), desc=str(raw), unit="file", disable=None):
             job.result()
-    aside.rename(raw)
+    temporary.rename(raw)

@@ -1,4 +1,13 @@
-"""shards/format.py."""
+"""The format of the shards: its columns, packing and decoding of a sample, and a reader.
+
+    clips = Clips("data/k400/train")
+    pixels = decode_frame(clips[0], 3)                          # (H, W, 3) uint8, the fourth frame
+    label = read_classes("data/k400/train")[clips[0]["label"]]
+
+Every sample is a clip: JPEG frames of one size with their timestamps. An image is a clip of one
+frame. The samples lie in MDS shards of mosaicml-streaming, described by `index.json`. Beside it,
+`classes.json` has the label names in order, and `report.json` what data_prep.py did.
+"""
 
 import json
 from pathlib import Path
@@ -9,16 +18,20 @@ import simplejpeg
 from shards.storage import Storage
 
 COLUMNS = {
-    "frames": "bytes",  # JPEG files, back to back
-    "ends": "ndarray:uint32",  # (T,) end offset of every frame in `frames`
-    "timestamps": "ndarray:float64",  # (T,) seconds, the frames' own; 0 for an image
-    "label": "int",  # index into classes.json, -1 unknown
+    "frames": "bytes",  # T JPEG files, back to back
+    "ends": "ndarray:uint32",  # (T,) offset in `frames` at which each frame ends
+    "timestamps": "ndarray:float64",  # (T,) seconds, as in the video file; 0 for an image
+    "label": "int",  # index into classes.json; -1 if unknown
     "name": "str",  # path inside the source
 }
 
+UNREADABLE = (
+    "unreadable_eval.jsonl"  # in a run directory: samples that evaluations could not decode
+)
+
 
 def encode_clip(frames: list[bytes], timestamps: list[float], label: int, name: str) -> dict:
-    """Pack JPEG files into one sample of the schema COLUMNS."""
+    """Pack JPEG files into one sample with the columns COLUMNS."""
     ends = np.cumsum([len(frame) for frame in frames], dtype=np.uint32)
     return {
         "frames": b"".join(frames),
@@ -30,68 +43,80 @@ def encode_clip(frames: list[bytes], timestamps: list[float], label: int, name: 
 
 
 def decode_frame(sample: dict, index: int) -> np.ndarray:
-    """Decode one frame of a sample and nothing else of it -> (H, W, 3) uint8, RGB."""
+    """Decode one frame of a sample -> (H, W, 3) uint8, RGB.
+
+    Raises:
+        ValueError: the frame is corrupt.
+    """
     begin = int(sample["ends"][index - 1]) if index else 0
-    return simplejpeg.decode_jpeg(
-        memoryview(sample["frames"])[begin : int(sample["ends"][index])], "RGB"
-    )
+    end = int(sample["ends"][index])
+    jpeg = memoryview(sample["frames"])[begin:end]
+    return simplejpeg.decode_jpeg(jpeg, "RGB")
 
 
 def read_json(path: str, name: str) -> list | dict:
-    """index.json, classes.json, report.json of a data set.
+    """Return the content of index.json, classes.json, report.json or request.json of a data set.
 
     Raises:
-        ValueError: `path` is no data set of this format, or is not complete.
+        ValueError: `path` is not a data set of this format, or is incomplete.
     """
     try:
         return json.loads(Storage(path).read(name))
     except FileNotFoundError:
         raise ValueError(
-            f"{path} is not a complete data set ({name} is missing); make it with data_prep.py"
+            f"{path} is not a complete data set: {name} is missing; make it with data_prep.py"
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{path}/{name} is damaged ({error}); give the data_prep.py command that made it again"
+            f"{path}/{name} is corrupt ({error}); run the data_prep.py command that made it again"
         ) from None
 
 
 def read_classes(path: str) -> list[str]:
-    """Label names of a data set, in order; empty where it has no labels. Raises as read_json does."""
+    """Return the label names of a data set, in order; none if it has no labels.
+
+    Raises:
+        ValueError: see read_json.
+    """
     read_json(path, "index.json")
     return read_json(path, "classes.json")
 
 
 def common_classes(paths: list[str]) -> list[str]:
-    """The class names of all of these data sets.
+    """Return the label names that all of these data sets have.
 
     Raises:
-        ValueError: no data set, or one that is missing, has no labels, or has other classes than the first.
+        ValueError: `paths` is empty, or a data set is missing, has no labels or other label names.
     """
     if not paths:
-        raise ValueError("a list of data sets is empty; name at least one")
-    first = read_classes(paths[0])
+        raise ValueError("the list of data sets is empty; name at least one")
+    expected = read_classes(paths[0])
     for path in paths:
         classes = read_classes(path)
         if not classes:
             raise ValueError(
-                f"{path} has no labels, which are needed here; convert it from a folder per class"
+                f"{path} has no labels, but they are needed; convert it from one folder per class"
             )
-        if classes != first:
-            raise ValueError(f"{path} has other classes than {paths[0]}")
-    return first
+        if classes != expected:
+            raise ValueError(f"{path} has other classes than {paths[0]}; use data sets that agree")
+    return expected
 
 
 class Clips:
-    """The samples of a data set by number, from a folder or straight out of a bucket. Raises as read_json does."""
+    """The samples of a data set by number, read from a folder or directly out of a bucket.
+
+    Raises:
+        ValueError: see read_json.
+    """
 
     def __init__(self, path: str):
-        from streaming.base.format import (
-            reader_from_json,
-        )  # 4 s to import: only where shards are read
+        # Imported here, because it takes 4 s and imports torch.
+        from streaming.base.format import reader_from_json
 
-        self.place, shards = Storage(path), read_json(path, "index.json")["shards"]
+        self.storage = Storage(path)
+        shards = read_json(path, "index.json")["shards"]
         self.names = [shard["raw_data"]["basename"] for shard in shards]
-        self.ends = np.cumsum([shard["samples"] for shard in shards])
+        self.ends = np.cumsum([shard["samples"] for shard in shards])  # first number after a shard
         self.decode = reader_from_json("", None, shards[0]).decode_sample
 
     def __len__(self) -> int:
@@ -100,18 +125,18 @@ class Clips:
     def __getitem__(self, number: int) -> dict:
         shard = int(np.searchsorted(self.ends, number, "right"))
         row = number - (int(self.ends[shard - 1]) if shard else 0)
-        begin, end = np.frombuffer(
-            self.place.read(self.names[shard], 4 + 4 * row, 8), np.uint32
-        ).tolist()
-        return self.decode(self.place.read(self.names[shard], begin, end - begin))
-
-
-UNREADABLE = "unreadable_eval.jsonl"  # in a run's folder
+        # An MDS file begins with the number of samples and their offsets, uint32 each.
+        offsets = self.storage.read(self.names[shard], 4 + 4 * row, 8)
+        begin, end = np.frombuffer(offsets, np.uint32).tolist()
+        return self.decode(self.storage.read(self.names[shard], begin, end - begin))
 
 
 def record_unreadable(report: Path, name: str, error: Exception) -> set[str]:
-    """Add a sample that cannot be decoded to a list, and return the names in it."""
+    """Add a sample that cannot be decoded to a list, and return the names of all in the list."""
     report.parent.mkdir(parents=True, exist_ok=True)
+    reason = " ".join(str(error).split())
     with report.open("a") as file:
-        file.write(json.dumps([name, " ".join(str(error).split())]) + "\n")
-    return {json.loads(line)[0] for line in report.read_text().splitlines() if line.endswith("]")}
+        file.write(json.dumps([name, reason]) + "\n")
+    # Another process may be writing its line, which then has no end yet.
+    lines = [line for line in report.read_text().splitlines() if line.endswith("]")]
+    return {json.loads(line)[0] for line in lines}

@@ -1,6 +1,11 @@
-"""Where files lie: a folder, or an s3:// address, read and written alike.
+"""Access to files in a local folder or under an s3:// address, through one interface.
 
-Writes are whole or not there at all. Whatever goes wrong is an OSError that names the address.
+    storage = Storage("s3://bucket/k400")
+    index = json.loads(storage.read("index.json"))
+    storage.write_json("report.json", {"samples": 240_000})
+
+A file is written completely or not at all. Every failure is an OSError that names the address.
+boto3 reaches S3 with its usual credentials, at S3_ENDPOINT_URL if that is set.
 """
 
 import base64
@@ -18,8 +23,11 @@ from typing import BinaryIO
 
 
 @functools.cache
-def s3_client(process: int):
-    """boto3's client; one for each process, since a forked one must not share its parent's connections."""
+def s3_client(process_id: int):
+    """Return boto3's client for a process.
+
+    A forked process needs a client of its own, since it must not share its parent's connections.
+    """
     import boto3
 
     return boto3.client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"))
@@ -27,25 +35,45 @@ def s3_client(process: int):
 
 @contextmanager
 def bucket_errors(address: str) -> Iterator[None]:
-    """What boto3 raises, as an OSError that names the address."""
+    """Raise boto3's exceptions as OSErrors that name the address.
+
+    A missing key raises FileNotFoundError.
+    """
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
     except (ClientError, BotoCoreError, Boto3Error) as error:
-        missing = isinstance(error, ClientError) and error.response["Error"]["Code"] in (
-            "404",
-            "NoSuchKey",
-        )
-        raise OSError(errno.ENOENT if missing else errno.EIO, str(error), address) from error
+        code = error.response["Error"]["Code"] if isinstance(error, ClientError) else None
+        number = errno.ENOENT if code in ("404", "NoSuchKey") else errno.EIO
+        raise OSError(number, str(error), address) from error
+
+
+def is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A folder, or what lies under an s3:// address (at S3_ENDPOINT_URL, if that is set). Names in it have slashes.
+    """A folder, or all files under an s3:// address. Names inside it are separated by slashes.
 
-    Its methods raise FileNotFoundError where there is no such file, and OSError for whatever else is in the way.
+    Guarantees of its methods:
+        names, has: include every file whose write has returned. Hidden files are never listed.
+        read, open, stream: raise FileNotFoundError if the file is missing.
+        write, write_json: are atomic. Readers see the old file or the new, also if the writing
+            process is killed midway. A bucket confirms the SHA-256 of what it received.
+        upload: is atomic like write, and sends large files in pieces. For buckets only.
+        download: replaces the local file once its copy is complete. For buckets only.
+        delete: succeeds also if the file is missing. For buckets only.
+
+    Args:
+        root: a folder, which need not exist yet, or s3://bucket/prefix.
+
+    Raises:
+        OSError: from every method, for whatever prevents it; for a missing file, its subclass
+            FileNotFoundError.
+        ValueError: `root` is an address of another scheme.
     """
 
     root: str
@@ -59,125 +87,139 @@ class Storage:
         return self.root.startswith("s3://")
 
     def at(self, name: str) -> str:
+        """Return the full path or address of a file."""
         return os.path.join(self.root, name)
 
     def key(self, name: str) -> dict[str, str]:
+        """Return the bucket and key of a file, as boto3's arguments."""
         bucket, _, key = self.at(name).removeprefix("s3://").partition("/")
         return {"Bucket": bucket, "Key": key}
 
     def names(self, under: str = "") -> Iterator[str]:
-        """Every file in the folder `under` and its folders, in order; hidden ones are left out."""
-        if not self.remote:
-            try:
-                entries = [
-                    entry for entry in os.scandir(self.at(under)) if not entry.name.startswith(".")
-                ]
-            except (
-                FileNotFoundError
-            ):  # renamed since its own folder was read: by a worker that a killed run left behind
-                if not under:
-                    raise
-                return
-            for entry in sorted(
-                entries, key=lambda entry: entry.name + "/" * entry.is_dir()
-            ):  # the order of a bucket
-                name = os.path.join(under, entry.name)
-                yield from self.names(name) if entry.is_dir() else [name]
-            return
-        base, prefix = self.key("")["Key"], self.key(os.path.join(under, ""))
+        """Yield all files in the folder `under` and its subfolders, sorted, except hidden files."""
+        return self._names_in_bucket(under) if self.remote else self._names_in_folder(under)
+
+    def _names_in_folder(self, under: str) -> Iterator[str]:
+        try:
+            entries = list(os.scandir(self.at(under)))
+        except FileNotFoundError:
+            if not under:
+                raise
+            return  # A worker of an interrupted run may have renamed it since its parent was read.
+        # With the slash, folders sort as they do in a bucket.
+        entries.sort(key=lambda entry: entry.name + "/" if entry.is_dir() else entry.name)
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            name = os.path.join(under, entry.name)
+            if entry.is_dir():
+                yield from self._names_in_folder(name)
+            else:
+                yield name
+
+    def _names_in_bucket(self, under: str) -> Iterator[str]:
+        root = self.key("")["Key"]
+        prefix = self.key(os.path.join(under, ""))
         with bucket_errors(self.at(under)):
-            pages = s3_client(os.getpid()).get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=prefix["Bucket"], Prefix=prefix["Key"]):
-                for found in page.get("Contents", ()):
-                    name = found["Key"][len(base) :].lstrip("/")
-                    if not any(
-                        part.startswith(".") for part in name.split("/")
-                    ) and not name.endswith("/"):
+            paginator = s3_client(os.getpid()).get_paginator("list_objects_v2")
+            for page in paginator.paginate(Bucket=prefix["Bucket"], Prefix=prefix["Key"]):
+                for entry in page.get("Contents", ()):
+                    name = entry["Key"][len(root) :].lstrip("/")
+                    if not name.endswith("/") and not is_hidden(name):
                         yield name
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file or folder."""
+        """Return whether there is such a file or folder."""
         if not self.remote:
             return os.path.exists(self.at(name))
+        location = self.key(name)
+        file, folder = location["Key"], location["Key"].rstrip("/") + "/"
         with bucket_errors(self.at(name)):
-            where, client = self.key(name), s3_client(os.getpid())
-            prefixes = (where["Key"], where["Key"].rstrip("/") + "/")
-            found = [
-                client.list_objects_v2(Bucket=where["Bucket"], Prefix=one, MaxKeys=1)
-                for one in prefixes
-            ]
-        return bool(found[1]["KeyCount"]) or any(
-            one["Key"] == where["Key"] for one in found[0].get("Contents", ())
-        )
+            # The first key that begins with the name of a file is the file itself, if it exists.
+            list_objects = functools.partial(
+                s3_client(os.getpid()).list_objects_v2, Bucket=location["Bucket"], MaxKeys=1
+            )
+            found = list_objects(Prefix=file).get("Contents", ())
+            if any(entry["Key"] == file for entry in found):
+                return True
+            return list_objects(Prefix=folder)["KeyCount"] > 0
 
     def stream(self, name: str, begin: int = 0, size: int | None = None) -> BinaryIO:
-        """The file from byte `begin` on, to be read in order."""
+        """Return a file, from byte `begin` on, that can be read in order only.
+
+        Args:
+            size: bytes to request from a bucket; None for the rest of the file.
+        """
         if not self.remote:
             file = self.open(name)
             file.seek(begin)
             return file
-        last = "" if size is None else begin + size - 1
-        ranged = {} if size is None and not begin else {"Range": f"bytes={begin}-{last}"}
+        request = self.key(name)
+        if begin or size is not None:
+            end = "" if size is None else begin + size - 1
+            request["Range"] = f"bytes={begin}-{end}"
         with bucket_errors(self.at(name)):
-            return s3_client(os.getpid()).get_object(**self.key(name), **ranged)["Body"]
+            return s3_client(os.getpid()).get_object(**request)["Body"]
 
     def read(self, name: str, begin: int = 0, size: int | None = None) -> bytes:
+        """Return `size` bytes of a file from byte `begin` on; by default, all of them."""
         with self.stream(name, begin, size) as file, bucket_errors(self.at(name)):
             return file.read(size)
 
     def open(self, name: str) -> BinaryIO:
-        """The file, to be read in any order."""
+        """Return a file that can be read in any order; out of a bucket, it is held in memory."""
         return io.BytesIO(self.read(name)) if self.remote else open(self.at(name), "rb")
 
     def write(self, name: str, data: bytes) -> None:
-        """Put a file there so that it is either as it was or complete; what a bucket received is checked."""
+        """Write a file atomically, and check what a bucket received."""
         if not self.remote:
-            aside = Path(f"{self.at(name)}.{os.getpid()}.tmp")
-            aside.write_bytes(data)
-            aside.replace(self.at(name))
+            temporary = Path(f"{self.at(name)}.{os.getpid()}.tmp")
+            temporary.write_bytes(data)
+            temporary.replace(self.at(name))
             return
         digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
         with bucket_errors(self.at(name)):
             client = s3_client(os.getpid())
             client.put_object(**self.key(name), Body=data, ChecksumAlgorithm="SHA256")
-            there = client.head_object(**self.key(name), ChecksumMode="ENABLED")
-        if there["ContentLength"] != len(data) or there.get("ChecksumSHA256", digest) != digest:
-            raise OSError(
-                errno.EIO,
-                f"what arrived is not the {len(data)} bytes that were sent",
-                self.at(name),
-            )
+            stored = client.head_object(**self.key(name), ChecksumMode="ENABLED")
+        same_size = stored["ContentLength"] == len(data)
+        same_digest = stored.get("ChecksumSHA256", digest) == digest
+        if not (same_size and same_digest):
+            message = f"the bucket did not store the {len(data)} bytes that were sent"
+            raise OSError(errno.EIO, message, self.at(name))
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write a value as a JSON file atomically."""
+        self.write(name, json.dumps(value, indent=1, ensure_ascii=False).encode())
 
     def upload(self, path: Path, name: str) -> None:
-        """Copy a file into the bucket, in pieces and checked: it is there as a whole or not at all."""
-        where = self.key(name)
+        """Copy a local file into the bucket atomically, in checked pieces."""
+        location = self.key(name)
+        options = {"ChecksumAlgorithm": "SHA256"}
         with bucket_errors(self.at(name)):
-            s3_client(os.getpid()).upload_file(
-                str(path), *where.values(), ExtraArgs={"ChecksumAlgorithm": "SHA256"}
-            )
+            client = s3_client(os.getpid())
+            client.upload_file(str(path), location["Bucket"], location["Key"], ExtraArgs=options)
 
     def download(self, name: str, path: Path) -> None:
-        """Copy a file out of the bucket."""
+        """Copy a file out of the bucket to a local path."""
+        location = self.key(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with bucket_errors(self.at(name)):
-            s3_client(os.getpid()).download_file(*self.key(name).values(), str(path))
+            s3_client(os.getpid()).download_file(location["Bucket"], location["Key"], str(path))
 
     def delete(self, name: str) -> None:
         """Delete a file of the bucket."""
         with bucket_errors(self.at(name)):
             s3_client(os.getpid()).delete_object(**self.key(name))
 
-    def write_json(self, name: str, value: object) -> None:
-        self.write(name, json.dumps(value, indent=1, ensure_ascii=False).encode())
-
 
 def write_file(path: str, data: bytes) -> None:
-    """Storage.write for a file by its path."""
+    """Write a local file atomically, see Storage.write."""
     Storage(os.path.dirname(path) or ".").write(os.path.basename(path), data)
 
 
 def write_picture(to: Path, draw: Callable[..., None]) -> None:
-    """Write a file of what draw(file, format="png") draws."""
+    """Write the PNG file that draw(file, format="png") draws, atomically."""
     buffer = io.BytesIO()
     draw(buffer, format="png")
     write_file(str(to), buffer.getvalue())

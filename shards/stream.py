@@ -1,4 +1,17 @@
-"""The samples of a training, in an order and with chance that neither ranks, workers nor interruptions change."""
+"""The samples of a training run, in an order that ranks, workers and interruptions do not change.
+
+MosaicML Streaming guarantees the order: with the same data, seed and `num_canonical_nodes`, each
+global batch of an epoch has the same samples, for any number of ranks and workers. A checkpoint
+stores how much of the epoch has been read, and a resumed run reads the rest in the same order.
+
+This module adds the random numbers. Each sample has a generator of its own, whose seed names the
+sample but not the process that reads it. In a run with seed 7 on 1000 samples, for example, the
+views of sample 12 in epoch 3 are drawn with
+
+    np.random.default_rng((7, 3, 12, 0))
+
+If sample 12 occurs a second time in that epoch, it counts as sample 1012 there.
+"""
 
 import hashlib
 import os
@@ -17,110 +30,104 @@ from filelock import FileLock, Timeout
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
-from streaming.base.shuffle import get_shuffle
 from torch.utils.data import DataLoader
 
-from shards.format import Clips, decode_frame, record_unreadable, read_classes
+from shards.format import Clips, decode_frame, read_classes, record_unreadable
 from shards.storage import Storage
 from shards.views import UnitInterval
 
+Transform = Callable[[dict, np.random.Generator], dict]  # a stored sample -> what is trained on
+
 
 class DeterministicStream(StreamingDataset):
-    """Streams of samples, each given to `transform` with a generator of its own, seeded by (seed, epoch, sample).
+    """Streams of samples, each transformed with a generator that its key seeds.
 
-    The number of its stream is among what is stored of it, as `stream`.
+    The key is (seed, epoch, identity, repeat). `identity` is sample + occurrence * num_samples:
+    a stream with a large proportion lists a sample several times in an epoch, and `occurrence`
+    counts the earlier places of the sample in that list, before it is shuffled. The list depends
+    on seed and epoch alone, and so do the keys. `repeat` counts from 0 to `repeats` - 1.
 
-    With `repeats`, each sample is read once and given to `transform` so many times. One that cannot be decoded is named in
-    the file `unreadable` and gives way to the next of the data set; more than a fraction `max_unreadable` ends the run.
+    A sample that cannot be decoded is listed in a file, and the next sample of the data takes its
+    place.
 
-    The n-th occurrence of a sample that its stream repeats within an epoch counts as sample + n * num_samples, in the order
-    of the epoch's list before it is shuffled. That list depends on seed and epoch alone, so the keys are the same for any
-    number of workers and ranks and after a resume.
+    Args:
+        transform: called with a stored sample and its generator. The sample has a further entry
+            `stream`, the index of its stream. A ValueError declares the sample unreadable.
+        unreadable: file that lists the unreadable samples.
+        max_unreadable: fraction of the samples that may be unreadable, in [0, 1].
+        repeats: times that each sample is transformed after it has been read once.
+        batch_size: samples that a rank reads for a step; each is transformed `repeats` times.
+        settings: of StreamingDataset.
     """
 
-    transform: Callable[[dict, np.random.Generator], dict]
-    constant_mix: bool = False
-    repeats: int = 1
-    unreadable: Path
-    max_unreadable: float
+    def __init__(
+        self,
+        transform: Transform,
+        unreadable: Path,
+        max_unreadable: float,
+        *,
+        repeats: int,
+        batch_size: int,
+        **settings: Any,
+    ):
+        super().__init__(batch_size=batch_size, shuffle=True, **settings)
+        self.transform = transform
+        self.unreadable = unreadable
+        self.max_unreadable = max_unreadable
+        self.repeats = repeats
 
-    def resample_streams(
-        self, epoch: int, stream_id: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        units, samples = super().resample_streams(epoch, stream_id)
-        order = samples.argsort(kind="stable")
-        _, first, counts = np.unique(samples[order], return_index=True, return_counts=True)
-        samples[order] += (np.arange(len(samples)) - np.repeat(first, counts)) * self.num_samples
-        if self.constant_mix:
-            how = (self.num_canonical_nodes, self.shuffle_seed, epoch, self.shuffle_block_size)
-            shuffled = get_shuffle(self.shuffle_algo, units, *how)  # as our caller is about to do
-            samples[shuffled] = samples[self.spread(shuffled, samples)]
-        return units, samples
+    def drop_incomplete_batch(self, global_batch_size: int) -> None:
+        """Shorten each epoch to a multiple of the samples that all ranks read for a step.
 
-    def stream_of(self, samples: np.ndarray) -> np.ndarray:
-        shard = (
-            np.searchsorted(self.sample_offset_per_shard, samples % self.num_samples, "right") - 1
-        )
-        return self.stream_per_shard[shard]
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        try:
-            sample = super().__getitem__(number)
-        except (IndexError, ValueError) as error:  # its shard is cut
-            sample = {"name": f"sample {number} of all", "damage": str(error)}
-        return sample | {"stream": int(self.stream_of(np.array(number)))}
-
-    def spread(self, shuffled: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """Reorder positions in `samples` so that each stream's are evenly spaced, in their order: batches take runs of them.
-
-        Every run then has of each stream what its share of the epoch makes, to within one sample.
+        Streaming would fill the last batch of each rank with samples that come twice, so that the
+        number of steps would depend on the number of ranks. It has no argument for this: the
+        `epoch_size` of its constructor decides how often each stream is sampled, too, which must
+        not change.
         """
-        stream = self.stream_of(samples)
-        parts = []
-        for part in np.array_split(shuffled, self.num_canonical_nodes):
-            place = np.empty(len(part))
-            for one in np.unique(stream):
-                mine = np.flatnonzero(stream[part] == one)
-                place[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
-            parts.append(part[place.argsort(kind="stable")])
-        return np.concatenate(parts)
-
-    def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
-        work = super()._get_work(epoch, sample_in_epoch)
-        self._keys = [(self.shuffle_seed, epoch, int(key)) for key in work if key != -1]
-        return np.where(work == -1, -1, work % self.num_samples)
-
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """As Streaming's, whose look-ahead takes a lock on disk for every sample: a shard that is there needs none."""
-        if blocking or self._shard_states[shard_id] != _ShardState.LOCAL:
-            super().prepare_shard(shard_id, blocking)
+        self.epoch_size -= self.epoch_size % global_batch_size
+        self.length = self.epoch_size // dist.get_world_size()
 
     def __len__(self) -> int:
         return super().__len__() * self.repeats
 
-    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """As Streaming's, but that at the end of an epoch, where Composer counts from 0 again, the next one is due."""
-        state = super().state_dict(num_samples // self.repeats, from_beginning)
-        return state if num_samples else state | {"epoch": max(state["epoch"], self.next_epoch)}
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Return a stored sample, or its error as `read_error` if its shard is cut off."""
+        try:
+            sample = super().__getitem__(number)
+        except (IndexError, ValueError) as error:
+            sample = {"name": f"sample {number} of all streams", "read_error": str(error)}
+        shard, _ = self.spanner[number]
+        return sample | {"stream": int(self.stream_per_shard[shard])}
 
     def __iter__(self) -> Iterator[dict]:
-        for number, sample in enumerate(super().__iter__()):
-            key, tried = self._keys[number], 0
-            for repeat in range(self.repeats):
-                while True:
-                    try:
-                        if "damage" in sample:
-                            raise ValueError(sample["damage"])
-                        views = self.transform(sample, np.random.default_rng((*key, repeat)))
-                        break
-                    except ValueError as error:
-                        self.note(sample["name"], error)
-                        tried += 1
-                        sample = self[(key[-1] + tried) % self.num_samples]
-                yield views
+        """Yield the transformed samples of this rank and worker."""
+        for position, sample in enumerate(super().__iter__()):
+            yield from self.transform_sample(sample, self._keys[position])
 
-    def note(self, name: str, error: ValueError) -> None:
-        """Add a sample to the list of the unreadable.
+    def transform_sample(self, sample: dict, key: tuple[int, int, int]) -> Iterator[dict]:
+        """Yield the results of `repeats` transforms of a sample, or of the next readable sample.
+
+        Args:
+            sample: see __getitem__.
+            key: seed, epoch and identity of the sample; a replacement keeps the key.
+        """
+        identity = key[-1]
+        replacements = 0
+        for repeat in range(self.repeats):
+            transformed = None
+            while transformed is None:
+                try:
+                    if "read_error" in sample:
+                        raise ValueError(sample["read_error"])
+                    transformed = self.transform(sample, np.random.default_rng((*key, repeat)))
+                except ValueError as error:
+                    self.report_unreadable(sample["name"], error)
+                    replacements += 1
+                    sample = self[(identity + replacements) % self.num_samples]
+            yield transformed
+
+    def report_unreadable(self, name: str, error: ValueError) -> None:
+        """Add a sample to the list of unreadable samples.
 
         Raises:
             RuntimeError: there are too many.
@@ -131,19 +138,78 @@ class DeterministicStream(StreamingDataset):
                 f"{count} samples cannot be decoded, see {self.unreadable}; run data_prep.py verify"
             )
 
+    def resample_streams(
+        self, epoch: int, stream_id: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return Streaming's list of an epoch's samples, with identities instead of numbers.
+
+        Streaming shuffles the list, and deals it out to ranks and workers, without a look at its
+        values.
+        """
+        shuffle_units, samples = super().resample_streams(epoch, stream_id)
+        return shuffle_units, samples + count_earlier(samples) * self.num_samples
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
+        """Return the samples that this worker is to read, in order, and keep their keys.
+
+        Keys are in the order in which __iter__ yields samples; it leaves out the padding, -1.
+        Streaming has no public method between the order of an epoch and the reading.
+        """
+        identities = super()._get_work(epoch, sample_in_epoch)
+        is_padding = identities == -1
+        self._keys = [
+            (self.shuffle_seed, epoch, int(identity)) for identity in identities[~is_padding]
+        ]
+        return np.where(is_padding, -1, identities % self.num_samples)
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Download a shard unless it is on disk.
+
+        Streaming's read-ahead calls this method for every sample. Streaming's own method takes a
+        file lock each time, which all workers of a machine share, even if the shard is on disk.
+        The states of the shards, and the type of the states, have no public name.
+        """
+        if blocking or self._shard_states[shard_id] != _ShardState.LOCAL:
+            super().prepare_shard(shard_id, blocking)
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Return the position in the data, for a checkpoint.
+
+        At the end of an epoch, Composer counts samples from 0 again, but Streaming still names the
+        finished epoch. Streaming's own method would make a resumed run repeat that epoch.
+
+        Args:
+            num_samples: transformed samples of this epoch so far.
+            from_beginning: whether they are counted from the start of the epoch, else since the
+                run was resumed.
+        """
+        state = super().state_dict(num_samples // self.repeats, from_beginning)
+        if num_samples == 0:
+            state["epoch"] = max(state["epoch"], self.next_epoch)
+        return state
+
+
+def count_earlier(values: np.ndarray) -> np.ndarray:
+    """Return for each value how often it stands earlier in the array: [3, 1, 3] -> [0, 0, 1]."""
+    order = values.argsort(kind="stable")  # equal values side by side, in their order
+    _, starts, counts = np.unique(values[order], return_index=True, return_counts=True)
+    earlier = np.empty_like(values)
+    earlier[order] = np.arange(len(values)) - np.repeat(starts, counts)
+    return earlier
+
 
 def open_stream(
     *, path: str, proportion: PositiveFloat | None = None, cache: str | None = None
 ) -> Stream:
-    """One data set of a mix.
+    """Open one data set of a mix.
 
     Args:
         path: folder, or s3:// address, of a data set of data_prep.py.
-        proportion: share of the epoch; without it in every stream, each sample is seen once an epoch.
-        cache: local folder for what is fetched from s3://; if not given, see cache_of.
+        proportion: share of the epoch; without proportions, each sample comes once an epoch.
+        cache: local folder for the shards of an s3:// address; if not given, see cache_folder.
 
     Raises:
-        ValueError: no such data set.
+        ValueError: there is no such data set.
     """
     read_classes(path)
     if Storage(path).remote:
@@ -151,63 +217,100 @@ def open_stream(
     return Stream(local=path, proportion=proportion)
 
 
-def cache_of(run: Path, path: str) -> str:
-    """A folder for what a run fetches of a data set: the same for its next life, another for every other run."""
-    return str(Path(gettempdir(), f"{run.name}-{hashlib.sha256(path.encode()).hexdigest()[:16]}"))
+def cache_folder(run: Path, path: str) -> str:
+    """Return a folder for the shards that a run downloads; a resumed run has the same folder."""
+    digest = hashlib.sha256(path.encode()).hexdigest()
+    return str(Path(gettempdir(), f"{run.name}-{digest[:16]}"))
 
 
 @contextmanager
 def one_job_at_a_time() -> Iterator[None]:
-    """Other jobs on this machine wait: each StreamingDataset takes the first names of shared memory that are free."""
-    lock, first = (
-        FileLock(Path(gettempdir(), f"streams-{os.getuid()}.lock")),
-        dist.get_local_rank() == 0,
-    )
-    if first:
-        with suppress(Timeout):  # no wait is worth more than a job
+    """Make other jobs on this machine wait while a StreamingDataset is constructed.
+
+    A StreamingDataset takes the first free names in shared memory. Two jobs that construct one at
+    the same moment would take the same names.
+    """
+    lock = FileLock(Path(gettempdir(), f"streams-{os.getuid()}.lock"))
+    is_local_leader = dist.get_local_rank() == 0
+    if is_local_leader:
+        with suppress(Timeout):  # Start anyway after 60 s.
             lock.acquire(timeout=60)
     dist.barrier()
     try:
         yield
     finally:
-        if first:
+        if is_local_leader:
             lock.release()
 
 
-def frame_size(path: str) -> tuple[int, int]:
-    """Height and width of a frame of a data set: the first that can be decoded."""
-    for sample in Clips(path):
-        with suppress(ValueError):
-            return decode_frame(sample, 0).shape[:2]
-    raise ValueError(f"{path}: no sample can be decoded; run data_prep.py verify")
+def check_batch(batch_size: int, micro_size: int, repeats: int, ranks: int) -> None:
+    """Raise ValueError for sizes that do not divide; both are in samples over all ranks."""
+    if batch_size % micro_size:
+        raise ValueError(
+            f"data.global_train_batch_size={batch_size}: "
+            f"must be a multiple of data.global_micro_batch_size={micro_size}"
+        )
+    if micro_size % ranks:
+        raise ValueError(
+            f"a micro-batch of {micro_size} samples: must be a multiple of the {ranks} ranks; "
+            "change data.global_micro_batch_size or data.global_train_batch_size"
+        )
+    if micro_size // ranks % repeats:
+        raise ValueError(
+            f"data.repeats={repeats}: "
+            f"must divide each rank's share of a micro-batch, {micro_size // ranks}"
+        )
 
 
-def check_streams(streams: list[dict], batch: int, micro: int, repeats: int, ranks: int) -> None:
-    """Raises ValueError where the block `data` asks for what cannot be: see load_stream."""
-    if batch % micro or micro % ranks:
-        raise ValueError(
-            f"data.global_train_batch_size {batch} must be a multiple of global_micro_batch_size {micro}, "
-            f"and that of the number of ranks, {ranks}"
-        )
-    if micro // ranks % repeats:
-        raise ValueError(
-            f"data.repeats {repeats} must divide each rank's share of a micro-batch, {micro // ranks}"
-        )
+def check_streams(streams: list[dict]) -> None:
+    """Raise ValueError for an empty list, a data set named twice, or some proportions missing."""
     if not streams:
-        raise ValueError("data.streams is empty; name at least one data set")
+        raise ValueError("data.streams is empty: name at least one data set")
     path, times = Counter(stream["path"] for stream in streams).most_common(1)[0]
     if times > 1:
         raise ValueError(
-            f"data.streams names {path} {times} times; name it once, with a proportion"
+            f"data.streams names {path} {times} times: name it once, with a proportion"
         )
-    if len({stream.get("proportion") is None for stream in streams}) > 1:
-        raise ValueError(
-            "data.streams: some have a proportion and some have not; give it to all or to none"
-        )
+    have_proportion = {stream.get("proportion") is not None for stream in streams}
+    if len(have_proportion) > 1:
+        raise ValueError("data.streams: give a proportion to all streams or to none")
+
+
+def frame_size(path: str) -> tuple[int, int]:
+    """Return height and width of the first frame of a data set that can be decoded.
+
+    Raises:
+        ValueError: there is none.
+    """
+    clips = Clips(path)
+    for number in range(len(clips)):
+        with suppress(ValueError, IndexError):
+            return decode_frame(clips[number], 0).shape[:2]
+    raise ValueError(f"{path}: no sample can be decoded; run data_prep.py verify")
+
+
+def open_streams(streams: list[dict], run: Path, patch_size: int) -> list[Stream]:
+    """Open all data sets of a mix; see load_stream.
+
+    Raises:
+        ValueError: see check_streams and open_stream; or frames are smaller than a patch.
+    """
+    check_streams(streams)
+    opened = []
+    for stream in streams:
+        path = stream["path"]
+        defaults = {"cache": cache_folder(run, path)}
+        opened.append(open_stream(**(defaults | stream)))
+        height, width = frame_size(path)
+        if min(height, width) < patch_size:
+            raise ValueError(
+                f"{path}: frames of {width}x{height} are smaller than model.patch_size={patch_size}"
+            )
+    return opened
 
 
 def load_stream(
-    transform: Callable[[dict, np.random.Generator], dict],
+    transform: Transform,
     on_device: Callable[[dict], dict],
     seed: int,
     patch_size: int,
@@ -219,61 +322,58 @@ def load_stream(
     num_workers: NonNegativeInt = 8,
     num_canonical_nodes: PositiveInt = 1,
     epoch_size: PositiveInt | None = None,
-    constant_mix: bool = False,
     repeats: PositiveInt = 1,
     max_unreadable: UnitInterval = 0.001,
 ) -> tuple[DataSpec, int]:
-    """This rank's loader and its share of a micro-batch. The last, incomplete batch of an epoch is left out.
+    """Return this rank's loader of training data and its share of a micro-batch, in samples.
+
+    An epoch leaves out its last, incomplete batch.
 
     Args:
-        transform: run in the workers on each sample, with a generator of its own.
-        on_device: run on each micro-batch.
+        transform: called in the workers on each sample, with a generator of its own.
+        on_device: called on each micro-batch.
+        seed: of the order of samples and of their generators.
+        patch_size: pixels; frames must not be smaller.
+        run: run directory, for the list unreadable.jsonl.
         streams: data sets to mix at random.
         global_train_batch_size: samples of an optimiser step, over all ranks.
-        global_micro_batch_size: samples of a forward pass, over all ranks; the whole batch if not given.
+        global_micro_batch_size: samples of a forward pass, over all ranks; default the whole batch.
         num_workers: processes of each rank; 0 to read in the training process.
-        num_canonical_nodes: fixes the order of samples; divides, or is divided by, the number of machines.
-        epoch_size: samples of an epoch; all streams once if not given.
-        constant_mix: whether each batch has the same number of samples of each stream, to within one; else it is by chance.
-        repeats: how many pairs (or clips) are drawn from each sample that is read. They count as samples of the batch, and
-            are among each other's negatives; an epoch has so many times as many.
-        max_unreadable: fraction of the samples that may turn out to be undecodable; they are in unreadable.jsonl.
+        num_canonical_nodes: fixes the order of samples; a multiple or divisor of the machines.
+        epoch_size: samples read in an epoch; default all streams once.
+        repeats: times to draw views from each sample that is read. Each draw counts as a sample of
+            the batch and of the epoch, and the draws are among each other's negatives.
+        max_unreadable: fraction of the samples that may be unreadable, see unreadable.jsonl; one
+            sample always may.
 
     Raises:
-        ValueError: data that is missing, frames smaller than a patch, a batch that does not divide or that no epoch fills.
+        ValueError: data that is missing, frames smaller than a patch, a batch that does not divide
+            or is larger than an epoch.
     """
     ranks = dist.get_world_size()
-    micro = global_micro_batch_size or global_train_batch_size
-    check_streams(streams, global_train_batch_size, micro, repeats, ranks)
+    micro_size = global_micro_batch_size or global_train_batch_size
+    check_batch(global_train_batch_size, micro_size, repeats, ranks)
+    opened = open_streams(streams, run, patch_size)
     batch_size = global_train_batch_size // ranks
-    opened = [
-        open_stream(**{"cache": cache_of(run, stream["path"])} | stream) for stream in streams
-    ]
-    for path in (stream["path"] for stream in streams):
-        height, width = frame_size(path)
-        if min(height, width) < patch_size:
-            raise ValueError(
-                f"{path}: frames of {width}x{height} are smaller than model.patch_size {patch_size}"
-            )
     with one_job_at_a_time():
         dataset = DeterministicStream(
-            streams=opened,
+            transform,
+            run / "unreadable.jsonl",
+            max_unreadable,
+            repeats=repeats,
             batch_size=batch_size // repeats,
-            shuffle=True,
+            streams=opened,
             shuffle_seed=seed,
             num_canonical_nodes=num_canonical_nodes,
             epoch_size=epoch_size,
         )
-    if dataset.epoch_size * repeats < global_train_batch_size:
+    samples = dataset.epoch_size * repeats
+    if samples < global_train_batch_size:
         raise ValueError(
-            f"data.global_train_batch_size {global_train_batch_size} is more than an epoch's {dataset.epoch_size * repeats}"
+            f"data.global_train_batch_size={global_train_batch_size}: "
+            f"must be at most the {samples} samples of an epoch"
         )
-    # Whole batches alone: Streaming would fill up each rank's share with samples that come twice, and so add a step for some
-    # numbers of ranks.
-    dataset.epoch_size -= dataset.epoch_size % (global_train_batch_size // repeats)
-    dataset.length = dataset.epoch_size // ranks
-    dataset.transform, dataset.constant_mix, dataset.repeats = transform, constant_mix, repeats
-    dataset.unreadable, dataset.max_unreadable = run / "unreadable.jsonl", max_unreadable
+    dataset.drop_incomplete_batch(global_train_batch_size // repeats)
     loader = DataLoader(
         dataset,
         batch_size,
@@ -282,4 +382,4 @@ def load_stream(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
     )
-    return DataSpec(loader, microbatch_transforms=on_device), micro // ranks
+    return DataSpec(loader, microbatch_transforms=on_device), micro_size // ranks

@@ -1,13 +1,13 @@
-"""How samples are seen: the drawn views of pre-training and their augmentation on the device; the fixed ones of evaluation.
+"""The views of a sample: random pairs for pre-training, fixed views for evaluation.
 
-Everything random about a sample is drawn in the data workers, from a generator seeded by (seed, epoch, sample), see
-streams.py. The device then applies what was drawn to the whole batch at once.
+A view is one frame, or a clip of T frames, cropped to a square. The data workers draw all random
+numbers of a sample from a generator of its own, see stream.py. They crop, but do not augment:
+augment.py applies the numbers drawn by ViewRecipe to a whole batch on the device.
 """
 
 import bisect
 import math
 from dataclasses import KW_ONLY, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,53 +17,28 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
-from torchvision.transforms.v2.functional import normalize
 
+from shards.augment import PARAMETERS
 from shards.format import Clips, decode_frame, record_unreadable
 
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
-DataSets = Annotated[list[str], Field(min_length=1)]  # paths of data sets
-
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, of pixels in 0..1 [code]
-
-
-PARAMETERS = (
-    "flip",
-    "brightness",
-    "contrast",
-    "saturation",
-    "hue",
-    "grey",
-    "blur_sigma",
-    "solarise",
-)
-
-
-BLUR_KERNEL = (9, 5)  # pixels, height and width [code]
-
-
-SOLARISE_FROM = 127.5 / 255  # bytes from 128 on [code], whatever the colour map rounds
-
-
-LUMA = (0.2989, 0.587, 0.114)  # torchvision's
-
-
-def normalise(pixels: Tensor) -> Tensor:
-    """Bytes (..., 3, H, W) -> float, relative to MEAN and in units of STD."""
-    return normalize(pixels.float() / 255, MEAN, STD)
+DataSets = Annotated[list[str], Field(min_length=1)]  # paths of data sets of data_prep.py
+FrameGap = NonNegativeInt | Literal["any", "distant"]
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 @dataclass(frozen=True)
 class ViewRecipe:
-    """How the views of one kind of sample are drawn; the defaults are the official code's.
+    """The distribution of the crops and colours of a view; the defaults are the official code's.
 
     Args:
-        crop_scale, crop_ratio: of RandomResizedCrop: area as a fraction of the frame, width / height.
+        crop_scale: least and greatest area of a crop, as a fraction of the frame.
+        crop_ratio: least and greatest width / height of a crop.
         flip, jitter, grey: probabilities.
-        brightness, contrast, saturation, hue: half-ranges of the jitter, as of torchvision's ColorJitter.
-        blur, solarise: probabilities for view 1 and view 2.
-        blur_sigma: range in pixels.
+        brightness, contrast, saturation, hue: half-ranges of the jitter, as in ColorJitter.
+        blur, solarise: probabilities for the first and the second view.
+        blur_sigma: least and greatest sigma in pixels.
     """
 
     crop_scale: tuple[UnitInterval, UnitInterval] = (0.08, 1.0)
@@ -80,69 +55,92 @@ class ViewRecipe:
     solarise: tuple[UnitInterval, UnitInterval] = (0.0, 0.2)
 
     def draw(self, rng: np.random.Generator, view: int) -> np.ndarray:
-        """The numbers of PARAMETERS for view 0 or 1 -> (A,) float32; whatever is off is at its neutral value."""
-        # Always as many draws, so that no choice moves another.
-        flip, jitter, grey, blur, solarise, *amounts, spread = rng.random(10).tolist()
-        ranges = (self.brightness, self.contrast, self.saturation, self.hue)
-        amounts = [
-            (jitter < self.jitter) * half * (2 * one - 1)
-            for half, one in zip(ranges, amounts, strict=True)
-        ]
-        brightness, contrast, saturation, hue = amounts
-        least, most = self.blur_sigma
-        sigma = (blur < self.blur[view]) * (least + (most - least) * spread)
-        flip, grey, solarise = flip < self.flip, grey < self.grey, solarise < self.solarise[view]
-        return np.array(
-            [flip, 1 + brightness, 1 + contrast, 1 + saturation, hue, grey, sigma, solarise],
-            np.float32,
-        )
+        """Draw the numbers that augment a view -> (A,) float32, see PARAMETERS.
+
+        Args:
+            view: 0 for the first view, 1 for the second.
+        """
+        # Always ten numbers, so that no setting changes what is drawn after it.
+        draws = rng.random(10).tolist()
+        flip, jitter, grey, blur, solarise = draws[:5]
+        brightness, contrast, saturation, hue = (2 * draw - 1 for draw in draws[5:9])
+        strength = 1.0 if jitter < self.jitter else 0.0
+        least, greatest = self.blur_sigma
+        sigma = least + (greatest - least) * draws[9]
+        values = {
+            "flip": flip < self.flip,
+            "brightness": 1 + strength * self.brightness * brightness,
+            "contrast": 1 + strength * self.contrast * contrast,
+            "saturation": 1 + strength * self.saturation * saturation,
+            "hue": strength * self.hue * hue,
+            "grey": grey < self.grey,
+            "blur_sigma": sigma if blur < self.blur[view] else 0.0,
+            "solarise": solarise < self.solarise[view],
+        }
+        return np.array([values[name] for name in PARAMETERS], np.float32)
 
 
 def draw_crop(
-    rng: np.random.Generator, height: int, width: int, scale: tuple, ratio: tuple
-) -> tuple[int, ...]:
-    """(top, left, height, width), drawn as torchvision's RandomResizedCrop does, with its central crop to fall back on."""
-    draws, low, high = rng.random(20).tolist(), math.log(ratio[0]), math.log(ratio[1])
-    for area, shape in zip(draws[:10], draws[10:], strict=True):
-        side = math.sqrt(height * width * (scale[0] + (scale[1] - scale[0]) * area))
-        root = math.exp((low + (high - low) * shape) / 2)  # of width / height
-        w, h = round(side * root), round(side / root)
-        if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
-    return (height - h) // 2, (width - w) // 2, h, w
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Box:
+    """Draw a crop of a frame as torchvision's RandomResizedCrop does.
+
+    Ten shapes are tried; if none fits into the frame, the crop is central.
+
+    Args:
+        height, width: of the frame, in pixels.
+        scale, ratio: see crop_scale and crop_ratio of ViewRecipe.
+    """
+    draws = rng.random(20).tolist()
+    least_log, greatest_log = math.log(ratio[0]), math.log(ratio[1])
+    for area_draw, ratio_draw in zip(draws[:10], draws[10:], strict=True):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)
+        root_of_ratio = math.exp((least_log + (greatest_log - least_log) * ratio_draw) / 2)
+        crop_width = round(math.sqrt(area) * root_of_ratio)
+        crop_height = round(math.sqrt(area) / root_of_ratio)
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(rng.integers(height - crop_height + 1))
+            left = int(rng.integers(width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    crop_width = min(width, round(height * ratio[1]))
+    crop_height = min(height, round(width / ratio[0]))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def crop_and_scale(frame: np.ndarray, box: tuple[int, ...], size: int) -> Tensor:
-    """The box (top, left, height, width) of (H, W, 3) uint8, scaled -> (3, size, size) uint8, in memory still (H, W, 3).
+def crop_and_scale(frame: np.ndarray, box: Box, size: int) -> Tensor:
+    """Crop and scale a frame (H, W, 3) uint8 -> (3, size, size) uint8, channels last in memory.
 
-    Equals torchvision's resized_crop. A contiguous crop spares torch a repacking, and saves a third of the time.
+    Equals torchvision's resized_crop with bicubic interpolation.
     """
     top, left, height, width = box
-    pixels = torch.from_numpy(np.ascontiguousarray(frame[top : top + height, left : left + width]))[
-        None
-    ]
-    return F.interpolate(pixels.permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True)[
-        0
-    ]  # channels last
-
-
-FrameGap = NonNegativeInt | Literal["any", "distant"]
+    crop = frame[top : top + height, left : left + width]
+    # Torch would repack a crop that is not contiguous, which takes half as long again.
+    pixels = torch.from_numpy(np.ascontiguousarray(crop))[None]  # (1, H, W, 3)
+    pixels = pixels.permute(0, 3, 1, 2)  # after [None], else torch sees no channels-last tensor
+    return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
 
 
 def draw_frame_pair(
     rng: np.random.Generator, count: int, frame_gap: FrameGap, sections: int
 ) -> tuple[int, int]:
-    """Indices of two frames of a clip of `count`.
+    """Draw the indices of two frames of a clip.
 
-    "any": two different ones at random [code]. "distant": one at random from each of `sections` equal parts, two of those
-    [paper]. A number: that many stored frames apart, or as many as the clip allows.
+    Args:
+        count: frames in the clip; with one frame, both indices are 0.
+        frame_gap: "any" for two different frames (official code). "distant" for a frame from each
+            of two sections (paper). A number for frames that far apart, or as far as possible.
+        sections: equal parts that "distant" cuts the clip into.
     """
     if count == 1:
         return 0, 0
     if frame_gap == "distant":
         edges = np.linspace(0, count, min(sections, count) + 1).astype(int)
-        pair = rng.integers(edges[:-1], edges[1:])[rng.permutation(len(edges) - 1)[:2]]
+        candidates = rng.integers(edges[:-1], edges[1:])  # a frame of each section
+        pair = candidates[rng.permutation(len(candidates))[:2]]
     elif frame_gap == "any":
         pair = rng.choice(count, 2, replace=False)
     else:
@@ -152,42 +150,52 @@ def draw_frame_pair(
 
 
 def pick_frames(
-    timestamps: np.ndarray, num_frames: int, frame_interval: float | None, place: float
+    timestamps: np.ndarray, num_frames: int, frame_interval: float | None, position: float
 ) -> list[int]:
-    """Indices of `num_frames` stored frames of a clip.
+    """Return the indices of the frames that make up a view of a clip.
 
     Args:
-        timestamps: (n,) seconds, ascending.
-        frame_interval: seconds between two; the frame on screen at each time is taken, the last again where the clip is
-            short. None for the whole clip, cut into equal sections with a frame of each.
-        place: in [0, 1], from the first to the last possible place of the piece; in [0, 1) within each section.
+        timestamps: (n,) seconds, ascending, of the stored frames.
+        num_frames: indices to return.
+        frame_interval: seconds between two frames of the view. Each is the frame on screen at its
+            time; a clip that is too short repeats its last frame. None to cut the whole clip into
+            `num_frames` equal sections and take a frame from each.
+        position: of the view in the clip, from 0 (earliest) to 1 (latest). Without an interval, of
+            the frame in its section, in [0, 1).
     """
+    steps = np.arange(num_frames)
     if frame_interval is None:
-        return ((np.arange(num_frames) + place) * len(timestamps) / num_frames).astype(int).tolist()
+        return ((steps + position) * len(timestamps) / num_frames).astype(int).tolist()
     first, last = timestamps[0], timestamps[-1]
-    free = max(0.0, last - first - (num_frames - 1) * frame_interval)
-    times = (
-        first + place * free + np.arange(num_frames) * frame_interval + 0.02 * frame_interval
-    )  # packs' times are rounded
+    slack = max(0.0, last - first - (num_frames - 1) * frame_interval)
+    times = first + position * slack + steps * frame_interval
+    # Stored timestamps are rounded: without a margin, a frame could seem to come too late.
+    times = times + 0.02 * frame_interval
     return (np.searchsorted(timestamps, times, "right") - 1).tolist()
 
 
 @dataclass
 class PretrainingViews:
-    """A stored sample and a generator -> `views` uint8 (V, [T,] H, W, 3), `augment` (V, A), `noise` (V, N), `target`.
+    """A callable that turns a stored sample and a generator into the views of pre-training.
 
     Args:
-        num_frames: T; 1 for views that are images, and have no T.
-        video, image: how the views of clips and of images are drawn; all frames of a view alike.
-        views: V.
-        frame_gap, sections: of views that are images, see draw_frame_pair.
-        frame_interval: of views that are clips, each from a random place, see pick_frames.
+        img_size: H and W of a view, in pixels.
+        num_patches: N, patches of a view.
+        num_frames: T, frames of a view; 1 for views that are images, which have no axis T.
+        video, image: how to draw the views of clips and of images.
+        views: V, views of a sample.
+        frame_gap, sections: for views that are images, see draw_frame_pair.
+        frame_interval: for views that are clips, see pick_frames.
+
+    Raises:
+        ValueError: `views` is neither 1 nor 2.
     """
 
     img_size: int
     num_patches: int
     num_frames: int = 1
     _: KW_ONLY
+    # For the YAML, the arguments of a ViewRecipe; __post_init__ makes ViewRecipes of them.
     video: Annotated[dict, ViewRecipe] = field(default_factory=dict)
     image: Annotated[dict, ViewRecipe] = field(default_factory=dict)
     views: Literal[1, 2] = 2
@@ -196,132 +204,102 @@ class PretrainingViews:
     frame_interval: PositiveFloat | None = None
 
     def __post_init__(self):
-        self.video, self.image = ViewRecipe(**self.video), ViewRecipe(**self.image)
+        if self.views not in (1, 2):
+            raise ValueError(f"views={self.views}: must be 1 or 2")
+        self.video = ViewRecipe(**self.video)
+        self.image = ViewRecipe(**self.image)
 
     def __call__(self, sample: dict, rng: np.random.Generator) -> dict[str, Any]:
-        count = len(sample["ends"])
-        recipe = self.video if count > 1 else self.image
-        if self.num_frames == 1:
-            picked = [
-                [index] for index in draw_frame_pair(rng, count, self.frame_gap, self.sections)
-            ][: self.views]
-        else:
-            places = rng.random(self.views)
-            picked = [
-                pick_frames(sample["timestamps"], self.num_frames, self.frame_interval, place)
-                for place in places
-            ]
-        frames = sample.setdefault(
-            "decoded", {}
-        )  # an image is decoded once, and a frame that several views share
-        for index in set(chain(*picked)) - frames.keys():
-            frames[index] = decode_frame(sample, index)
+        """Draw the views of a sample, and decode only their frames.
+
+        Args:
+            sample: of a data set of data_prep.py. Its decoded frames are kept in it.
+
+        Returns:
+            `views` uint8 (V, [T,] H, W, 3); `augment` float32 (V, A), see PARAMETERS; `noise`
+            float32 (V, N), uniform in [0, 1), which decides what is masked; `target`, the label.
+
+        Raises:
+            ValueError: a frame cannot be decoded.
+        """
+        recipe = self.video if len(sample["ends"]) > 1 else self.image
+        picked = self.draw_frames(sample, rng)
+        frames = decode_frames(sample, picked)
         views, augment = [], []
         for view, indices in enumerate(picked):
-            box = draw_crop(
-                rng, *frames[indices[0]].shape[:2], recipe.crop_scale, recipe.crop_ratio
-            )
-            crops = {
-                index: crop_and_scale(frames[index], box, self.img_size).permute(1, 2, 0)
-                for index in set(indices)
-            }
-            # As it lies in memory, (H, W, 3): copied faster.
-            views.append(
-                torch.stack([crops[index] for index in indices])
-                if self.num_frames > 1
-                else crops[indices[0]]
-            )
+            height, width = frames[indices[0]].shape[:2]
+            box = draw_crop(rng, height, width, recipe.crop_scale, recipe.crop_ratio)
+            views.append(self.crop_view(frames, indices, box))
             augment.append(recipe.draw(rng, view))
-        noise = rng.random((self.views, self.num_patches), np.float32)
         return {
             "views": torch.stack(views),
             "augment": np.stack(augment),
-            "noise": noise,
+            "noise": rng.random((self.views, self.num_patches), np.float32),
             "target": int(sample["label"]),
         }
 
+    def draw_frames(self, sample: dict, rng: np.random.Generator) -> list[list[int]]:
+        """Draw the indices of the frames of each view -> V lists of T indices."""
+        if self.num_frames == 1:
+            pair = draw_frame_pair(rng, len(sample["ends"]), self.frame_gap, self.sections)
+            return [[index] for index in pair[: self.views]]
+        return [
+            pick_frames(sample["timestamps"], self.num_frames, self.frame_interval, position)
+            for position in rng.random(self.views)
+        ]
 
-def augment_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`views` uint8 (B, V, [T,] H, W, 3), `augment` (B, V, A) -> `views` (B, V, [T,] 3, H, W), augmented and normalised.
+    def crop_view(self, frames: dict[int, np.ndarray], indices: list[int], box: Box) -> Tensor:
+        """Crop the frames of a view alike -> uint8 ([T,] H, W, 3)."""
+        crops = {}
+        for index in set(indices):
+            crop = crop_and_scale(frames[index], box, self.img_size)
+            crops[index] = crop.permute(1, 2, 0)  # contiguous, so copied faster
+        if self.num_frames == 1:
+            return crops[indices[0]]
+        return torch.stack([crops[index] for index in indices])
 
-    The rest of the batch stays as it is, but for `augment`, which is used up.
+
+def decode_frames(sample: dict, picked: list[list[int]]) -> dict[int, np.ndarray]:
+    """Return decoded frames (H, W, 3) by their indices.
+
+    They are kept in `sample["decoded"]`: views can share a frame, and `repeats` draws views of the
+    same sample again.
     """
-    shape = batch["views"].shape[:-3]  # (B, V) or (B, V, T)
-    parameters = batch["augment"].flatten(0, 1).repeat_interleave(math.prod(shape[2:]), dim=0)
-    views = augment_views(batch["views"].flatten(0, -4).permute(0, 3, 1, 2), parameters)
-    rest = {key: value for key, value in batch.items() if key != "augment"}
-    return rest | {"views": normalize(views, MEAN, STD).unflatten(0, shape)}
+    frames = sample.setdefault("decoded", {})
+    for indices in picked:
+        for index in indices:
+            if index not in frames:
+                frames[index] = decode_frame(sample, index)
+    return frames
 
 
-def augment_views(views: Tensor, parameters: Tensor) -> Tensor:
-    """Flip, jitter, grey, blur and solarise uint8 (B, 3, H, W), each by its row of (B, A) -> float (B, 3, H, W) in 0..1.
-
-    Deviation: brightness, contrast, saturation, hue and grey are one affine map of the colours, clamped once at the end,
-    where torchvision rounds and clamps after each and draws their order (which without clamping makes no difference). Hue
-    turns in YIQ, not in HSV.
-    """
-    flip, brightness, contrast, saturation, hue, grey, sigma, solarise = parameters.float().unbind(
-        1
-    )
-    x = views.float() / 255
-    x = torch.where(flip.bool()[:, None, None, None], x.flip(3), x)
-
-    luma, zero, one = x.new_tensor(LUMA), torch.zeros_like(hue), torch.ones_like(hue)
-    to_yiq = torch.stack(
-        [luma, x.new_tensor([0.5959, -0.2746, -0.3213]), x.new_tensor([0.2115, -0.5227, 0.3112])]
-    )
-    cos, sin = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
-    turn = torch.stack([one, zero, zero, zero, cos, sin, zero, -sin, cos], dim=1).view(-1, 3, 3)
-    keep = (saturation * (1 - grey))[:, None, None]  # of the colour; the rest becomes luma
-    colour = keep * torch.eye(3, device=x.device) + (1 - keep) * luma.expand(3, 3)
-    colour = (
-        colour @ torch.linalg.inv(to_yiq) @ turn @ to_yiq * (brightness * contrast)[:, None, None]
-    )  # (B, 3, 3)
-    offset = (1 - contrast) * brightness * (x.mean(dim=(2, 3)) @ luma)  # (B,)
-    x = (
-        torch.baddbmm(offset[:, None, None].expand(-1, 3, 1), colour, x.flatten(2))
-        .view_as(x)
-        .clamp(0, 1)
-    )
-
-    blurred = sigma > 0
-    if blurred.any():
-        x[blurred] = gaussian_blur(x[blurred], sigma[blurred])
-    return torch.where(solarise.bool()[:, None, None, None] & (x >= SOLARISE_FROM), 1 - x, x)
-
-
-def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Blur (B, 3, H, W), each with its own sigma (B,) in pixels, over BLUR_KERNEL, reflecting at the edges."""
-    for axis, size in ((2, BLUR_KERNEL[0]), (3, BLUR_KERNEL[1])):
-        half = size // 2
-        weights = torch.exp(
-            -0.5 * (torch.arange(-half, half + 1, device=x.device) / sigma[:, None]) ** 2
-        )  # (B, size)
-        weights = (weights / weights.sum(dim=1, keepdim=True))[:, :, None, None, None]
-        padded = F.pad(x, (0, 0, half, half) if axis == 2 else (half, half, 0, 0), mode="reflect")
-        x = sum(
-            padded.narrow(axis, shift, x.shape[axis]) * weights[:, shift] for shift in range(size)
-        )
-    return x
+def square_crops(height: int, width: int, side: int, count: int) -> list[Box]:
+    """Return `count` squares of `side` pixels, evenly spaced along the longer side of a frame."""
+    positions = np.linspace(0, 1, count) if count > 1 else [0.5]
+    boxes = []
+    for position in positions:
+        down, right = (position, 0.5) if height > width else (0.5, position)
+        boxes.append((round((height - side) * down), round((width - side) * right), side, side))
+    return boxes
 
 
 @dataclass
 class EvalViews(Dataset):
-    """Views of every sample of some data sets, without chance: `inputs` uint8 (V, T, 3, H, W), `target`.
+    """Deterministic views for evaluation.
+
+    An item has `inputs` uint8 (V, T, 3, H, W), V = temporal_views * spatial_views, and `target`.
 
     Args:
         paths: data sets of data_prep.py.
-        img_size: pixels.
+        img_size: H and W, in pixels.
         num_frames, frame_interval: T and seconds, see pick_frames.
-        temporal_views: pieces of the clip, evenly placed from its beginning to its end; 1 is the middle.
+        temporal_views: positions in the clip, evenly spaced from first to last; 1 is the middle.
         spatial_views: square crops along the longer side; 1 is the centre.
-        crop_pct: side of the crop as a fraction of the shorter side, in (0, 1].
-        label_offsets: what is added to the labels of each data set; nothing if not given.
-        unreadable: file for the names of samples that cannot be decoded, which are black and have the target -1: they do not
-            count. Without it, one is an error.
-        max_unreadable: fraction of the samples that may be.
-
-    V = temporal_views * spatial_views.
+        crop_pct: side of a crop as a fraction of the shorter side, in (0, 1].
+        label_offsets: for each data set, a number added to its labels; () to add nothing.
+        unreadable: file that lists samples that cannot be decoded. Such a sample is black and has
+            the target -1, so that it does not count. None to raise an error instead.
+        max_unreadable: fraction of the samples that may be unreadable, in [0, 1].
     """
 
     paths: list[str]
@@ -342,68 +320,68 @@ class EvalViews(Dataset):
         return len(self.data)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        try:
-            views, label = self.views_of(self.data[number])
-        except (
-            ValueError,
-            IndexError,
-            KeyError,
-            TypeError,
-        ) as error:  # of a spoilt frame, or a shard that is cut
-            owner = self.owner(number)
-            self.note(
-                f"{self.paths[owner]}, sample {number - [0, *self.data.cumulative_sizes][owner]}",
-                error,
-            )
-            shape = (
-                self.temporal_views * self.spatial_views,
-                self.num_frames,
-                3,
-                self.img_size,
-                self.img_size,
-            )
-            views, label = torch.zeros(shape, dtype=torch.uint8), -1
-        if self.label_offsets and label >= 0:
-            label += self.label_offsets[self.owner(number)]
-        return {"inputs": views, "target": torch.tensor(label)}
-
-    def owner(self, number: int) -> int:
-        return bisect.bisect_right(self.data.cumulative_sizes, number)
-
-    def note(self, name: str, error: Exception) -> None:
-        """Add a sample to the list of the unreadable.
+        """Return the views of a sample.
 
         Raises:
-            ValueError: there is no such list, or too many are in it.
+            ValueError: the sample cannot be decoded and `unreadable` is None, or too many cannot.
         """
-        remedy = "run data_prep.py verify"
-        if self.unreadable is None:
-            raise ValueError(f"{name} cannot be decoded ({error}); {remedy}") from error
-        mine = [
-            one
-            for one in record_unreadable(self.unreadable, name, error)
-            if one.rpartition(", sample")[0] in self.paths
-        ]
-        if len(mine) > max(1, self.max_unreadable * len(self)):
-            raise ValueError(
-                f"{len(mine)} samples cannot be decoded, see {self.unreadable}; {remedy}"
-            ) from error
+        try:
+            sample = self.data[number]
+            views, label = self.crop_views(sample), sample["label"]
+        except (ValueError, IndexError, KeyError, TypeError) as error:  # corrupt frame or shard
+            self.report_unreadable(number, error)
+            views, label = self.black_views(), -1
+        if self.label_offsets and label >= 0:
+            label += self.label_offsets[self.data_set_of(number)]
+        return {"inputs": views, "target": torch.tensor(label)}
 
-    def views_of(self, sample: dict[str, Any]) -> tuple[Tensor, int]:
-        views, places = [], (np.arange(self.temporal_views) + 0.5) / self.temporal_views
+    def crop_views(self, sample: dict[str, Any]) -> Tensor:
+        """Return the views of a sample, those of one temporal position after the other."""
         if self.frame_interval and self.temporal_views > 1:
-            places = np.linspace(0, 1, self.temporal_views)
-        for place in places:
-            picked = pick_frames(sample["timestamps"], self.num_frames, self.frame_interval, place)
+            positions = np.linspace(0, 1, self.temporal_views)
+        else:
+            positions = (np.arange(self.temporal_views) + 0.5) / self.temporal_views
+        views = []
+        for position in positions:
+            picked = pick_frames(
+                sample["timestamps"], self.num_frames, self.frame_interval, position
+            )
             frames = {index: decode_frame(sample, index) for index in set(picked)}
             height, width = frames[picked[0]].shape[:2]
             side = max(1, round(min(height, width) * self.crop_pct))
-            for place in np.linspace(0, 1, self.spatial_views) if self.spatial_views > 1 else [0.5]:
-                down, right = (place, 0.5) if height > width else (0.5, place)
-                box = (round((height - side) * down), round((width - side) * right), side, side)
-                views.append(
-                    torch.stack(
-                        [crop_and_scale(frames[index], box, self.img_size) for index in picked]
-                    )
-                )
-        return torch.stack(views), sample["label"]
+            for box in square_crops(height, width, side, self.spatial_views):
+                crops = [crop_and_scale(frames[index], box, self.img_size) for index in picked]
+                views.append(torch.stack(crops))  # (T, 3, H, W)
+        return torch.stack(views)
+
+    def black_views(self) -> Tensor:
+        """Return views of the right shape without content."""
+        num_views = self.temporal_views * self.spatial_views
+        shape = (num_views, self.num_frames, 3, self.img_size, self.img_size)
+        return torch.zeros(shape, dtype=torch.uint8)
+
+    def data_set_of(self, number: int) -> int:
+        """Return the index in `paths` of the data set that a sample belongs to."""
+        return bisect.bisect_right(self.data.cumulative_sizes, number)
+
+    def report_unreadable(self, number: int, error: Exception) -> None:
+        """Add a sample to the list of unreadable samples.
+
+        Raises:
+            ValueError: there is no such list, or too many samples of these data sets are in it.
+        """
+        data_set = self.data_set_of(number)
+        path = self.paths[data_set]
+        first_number = [0, *self.data.cumulative_sizes][data_set]
+        name = f"{path}, sample {number - first_number}"
+        if self.unreadable is None:
+            raise ValueError(
+                f"{name} cannot be decoded ({error}); run data_prep.py verify"
+            ) from error
+        count = 0  # the list can have samples of other data sets, from other EvalViews of the run
+        for listed in record_unreadable(self.unreadable, name, error):
+            count += listed.rpartition(", sample")[0] in self.paths
+        if count > max(1, self.max_unreadable * len(self)):
+            raise ValueError(
+                f"{count} samples cannot be decoded, see {self.unreadable}; run data_prep.py verify"
+            ) from error

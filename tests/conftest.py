@@ -22,10 +22,9 @@ from streaming.base.shared import SharedMemory, prefix
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from places import s3_client  # noqa: E402
-
 import data_prep  # noqa: E402
 import pretrain  # noqa: E402
+from shards.storage import s3_client  # noqa: E402
 
 torch.set_num_threads(1)  # what is tested is small; threads only get in each other's way
 # A StreamingDataset looks at the shared memory of all others, and keeps each file of it open until the end: with hundreds in
@@ -44,7 +43,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 def demo(tmp_path_factory) -> Path:
     """The demonstration with 12 garments of every class: 60 clips and 60 stills in each split."""
     out = tmp_path_factory.mktemp("data") / "demo"
-    data_prep.demo(str(out), workers=2, garments=12)
+    data_prep.make_demo(str(out), workers=2, garments=12)
     return out
 
 

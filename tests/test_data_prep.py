@@ -19,15 +19,17 @@ import numpy as np
 import pytest
 import simplejpeg
 import skvideo
-from garments import CLASSES, FASHION_MNIST, draw_demo
 from PIL import Image
-from places import Storage
-from sources import Recipe, read_image, read_video
 from streaming import LocalDataset
 from tqdm import tqdm
 
 import data_prep
 from data_prep import convert
+from shards.decode import Recipe, read_image, read_video
+from shards.demo import CLASSES, FASHION_MNIST, draw_demo
+from shards.format import Clips, decode_frame, read_classes
+from shards.inspect import check_sample, verify
+from shards.storage import Storage
 
 ROOT = Path(__file__).parent.parent
 BIKES = (
@@ -89,7 +91,7 @@ def test_frames_and_timestamps_of_a_real_video_survive_writing_and_reading(tmp_p
     ]  # the one on screen
     np.testing.assert_allclose(sample["timestamps"], times[expected], atol=1e-6)
     for index, number in enumerate(expected):
-        frame = data_prep.decode_frame(sample, index).astype(int)
+        frame = decode_frame(sample, index).astype(int)
         assert frame.shape == (272, 640, 3)
         error = np.abs(frame - pixels[number])
         neighbour = np.abs(frame - pixels[(number + 5) % 250])
@@ -203,9 +205,9 @@ def test_too_many_unreadable_inputs_are_an_error_that_names_the_first_and_a_reru
     ):
         convert(*arguments)
     with pytest.raises(ValueError, match="not a complete data set"):
-        data_prep.read_classes(str(tmp_path / "out"))
+        read_classes(str(tmp_path / "out"))
     assert convert(*arguments, max_skipped=0.5)["samples"] == 1
-    assert data_prep.read_classes(str(tmp_path / "out")) == ["c"]
+    assert read_classes(str(tmp_path / "out")) == ["c"]
 
 
 def test_jpeg_that_only_pillow_can_read_is_encoded_anew(tmp_path):
@@ -248,7 +250,7 @@ def test_labels_follow_the_sorted_class_folders_and_flat_files_have_none(tmp_pat
     for name in ("zebra", "ant", "with space"):
         write_image(tmp_path / "in" / name / "x.jpg")
     convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
-    assert data_prep.read_classes(str(tmp_path / "out")) == ["ant", "with space", "zebra"]
+    assert read_classes(str(tmp_path / "out")) == ["ant", "with space", "zebra"]
     data = LocalDataset(str(tmp_path / "out"))
     assert [(data[i]["label"], data[i]["name"]) for i in range(3)] == [
         (0, "ant/x.jpg"),
@@ -259,7 +261,7 @@ def test_labels_follow_the_sorted_class_folders_and_flat_files_have_none(tmp_pat
     convert(str(tmp_path / "flat"), str(tmp_path / "out2"), Recipe("images"), 1)
     assert (
         LocalDataset(str(tmp_path / "out2"))[0]["label"] == -1
-        and data_prep.read_classes(str(tmp_path / "out2")) == []
+        and read_classes(str(tmp_path / "out2")) == []
     )
 
 
@@ -362,12 +364,12 @@ def test_demonstration_is_labelled_moves_and_keeps_train_and_test_apart(demo):
             LocalDataset(str(demo / f"{split}_{kind}")) for kind in ("videos", "images")
         )
         assert len(clips) == len(stills) == 60
-        assert data_prep.read_classes(str(demo / f"{split}_videos")) == sorted(CLASSES)
+        assert read_classes(str(demo / f"{split}_videos")) == sorted(CLASSES)
         sample = clips[0]
         assert len(sample["ends"]) == 16 and np.ptp(sample["timestamps"]) > 1.5
-        first, last = (data_prep.decode_frame(sample, i).astype(int) for i in (0, 15))
+        first, last = (decode_frame(sample, i).astype(int) for i in (0, 15))
         assert first.shape == (40, 40, 3) and np.abs(first - last).mean() > 2
-        assert data_prep.decode_frame(stills[0], 0).shape == (40, 40, 3)
+        assert decode_frame(stills[0], 0).shape == (40, 40, 3)
     with np.load(FASHION_MNIST) as data:
         train, test = (
             {image.tobytes() for image in data[f"{split}_images"]} for split in ("train", "test")
@@ -432,7 +434,7 @@ def test_run_killed_at_random_moments_ends_with_the_bytes_of_one_never_killed(
     never = files_of(tmp_path / "never")
     assert len(never) == 30 * 2 + 4
     assert all(files_of(tmp_path / str(number)) == never for number in range(8))
-    assert data_prep.verify(str(tmp_path / "0"), 1) == []
+    assert verify(str(tmp_path / "0"), 1) == []
 
 
 def test_disk_that_is_full_is_named_and_the_same_command_goes_on(tmp_path, monkeypatch):
@@ -526,7 +528,7 @@ def damaged(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(data_prep, "PART_SIZE", 5)
     write_images(tmp_path / "in", 15)
     convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 2)
-    assert data_prep.verify(str(tmp_path / "out"), 2) == []
+    assert verify(str(tmp_path / "out"), 2) == []
     return tmp_path / "out"
 
 
@@ -565,7 +567,7 @@ def edit_json(path: Path, change) -> None:
 )
 def test_verify_names_the_damage(damaged, capsys, damage, named):
     damage(damaged)
-    faults = data_prep.verify(str(damaged), 2)
+    faults = verify(str(damaged), 2)
     assert any(named in fault for fault in faults), faults
     with pytest.raises(ValueError, match=f"has {len(faults)} faults"):
         data_prep.main(["verify", str(damaged)])
@@ -583,17 +585,17 @@ def cut(path: Path) -> None:
 
 
 def test_verify_finds_an_undecodable_frame_under_a_right_hash(damaged):
-    (sample,) = [data_prep.Clips(str(damaged))[0]]
+    (sample,) = [Clips(str(damaged))[0]]
     sample["frames"] = sample["frames"][:40] + bytes(len(sample["frames"]) - 40)
-    good = data_prep.Clips(str(damaged))[1]
+    good = Clips(str(damaged))[1]
     for bad, reason in (
         (sample, "JPEG image"),
         (good | {"label": 3}, "label 3 of 3"),
         (good | {"timestamps": [np.nan]}, "ascend"),
     ):
         with pytest.raises(ValueError, match=reason):
-            data_prep.check_sample(bad, 3, 256)
-    data_prep.check_sample(good, 3, 256)
+            check_sample(bad, 3, 256)
+    check_sample(good, 3, 256)
 
 
 def test_memory_stays_flat_from_a_thousand_inputs_to_ten_thousand(tmp_path):

@@ -19,16 +19,13 @@ import torch.distributed as dist
 from checkpoints import LATEST, Checkpoints, read_checkpoint
 from conftest import ROOT, run_stage, small, start_ranks
 from contrast import Projected, info_nce, simsiam, triplet, vicreg
-from streaming import LocalDataset
 from test_model import TINY
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
-from views import PretrainingViews, augment_batch
 from vit import patchify, pool, positions_for, random_masking, unpatchify
 
-import data_prep
 import eval as evaluation
 import finetune
 import pretrain
@@ -500,30 +497,6 @@ def test_weight_of_the_contrastive_term_rises_over_its_duration(demo, tmp_path):
             + 0.3 * line["contrast_ramp"] * line["loss/train/contrastive"]
         )
         assert line["loss/train/total"] == pytest.approx(total, rel=1e-5)
-
-
-def test_clip_of_a_view_is_cropped_and_coloured_alike_and_views_differ(demo):
-    sample = LocalDataset(str(demo / "train_videos"))[0]
-    first = int(sample["ends"][0])
-    still = sample | {
-        "frames": sample["frames"][:first] * 16,
-        "ends": np.arange(1, 17, dtype=np.uint32) * first,
-    }
-    drawn = PretrainingViews(32, 32, 4)(still, np.random.default_rng(0))
-    assert drawn["views"].shape == (2, 4, 32, 32, 3) and drawn["noise"].shape == (2, 32)
-    assert drawn["target"] == sample["label"]
-    batch = {key: torch.as_tensor(np.asarray(value))[None] for key, value in drawn.items()}
-    views = augment_batch(batch)["views"]
-    assert views.shape == (1, 2, 4, 3, 32, 32)
-    for view in views[0]:
-        assert all(torch.equal(view[0], frame) for frame in view)
-    assert not torch.equal(views[0, 0], views[0, 1])
-    picked = []
-    with pytest.MonkeyPatch.context() as patch:
-        decode = data_prep.decode_frame
-        patch.setattr(data_prep, "decode_frame", lambda s, i: picked.append(i) or decode(s, i))
-        PretrainingViews(32, 32, 4, views=1)(sample, np.random.default_rng(0))
-    assert sorted(i // 4 for i in picked) == [0, 1, 2, 3]
 
 
 def test_one_view_is_too_few_for_a_contrastive_term(demo, tmp_path):

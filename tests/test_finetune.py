@@ -14,7 +14,6 @@ from config import load_config
 from conftest import ROOT, launch, run_stage, spoilt
 from streaming import LocalDataset
 from streams import load_stream
-from views import pick_frames
 
 import data_prep
 import eval as evaluation
@@ -453,43 +452,6 @@ def test_finetuning_yaml_constructs(overlay):
         net = Classifier(10, **config["model"])
     build_optimizer(net, config["data"]["global_train_batch_size"], **config["optimizer"])
     FinetuningViews(net.encoder.img_size, net.encoder.num_frames, 10, **config["augment"])
-
-
-def test_frames_are_picked_by_their_times_whatever_the_rate_of_the_pack():
-    """16 frames, every fourth of 30 a second, from packs of 30, 15, 7.5 and 10 a second, and of an uneven rate."""
-    interval = 4 / 30
-    for rate in (30, 15, 7.5, 10):
-        times = np.arange(int(10 * rate)) / rate + 3.0
-        for place in (0.0, 0.37, 1.0):
-            picked = times[pick_frames(times, 16, interval, place)]
-            begin = 3.0 + place * (times[-1] - 3.0 - 15 * interval)
-            wanted = begin + np.arange(16) * interval
-            assert (picked <= wanted + 0.02 * interval + 1e-9).all() and (
-                wanted - picked < 1 / rate + 1e-9
-            ).all()
-        if rate != 10:
-            assert np.allclose(np.diff(times[pick_frames(times, 16, interval, 0.0)]), interval)
-    uneven = np.array([0.0, 0.1, 0.9, 1.0, 5.0])
-    assert pick_frames(uneven, 3, 0.45, 0.0) == [0, 1, 2] and pick_frames(uneven, 3, 0.45, 1.0) == [
-        3,
-        3,
-        4,
-    ]
-
-
-def test_short_clip_repeats_its_last_frame_and_a_still_its_only_one():
-    assert pick_frames(np.array([0.0, 1.0, 2.0]), 6, 0.5, 0.7) == [0, 0, 1, 1, 2, 2]
-    assert pick_frames(np.array([0.0, 1.0]), 5, 1.0, 0.2) == [0, 1, 1, 1, 1]
-    assert (
-        pick_frames(np.array([0.0]), 4, 0.1, 0.9)
-        == pick_frames(np.array([0.0]), 4, None, 0.9)
-        == [0, 0, 0, 0]
-    )
-
-
-def test_whole_clip_gives_a_frame_of_each_equal_section():
-    assert pick_frames(np.arange(8) / 8, 4, None, 0.0) == [0, 2, 4, 6]
-    assert pick_frames(np.arange(8) / 8, 4, None, 0.9) == [1, 3, 5, 7]
 
 
 def test_policy_treats_all_frames_of_a_clip_alike_and_clips_differently(demo):

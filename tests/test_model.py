@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from training.weights import load_pretrained, our_name
 from contrast import Projected, info_nce
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +15,7 @@ from vit import Encoder, patchify, random_masking, sincos_positions, take, unpat
 
 import model
 from model import Classifier, ViCMAE
+from training.weights import load_pretrained, our_name
 
 GOLDEN = Path(__file__).parent / "golden" / "vicmae_tiny.npz"
 TINY = {

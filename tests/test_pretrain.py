@@ -1,379 +1,30 @@
 """Pre-training and what it stands on: configuration, views, streams, optimiser, the run as a whole."""
 
-import colorsys
 import json
 import math
-import multiprocessing
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import streams
 import torch
-import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
 from algorithms import CALLBACKS
 from checkpoints import Checkpoints, read_checkpoint
-from composer.utils import dist
 from config import load_config
 from conftest import ROOT, launch, run_stage, small, spoilt
 from probes import infer, knn_accuracy
 from sources import Recipe
-from streams import DeterministicStream, load_stream
-from torchvision.transforms import RandomResizedCrop
 from views import (
-    BLUR_KERNEL,
-    LUMA,
     MEAN,
-    PARAMETERS,
     STD,
     EvalViews,
     PretrainingViews,
-    ViewRecipe,
-    augment_batch,
-    augment_views,
-    crop_and_scale,
-    draw_crop,
-    draw_frame_pair,
 )
 
 import data_prep
 import pretrain
 from model import ViCMAE
-
-NEUTRAL = {name: float(name in ("brightness", "contrast", "saturation")) for name in PARAMETERS}
-
-
-def augmented(images: torch.Tensor, **changes: float) -> torch.Tensor:
-    row = torch.tensor([list((NEUTRAL | changes).values())])
-    return augment_views(images, row.expand(len(images), -1))
-
-
-@pytest.fixture(scope="module")
-def images() -> torch.Tensor:
-    """Smooth coloured pictures, (4, 3, 48, 48) uint8."""
-    coarse = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    return (
-        torch.nn.functional.interpolate(coarse, (48, 48), mode="bicubic").clamp(0, 1) * 255
-    ).byte()
-
-
-def test_neutral_numbers_change_nothing(images):
-    torch.testing.assert_close(augmented(images), images / 255, atol=2e-3, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "reference", "tolerance"),
-    [
-        ({"flip": 1.0}, TF.horizontal_flip, 2e-3),
-        ({"brightness": 1.4}, lambda x: TF.adjust_brightness(x, 1.4), 2e-3),
-        ({"brightness": 0.6}, lambda x: TF.adjust_brightness(x, 0.6), 2e-3),
-        ({"contrast": 1.4}, lambda x: TF.adjust_contrast(x, 1.4), 2e-3),
-        ({"contrast": 0.6}, lambda x: TF.adjust_contrast(x, 0.6), 2e-3),
-        ({"saturation": 1.2}, lambda x: TF.adjust_saturation(x, 1.2), 2e-3),
-        ({"saturation": 0.5}, lambda x: TF.adjust_saturation(x, 0.5), 2e-3),
-        ({"grey": 1.0}, lambda x: TF.rgb_to_grayscale(x, 3), 2e-3),
-        ({"solarise": 1.0}, lambda x: TF.solarize(x, 128 / 255), 2e-3),
-        ({"blur_sigma": 0.3}, lambda x: TF.gaussian_blur(x, list(BLUR_KERNEL[::-1]), [0.3]), 2e-3),
-        ({"blur_sigma": 1.7}, lambda x: TF.gaussian_blur(x, list(BLUR_KERNEL[::-1]), [1.7]), 2e-3),
-    ],
-)
-def test_each_operation_equals_torchvisions(images, changes, reference, tolerance):
-    torch.testing.assert_close(
-        augmented(images, **changes), reference(images / 255), atol=tolerance, rtol=0
-    )
-
-
-@pytest.mark.parametrize("hue", [-0.1, 0.05, 0.1])
-def test_hue_turns_as_far_as_torchvisions_and_keeps_the_luma(images, hue):
-    muted = (images / 255 - 0.5) * 0.4 + 0.5  # nothing is clamped
-    ours = augmented((muted * 255).byte(), hue=hue)
-    turned = [
-        (colorsys.rgb_to_hsv(*after)[0] - colorsys.rgb_to_hsv(*before)[0] + 0.5) % 1 - 0.5
-        for before, after in zip(
-            *(x.movedim(1, -1).reshape(-1, 3).tolist() for x in (muted, ours)), strict=True
-        )
-    ]
-    assert np.median(turned) == pytest.approx(hue, rel=0.25)
-    luma = torch.tensor(LUMA)[:, None, None]
-    torch.testing.assert_close(
-        (ours * luma).sum(dim=1), (muted * luma).sum(dim=1), atol=5e-3, rtol=0
-    )
-
-
-def test_whole_jitter_is_near_torchvisions_in_any_order(images):
-    pale = images // 4 + 96  # nothing is clamped
-    ours = augmented(pale, brightness=1.1, contrast=0.8, saturation=1.2)
-    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
-        steps = (
-            lambda x: TF.adjust_brightness(x, 1.1),
-            lambda x: TF.adjust_contrast(x, 0.8),
-            lambda x: TF.adjust_saturation(x, 1.2),
-        )
-        x = pale / 255
-        for step in order:
-            x = steps[step](x)
-        torch.testing.assert_close(ours, x, atol=5e-3, rtol=0)
-
-
-def test_views_of_a_batch_are_augmented_each_by_its_own_numbers(images):
-    rng = np.random.default_rng(0)
-    rows = torch.from_numpy(np.stack([ViewRecipe().draw(rng, view) for view in (0, 1, 0, 1)]))
-    together = augment_views(images, rows)
-    for number in range(4):
-        alone = augment_views(images[number : number + 1], rows[number : number + 1])
-        torch.testing.assert_close(together[number], alone[0], atol=1e-6, rtol=0)
-
-
-def test_batch_is_normalised_by_imagenets_mean_and_deviation(images):
-    row = torch.tensor(list(NEUTRAL.values())).expand(2, 2, -1)
-    batch = {
-        "views": images.permute(0, 2, 3, 1).view(2, 2, 48, 48, 3),
-        "augment": row,
-        "noise": torch.rand(2, 2, 16),
-    }
-    expected = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(images / 255).view(
-        2, 2, 3, 48, 48
-    )
-    result = augment_batch(batch)
-    torch.testing.assert_close(result["views"], expected, atol=1e-2, rtol=0)
-    assert result["noise"] is batch["noise"]
-
-
-def test_recipe_draws_with_the_probabilities_and_ranges_it_names():
-    rng = np.random.default_rng(0)
-    first, second = (
-        np.stack([ViewRecipe().draw(rng, view) for _ in range(4000)]) for view in (0, 1)
-    )
-    column = {name: i for i, name in enumerate(PARAMETERS)}
-    for drawn in (first, second):
-        jittered = drawn[:, column["brightness"]] != 1
-        assert jittered.mean() == pytest.approx(0.8, abs=0.03)
-        assert drawn[:, column["flip"]].mean() == pytest.approx(0.5, abs=0.03)
-        assert drawn[:, column["grey"]].mean() == pytest.approx(0.2, abs=0.03)
-        for name, middle, half in (
-            ("brightness", 1, 0.4),
-            ("contrast", 1, 0.4),
-            ("saturation", 1, 0.2),
-            ("hue", 0, 0.1),
-        ):
-            values = drawn[jittered, column[name]] - middle
-            assert -half <= values.min() < -0.95 * half and 0.95 * half < values.max() <= half
-    sigma = first[:, column["blur_sigma"]]
-    assert (
-        sigma.min() >= 0.1 and sigma.max() <= 2.0 and sigma.mean() == pytest.approx(1.05, abs=0.05)
-    )
-    assert not second[:, column["blur_sigma"]].any() and not first[:, column["solarise"]].any()
-    assert second[:, column["solarise"]].mean() == pytest.approx(0.2, abs=0.03)
-
-
-@pytest.mark.parametrize("size", [(240, 320), (320, 120), (40, 40)])
-def test_crops_are_distributed_as_torchvisions(size):
-    rng = np.random.default_rng(0)
-    torch.manual_seed(0)
-    frame, scale, ratio = torch.empty(3, *size), (0.08, 1.0), (3 / 4, 4 / 3)
-    ours = np.array([draw_crop(rng, *size, scale, ratio) for _ in range(3000)])
-    theirs = np.array(
-        [RandomResizedCrop.get_params(frame, list(scale), list(ratio)) for _ in range(3000)]
-    )
-    assert (ours[:, :2] >= 0).all() and (ours[:, 0] + ours[:, 2] <= size[0]).all()
-    assert (ours[:, 1] + ours[:, 3] <= size[1]).all()
-    for column in range(4):
-        spread = theirs[:, column].std()
-        assert abs(ours[:, column].mean() - theirs[:, column].mean()) < 0.1 * spread
-        assert ours[:, column].std() == pytest.approx(spread, rel=0.06)
-
-
-def test_crop_and_scale_equals_torchvisions_resized_crop():
-    rng = np.random.default_rng(0)
-    frame = rng.integers(0, 256, (61, 47, 3), np.uint8)
-    for _ in range(20):
-        box = draw_crop(rng, 61, 47, (0.08, 1.0), (3 / 4, 4 / 3))
-        theirs = TF.resized_crop(
-            torch.from_numpy(frame).permute(2, 0, 1), *box, [32, 32], T.InterpolationMode.BICUBIC
-        )
-        assert torch.equal(crop_and_scale(frame, box, 32), theirs)
-
-
-def test_frame_pairs_are_as_their_names_say():
-    rng = np.random.default_rng(0)
-    pairs = {
-        gap: [draw_frame_pair(rng, 16, gap, 2) for _ in range(500)]
-        for gap in ("any", "distant", 0, 4)
-    }
-    assert all(a != b for a, b in pairs["any"]) and len(set(pairs["any"])) > 200
-    assert all((a < 8) != (b < 8) for a, b in pairs["distant"])
-    assert {a < 8 for a, _ in pairs["distant"]} == {True, False}
-    assert all(a == b for a, b in pairs[0]) and {abs(a - b) for a, b in pairs[4]} == {4}
-    assert draw_frame_pair(rng, 1, "any", 2) == (0, 0)
-    assert {abs(a - b) for a, b in (draw_frame_pair(rng, 3, 4, 2) for _ in range(20))} == {2}
-
-
-def make_loader(
-    demo: Path,
-    num_workers: int,
-    seed: int = 0,
-    streams: tuple = ("train_videos", "train_images"),
-    **options,
-):
-    dist.initialize_dist("cpu")
-    pairs = PretrainingViews(32, 16, video={}, image={})
-    spec, _ = load_stream(
-        pairs,
-        augment_batch,
-        seed,
-        8,
-        options.pop("run", demo),
-        streams=[{"path": str(demo / name)} if isinstance(name, str) else name for name in streams],
-        global_train_batch_size=20,
-        num_workers=num_workers,
-        **options,
-    )
-    return spec.dataloader
-
-
-def open_often(together, demo: Path) -> None:
-    os.environ |= {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_PORT": "0",
-    }
-    together.wait()
-    opened = [make_loader(demo, 0) for _ in range(20)]
-    assert len(opened) == 20
-
-
-def count_steps(rank: int, demo: str, folder: str) -> None:
-    steps = [
-        [len(batch["target"]) for batch in make_loader(Path(demo), 0, epoch_size=79)]
-        for _ in range(2)
-    ]
-    if rank == 0:
-        Path(folder, "steps.json").write_text(json.dumps(steps))
-
-
-def test_an_epoch_has_the_same_steps_on_any_number_of_ranks_whatever_is_left_over(
-    demo, tmp_path, on_ranks
-):
-    """Streaming would fill 79 samples up to 80, which are four batches."""
-    alone = [
-        [len(batch["target"]) for batch in make_loader(demo, 0, epoch_size=79)] for _ in range(2)
-    ]
-    on_ranks(2, count_steps, str(demo), str(tmp_path))
-    assert (
-        alone == [[20] * 3] * 2
-        and json.loads((tmp_path / "steps.json").read_text()) == [[10] * 3] * 2
-    )
-
-
-def test_jobs_that_start_together_on_a_machine_do_not_take_each_others_shared_memory(demo):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["composer", "streaming", "timm"])
-    together = context.Barrier(2)
-    jobs = [context.Process(target=open_often, args=(together, demo)) for _ in range(2)]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join()
-    assert [job.exitcode for job in jobs] == [0, 0]
-
-
-def epochs_of(loader, count: int) -> list[list[dict[str, torch.Tensor]]]:
-    return [list(loader) for _ in range(count)]
-
-
-def test_views_depend_on_seed_epoch_and_sample_alone_not_on_the_workers(demo):
-    alone, two = (epochs_of(make_loader(demo, workers), 2) for workers in (0, 2))
-    for epoch in (0, 1):
-        assert len(alone[epoch]) == len(two[epoch]) == 6
-        for ours, theirs in zip(alone[epoch], two[epoch], strict=True):
-            assert ours["views"].shape == (20, 2, 32, 32, 3) and ours["views"].dtype == torch.uint8
-            assert all(torch.equal(ours[key], theirs[key]) for key in ("views", "augment", "noise"))
-    noise = {
-        (seed, epoch): {
-            tuple(row.flatten().tolist()) for batch in batches for row in batch["noise"]
-        }
-        for seed, run in ((0, alone), (1, epochs_of(make_loader(demo, 0, seed=1), 1)))
-        for epoch, batches in enumerate(run)
-    }
-    assert len(set().union(*noise.values())) == 3 * 120  # no draw is ever repeated
-
-
-def test_sample_that_its_stream_repeats_gets_fresh_views_each_time(demo):
-    streams = (
-        {"path": str(demo / "train_images"), "proportion": 0.75},
-        {"path": str(demo / "train_videos"), "proportion": 0.25},
-    )
-    (batches,) = epochs_of(make_loader(demo, 0, streams=streams, epoch_size=240), 1)
-    noise = torch.cat([batch["noise"] for batch in batches]).flatten(1)
-    assert (
-        len(noise) == 240 and len(noise.unique(dim=0)) == 240
-    )  # 180 of 60 stills, so each is seen three times
-
-
-@pytest.mark.parametrize("shares", [(0.75, 0.25), (0.6, 0.4), None])
-def test_constant_mix_gives_every_batch_the_streams_share_and_drops_nothing(demo, shares):
-    streams = [{"path": str(demo / name)} for name in ("train_videos", "train_images")]
-    for stream, share in zip(streams, shares or (), strict=False):
-        stream["proportion"] = share
-    names, fewest = set(), 20
-    for constant in (True, False):
-        loader = make_loader(demo, 2, streams=streams, constant_mix=constant)
-        loader.dataset.transform = lambda sample, rng: {"name": sample["name"]}
-        for _ in range(2):
-            for batch in loader:
-                clips = sum(name.endswith("mp4") for name in batch["name"])
-                assert not constant or clips == 20 * (shares or (0.5,))[0]
-                names |= set(batch["name"]) if constant and not shares else set()
-                fewest = min(fewest, clips if not constant else 20)
-    assert fewest < 20 * (shares or (0.5,))[0]  # left to chance, the mix varies
-    assert len(names) == (0 if shares else 120)
-
-
-def test_repeats_draw_several_different_pairs_from_a_sample_read_once(demo):
-    loader = make_loader(demo, 0, repeats=4)
-    batches, once = list(loader), list(make_loader(demo, 0))
-    assert len(loader) == len(batches) == 24
-    noise = torch.cat([batch["noise"] for batch in batches]).flatten(1)
-    assert len(noise) == 480 and len(noise.unique(dim=0)) == 480
-    assert torch.equal(
-        torch.cat([batch["noise"] for batch in once]).flatten(1), noise[::4]
-    )  # the first of each is as ever
-    assert loader.dataset.state_dict(40, True)["sample_in_epoch"] == 10
-
-
-def test_undecodable_sample_gives_way_to_the_next_and_is_named_and_too_many_end_the_run(
-    demo, tmp_path
-):
-    shutil.copytree(demo / "train_videos", tmp_path / "train_videos")
-    spoilt(demo / "train_images", tmp_path, 7)
-    loader = make_loader(tmp_path, 2, run=tmp_path)
-    assert sum(len(batch["views"]) for batch in loader) == 120
-    lines = (tmp_path / "unreadable.jsonl").read_text().splitlines()
-    assert [json.loads(line)[0] for line in lines] == [
-        data_prep.Clips(str(tmp_path / "train_images"))[7]["name"]
-    ]
-    spoilt(demo / "train_images", tmp_path, 0, 1, 2, 3, 7)
-    with pytest.raises(
-        RuntimeError,
-        match=r"samples cannot be decoded, see .*unreadable.jsonl; run data_prep.py verify",
-    ):
-        list(make_loader(tmp_path, 0, run=tmp_path))
-
-
-def test_shard_that_is_cut_costs_its_last_samples_alone(demo, tmp_path):
-    shutil.copytree(demo / "train_videos", tmp_path / "train_videos")
-    (shard,) = spoilt(demo / "train_images", tmp_path).rglob("*.mds")
-    shard.write_bytes(shard.read_bytes()[:-3000])
-    loader = make_loader(tmp_path, 0, run=tmp_path, max_unreadable=0.2)
-    assert sum(len(batch["views"]) for batch in loader) == 120
-    assert 0 < len((tmp_path / "unreadable.jsonl").read_text().splitlines()) < 12
 
 
 def test_run_whose_first_sample_and_whose_queries_are_spoilt_is_finished(demo, tmp_path, capfd):
@@ -441,49 +92,6 @@ def test_what_cannot_be_trained_is_refused_in_a_line(demo, tmp_path, overrides, 
     assert complaint in str(end.value) and "\n" not in str(end.value)
 
 
-def test_data_set_that_is_named_twice_is_refused(demo):
-    with pytest.raises(
-        ValueError, match=r"names .*train_images 2 times; name it once, with a proportion"
-    ):
-        make_loader(demo, 0, streams=("train_images", "train_images"))
-
-
-def test_occurrences_of_a_sample_are_numbered_in_order():
-    class Repeating(DeterministicStream):
-        def __init__(self):
-            self.num_samples = 10
-
-        def __del__(self):
-            pass
-
-    stream = Repeating()
-    listed = np.array([3, 1, 3, 2, 1, 3])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            streams.StreamingDataset, "resample_streams", lambda *_: (None, listed.copy())
-        )
-        assert stream.resample_streams(0)[1].tolist() == [3, 1, 13, 2, 11, 23]
-
-
-def test_image_gives_two_crops_of_one_frame_and_a_clip_two_frames(demo):
-    from streaming import LocalDataset
-
-    seen = []
-    whole = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}
-    pairs = PretrainingViews(40, 16, video=whole, image=whole)
-    with pytest.MonkeyPatch.context() as patch:
-        decode = data_prep.decode_frame
-        patch.setattr(
-            data_prep,
-            "decode_frame",
-            lambda sample, index: seen.append(index) or decode(sample, index),
-        )
-        still = pairs(LocalDataset(str(demo / "train_images"))[0], np.random.default_rng(0))
-        assert seen == [0] and torch.equal(still["views"][0], still["views"][1])
-        clip = pairs(LocalDataset(str(demo / "train_videos"))[0], np.random.default_rng(0))
-        assert len(seen) == 3 and not torch.equal(clip["views"][0], clip["views"][1])
-
-
 def test_optimizer_decays_matrices_alone_and_holds_every_trainable_parameter_once():
     net = ViCMAE(32, 8, 48, 2, 3, 24, 1, 3, 32, 16)
     adamw = pretrain.build_optimizer(net, 512, base_lr=1e-3, weight_decay=0.05)
@@ -538,32 +146,6 @@ def test_every_sample_is_inferred_once_and_in_order_on_one_rank_and_on_two(
         outputs, labels = torch.load(tmp_path / str(rank), weights_only=True)
         assert labels.tolist() == expected
         torch.testing.assert_close(outputs, colours, atol=1e-5, rtol=1e-5)
-
-
-def test_eval_views_are_spread_over_time_and_along_the_longer_side(demo):
-    frames = np.zeros((8, 20, 60, 3), np.uint8)
-    frames[..., 0] = (np.arange(8) * 30)[:, None, None]  # time
-    frames[..., 1] = np.arange(60) * 4  # place
-    sample = data_prep.encode_clip([encode(frame) for frame in frames], list(range(8)), 0, "x")
-    views = EvalViews(
-        [str(demo / "test_videos")],
-        20,
-        num_frames=4,
-        temporal_views=2,
-        spatial_views=3,
-        crop_pct=1.0,
-    )
-    views.data = [sample]
-    inputs = views[0]["inputs"].float()
-    assert inputs.shape == (6, 4, 3, 20, 20)
-    times = inputs[:, :, 0].mean(dim=(2, 3)) / 30
-    assert [row.round().tolist() for row in times] == [[0, 2, 4, 6]] * 3 + [[1, 3, 5, 7]] * 3
-    places = inputs[:, :, 1].mean(dim=(1, 2, 3)) / 4
-    assert places.tolist() == pytest.approx([9.5, 29.5, 49.5] * 2, abs=1)
-
-
-def encode(frame: np.ndarray) -> bytes:
-    return __import__("simplejpeg").encode_jpeg(frame, 100, colorsubsampling="444")
 
 
 def write(path: Path, text: str) -> str:
@@ -640,37 +222,6 @@ def test_files_merge_left_to_right_then_overrides(tmp_path):
         [str(ROOT / "yamls" / "demo.yaml"), overlay, "model.depth=6"], pretrain.pretrain
     )
     assert (config["seed"], config["model"]["depth"], config["model"]["img_size"]) == (7, 6, 32)
-
-
-@pytest.mark.parametrize(
-    ("change", "culprit"),
-    [
-        ({"streams": ({"path": "nowhere"},)}, "nowhere is not a complete data set"),
-        ({"patch_size": 64}, "40x40 are smaller than model.patch_size 64"),
-        ({"streams": ()}, "data.streams is empty"),
-        ({"micro": 15}, "20 must be a multiple of global_micro_batch_size 15"),
-        ({"batch": 4000}, "data.global_train_batch_size 4000 is more than an epoch's 60"),
-        ({"repeats": 3}, "data.repeats 3 must divide each rank's share of a micro-batch, 20"),
-        (
-            {"streams": ({"path": "a"}, {"path": "b", "proportion": 1.0})},
-            "give it to all or to none",
-        ),
-    ],
-)
-def test_data_that_cannot_be_used_is_named(demo, change, culprit):
-    dist.initialize_dist("cpu")
-    with pytest.raises(ValueError, match=culprit):
-        load_stream(
-            lambda sample, rng: sample,
-            lambda batch: batch,
-            0,
-            change.get("patch_size", 8),
-            demo,
-            streams=change.get("streams", [{"path": str(demo / "train_videos")}]),
-            repeats=change.get("repeats", 1),
-            global_train_batch_size=change.get("batch", 20),
-            global_micro_batch_size=change.get("micro"),
-        )
 
 
 def test_run_of_another_configuration_is_refused_with_the_keys_that_differ(demo, tmp_path):
@@ -802,7 +353,7 @@ def test_run_goes_on_from_the_checkpoint_at_an_epochs_end_with_the_next_epoch(
 @pytest.mark.parametrize(("stop", "repeats"), [("1ep", 1), ("4ba", 1), ("4ba", 2)])
 def test_resumed_run_ends_with_the_weights_of_one_never_stopped(demo, tmp_path, stop, repeats):
     arguments = [*small(demo), "schedule.t_max=2ep", "checkpoints.interval=1ba", "callbacks=null"]
-    arguments += [f"data.repeats={repeats}", "data.constant_mix=true"]
+    arguments += [f"data.repeats={repeats}"]
     run_stage(pretrain, [*arguments, "run_name=whole"], tmp_path)
     run_stage(pretrain, [*arguments, "run_name=stopped", f"trainer.max_duration={stop}"], tmp_path)
     (tmp_path / "runs" / "stopped" / "result.json").unlink()

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
-from sources import LAYOUTS, Recipe
 from streaming import LocalDataset
 
 from data_prep import convert
+from shards.decode import Recipe
+from shards.layouts import LAYOUTS
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from fractions import ProperFraction
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,12 +21,15 @@ import pytest
 import simplejpeg
 from conftest import ROOT
 from PIL import Image
-from sources import Recipe, read_image, read_video
 from streaming import LocalDataset
 from test_data_prep import BIKES
 
 import data_prep
 from data_prep import convert
+from shards import workers
+from shards.decode import Recipe, read_image, read_video
+from shards.format import decode_frame
+from shards.inspect import verify
 
 CORNERS = np.array(
     [[(220, 30, 30), (30, 200, 40)], [(40, 60, 220), (230, 220, 40)]], np.uint8
@@ -108,7 +111,7 @@ def write_video(
         stream.width, stream.height = size
         stream.pix_fmt = layout
         if times:
-            stream.time_base = stream.codec_context.time_base = ProperFraction(1, 1000)
+            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
         if tagged:
             stream.codec_context.colorspace, stream.codec_context.color_range = (
                 TAGS[tagged[0]],
@@ -131,7 +134,7 @@ def write_video(
             else:
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             if times:
-                frame.pts, frame.time_base = times[number], ProperFraction(1, 1000)
+                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
 
@@ -322,7 +325,7 @@ def videos(tmp_path_factory) -> SimpleNamespace:
 
 
 def frames_of(sample: dict) -> list[np.ndarray]:
-    return [data_prep.decode_frame(sample, index) for index in range(len(sample["ends"]))]
+    return [decode_frame(sample, index) for index in range(len(sample["ends"]))]
 
 
 def times_of(path: Path) -> list[float]:
@@ -340,7 +343,7 @@ def assert_outcome(found: SimpleNamespace, kept: set[str], skipped: dict[str, st
     assert found.report["samples"] == len(kept) and found.report["inputs"] == len(kept) + len(
         skipped
     )
-    assert data_prep.verify(str(found.out), 2) == []
+    assert verify(str(found.out), 2) == []
 
 
 def test_every_video_of_the_zoo_is_kept_or_skipped_for_its_reason(videos):
@@ -629,7 +632,7 @@ def test_small_jpeg_is_stored_byte_for_byte_and_everything_else_is_encoded(image
 PEAKS = """
 import json, resource, sys
 from data_prep import convert
-from sources import Recipe
+from shards.decode import Recipe
 peaks = []
 for folder in ("small", "huge"):
     report = convert(f"{sys.argv[1]}/{folder}", f"{sys.argv[1]}/{folder}_out", Recipe("images"), 1, max_skipped=1.0)
@@ -741,7 +744,7 @@ def test_damaged_files_are_converted_or_skipped_and_nothing_else_happens(
     assert report["inputs"] == count == report["samples"] + len(report["skipped"])
     assert 0.2 * count < report["samples"] < count
     assert all(reason for _, reason in report["skipped"])
-    assert data_prep.verify(str(tmp_path / "out"), 2) == []
+    assert verify(str(tmp_path / "out"), 2) == []
     assert children() <= before and set(multiprocessing.active_children()) <= running
 
 
@@ -761,7 +764,7 @@ def test_decoder_that_crashes_or_hangs_costs_that_input_alone(tmp_path, monkeypa
         return read(file, recipe)
 
     monkeypatch.setattr(data_prep, "read_image", deadly)
-    monkeypatch.setattr(data_prep, "TIME_LIMIT", 1)
+    monkeypatch.setattr(workers, "TIME_LIMIT", 1)
     monkeypatch.setattr(data_prep, "PART_SIZE", 6)
     report = convert(
         str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 2, max_skipped=0.5
@@ -781,7 +784,4 @@ def test_decoder_that_crashes_or_hangs_costs_that_input_alone(tmp_path, monkeypa
     ]
     for sample in (data[i] for i in range(len(data))):
         assert sample["frames"] == (tmp_path / "in" / sample["name"]).read_bytes()
-    assert (
-        not list((tmp_path / "out").glob("*.tmp"))
-        and data_prep.verify(str(tmp_path / "out"), 1) == []
-    )
+    assert not list((tmp_path / "out").glob("*.tmp")) and verify(str(tmp_path / "out"), 1) == []

@@ -10,17 +10,18 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
-import torch
-from composer.utils import dist
 from PIL import Image
-from places import Storage, bucket_errors, s3_client
-from sources import Recipe, list_in1k
-from streams import load_stream, open_stream
 from test_data_prep import files_of, write_image, write_images, write_video
-from views import EvalViews, PretrainingViews, augment_batch
 
 import data_prep
-from data_prep import Clips, convert
+from data_prep import convert
+from shards.decode import Recipe
+from shards.format import Clips, read_classes
+from shards.inspect import show, verify
+from shards.layouts import list_in1k
+from shards.storage import Storage, bucket_errors, s3_client
+from shards.stream import open_stream
+from shards.views import EvalViews
 
 
 def upload(client, folder: Path, prefix: str) -> None:
@@ -103,7 +104,7 @@ def test_imagenets_tar_of_tars_is_read_from_a_bucket_without_unpacking(bucket, t
     )
     convert("s3://bkt/imagenet", str(tmp_path / "out"), Recipe("images"), 2, list_inputs=list_in1k)
     clips = Clips(str(tmp_path / "out"))
-    assert data_prep.read_classes(str(tmp_path / "out")) == ["n01", "n02"]
+    assert read_classes(str(tmp_path / "out")) == ["n01", "n02"]
     assert [
         (clips[number]["label"], clips[number]["name"][-10:]) for number in range(len(clips))
     ] == [
@@ -175,42 +176,19 @@ def test_data_set_in_a_bucket_is_verified_shown_and_read_in_place(bucket, tmp_pa
         assert {key: np.asarray(value).tolist() for key, value in far[number].items()} == {
             key: np.asarray(value).tolist() for key, value in near[number].items()
         }
-    data_prep.show("s3://bkt/set", str(tmp_path / "far.png"))
-    data_prep.show(str(tmp_path / "folder"), str(tmp_path / "near.png"))
+    show("s3://bkt/set", str(tmp_path / "far.png"))
+    show(str(tmp_path / "folder"), str(tmp_path / "near.png"))
     assert np.array_equal(Image.open(tmp_path / "far.png"), Image.open(tmp_path / "near.png"))
     assert EvalViews(["s3://bkt/set"], 24)[3]["inputs"].shape == (1, 1, 3, 24, 24)
 
-    assert data_prep.verify("s3://bkt/set", 2) == []
+    assert verify("s3://bkt/set", 2) == []
     shard = bytearray(objects(bucket, "set")["part-000001/shard.00000.mds"])
     shard[len(shard) // 2] ^= 1
     bucket.put_object(Bucket="bkt", Key="set/part-000001/shard.00000.mds", Body=bytes(shard))
     bucket.delete_object(Bucket="bkt", Key="set/part-000002/shard.00000.mds")
-    damaged, *_, missing = data_prep.verify("s3://bkt/set", 2)
+    damaged, *_, missing = verify("s3://bkt/set", 2)
     assert damaged.startswith("part-000001/shard.00000.mds is damaged")
     assert missing == "part-000002/shard.00000.mds is missing"
-
-
-def test_training_streams_the_same_batches_from_a_bucket_as_from_disk(bucket, demo, tmp_path):
-    dist.initialize_dist("cpu")
-    upload(bucket, demo / "train_videos", "train_videos")
-    batches = []
-    for number, stream in enumerate(
-        (
-            {"path": str(demo / "train_videos")},
-            {"path": "s3://bkt/train_videos", "cache": str(tmp_path / "cache")},
-            *[{"path": "s3://bkt/train_videos"}] * 2,
-        )
-    ):
-        pairs = PretrainingViews(32, 16)
-        options = {"global_train_batch_size": 20, "num_workers": 2}
-        run = tmp_path / f"{tmp_path.name}-{number}"
-        spec, _ = load_stream(pairs, augment_batch, 0, 8, run, streams=[stream], **options)
-        batches.append(list(spec.dataloader))
-    assert [len(one) for one in batches] == [3] * 4
-    for near, *far in zip(*batches, strict=True):
-        assert all(
-            torch.equal(near[key], one[key]) for one in far for key in ("views", "augment", "noise")
-        )
 
 
 def test_bucket_that_fails_is_named_and_the_same_command_goes_on(bucket, tmp_path, monkeypatch):

@@ -1,0 +1,62 @@
+"""Accuracy of a classifier: the loader of labelled views that fine-tuning and eval.py share."""
+
+from pathlib import Path
+
+import torch
+from composer import Evaluator
+from composer.core import DataSpec
+from composer.utils import dist
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from torch.utils.data import DataLoader
+
+from shards.augment import normalise
+from shards.format import UNREADABLE
+from shards.views import DataSets, EvalViews, PositiveFraction
+
+
+def normalise_views(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Normalise `inputs` (B, V, T, 3, H, W) from bytes."""
+    return {"inputs": normalise(batch["inputs"]), "target": batch["target"]}
+
+
+def load_eval(
+    run: Path,
+    img_size: int,
+    num_frames: int,
+    label_offsets: tuple[int, ...] = (),
+    *,
+    paths: DataSets,
+    temporal_views: PositiveInt = 1,
+    spatial_views: PositiveInt = 1,
+    crop_pct: PositiveFraction = 0.875,
+    frame_interval: PositiveFloat | None = None,
+    batch_size: PositiveInt = 64,
+    num_workers: NonNegativeInt = 0,
+) -> Evaluator:
+    """Return Composer's evaluator of labelled data sets.
+
+    On several ranks, the sampler pads the data to equal shares, and Composer's evaluation loop
+    removes the padding before it counts.
+
+    Args:
+        label_offsets: number of the first class of each data set; all 0 if empty.
+        paths: labelled data sets.
+        temporal_views, spatial_views, crop_pct, frame_interval: see EvalViews.
+        batch_size: samples on each rank, with all their views.
+        num_workers: data worker processes of each rank.
+    """
+    data = EvalViews(
+        paths,
+        img_size,
+        num_frames,
+        temporal_views=temporal_views,
+        spatial_views=spatial_views,
+        crop_pct=crop_pct,
+        frame_interval=frame_interval,
+        label_offsets=label_offsets,
+        unreadable=run / UNREADABLE,
+    )
+    sampler = dist.get_sampler(data, drop_last=False, shuffle=False)
+    loader = DataLoader(data, batch_size, sampler=sampler, num_workers=num_workers)
+    spec = DataSpec(loader, batch_transforms=normalise_views)
+    return Evaluator(label="eval", dataloader=spec, metric_names=["top1", "top5"])

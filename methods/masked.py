@@ -1,0 +1,79 @@
+"""Masked autoencoders without a contrastive term: MAE, ST-MAE, VideoMAE and OmniMAE.
+
+    composer pretrain.py yamls/demo.yaml yamls/methods/videomae.yaml
+
+Differences from the published methods are listed in docs/methods.md.
+"""
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from model import Batch, ViCMAE, feature_std, random_masking
+
+
+class MAE(ViCMAE):
+    """MAE (He et al. 2022): each view is reconstructed by itself, usually one view of a sample.
+
+    Args:
+        vicmae: arguments of ViCMAE. The arguments of the contrastive term have no effect.
+    """
+
+    def __init__(self, **vicmae):
+        super().__init__(**vicmae)
+        self.projector = self.predictor = None
+        if not self.weight_recon:
+            raise ValueError("weight_recon=0: must be positive, since nothing else is learnt")
+
+    def project(self, features: Tensor, batch: Batch) -> Batch:
+        return {}
+
+    def loss(self, outputs: Batch, batch: Batch) -> Batch:
+        """Return total = weight_recon * reconstruction."""
+        reconstruction = self.reconstruction_term(outputs, batch)
+        return {
+            "total": self.weight_recon * reconstruction,
+            "reconstruction": reconstruction.detach(),
+            "feature_std": feature_std(outputs["features"]),
+        }
+
+
+class STMAE(MAE):
+    """ST-MAE (Feichtenhofer et al. 2022): clips, masked at random in space and time.
+
+    Args:
+        num_frames, tubelet_size: frames of a clip and of a tubelet.
+    """
+
+    def __init__(self, *, num_frames: PositiveInt = 16, tubelet_size: PositiveInt = 2, **mae):
+        self.num_frames, self.tubelet_size = num_frames, tubelet_size
+        super().__init__(**mae)
+
+
+class OmniMAE(STMAE):
+    """OmniMAE (Girdhar et al. 2023): ST-MAE on clips and images, which are clips without motion."""
+
+
+def tube_masking(noise: Tensor, mask_ratio: float, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Remove the same places at all time steps of a clip; see random_masking.
+
+    Args:
+        noise: (B, N), of which the N / steps numbers of the first time step are used.
+        mask_ratio: fraction of the places that is removed, in (0, 1).
+        steps: number of time steps.
+    """
+    places = noise.shape[1] // steps
+    kept_places, restore_places, _ = random_masking(noise[:, :places], mask_ratio)
+    shuffled = restore_places.argsort(dim=1)  # (B, places), visible places first
+    offsets = places * torch.arange(steps, device=noise.device)
+    ids_shuffle = (shuffled[:, :, None] + offsets).flatten(1)  # (B, N)
+    K = steps * kept_places.shape[1]
+    ids_restore = ids_shuffle.argsort(dim=1)
+    return ids_shuffle[:, :K], ids_restore, (ids_restore >= K).float()
+
+
+class VideoMAE(STMAE):
+    """VideoMAE (Tong et al. 2022): clips, masked at the same places at all times."""
+
+    def masking(self, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return tube_masking(noise, self.mask_ratio, self.encoder.steps)

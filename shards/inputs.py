@@ -1,0 +1,217 @@
+"""Inputs of a conversion: the manifest of a source, and the reading of files and samples of tars.
+
+    manifest, counts = write_manifest(list_kinetics("k400", "train"), file, None, 256)
+    entries = manifest.read_entries("part-000000")
+    for name, class_name, open_input in read_inputs(listing, "videos", entries):
+        frames, timestamps = read_video(open_input(), recipe)
+
+The manifest is a file of one line per input, so that memory does not grow with the data set.
+"""
+
+import errno
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import BinaryIO
+
+import av
+
+from shards.layouts import EXTENSIONS, Listing
+from shards.storage import bucket_errors
+
+# Errors of a disk, a bucket or the system, which are no fault of the input.
+SYSTEM_ERRORS = {
+    *(errno.EACCES, errno.EPERM, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
+}
+
+
+def is_system_error(error: Exception) -> bool:
+    """Return whether an exception is the fault of the system, not of an input."""
+    if isinstance(error, av.FFmpegError):  # is an OSError too
+        return False
+    return isinstance(error, OSError) and error.errno in SYSTEM_ERRORS
+
+
+def describe_error(error: Exception) -> str:
+    """Return the type and message of an exception, without paths and addresses in memory.
+
+    So the reports of two machines are equal.
+    """
+    message = str(getattr(error, "strerror", None) or error)
+    message = re.sub(r" ?<.* at 0x\w+>", "", message)
+    return " ".join(f"{type(error).__name__}: {message}".split())
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:06d}"
+
+
+@dataclass
+class Manifest:
+    """A file of the inputs of a conversion, one JSON line each, in parts.
+
+    Args:
+        starts: byte of the file at which each part begins.
+        part_size: inputs of a part.
+    """
+
+    path: str
+    starts: list[int]
+    part_size: int
+
+    def parts(self, share: tuple[int, int]) -> list[str]:
+        """Return the names of the parts in the k-th of n shares, for share = (k, n)."""
+        number, count = share
+        return [part_name(part) for part in range(number - 1, len(self.starts), count)]
+
+    def read_entries(self, part: str) -> list:
+        """Return the lines of a part: name, class name or None, and for a tar in a tar its span."""
+        number = int(part.removeprefix("part-"))
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[number])
+            return [json.loads(line) for line in islice(file, self.part_size)]
+
+
+def write_manifest(
+    listing: Listing, file: BinaryIO, per_class: int | None, part_size: int
+) -> tuple[Manifest, dict]:
+    """Write the inputs of a source to a named file.
+
+    Args:
+        per_class: keeps the first so many inputs of each class; None for all.
+        part_size: inputs in a part.
+
+    Returns:
+        The manifest; and the counts, class names and hash of the list, as they enter request.json.
+
+    Raises:
+        ValueError: some inputs have a class and others none; or the list of classes lacks a class.
+    """
+    taken, absent, listed, starts = Counter(), 0, 0, []
+    digest = hashlib.sha256()
+    known = set(listing.classes or ())
+    for entry in listing.inputs:
+        if entry is None:
+            absent += 1
+            continue
+        name, class_name = entry[:2]
+        if known and class_name is not None and class_name not in known:
+            raise ValueError(
+                f"{name} is of class {class_name!r}, which is not in the data set's list of classes"
+            )
+        if taken and (class_name is None) != (None in taken):
+            found = "a class, but inputs before it have none"
+            if class_name is None:
+                found = "no class, but inputs before it have one"
+            raise ValueError(f"{listing.storage.at(name)} has {found}; move it out of SOURCE")
+        taken[class_name] += 1
+        if per_class and taken[class_name] > per_class:
+            continue
+        if listed % part_size == 0:
+            starts.append(file.tell())
+        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        file.write(line)
+        digest.update(line)
+        listed += 1
+    file.flush()
+    named = set(listing.truth.values()) or taken.keys() - {None}
+    counts = {
+        "listed": listed,
+        "absent": absent,
+        "classes": listing.classes or sorted(named),
+        "listing": digest.hexdigest(),
+    }
+    return Manifest(file.name, starts, part_size), counts
+
+
+def read_inputs(listing: Listing, kind: str, entries: list) -> Iterator[tuple]:
+    """Yield (name, class name or label or None, a function that opens it) for every input.
+
+    If the inputs are tars, their samples are yielded instead. A corrupt tar yields its intact
+    samples, and then an input of its own name that raises ValueError when opened.
+    """
+    if listing.tars:
+        for name, class_name, *span in entries:
+            yield from read_tar(listing, kind, name, class_name, span)
+        return
+    for name, class_name in entries:
+        yield name, class_name, functools.partial(listing.storage.open, name)
+
+
+def read_tar(
+    listing: Listing, kind: str, name: str, class_name: str | None, span: list[int]
+) -> Iterator[tuple]:
+    """Yield the samples of a tar, see read_inputs.
+
+    Args:
+        span: first byte and size of a tar inside another tar; empty for a file.
+    """
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    endings = "|".join(ending.removeprefix(".") for ending in EXTENSIONS[kind])
+    wanted = re.compile(rf"(.*\.)?({endings})", re.IGNORECASE)
+    size = span[1] if span else None
+    try:
+        with listing.storage.stream(name, *span) as file, bucket_errors(listing.storage.at(name)):
+            tar = CheckedTar(file, size)
+            files = tar_file_expander([{"url": name, "stream": tar}])
+            for sample in group_by_keys(files, lcase=False):
+                ending = next(filter(wanted.fullmatch, sample), None)
+                if ending is None:
+                    continue
+                key = sample["__key__"]
+                truth = class_name or listing.truth.get(os.path.basename(key))
+                label = truth or int(sample.get("cls", -1))
+                open_input = functools.partial(io.BytesIO, sample[ending])
+                yield f"{name}/{key}.{ending}", label, open_input
+            tar.check_end()
+    except (tarfile.TarError, EOFError, ValueError, FileNotFoundError) as error:
+        reason = f"{error}; the samples after it are lost"
+        yield name, None, functools.partial(raise_error, reason)
+
+
+class CheckedTar:
+    """A tar that is read in order and then checked for its end.
+
+    tarfile itself takes a truncated tar, or a tar with a corrupt header, for complete.
+
+    Args:
+        size: bytes of the tar; None for the rest of the file.
+    """
+
+    def __init__(self, file: BinaryIO, size: int | None = None):
+        self.file = file
+        self.left = size
+        self.tail = b""  # up to two blocks, read last
+
+    def read(self, count: int) -> bytes:
+        """Return up to `count` bytes, and none at the end."""
+        if self.left is not None:
+            count = min(count, self.left)
+        data = self.file.read(count)
+        if self.left is not None:
+            self.left -= len(data)
+        self.tail = (self.tail + data)[-2 * tarfile.BLOCKSIZE :]
+        return data
+
+    def check_end(self) -> None:
+        """Raise tarfile.ReadError unless only zeros are left, of which a tar ends with a block."""
+        while data := self.read(1 << 20):
+            if data.strip(b"\0"):
+                raise tarfile.ReadError("a header in it is corrupt")
+        if len(self.tail) < tarfile.BLOCKSIZE or self.tail.strip(b"\0"):
+            raise tarfile.ReadError("it is truncated")
+
+
+def raise_error(reason: str) -> BinaryIO:
+    """Raise ValueError, in place of opening an input."""
+    raise ValueError(reason)

@@ -1,0 +1,160 @@
+"""Inspection of a finished data set: a check of every sample, and a contact sheet.
+
+faults = verify("data/k400/train")
+show("data/k400/train", "sheet.png")
+"""
+
+import functools
+import os
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from multiprocessing import get_context
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
+
+from shards.format import Clips, decode_frame, read_classes, read_json
+from shards.storage import Storage
+
+CELL = 128  # pixels of the contact sheet for one frame
+CAPTION = 14  # pixels above each row
+
+
+def check_sample(sample: dict, classes: int, short_side: int) -> None:
+    """Raise ValueError if a sample is not as a conversion writes it.
+
+    Args:
+        classes: number of classes of the data set.
+        short_side: in pixels; larger frames are a fault.
+    """
+    frames, ends, times = sample["frames"], sample["ends"], sample["timestamps"]
+    if not 0 < len(ends) == len(times) or ends[-1] != len(frames):
+        raise ValueError(
+            f"{len(ends)} frames, {len(times)} timestamps and {len(frames)} bytes do not agree"
+        )
+    if not np.isfinite(times).all() or (np.diff(times) < 0).any():
+        raise ValueError("timestamps are not ascending")
+    if not -1 <= sample["label"] < classes:
+        raise ValueError(f"label {sample['label']}: must be in [-1, {classes - 1}]")
+    for index in range(len(ends)):
+        height, width = decode_frame(sample, index).shape[:2]
+        if min(height, width) > short_side:
+            raise ValueError(
+                f"frame {index} is {width}x{height}, but its short side must be <= {short_side}"
+            )
+
+
+def check_shard(storage: Storage, shard: dict, classes: int, short_side: int) -> list[str]:
+    """Return all faults of a shard and its samples.
+
+    Args:
+        shard: its entry in index.json.
+    """
+    from streaming.base.format import reader_from_json
+    from streaming.base.hashing import get_hash
+
+    info = shard["raw_data"]
+    name = info["basename"]
+    try:
+        data = storage.read(name)
+    except FileNotFoundError:
+        return [f"{name} is missing"]
+    except OSError as error:
+        return [f"{name} cannot be read: {error}"]
+    if len(data) != info["bytes"]:
+        return [f"{name} has {len(data)} bytes instead of {info['bytes']}"]
+    faults = []
+    if any(get_hash(algorithm, data) != digest for algorithm, digest in info["hashes"].items()):
+        faults.append(f"{name} is corrupt: its hash differs from index.json's")
+    reader = reader_from_json("", None, shard)
+    offsets = np.frombuffer(data, np.uint32, shard["samples"] + 1, offset=4).tolist()
+    for row, (begin, end) in enumerate(pairwise(offsets)):
+        try:
+            check_sample(reader.decode_sample(data[begin:end]), classes, short_side)
+        except Exception as error:  # Corrupt data makes the libraries raise nearly anything.
+            faults.append(f"{name}, sample {row}: {' '.join(str(error).split())}")
+    return faults
+
+
+def check_counts(shards: list[dict], report: dict) -> list[str]:
+    """Return the faults of index.json against report.json."""
+    counts = Counter({f"part-{number:06d}": 0 for number in range(report["parts"])})
+    for shard in shards:
+        part = shard["raw_data"]["basename"].split("/")[0]
+        counts[part] += shard["samples"]
+    total = sum(counts.values())
+    if total == report["samples"]:
+        return []
+    faults = [f"{part} is not in index.json" for part, count in counts.items() if not count]
+    return [*faults, f"index.json has {total} samples, but report.json {report['samples']}"]
+
+
+def verify(path: str, workers: int = 0) -> list[str]:
+    """Read every sample of a data set, and return all faults of hashes, frames, counts and labels.
+
+    Args:
+        workers: processes; 0 for one per core.
+
+    Raises:
+        ValueError: `path` is not a complete data set.
+    """
+    shards = read_json(path, "index.json")["shards"]
+    report = read_json(path, "report.json")
+    check = functools.partial(
+        check_shard,
+        Storage(path),
+        classes=len(read_classes(path)),
+        short_side=report["recipe"]["short_side"],
+    )
+    faults = check_counts(shards, report)
+    with ProcessPoolExecutor(workers or os.cpu_count(), get_context("fork")) as pool:
+        results = pool.map(check, shards)
+        for found in tqdm(results, total=len(shards), desc=path, unit="shard", disable=None):
+            faults += found
+    return faults
+
+
+def show(path: str, to: str, samples: int = 12, frames: int = 8) -> None:
+    """Draw a contact sheet: one row per sample, with its label, name and frames.
+
+    Args:
+        to: picture to write.
+        samples: rows, spread evenly over the data set.
+        frames: columns, spread evenly over each sample.
+
+    Raises:
+        ValueError: `path` is not a complete data set, or `samples` is not positive.
+    """
+    classes = read_classes(path)
+    if samples < 1:
+        raise ValueError(f"--samples {samples}: must be at least 1")
+    clips = Clips(path)
+    height = CELL + CAPTION
+    picked = spread(len(clips), samples)
+    sheet = Image.new("RGB", (CELL * frames, height * len(picked)), "white")
+    for row, number in enumerate(picked):
+        sheet.paste(draw_row(clips[number], classes, frames), (0, row * height))
+    sheet.save(to)
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Return up to `wanted` different indices, evenly spaced from 0 to count - 1."""
+    return np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(int)).tolist()
+
+
+def draw_row(sample: dict, classes: list[str], frames: int) -> Image.Image:
+    """Draw one sample: a caption, and below it up to `frames` of its frames."""
+    count = len(sample["ends"])
+    row = Image.new("RGB", (CELL * frames, CELL + CAPTION), "white")
+    for column, index in enumerate(spread(count, frames)):
+        frame = Image.fromarray(decode_frame(sample, index))
+        row.paste(ImageOps.contain(frame, (CELL - 2, CELL - 2)), (column * CELL, CAPTION))
+    label = classes[sample["label"]] if sample["label"] >= 0 else "no label"
+    caption = f"{label}: {sample['name']}, 1 frame"
+    if count > 1:
+        times = sample["timestamps"]
+        caption = f"{label}: {sample['name']}, {count} frames, {times[0]:.2f}-{times[-1]:.2f} s"
+    ImageDraw.Draw(row).text((2, 1), caption, fill="black")
+    return row

@@ -1,0 +1,158 @@
+"""Processes that convert one part each, so that an input that crashes the decoder is only skipped.
+
+def work(part, bad_inputs, report):
+    for number, path in enumerate(inputs_of(part)):
+        report(number)                   # before each input
+        if number not in bad_inputs:     # {number: reason}, from crashes of earlier attempts
+            convert(path)
+    report(None)                         # after the last input
+
+run_parts(work, ["part-000000", "part-000001"], workers=2, bar=tqdm())
+"""
+
+import os
+import signal
+import traceback
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import connection, get_context
+from multiprocessing.process import BaseProcess
+from time import monotonic
+
+from tqdm import tqdm
+
+TIME_LIMIT = 600  # seconds for one input; a decoder that hangs is killed
+
+Report = Callable[[int | None], None]
+Work = Callable[[str, dict[int, str], Report], None]
+
+
+@dataclass
+class Worker:
+    """A running process and the input that it reports to be reading.
+
+    Args:
+        number: of the input; None before the first and after the last input.
+        since: time at which the input was begun.
+    """
+
+    process: BaseProcess
+    part: str
+    number: int | None = None
+    since: float = field(default_factory=monotonic)
+    timed_out: bool = False
+
+    def kill_if_late(self) -> None:
+        if self.number is not None and monotonic() - self.since > TIME_LIMIT:
+            self.timed_out = True
+            self.process.kill()
+
+
+def run_parts(work: Work, parts: list[str], workers: int, bar: tqdm) -> None:
+    """Call work(part, bad_inputs, report) for each part in its own process, `workers` at a time.
+
+    If a process dies, or needs more than TIME_LIMIT for an input, its part is started again with
+    the number of that input in `bad_inputs`.
+
+    Args:
+        bar: progress in inputs.
+
+    Raises:
+        OSError: a worker raised it, or was killed from outside. The other workers are killed.
+        RuntimeError: a worker raised any other exception; the message is its traceback.
+    """
+    waiting = parts[::-1]
+    bad_inputs = defaultdict(dict)  # {part: {number: reason}}
+    running = {}  # {connection: Worker}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                part = waiting.pop()
+                receiver, worker = start_worker(work, part, bad_inputs[part], list(running))
+                running[receiver] = worker
+            for receiver in connection.wait(list(running), timeout=1):
+                worker = running[receiver]
+                try:
+                    message = receiver.recv()
+                except EOFError:
+                    del running[receiver]
+                    worker.process.join()
+                    if worker.process.exitcode:
+                        reason = crash_reason(worker, bad_inputs[worker.part])
+                        bad_inputs[worker.part][worker.number] = reason
+                        waiting.append(worker.part)
+                        bar.update(-worker.number - 1)
+                    continue
+                if isinstance(message, Exception):
+                    raise message
+                worker.number = message
+                worker.since = monotonic()
+                bar.update(message is not None)
+            for worker in running.values():
+                worker.kill_if_late()
+    finally:
+        for worker in running.values():
+            worker.process.kill()
+            worker.process.join()
+
+
+def start_worker(
+    work: Work, part: str, bad_inputs: dict[int, str], receivers: list[connection.Connection]
+) -> tuple[connection.Connection, Worker]:
+    """Start the process of a part, and return the connection on which it reports.
+
+    Args:
+        receivers: connections of the other workers.
+    """
+    context = get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    arguments = (work, part, bad_inputs, sender, [*receivers, receiver])
+    process = context.Process(target=run_part, args=arguments)
+    process.start()
+    sender.close()
+    return receiver, Worker(process, part)
+
+
+def crash_reason(worker: Worker, bad_inputs: dict[int, str]) -> str:
+    """Return why the process of a worker died, if an input is to blame.
+
+    Raises:
+        OSError: the process was between inputs, or had been told to leave out the input, or
+            someone terminated it.
+    """
+    code = worker.process.exitcode
+    cause = signal.Signals(-code).name if code < 0 else f"exit {code}"
+    if worker.number is None or worker.number in bad_inputs or cause == "SIGTERM":
+        raise OSError(f"a worker died ({cause}) at {worker.part}; run the same command again")
+    if worker.timed_out and cause == "SIGKILL":
+        return f"took longer than {TIME_LIMIT} s to decode"
+    return f"crashed the decoder ({cause})"
+
+
+def run_part(
+    work: Work,
+    part: str,
+    bad_inputs: dict[int, str],
+    sender: connection.Connection,
+    receivers: list[connection.Connection],
+) -> None:
+    """Do the work of a part in its own process, and send what it reports or raises."""
+    # Once nobody else holds the receiving end, sending fails, which shows that the parent is gone.
+    for receiver in receivers:
+        receiver.close()
+
+    def report(message: int | Exception | None) -> None:
+        try:
+            sender.send(message)
+        except BrokenPipeError:
+            os._exit(1)
+
+    try:
+        work(part, bad_inputs, report)
+    except OSError as error:
+        place = "" if error.filename else f" (while writing {part})"
+        remedy = "finished parts are kept; run the same command again to continue"
+        report(OSError(f"{error}{place}; {remedy}"))
+    except Exception:
+        report(RuntimeError(traceback.format_exc()))

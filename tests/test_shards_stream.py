@@ -1,0 +1,315 @@
+"""The order of samples and their generators, on any number of workers and ranks."""
+
+import json
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from composer.utils import dist
+from conftest import spoilt
+
+from shards.augment import augment_batch
+from shards.format import Clips
+from shards.stream import DeterministicStream, count_earlier, load_stream
+from shards.views import PretrainingViews
+
+Batch = dict[str, torch.Tensor]
+
+
+def make_loader(demo: Path, num_workers: int = 0, transform=None, **settings):
+    """Return a loader of batches of 20 from the demo's 60 clips and 60 images."""
+    dist.initialize_dist("cpu")
+    names = ("train_videos", "train_images")
+    settings.setdefault("streams", [{"path": str(demo / name)} for name in names])
+    spec, _ = load_stream(
+        transform or PretrainingViews(32, 16),
+        augment_batch,
+        settings.pop("seed", 0),
+        8,
+        settings.pop("run", demo),
+        global_train_batch_size=20,
+        num_workers=num_workers,
+        **settings,
+    )
+    return spec.dataloader
+
+
+def draw_number(sample: dict, rng: np.random.Generator) -> dict:
+    """A transform by which a test can tell the sample and its generator."""
+    return {"name": sample["name"], "stream": sample["stream"], "draw": rng.random()}
+
+
+def names_in(path: Path) -> list[str]:
+    clips = Clips(str(path))
+    return [clips[number]["name"] for number in range(len(clips))]
+
+
+def names_and_draws(batch: dict) -> list[tuple[str, float]]:
+    return list(zip(batch["name"], batch["draw"].tolist(), strict=True))
+
+
+def all_noise(batches: list[Batch]) -> torch.Tensor:
+    return torch.cat([batch["noise"] for batch in batches]).flatten(1)  # (samples, V * N)
+
+
+def assert_same_batches(ours: list[Batch], theirs: list[Batch]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in ("views", "augment", "noise"))
+
+
+def test_occurrences_of_a_value_are_counted_in_order():
+    assert count_earlier(np.array([3, 1, 3, 2, 1, 3])).tolist() == [0, 0, 1, 0, 1, 2]
+    assert count_earlier(np.array([], int)).tolist() == []
+    values = np.random.default_rng(0).integers(0, 20, 200)
+    expected = [(values[:place] == values[place]).sum() for place in range(200)]
+    assert count_earlier(values).tolist() == expected
+
+
+def test_generator_of_a_sample_is_seeded_by_seed_epoch_sample_and_repeat(demo):
+    names = names_in(demo / "train_videos") + names_in(demo / "train_images")
+    loader = make_loader(demo, 2, draw_number, seed=5, repeats=2)
+    for epoch in range(2):
+        drawn = set()
+        for batch in loader:
+            drawn.update(names_and_draws(batch))
+        expected = set()
+        for number, name in enumerate(names):
+            first = np.random.default_rng((5, epoch, number, 0)).random()
+            second = np.random.default_rng((5, epoch, number, 1)).random()
+            expected |= {(name, first), (name, second)}
+        assert drawn == expected
+
+
+def test_repeated_sample_is_seeded_by_its_occurrence_too(demo):
+    streams = [
+        {"path": str(demo / "train_images"), "proportion": 0.75},
+        {"path": str(demo / "train_videos"), "proportion": 0.25},
+    ]
+    loader = make_loader(demo, 0, draw_number, streams=streams, epoch_size=240)
+    drawn = {}
+    for batch in loader:
+        for name, draw in names_and_draws(batch):
+            drawn.setdefault(name, set()).add(draw)
+    assert sum(len(draws) for draws in drawn.values()) == 240
+    for number, name in enumerate(names_in(demo / "train_images")):  # 180 of 60 images
+        identities = [number + occurrence * 120 for occurrence in range(3)]
+        generators = [np.random.default_rng((0, 0, identity, 0)) for identity in identities]
+        assert drawn[name] == {generator.random() for generator in generators}
+
+
+def test_sample_knows_the_stream_that_it_comes_from(demo):
+    for batch in make_loader(demo, 0, draw_number):
+        for name, stream in zip(batch["name"], batch["stream"].tolist(), strict=True):
+            assert name.endswith("mp4") == (stream == 0)
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(demo):
+    alone, two = make_loader(demo, 0), make_loader(demo, 2)
+    for _ in range(2):
+        ours = list(alone)
+        assert len(ours) == 6
+        assert ours[0]["views"].shape == (20, 2, 32, 32, 3)
+        assert_same_batches(ours, list(two))
+
+
+def test_no_draw_comes_twice_in_two_epochs_and_two_seeds(demo):
+    first = make_loader(demo, seed=0)
+    batches = [*first, *first, *make_loader(demo, seed=1)]
+    assert len(all_noise(batches).unique(dim=0)) == 3 * 120
+
+
+def test_resumed_epoch_has_the_batches_that_were_not_read_before(demo):
+    loader = make_loader(demo)
+    first = list(loader)
+    second = list(loader)
+    state = loader.dataset.state_dict(60, True)
+    assert (state["epoch"], state["sample_in_epoch"]) == (1, 60)
+    resumed = make_loader(demo, 2)
+    resumed.dataset.load_state_dict(state)
+    assert_same_batches(list(resumed), second[3:])
+    other = make_loader(demo)
+    other.dataset.load_state_dict(state | {"epoch": 0})
+    assert_same_batches(list(other), first[3:])
+
+
+def test_run_that_is_resumed_between_two_epochs_starts_the_next(demo):
+    loader = make_loader(demo)
+    assert loader.dataset.state_dict(0, True)["epoch"] == 0
+    list(loader)
+    state = loader.dataset.state_dict(0, True)  # Composer counts from 0 again
+    assert (state["epoch"], state["sample_in_epoch"]) == (1, 0)
+    resumed = make_loader(demo)
+    resumed.dataset.load_state_dict(state)
+    assert resumed.dataset.state_dict(0, True)["epoch"] == 1
+    assert_same_batches(list(resumed), list(loader))
+
+
+def test_repeats_draw_different_pairs_from_a_sample_that_is_read_once(demo):
+    loader = make_loader(demo, repeats=4)
+    batches = list(loader)
+    assert len(loader) == len(batches) == 24
+    noise = all_noise(batches)
+    assert len(noise) == len(noise.unique(dim=0)) == 480
+    once = all_noise(list(make_loader(demo)))
+    assert torch.equal(once, noise[::4])  # the first pair of a sample is as without repeats
+    assert loader.dataset.state_dict(40, True)["sample_in_epoch"] == 10
+
+
+def write_batches(rank: int, demo: str, folder: str) -> None:
+    loader = make_loader(Path(demo), transform=draw_number, epoch_size=79)
+    batches = [names_and_draws(batch) for batch in [*loader, *loader]]
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(batches))
+
+
+def test_two_ranks_read_the_batches_of_one_and_no_incomplete_batch(demo, tmp_path, on_ranks):
+    """79 samples are three batches of 20; Streaming alone would fill them up to four."""
+    loader = make_loader(demo, transform=draw_number, epoch_size=79)
+    alone = [names_and_draws(batch) for batch in [*loader, *loader]]
+    assert len(alone) == 6
+    on_ranks(2, write_batches, str(demo), str(tmp_path))
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    for expected, ours, theirs in zip(alone, first, second, strict=True):
+        assert len(ours) == len(theirs) == 10
+        assert sorted(map(tuple, ours + theirs)) == sorted(expected)
+
+
+def open_often(barrier, demo: Path) -> None:
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    os.environ["MASTER_PORT"] = "0"
+    barrier.wait()
+    opened = [make_loader(demo) for _ in range(20)]
+    assert len(opened) == 20
+
+
+def test_jobs_that_start_together_do_not_take_each_others_shared_memory(demo):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["composer", "streaming", "timm"])
+    barrier = context.Barrier(2)
+    jobs = [context.Process(target=open_often, args=(barrier, demo)) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0, 0]
+
+
+def test_shard_on_disk_is_prepared_without_a_lock(demo, monkeypatch):
+    dataset = make_loader(demo).dataset
+    prepared = []
+    monkeypatch.setattr(
+        "streaming.StreamingDataset.prepare_shard", lambda self, shard, _: prepared.append(shard)
+    )
+    dataset.prepare_shard(0, blocking=False)
+    assert prepared == []
+    dataset.prepare_shard(0, blocking=True)
+    assert prepared == [0]
+
+
+def test_unreadable_sample_gives_way_to_the_next_and_is_listed(demo, tmp_path):
+    shutil.copytree(demo / "train_videos", tmp_path / "train_videos")
+    spoilt(demo / "train_images", tmp_path, 7)
+    images = Clips(str(tmp_path / "train_images"))
+    loader = make_loader(tmp_path, 2, run=tmp_path)
+    assert sum(len(batch["views"]) for batch in loader) == 120
+    lines = (tmp_path / "unreadable.jsonl").read_text().splitlines()
+    assert [json.loads(line)[0] for line in lines] == [images[7]["name"]]
+
+    def refuse(sample: dict, rng: np.random.Generator) -> dict:
+        if sample["name"] == images[7]["name"]:
+            raise ValueError("has no label")
+        return draw_number(sample, rng)
+
+    drawn = {}
+    for batch in make_loader(tmp_path, 0, refuse, run=tmp_path):
+        drawn |= {draw: name for name, draw in names_and_draws(batch)}
+    replaced = np.random.default_rng((0, 0, 60 + 7, 0)).random()  # the videos come first
+    assert len(drawn) == 120 and drawn[replaced] == images[8]["name"]
+
+
+def test_too_many_unreadable_samples_end_the_run(demo, tmp_path):
+    shutil.copytree(demo / "train_videos", tmp_path / "train_videos")
+    spoilt(demo / "train_images", tmp_path, 0, 1, 2, 3, 7)
+    complaint = r"samples cannot be decoded, see .*unreadable\.jsonl; run data_prep\.py verify"
+    with pytest.raises(RuntimeError, match=complaint):
+        list(make_loader(tmp_path, run=tmp_path))
+
+
+def test_shard_that_is_cut_off_costs_only_its_last_samples(demo, tmp_path):
+    shutil.copytree(demo / "train_videos", tmp_path / "train_videos")
+    (shard,) = spoilt(demo / "train_images", tmp_path).rglob("*.mds")
+    shard.write_bytes(shard.read_bytes()[:-3000])
+    loader = make_loader(tmp_path, run=tmp_path, max_unreadable=0.2)
+    assert sum(len(batch["views"]) for batch in loader) == 120
+    names = [json.loads(line)[0] for line in (tmp_path / "unreadable.jsonl").open()]
+    assert 0 < len(names) < 12
+    assert "sample 119 of all streams" in names
+
+
+@pytest.mark.parametrize(
+    ("streams", "settings", "complaint"),
+    [
+        (["nowhere"], {}, "nowhere is not a complete data set"),
+        (["train_videos"], {"patch_size": 64}, "40x40 are smaller than model.patch_size=64"),
+        ([], {}, "data.streams is empty"),
+        (["train_images", "train_images"], {}, "names .*train_images 2 times: name it once"),
+        (
+            ["train_videos"],
+            {"global_micro_batch_size": 15},
+            "data.global_train_batch_size=20: must be a multiple of .*micro_batch_size=15",
+        ),
+        (
+            ["train_videos"],
+            {"global_train_batch_size": 4000},
+            "data.global_train_batch_size=4000: must be at most the 60 samples of an epoch",
+        ),
+        (
+            ["train_videos"],
+            {"repeats": 3},
+            "data.repeats=3: must divide each rank's share of a micro-batch, 20",
+        ),
+    ],
+)
+def test_data_that_cannot_be_used_is_named(demo, streams, settings, complaint):
+    dist.initialize_dist("cpu")
+    settings = {"global_train_batch_size": 20, **settings}
+    patch_size = settings.pop("patch_size", 8)
+    paths = [{"path": str(demo / name)} for name in streams]
+    with pytest.raises(ValueError, match=complaint):
+        load_stream(draw_number, augment_batch, 0, patch_size, demo, streams=paths, **settings)
+
+
+def test_proportion_of_some_streams_alone_is_refused(demo):
+    streams = [{"path": "a"}, {"path": "b", "proportion": 1.0}]
+    with pytest.raises(ValueError, match="give a proportion to all streams or to none"):
+        make_loader(demo, streams=streams)
+
+
+def test_data_set_without_a_readable_frame_is_refused(demo, tmp_path):
+    spoilt(demo / "train_images", tmp_path, *range(60))
+    with pytest.raises(ValueError, match="train_images: no sample can be decoded"):
+        make_loader(tmp_path, streams=[{"path": str(tmp_path / "train_images")}])
+
+
+def test_stream_is_a_streaming_dataset_of_whole_batches(demo):
+    dataset = make_loader(demo, epoch_size=79).dataset
+    assert isinstance(dataset, DeterministicStream)
+    assert (dataset.epoch_size, len(dataset)) == (60, 60)
+
+
+def test_batches_from_a_bucket_are_those_from_disk(bucket, demo, tmp_path):
+    folder = demo / "train_videos"
+    for file in (file for file in folder.rglob("*") if file.is_file()):
+        key = f"train_videos/{file.relative_to(folder)}"
+        bucket.put_object(Bucket="bkt", Key=key, Body=file.read_bytes())
+    near = list(make_loader(demo, 2, streams=[{"path": str(folder)}]))
+    assert len(near) == 3
+    caches = [{"cache": str(tmp_path / "cache")}, {}, {}]  # two runs with default folders
+    for number, cache in enumerate(caches):
+        run = tmp_path / f"{tmp_path.name}-{number}"
+        stream = {"path": "s3://bkt/train_videos", **cache}
+        assert_same_batches(near, list(make_loader(demo, 2, streams=[stream], run=run)))
+    assert list((tmp_path / "cache").rglob("*.mds"))

@@ -1,0 +1,166 @@
+"""Count the operations and the memory of a step without data, GPUs or memory.
+
+    with torch.device("meta"):
+        net = ViCMAE(embed_dim=1024, depth=24, num_heads=16)
+        sample = {"views": torch.empty(1, 2, 3, 224, 224), "noise": torch.empty(1, 2, 196)}
+    flops_per_sample(net, sample)                           # 430.9e9
+    peak_bytes(net, sample, samples=128, half=True)         # 32.4e9
+
+PyTorch runs the step on fake tensors, which have a shape but no memory. Nothing is derived by hand.
+"""
+
+import copy
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Make new tensors fake, and say that they are on the CPU, even where the default is meta."""
+    with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def fake_copy(net: nn.Module) -> nn.Module:
+    """Return a copy of a model with fake weights; call it within fake_tensors."""
+    copies: dict[int, Tensor] = {}  # copy.deepcopy takes these instead of copying the weights
+    for tensor in (*net.parameters(), *net.buffers()):
+        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if isinstance(tensor, nn.Parameter):
+            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        copies[id(tensor)] = fake
+    return copy.deepcopy(net, copies)
+
+
+def fake_batch(sample: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Return a fake batch of `count` samples, shaped as a batch of one sample."""
+    batch = {}
+    for name, tensor in sample.items():
+        batch[name] = torch.empty(count, *tensor.shape[1:], dtype=tensor.dtype)
+    return batch
+
+
+def run_step(net: nn.Module, batch: dict[str, Tensor]) -> None:
+    """Run a ComposerModel forward, and backward from its loss if it has trained parameters."""
+    outputs = net(batch)
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        return
+    try:
+        loss = net.loss(outputs, batch)
+        total = loss["total"] if isinstance(loss, dict) else loss
+    except DynamicOutputShapeException:  # a loss that selects pairs by their values, as triplet
+        tensors = [part for part in tree_leaves(outputs) if isinstance(part, Tensor)]
+        total = sum(part.sum() for part in tensors if part.requires_grad)
+    total.backward()
+
+
+def flops_per_sample(net: nn.Module, sample: dict[str, Tensor]) -> float:
+    """Return the floating-point operations of a sample's step, 2 for a multiply-add of matrices.
+
+    Activations that are computed a second time to save memory are not counted twice. Call it
+    before a process group exists: fake tensors cannot be gathered over ranks.
+
+    Args:
+        net: the model, on any device; it is not changed.
+        sample: a batch of one sample, on any device, of which only the shapes are used.
+    """
+    count = 2  # BatchNorm needs two samples
+    # The counter does not know the fused attention of a CPU; the plain one is two products.
+    with fake_tensors(), sdpa_kernel(SDPBackend.MATH):
+        net = fake_copy(net)
+        net.chunk_size = None  # ViCMAE computes its chunks twice
+        with FlopCounterMode(display=False) as counter:
+            run_step(net, fake_batch(sample, count))
+    return counter.get_total_flops() / count
+
+
+class PeakMemory(TorchDispatchMode):
+    """A context that adds up the bytes of the tensors that are made in it, until they are freed.
+
+    Args:
+        ignored: tensors made before, whose views are not counted.
+
+    Attributes:
+        peak: the most bytes at once.
+    """
+
+    def __init__(self, ignored: Iterable[Tensor]):
+        super().__init__()
+        self.live = self.peak = 0
+        self.storages = WeakIdKeyDictionary()  # a tensor and its views share a storage
+        for tensor in ignored:
+            self.storages[tensor.untyped_storage()] = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor):
+                self.add(tensor.untyped_storage())
+        return outputs
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage, if it is a new one, until it is freed."""
+        if storage not in self.storages:
+            size = storage.nbytes()
+            self.storages[storage] = size
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.remove, size)
+
+    def remove(self, size: int) -> None:
+        self.live -= size
+
+
+def drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def peak_bytes(
+    net: nn.Module,
+    sample: dict[str, Tensor],
+    samples: int,
+    half: bool,
+    checkpointing: bool = False,
+) -> int:
+    """Return the most bytes that a step holds at once, besides parameters and their gradients.
+
+    That is the batch, activations with fused attention, and copies of weights in half precision.
+    FSDP frees these copies earlier, and an allocator holds more: both are not counted.
+
+    Args:
+        net, sample: see flops_per_sample.
+        samples: in the batch.
+        half: whether autocast runs matrix products in 16 bits.
+        checkpointing: whether a transformer block keeps only its input, and computes the rest
+            again, as with FSDP's activation_checkpointing.
+    """
+    with fake_tensors():
+        net = fake_copy(net)
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(drop_gradient)
+        if checkpointing:
+            wrap = partial(checkpoint_wrapper, preserve_rng_state=False)  # nothing random here
+            apply_activation_checkpointing(net, wrap, lambda part: isinstance(part, Block))
+        memory = PeakMemory([*net.parameters(), *net.buffers()])
+        # Autocast's cache would hold every copy to the end, even those of checkpointed blocks.
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False)
+        with memory, autocast:
+            run_step(net, fake_batch(sample, samples))
+    return memory.peak

@@ -1,0 +1,64 @@
+"""What every run logs: a JSON line for each step, and the norm of the gradient."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Algorithm, Event, Logger, State
+from composer.loggers import LoggerDestination
+from composer.utils import dist
+from torch.distributed.tensor import DTensor
+
+
+class JsonLines(LoggerDestination):
+    """Writes one JSON object for each step: everything logged during it, with `step` and `epoch`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.line: dict[str, float] = {}
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Remove the lines after the checkpoint that a run resumes from: they will be logged again.
+        """
+        if not self.path.exists() or dist.get_global_rank() != 0:
+            return
+        step = state.timestamp.batch.value
+        lines = self.path.read_text().splitlines(keepends=True)
+        complete = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in complete if json.loads(line)["step"] <= step]
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text("".join(kept))
+        aside.replace(self.path)
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.line |= {key: float(value) for key, value in metrics.items()}
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self.line and dist.get_global_rank() == 0:
+            now = state.timestamp
+            line = {"step": now.batch.value, "epoch": now.epoch.value} | self.line
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.line = {}
+
+    epoch_end = eval_end = fit_end = batch_end
+
+
+class GradientNorm(Algorithm):
+    """Logs the norm of the gradient before it is clipped."""
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.AFTER_TRAIN_BATCH
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        parameters = state.model.parameters()
+        gradients = [weight.grad for weight in parameters if weight.grad is not None]
+        if state.fsdp_enabled and torch.distributed.get_backend() == "gloo":
+            # On gloo, FSDP2's mean of the gradients over the ranks is their sum.
+            torch._foreach_div_(gradients, dist.get_world_size())
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        logger.log_metrics({"gradient_norm": float(norm)})

@@ -1,0 +1,79 @@
+"""Algorithms, callbacks and loggers that a YAML file can name.
+
+Of Composer's, the lists hold what can do something with these models and batches. A class of your
+own is named with its module, as `my_module.MyCallback` (docs/code.md).
+"""
+
+from composer import Algorithm, Callback
+from composer.algorithms import EMA, SAM, SWA, ChannelsLast, GradientClipping, LowPrecisionLayerNorm
+from composer.callbacks import (
+    EarlyStopper,
+    LRMonitor,
+    MemoryMonitor,
+    MemorySnapshot,
+    OOMObserver,
+    OptimizerMonitor,
+    RuntimeEstimator,
+    SpeedMonitor,
+    SystemMetricsMonitor,
+    ThresholdStopper,
+)
+from composer.loggers import (
+    CometMLLogger,
+    ConsoleLogger,
+    FileLogger,
+    LoggerDestination,
+    MLFlowLogger,
+    NeptuneLogger,
+    SlackLogger,
+    TensorboardLogger,
+    WandBLogger,
+)
+
+from evaluation.probes import KNN
+from training.config import Named
+from training.speedups import ContrastRamp, PartialDecoding, ProgressiveResizing
+
+ALGORITHMS = Named(
+    (
+        ChannelsLast,
+        ContrastRamp,
+        EMA,
+        GradientClipping,
+        LowPrecisionLayerNorm,
+        PartialDecoding,
+        ProgressiveResizing,
+        SAM,
+        SWA,
+    ),
+    Algorithm,
+)
+CALLBACKS = Named(
+    (
+        EarlyStopper,
+        KNN,
+        LRMonitor,
+        MemoryMonitor,
+        MemorySnapshot,
+        OOMObserver,
+        OptimizerMonitor,
+        RuntimeEstimator,
+        SpeedMonitor,
+        SystemMetricsMonitor,
+        ThresholdStopper,
+    ),
+    Callback,
+)
+LOGGERS = Named(
+    (
+        CometMLLogger,
+        ConsoleLogger,
+        FileLogger,
+        MLFlowLogger,
+        NeptuneLogger,
+        SlackLogger,
+        TensorboardLogger,
+        WandBLogger,
+    ),
+    LoggerDestination,
+)
