@@ -56,7 +56,7 @@ class ViewRecipe:
     solarise: tuple[UnitInterval, UnitInterval] = (0.0, 0.2)
 
     def draw(self, rng: np.random.Generator, view: int) -> np.ndarray:
-        """Draw the numbers that augment the first (0) or second (1) view -> (A,), see PARAMETERS."""
+        """Draw the numbers that augment view 0 or 1 of a sample -> (A,), see PARAMETERS."""
         # Always ten numbers, so that no setting changes what is drawn after it.
         draws = rng.random(10).tolist()
         flip, jitter, grey, blur, solarise = draws[:5]
