@@ -16,7 +16,8 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import connection, get_context
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from time import monotonic
 
@@ -43,11 +44,6 @@ class Worker:
     since: float = field(default_factory=monotonic)
     timed_out: bool = False
 
-    def kill_if_late(self) -> None:
-        if self.number is not None and monotonic() - self.since > TIME_LIMIT:
-            self.timed_out = True
-            self.process.kill()
-
 
 def run_parts(work: Work, parts: list[str], workers: int, bar: tqdm) -> None:
     """Call work(part, bad_inputs, report) for each part in its own process, `workers` at a time.
@@ -71,7 +67,7 @@ def run_parts(work: Work, parts: list[str], workers: int, bar: tqdm) -> None:
                 part = waiting.pop()
                 receiver, worker = start_worker(work, part, bad_inputs[part], list(running))
                 running[receiver] = worker
-            for receiver in connection.wait(list(running), timeout=1):
+            for receiver in wait(list(running), timeout=1):
                 worker = running[receiver]
                 try:
                     message = receiver.recv()
@@ -90,7 +86,9 @@ def run_parts(work: Work, parts: list[str], workers: int, bar: tqdm) -> None:
                 worker.since = monotonic()
                 bar.update(message is not None)
             for worker in running.values():
-                worker.kill_if_late()
+                if worker.number is not None and monotonic() - worker.since > TIME_LIMIT:
+                    worker.timed_out = True
+                    worker.process.kill()
     finally:
         for worker in running.values():
             worker.process.kill()
@@ -98,29 +96,22 @@ def run_parts(work: Work, parts: list[str], workers: int, bar: tqdm) -> None:
 
 
 def start_worker(
-    work: Work, part: str, bad_inputs: dict[int, str], receivers: list[connection.Connection]
-) -> tuple[connection.Connection, Worker]:
+    work: Work, part: str, bad_inputs: dict[int, str], receivers: list[Connection]
+) -> tuple[Connection, Worker]:
     """Start the process of a part, and return the connection on which it reports.
 
-    Args:
-        receivers: connections of the other workers.
+    `receivers` are the connections of the other workers.
     """
-    context = get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
+    receiver, sender = Pipe(duplex=False)
     arguments = (work, part, bad_inputs, sender, [*receivers, receiver])
-    process = context.Process(target=run_part, args=arguments)
+    process = get_context("fork").Process(target=run_part, args=arguments)
     process.start()
     sender.close()
     return receiver, Worker(process, part)
 
 
 def crash_reason(worker: Worker, bad_inputs: dict[int, str]) -> str:
-    """Return why the process of a worker died, if an input is to blame.
-
-    Raises:
-        OSError: the process was between inputs, or the input was already skipped, or the process
-            was terminated from outside.
-    """
+    """Return how an input killed the process of a worker; raise OSError if no input is to blame."""
     code = worker.process.exitcode
     cause = signal.Signals(-code).name if code < 0 else f"exit {code}"
     if worker.number is None or worker.number in bad_inputs or cause == "SIGTERM":
@@ -131,11 +122,7 @@ def crash_reason(worker: Worker, bad_inputs: dict[int, str]) -> str:
 
 
 def run_part(
-    work: Work,
-    part: str,
-    bad_inputs: dict[int, str],
-    sender: connection.Connection,
-    receivers: list[connection.Connection],
+    work: Work, part: str, bad_inputs: dict[int, str], sender: Connection, receivers: list
 ) -> None:
     """Do the work of a part in its own process, and send what it reports or raises."""
     # Once nobody else holds the receiving end, sending fails, which shows that the parent is gone.
