@@ -287,14 +287,10 @@ def read_parts(target: Storage, names: list[str]) -> list[dict]:
 
 
 def make_demo(out: str, workers: int = 0, garments: int = 600) -> None:
-    """Make the demonstration at `out` unless it is complete.
+    """Make the demonstration at `out` unless it is complete, of `garments` per class and split.
 
     It consists of raw files and of the data sets {train,test}_{videos,images}. The smaller sets
     train_{videos,images}_200 have 20 samples of every class, for learning from few labels.
-
-    Args:
-        workers: processes; 0 for one per core.
-        garments: of every class in each split, at most.
     """
     if garments < 2:
         raise ValueError(f"--garments {garments}: must be at least 2, one video and one image")
@@ -334,7 +330,7 @@ OPTIONS = {  # {argument: settings of add_argument}
     "--per-class": dict(type=int, help="convert only the first so many inputs of each class (all)"),
     "--max-skipped": dict(type=float, default=0.01, help="fraction that may be undecodable (0.01)"),
     "--workers": dict(type=int, default=0, help="processes (one per core)"),
-    "--part": dict(type=parse_share, default=(1, 1), help="K/N: convert the K-th of N shares (1/1)"),
+    "--part": dict(type=parse_share, default=(1, 1), help="K/N: convert share K of N (1/1)"),
     "--keep-local": dict(choices=("yes", "no"), default="yes", help="keep what is uploaded (yes)"),
     "--garments": dict(type=int, default=600, help="per class and split, at most (600)"),
     "--to": dict(default="sheet.png", help="picture to write (sheet.png)"),

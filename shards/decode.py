@@ -17,7 +17,9 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
 MAX_PIXELS = 1 << 27  # of an image while it is decoded: 400 MB
+# {option: least and greatest value}
 LIMITS = {"frames": (1, 1e6), "fps": (1e-6, 1e3), "short_side": (8, 1e5), "quality": (1, 100)}
+LIMITS["per_class"] = (1, 1e9)
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,6 @@ class Recipe:
             if value is not None and not low <= value <= high:
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option} {value}: must be in [{low:g}, {high:g}]")
-        if self.per_class is not None and self.per_class < 1:
-            raise ValueError(f"--per-class {self.per_class}: must be at least 1")
 
 
 def open_video(file: BinaryIO) -> av.container.InputContainer:
@@ -71,11 +71,9 @@ def time_of(packet: av.Packet | av.VideoFrame, is_avi: bool) -> int | None:
 
 
 def scan_video(container: av.container.InputContainer) -> tuple[np.ndarray, float]:
-    """Read the packets of a video without decoding them.
+    """Read the packets of a video -> times of its frames, median seconds between two frames.
 
-    Returns:
-        Times of the frames that a player shows, ascending, in the stream's unit; and the seconds
-        from one frame to the next (median).
+    The times are of the frames that a player shows, ascending, in the stream's unit.
     """
     stream = container.streams.best("video")
     is_avi = container.format.name == "avi"
@@ -197,16 +195,23 @@ def encode_video_frame(frame: av.VideoFrame, recipe: Recipe) -> bytes:
 def read_image(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]]:
     """Read an image file -> one upright RGB JPEG file, timestamp 0.
 
-    A JPEG file that needs no change is stored byte for byte.
+    A JPEG file that needs no change is stored byte for byte. A large one is decoded at a half, a
+    quarter or an eighth of its size.
 
     Raises:
-        OSError: the file is corrupt, truncated or no image.
-        ValueError: more than MAX_PIXELS would have to be decoded, or pixels have 32 bits.
+        OSError, ValueError: the file is corrupt, truncated, too large or no image.
     """
     data = file.read()
     with Image.open(io.BytesIO(data)) as image:
         fits = min(image.size) <= recipe.short_side
-        load_pixels(image, recipe.short_side)
+        # A progressive JPEG holds all coefficients in memory, at whatever size it is decoded.
+        if "progressive" not in image.info and image.width * image.height > MAX_PIXELS // 8:
+            image.draft(None, (2 * recipe.short_side, 2 * recipe.short_side))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"too large: {image.width}x{image.height} pixels")
+        if image.mode in ("I", "F"):
+            raise ValueError("32 bits per pixel, of unknown range")
+        image.load()
         if fits and is_plain_jpeg(image, data):
             return [data], [0.0]
         image = ImageOps.exif_transpose(image)
@@ -218,19 +223,6 @@ def read_image(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]
             size = [max(1, round(side * scale)) for side in image.size]
             image = image.resize(size, Image.Resampling.BICUBIC)
         return [encode_jpeg(np.asarray(image), recipe)], [0.0]
-
-
-def load_pixels(image: Image.Image, short_side: int) -> None:
-    """Decode an opened image; a large JPEG at a half, a quarter or an eighth of its size."""
-    # A progressive JPEG holds all coefficients in memory, at whatever size it is decoded.
-    progressive = "progressive" in image.info
-    if not progressive and image.width * image.height > MAX_PIXELS // 8:
-        image.draft(None, (2 * short_side, 2 * short_side))
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"too large: {image.width}x{image.height} pixels")
-    if image.mode in ("I", "F"):
-        raise ValueError("32 bits per pixel, of unknown range")
-    image.load()
 
 
 def is_plain_jpeg(image: Image.Image, data: bytes) -> bool:

@@ -55,16 +55,11 @@ def part_name(number: int) -> str:
 
 @dataclass
 class Manifest:
-    """A file of the inputs of a conversion, one JSON line each, in parts.
-
-    Args:
-        starts: byte of the file at which each part begins.
-        part_size: inputs of a part.
-    """
+    """A file of the inputs of a conversion, one JSON line each, in parts."""
 
     path: str
-    starts: list[int]
-    part_size: int
+    starts: list[int]  # byte of the file at which each part begins
+    part_size: int  # inputs of a part
 
     def parts(self, share: tuple[int, int]) -> list[str]:
         """Return the names of the parts in the k-th of n shares, for share = (k, n)."""

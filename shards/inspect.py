@@ -84,9 +84,6 @@ def check_counts(shards: list[dict], report: dict) -> list[str]:
 def verify(path: str, workers: int = 0) -> list[str]:
     """Read every sample of a data set, and return all faults of hashes, frames, counts and labels.
 
-    Args:
-        workers: processes; 0 for one per core.
-
     Raises:
         ValueError: `path` is not a complete data set.
     """
@@ -106,9 +103,6 @@ def show(path: str, to: str, samples: int = 12, frames: int = 8) -> None:
     """Draw a contact sheet: `samples` rows, each with label, name and up to `frames` frames.
 
     Samples are spread evenly over the data set, and frames evenly over their sample.
-
-    Raises:
-        ValueError: `path` is not a complete data set, or `samples` is not positive.
     """
     classes = read_classes(path)
     if samples < 1:

@@ -35,22 +35,16 @@ DEVKIT = "ILSVRC2012_devkit_t12/data"
 
 @dataclass
 class Listing:
-    """The inputs of a source.
+    """The inputs of a source: (name, class name or None), or None if it is listed but absent.
 
-    Args:
-        storage: the names of inputs are relative to it.
-        inputs: (name, class name or None); for a tar inside a tar also its first byte and size.
-            None stands for an input that is listed but absent.
-        classes: class names in the order of the labels; None for the sorted classes of the inputs.
-        tars: whether the inputs are tars of samples, as webdataset reads them.
-        truth: {name of a member of a tar, up to the first dot: class name}.
+    A tar inside a tar has two values more: its first byte and size.
     """
 
-    storage: Storage
+    storage: Storage  # to which the names of inputs are relative
     inputs: Iterable[tuple | None]
-    classes: list[str] | None = None
-    tars: bool = False
-    truth: dict[str, str] = field(default_factory=dict)
+    classes: list[str] | None = None  # in the order of the labels; None to sort the inputs' classes
+    tars: bool = False  # whether the inputs are tars of samples, as webdataset reads them
+    truth: dict[str, str] = field(default_factory=dict)  # {member of a tar to the first dot: class}
 
 
 @contextmanager
@@ -77,9 +71,7 @@ def read_list(
 ) -> Iterator:
     """Yield parse(row) for every row of the first of these CSV files that exists.
 
-    Args:
-        parse: takes a dict if `columns` are given, else a list of strings.
-        columns: that the first line must name.
+    A row is a dict if there are `columns`, which the first line must name, else a list of strings.
     """
     name = first_existing(storage, names)
     address = storage.at(name)

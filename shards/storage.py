@@ -50,7 +50,7 @@ def is_hidden(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Storage:
-    """A folder, or all files under an s3:// address. Names inside it are separated by slashes.
+    """A folder, which need not exist yet, or all files under an address s3://bucket/prefix.
 
     Guarantees of its methods:
         names, has: include every file whose write has returned. Hidden files are never listed.
@@ -61,13 +61,7 @@ class Storage:
         download: replaces the local file once its copy is complete. For buckets only.
         delete: succeeds also if the file is missing. For buckets only.
 
-    Args:
-        root: a folder, which need not exist yet, or s3://bucket/prefix.
-
-    Raises:
-        OSError: from every method, for whatever prevents it; for a missing file, its subclass
-            FileNotFoundError.
-        ValueError: `root` is an address of another scheme.
+    Every method raises OSError for whatever prevents it.
     """
 
     root: str
@@ -137,7 +131,7 @@ class Storage:
             return s3_client(os.getpid()).list_objects_v2(Prefix=folder, **request)["KeyCount"] > 0
 
     def stream(self, name: str, begin: int = 0, size: int | None = None) -> BinaryIO:
-        """Return a file that can be read in order, from byte `begin` on; a bucket sends `size`."""
+        """Return a file to be read in order from `begin` on; a bucket sends `size` bytes of it."""
         if not self.remote:
             file = self.open(name)
             file.seek(begin)

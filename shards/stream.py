@@ -51,8 +51,7 @@ class DeterministicStream(StreamingDataset):
         transform: called with a stored sample and its generator. The sample has a further entry
             `stream`, the index of its stream. A ValueError declares the sample unreadable; the
             next sample of the data then takes its place.
-        unreadable: file that lists the unreadable samples.
-        max_unreadable: fraction of the samples that may be unreadable, in [0, 1].
+        unreadable, max_unreadable: see record_unreadable and load_stream.
         repeats: times that each sample is transformed after it has been read once.
         settings: of StreamingDataset. Its batch_size counts samples before they are repeated.
     """
@@ -148,9 +147,6 @@ class DeterministicStream(StreamingDataset):
 
         At the end of an epoch, Composer counts samples from 0 again, but Streaming still names the
         finished epoch. Streaming's own method would make a resumed run repeat that epoch.
-
-        Args:
-            num_samples: transformed samples, see StreamingDataset.
         """
         state = super().state_dict(num_samples // self.repeats, from_beginning)
         if num_samples == 0:
@@ -187,8 +183,7 @@ def open_stream(
 def one_job_at_a_time() -> Iterator[None]:
     """Make other jobs on this machine wait while a StreamingDataset is constructed.
 
-    A StreamingDataset takes the first free names in shared memory. Two jobs that construct one at
-    the same moment would take the same names.
+    Otherwise two jobs could take the same names in shared memory, which are the first free ones.
     """
     lock = FileLock(Path(gettempdir(), f"streams-{os.getuid()}.lock"))
     if dist.get_local_rank() == 0:

@@ -8,6 +8,7 @@ augment.py applies the numbers drawn by ViewRecipe to a whole batch on the devic
 import bisect
 import math
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -144,10 +145,8 @@ def pick_frames(
 
     Args:
         timestamps: (n,) seconds, ascending, of the stored frames.
-        num_frames: indices to return.
-        frame_interval: seconds between two frames of the view. Each is the frame on screen at its
-            time; a clip that is too short repeats its last frame. None to cut the whole clip into
-            `num_frames` equal sections and take a frame from each.
+        frame_interval: seconds between two frames of the view; a clip that is too short repeats
+            its last frame. None for a frame from each of `num_frames` equal sections of the clip.
         position: of the view in the clip, from 0 (earliest) to 1 (latest). Without an interval, of
             the frame in its section, in [0, 1).
     """
@@ -225,10 +224,8 @@ class PretrainingViews:
         if self.num_frames == 1:
             pair = draw_frame_pair(rng, len(sample["ends"]), self.frame_gap, self.sections)
             return [[index] for index in pair[: self.views]]
-        return [
-            pick_frames(sample["timestamps"], self.num_frames, self.frame_interval, position)
-            for position in rng.random(self.views)
-        ]
+        pick = partial(pick_frames, sample["timestamps"], self.num_frames, self.frame_interval)
+        return [pick(position) for position in rng.random(self.views)]
 
     def crop_view(self, frames: dict[int, np.ndarray], indices: list[int], box: Box) -> Tensor:
         """Crop the frames of a view alike -> uint8 ([T,] H, W, 3)."""
@@ -265,9 +262,8 @@ class EvalViews(Dataset):
         spatial_views: square crops along the longer side; 1 is the centre.
         crop_pct: side of a crop as a fraction of the shorter side, in (0, 1].
         label_offsets: for each data set, a number added to its labels; () to add nothing.
-        unreadable: file that lists samples that cannot be decoded. Such a sample is black and has
-            the target -1, so that it does not count. None to raise an error instead.
-        max_unreadable: fraction of the samples that may be unreadable, in [0, 1].
+        unreadable: file that lists unreadable samples, which become black with the target -1. If
+            None, or if more than a fraction `max_unreadable` are unreadable, ValueError is raised.
     """
 
     paths: list[str]

@@ -31,17 +31,12 @@ Work = Callable[[str, dict[int, str], Report], None]
 
 @dataclass
 class Worker:
-    """A running process and the input that it reports to be reading.
-
-    Args:
-        number: of the input; None before the first and after the last input.
-        since: time at which the input was begun.
-    """
+    """A running process and the input that it reports to be reading."""
 
     process: BaseProcess
     part: str
-    number: int | None = None
-    since: float = field(default_factory=monotonic)
+    number: int | None = None  # of the input; None before the first and after the last input
+    since: float = field(default_factory=monotonic)  # time at which the input was begun
     timed_out: bool = False
 
 
@@ -49,10 +44,7 @@ def run_parts(work: Work, parts: list[str], workers: int, bar: tqdm) -> None:
     """Call work(part, bad_inputs, report) for each part in its own process, `workers` at a time.
 
     If a process dies, or needs more than TIME_LIMIT for an input, its part is started again with
-    the number of that input in `bad_inputs`.
-
-    Args:
-        bar: progress in inputs.
+    the number of that input in `bad_inputs`. `bar` shows the progress in inputs.
 
     Raises:
         OSError: a worker raised it, or was killed from outside. The other workers are killed.
