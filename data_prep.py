@@ -72,8 +72,7 @@ def write_part(
 ) -> dict:
     """Convert entries of the manifest into MDS shards in the folder `out`; see shards/workers.py.
 
-    Returns:
-        The content of part.json: counts, skipped inputs, highest label, entries for index.json.
+    Counts, skipped inputs, the highest label and entries for index.json are returned for part.json.
     """
     from streaming import MDSWriter
 
@@ -174,7 +173,7 @@ def convert(
         if not counts["listed"]:
             number = f"none of the {counts['absent']}" if counts["absent"] else "no"
             wanted = f"{recipe.kind} ({' '.join(EXTENSIONS[recipe.kind])})"
-            raise ValueError(f"SOURCE {source} holds {number} {wanted}; tars are named x.tar")
+            raise ValueError(f"SOURCE {source} holds {number} {wanted}; give tars as x.tar")
         request = {"source": source, "recipe": asdict(recipe), "parts": len(manifest.starts)}
         claim_output(target, folder, request | counts)
         job = Conversion(listing, counts["classes"], recipe, manifest, target, folder, keep_local)
@@ -287,7 +286,7 @@ def read_parts(target: Storage, names: list[str]) -> list[dict]:
 
 
 def make_demo(out: str, workers: int = 0, garments: int = 600) -> None:
-    """Make the demonstration at `out` unless it is complete, of `garments` per class and split.
+    """Make the demonstration at `out`, with up to `garments` per class and split, unless complete.
 
     It consists of raw files and of the data sets {train,test}_{videos,images}. The smaller sets
     train_{videos,images}_200 have 20 samples of every class, for learning from few labels.
@@ -400,7 +399,7 @@ def run_verify(args: argparse.Namespace) -> None:
     for fault in faults:
         print(fault)
     if faults:
-        remedy = "delete the parts that are named, and run the command that made it again"
+        remedy = "delete the parts that are named, and repeat the command that made the data set"
         raise ValueError(f"{args.out} has {len(faults)} faults; {remedy}")
     print(f"{args.out}: {len(Clips(args.out))} samples, no faults")
 

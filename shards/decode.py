@@ -4,7 +4,7 @@
         frames, timestamps = read_video(file, Recipe("videos", frames=16))
 
 A video is read in two passes. The first reads its packets without decoding them, and finds which
-frame is on screen at each wanted time. The second decodes only what those frames need.
+frame is on screen at each wanted time. The second pass decodes only what these frames need.
 """
 
 import io
@@ -107,16 +107,10 @@ def scan_video(container: av.container.InputContainer) -> tuple[np.ndarray, floa
 
 
 def read_video(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]]:
-    """Decode the wanted frames of a video file.
+    """Decode the wanted frames of a video file -> upright JPEG files, their timestamps in seconds.
 
-    Wanted are the middles of `recipe.frames` equal sections, or multiples of 1 / `recipe.fps`.
-
-    Returns:
-        Upright JPEG files, and their timestamps in seconds. A video with fewer frames than wanted
-        repeats some.
-
-    Raises:
-        ValueError, av.FFmpegError: the file is corrupt, truncated or no video.
+    Wanted are the middles of `recipe.frames` equal sections, or multiples of 1 / `recipe.fps`. A
+    video with fewer frames repeats some. Any other file raises ValueError or av.FFmpegError.
     """
     with open_video(file) as container:
         times, gap = scan_video(container)
@@ -196,10 +190,7 @@ def read_image(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]
     """Read an image file -> one upright RGB JPEG file, timestamp 0.
 
     A JPEG file that needs no change is stored byte for byte. A large one is decoded at a half, a
-    quarter or an eighth of its size.
-
-    Raises:
-        OSError, ValueError: the file is corrupt, truncated, too large or no image.
+    quarter or an eighth of its size. Any other file raises OSError or ValueError.
     """
     data = file.read()
     with Image.open(io.BytesIO(data)) as image:

@@ -2,7 +2,7 @@
 
     draw_demo(Path("data/demo/raw"), garments=600, workers=2)
 
-Every video is an mp4 of a tinted garment that drifts and turns over clutter; every image, a still.
+Videos show a tinted garment that drifts and turns over clutter. Images show a garment at rest.
 """
 
 import shutil

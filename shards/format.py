@@ -43,11 +43,7 @@ def decode_frame(sample: dict, index: int) -> np.ndarray:
 
 
 def read_json(path: str, name: str) -> list | dict:
-    """Return the content of index.json, classes.json, report.json or request.json of a data set.
-
-    Raises:
-        ValueError: `path` is not a data set of this format, or is incomplete.
-    """
+    """Return the content of a JSON file of a data set; raise ValueError if missing or corrupt."""
     try:
         return json.loads(Storage(path).read(name))
     except FileNotFoundError:
@@ -64,11 +60,7 @@ def read_classes(path: str) -> list[str]:
 
 
 def common_classes(paths: list[str]) -> list[str]:
-    """Return the label names that all of these data sets have.
-
-    Raises:
-        ValueError: `paths` is empty, or a data set is missing, has no labels or other label names.
-    """
+    """Return the label names that these data sets share; raise ValueError if they share none."""
     if not paths:
         raise ValueError("the list of data sets is empty; name at least one")
     expected = read_classes(paths[0])

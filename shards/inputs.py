@@ -43,7 +43,7 @@ def is_system_error(error: Exception) -> bool:
 
 
 def describe_error(error: Exception) -> str:
-    """Return type and message of an exception, which do not depend on machine or process."""
+    """Return type and message of an exception, the same on every machine and in every process."""
     message = str(getattr(error, "strerror", None) or error)
     message = re.sub(r" ?<.* at 0x\w+>", "", message)
     return " ".join(f"{type(error).__name__}: {message}".split())
@@ -67,7 +67,7 @@ class Manifest:
         return [part_name(part) for part in range(number - 1, len(self.starts), count)]
 
     def read_entries(self, part: str) -> list:
-        """Return the lines of a part as entries of a Listing."""
+        """Return the inputs of a part, each a list with the values of a Listing's tuple."""
         number = int(part.removeprefix("part-"))
         with open(self.path, "rb") as file:
             file.seek(self.starts[number])
@@ -79,8 +79,7 @@ def write_manifest(
 ) -> tuple[Manifest, dict]:
     """Write the inputs of a source, or the first `per_class` of each class, to a named file.
 
-    Returns:
-        The manifest; and the counts, class names and hash of the list, as they enter request.json.
+    The manifest is returned with the counts, classes and hash of the list, as in request.json.
     """
     taken, absent, listed, starts = Counter(), 0, 0, []
     digest = hashlib.sha256()
@@ -130,7 +129,7 @@ def read_inputs(listing: Listing, kind: str, entries: list) -> Iterator[tuple]:
 def read_tar(
     listing: Listing, kind: str, name: str, class_name: str | None, span: list[int]
 ) -> Iterator[tuple]:
-    """Yield the samples of a tar; `span` is first byte and size of a tar in a tar, else empty."""
+    """Yield the samples of a tar; `span` is its first byte and size if it lies in another tar."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     endings = "|".join(ending.removeprefix(".") for ending in EXTENSIONS[kind])
@@ -178,7 +177,7 @@ class CheckedTar:
         return data
 
     def check_end(self) -> None:
-        """Raise tarfile.ReadError unless only zeros are left, of which a tar ends with a block."""
+        """Raise tarfile.ReadError unless only zeros are left, and at least a block of them."""
         while data := self.read(1 << 20):
             if data.strip(b"\0"):
                 raise tarfile.ReadError("a header in it is corrupt")

@@ -40,11 +40,11 @@ class Listing:
     A tar inside a tar has two values more: its first byte and size.
     """
 
-    storage: Storage  # to which the names of inputs are relative
+    storage: Storage  # The names of inputs are relative to it.
     inputs: Iterable[tuple | None]
     classes: list[str] | None = None  # in the order of the labels; None to sort the inputs' classes
     tars: bool = False  # whether the inputs are tars of samples, as webdataset reads them
-    truth: dict[str, str] = field(default_factory=dict)  # {member of a tar to the first dot: class}
+    truth: dict[str, str] = field(default_factory=dict)  # {name of a tar member: class}
 
 
 @contextmanager
@@ -195,7 +195,7 @@ def list_mit(source: str, split: str) -> Listing:
     """List Moments in Time: training/CLASS/*.mp4, trainingSet.csv, moments_categories.txt."""
     storage = Storage(source)
     folder = {"train": "training", "val": "validation"}.get(split, split)
-    # A row of the categories is clapping,0.
+    # A row of the categories reads clapping,0.
     numbered = read_list(storage, lambda row: (int(row[1]), row[0]), "moments_categories.txt")
     classes = [name for _, name in sorted(numbered)]
     files = set(find_files(storage, "videos", folder))
