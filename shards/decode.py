@@ -110,7 +110,7 @@ def read_video(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]
     """Decode the wanted frames of a video file -> upright JPEG files, their timestamps in seconds.
 
     Wanted are the middles of `recipe.frames` equal sections, or multiples of 1 / `recipe.fps`. A
-    video with fewer frames repeats some. Any other file raises ValueError or av.FFmpegError.
+    video with fewer frames repeats some. A corrupt file raises ValueError or av.FFmpegError.
     """
     with open_video(file) as container:
         times, gap = scan_video(container)
@@ -190,7 +190,7 @@ def read_image(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]
     """Read an image file -> one upright RGB JPEG file, timestamp 0.
 
     A JPEG file that needs no change is stored byte for byte. A large one is decoded at a half, a
-    quarter or an eighth of its size. Any other file raises OSError or ValueError.
+    quarter or an eighth of its size. A corrupt file raises OSError or ValueError.
     """
     data = file.read()
     with Image.open(io.BytesIO(data)) as image:
