@@ -155,32 +155,6 @@ def test_fine_tuned_run_is_evaluated_by_its_checkpoint_alone_as_its_validation_w
         assert found[name] == pytest.approx(expected[f"metrics/eval/{name}"])
 
 
-def test_each_head_of_omnivore_is_evaluated_on_its_own_data_set(demo, tmp_path):
-    arguments = [
-        str(ROOT / "yamls" / "methods" / "omnivore.yaml"),
-        f"data.streams=[{{path: {demo}/train_videos}}, {{path: {demo}/train_images}}]",
-        f"eval_data.paths=[{demo}/test_videos, {demo}/test_images]",
-        "data.global_train_batch_size=40",
-        "model.num_frames=2",
-        "model.depth=1",
-        "trainer.max_duration=2ep",
-        "trainer.eval_interval=2ep",
-    ]
-    run_stage(finetune, arguments, tmp_path)
-    checkpoint = "checkpoint=runs/omnivore/checkpoints/latest-rank0.pt"
-    found = []
-    for head, kind in enumerate(("videos", "images")):
-        accuracy = f"accuracy={{paths: [{demo}/test_{kind}], crop_pct: 1.0}}"
-        asked = [f"run_name={kind}", checkpoint, f"model.data_set={head}", accuracy, "device=cpu"]
-        run_stage(evaluation, asked, tmp_path)
-        result = json.loads((tmp_path / "runs" / kind / "eval.json").read_text())
-        found.append(result["top1"])
-    validation = read_result(tmp_path, "omnivore")["metrics/eval/top1"]
-    assert validation == pytest.approx(np.mean(found))  # both data sets have 60 samples
-    asked = ["run_name=x", checkpoint, "model.data_set=2", accuracy, "device=cpu"]
-    assert "data_set=2: must be below 2" in error_of(evaluation, asked, tmp_path)
-
-
 # Probes and pictures
 
 

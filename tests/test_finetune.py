@@ -20,7 +20,6 @@ from streaming import LocalDataset
 
 import finetune
 from finetune import FinetuningViews, LinearProbe, build_lars
-from methods.supervised import Omnivore
 from shards.stream import load_stream
 from training.checkpoints import STOPPED, Checkpoints
 from training.weights import LATEST, read_checkpoint
@@ -481,52 +480,3 @@ def test_two_ranks_fine_tune_as_one(demo, pretrained, tmp_path, on_ranks):
     theirs = read_checkpoint(str(tmp_path / "runs" / "one" / "checkpoints" / LATEST))
     for name in ("head.weight", "head.bias"):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
-
-
-# OMNIVORE: a head for each data set
-
-OMNIVORE = [
-    str(ROOT / "yamls" / "methods" / "omnivore.yaml"),
-    "data.global_train_batch_size=40",
-    "data.num_workers=0",
-    "model.num_frames=2",
-    "model.depth=1",
-    "trainer.max_duration=2ep",
-    "trainer.eval_interval=2ep",
-]
-
-
-def sets_of(demo: Path, *kinds: str) -> list[str]:
-    streams = ", ".join(f"{{path: {demo}/train_{kind}}}" for kind in kinds)
-    return [
-        f"data.streams=[{streams}]",
-        f"eval_data.paths=[{demo}/test_videos, {demo}/test_images]",
-    ]
-
-
-def test_omnivore_numbers_the_classes_of_clips_before_those_of_stills(demo, tmp_path, monkeypatch):
-    classes_of, loss = {True: set(), False: set()}, Omnivore.loss
-
-    def watch(net: Omnivore, outputs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        change = batch["inputs"][:, 0].diff(dim=1).abs().amax(dim=(1, 2, 3, 4))
-        for moves, target in zip(change > 0, batch["target"].argmax(dim=1), strict=True):
-            classes_of[bool(moves)].add(int(target))
-        return loss(net, outputs, batch)
-
-    monkeypatch.setattr(Omnivore, "loss", watch)
-    run_stage(finetune, [*OMNIVORE, *sets_of(demo, "videos", "images")], tmp_path)
-    assert classes_of[True] == set(range(10))
-    # A clip may stand still in its two frames.
-    assert classes_of[False] - classes_of[True] == set(range(10, 20))
-
-
-@pytest.mark.parametrize(
-    ("kinds", "override", "complaint"),
-    [
-        (("videos", "images"), "augment.label_smoothing=0.1", "augment.label_smoothing=0.1: must"),
-        (("videos",), "seed=1", "give one of eval_data.paths for each of data.streams"),
-    ],
-)
-def test_mistake_in_omnivore_is_named_before_training(demo, tmp_path, kinds, override, complaint):
-    arguments = [*OMNIVORE, *sets_of(demo, *kinds), override]
-    assert complaint in error_of(finetune, arguments, tmp_path)
