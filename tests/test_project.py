@@ -24,7 +24,7 @@ CONFIGS = {
     "eval.py": EvalConfig,
     "benchmarks/compare.py": CompareConfig,
 }
-TOOLS = ("pytest", "ruff", "pip", "git", "cd", "export", "huggingface-cli")
+TOOLS = ("pytest", "apt-get", "ruff", "pip", "git", "cd", "export", "huggingface-cli")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -67,6 +67,8 @@ def stage_of(words: list[str]) -> tuple[str, list[str]]:
         words = words[1:]  # an environment variable
     if words[:2] == ["uv", "run"]:
         words = words[2:]
+        while words[0].startswith("--"):  # --with PACKAGE
+            words = words[2:]
     if words[0] not in ("composer", "python", "torchrun"):
         return words[0], words[1:]
     for number, word in enumerate(words):

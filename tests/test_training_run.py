@@ -1,7 +1,6 @@
 """A run from its start to result.json: refusals, resumption, precision, and what it logs."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +25,7 @@ from model import Classifier
 from shards.augment import normalise
 from shards.views import EvalViews
 from training.checkpoints import STOPPED, Checkpoints
-from training.config import load_config
-from training.run import changed_settings, start_run
+from training.run import changed_settings
 from training.weights import LATEST, read_checkpoint
 
 
@@ -58,14 +56,6 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 # Starting a run
 
 
-def test_run_directory_of_a_run_with_other_settings_is_refused_by_their_keys(demo, tmp_path):
-    arguments = [*small(demo), "trainer.max_duration=1ba", "callbacks=null"]
-    run_stage(pretrain, arguments, tmp_path)
-    changes = ["model.mask_ratio=0.7", "seed=5", "trainer.max_duration=9ba"]
-    message = error_of(pretrain, [*arguments, *changes], tmp_path)
-    assert "runs/demo was started with other values of model.mask_ratio, seed; choose" in message
-
-
 def test_finished_run_ends_the_program_without_an_error(uninterrupted, arguments, tmp_path):
     shutil.copytree(uninterrupted / "runs", tmp_path / "runs", symlinks=True)
     before = (tmp_path / "runs" / "run" / "metrics.jsonl").read_text()
@@ -92,31 +82,6 @@ def test_settings_that_do_not_decide_the_result_may_change(tmp_path):
     assert changed_settings(tmp_path / "new", now) == []
 
 
-def start_on_a_machine(rank: int, folder: Path, arguments: list[str]) -> None:
-    os.chdir(folder / f"machine{rank}")
-    try:
-        start_run(pretrain.PretrainConfig(**load_config(arguments, pretrain.PretrainConfig)))
-    except (ValueError, SystemExit) as end:
-        Path("end").write_text(str(end))
-
-
-def test_machines_without_the_run_directory_follow_rank_0_in_refusing_and_in_ending(
-    arguments, uninterrupted, tmp_path, on_ranks
-):
-    for rank in range(2):
-        (tmp_path / f"machine{rank}").mkdir()
-    shutil.copytree(uninterrupted / "runs", tmp_path / "machine0" / "runs", symlinks=True)
-    arguments = [*arguments, "run_name=run"]
-    on_ranks(2, start_on_a_machine, tmp_path, [*arguments, "model.pool=max"])
-    ends = [(tmp_path / f"machine{rank}" / "end").read_text() for rank in range(2)]
-    assert ends[0] == ends[1] and "started with other values of model.pool" in ends[0]
-    on_ranks(2, start_on_a_machine, tmp_path, arguments)
-    assert [(tmp_path / f"machine{rank}" / "end").read_text() for rank in range(2)] == ["0", "0"]
-
-
-FSDP = "trainer.parallelism_config={fsdp: {state_dict_type: full}}"
-
-
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
@@ -124,7 +89,6 @@ FSDP = "trainer.parallelism_config={fsdp: {state_dict_type: full}}"
         (["trainer.max_duration=null"], "trainer.max_duration"),
         (["trainer.parallelism_config={fspd: {}}"], "trainer.parallelism_config.fspd: unknown key"),
         (["trainer.parallelism_config={fsdp: {stage: 3}}"], "parallelism_config.fsdp: "),
-        ([FSDP, "algorithms={EMA: {}}"], "algorithms.EMA: cannot resume with"),
         (["trainer.compile_config={bogus: 1}"], "trainer, algorithms, callbacks or loggers: Type"),
     ],
 )
@@ -132,13 +96,6 @@ def test_settings_that_composer_or_fsdp_would_refuse_are_named_before_training(
     arguments, tmp_path, overrides, complaint
 ):
     assert complaint in error_of(pretrain, [*arguments, *overrides], tmp_path)
-
-
-def test_moco_is_refused_with_fsdp(arguments, tmp_path):
-    base, *settings = arguments
-    overlay = str(ROOT / "yamls" / "methods" / "moco_v2.yaml")
-    message = error_of(pretrain, [base, overlay, *settings, FSDP, "run_name=run"], tmp_path)
-    assert "method MoCoV2: does not work with trainer.parallelism_config.fsdp" in message
 
 
 # Resuming
@@ -184,15 +141,6 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
     assert_equal(weights_of(tmp_path, "other"), weights_of(tmp_path, "one"))
     assert losses(tmp_path, "other") == losses(tmp_path, "one")
     assert len(losses(tmp_path, "one")) == 6 * repeats
-
-
-def test_finished_training_whose_log_is_lost_gets_its_result(arguments, uninterrupted, tmp_path):
-    shutil.copytree(uninterrupted / "runs", tmp_path / "runs", symlinks=True)
-    for name in ("result.json", "metrics.jsonl"):
-        (tmp_path / "runs" / "run" / name).unlink()
-    run_stage(pretrain, [*arguments, "run_name=run"], tmp_path)
-    assert (tmp_path / "runs" / "run" / "result.json").exists()
-    assert_equal(weights_of(tmp_path, "run"), weights_of(uninterrupted, "run"))
 
 
 # Precision
