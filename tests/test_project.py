@@ -1,4 +1,4 @@
-"""The root's contents, and the commands in README.md and docs/."""
+"""The root's contents, and the commands in README.md, docs/ and docstrings."""
 
 import re
 import shlex
@@ -26,6 +26,8 @@ CONFIGS = {
 }
 TOOLS = ("pytest", "apt-get", "ruff", "pip", "git", "cd", "export", "huggingface-cli")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+for folder in (".", *WINGS, "benchmarks"):
+    PAGES += sorted((ROOT / folder).glob("*.py"))  # for the commands in their docstrings
 
 
 def test_only_the_five_stages_are_python_files_at_the_root():
@@ -42,11 +44,13 @@ def test_python_code_is_in_the_wings_the_tests_and_the_benchmarks():
 
 
 def commands(page: Path) -> Iterator[str]:
-    """Yield the commands in the code blocks of a page, without prompts and comments."""
-    for block in re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", page.read_text(), re.M | re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            for command in split_at_operators(words):
+    """Yield the commands in code blocks of a page or a docstring, without comments."""
+    text = page.read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
+    blocks += re.findall(r"^    ((?:uv run|composer|python|torchrun) .*)$", text, re.M)
+    for block in blocks:
+        for line in block.splitlines():
+            for command in split_at_operators(shlex.split(line, comments=True)):
                 yield shlex.join(command)
 
 
@@ -89,7 +93,7 @@ def test_readme_shows_commands():
 
 
 @pytest.mark.parametrize(("page", "command"), EXAMPLES, ids=name_of)
-def test_every_command_of_readme_and_docs_is_one_that_its_script_takes(page, command, monkeypatch):
+def test_every_command_that_is_shown_is_one_that_its_script_takes(page, command, monkeypatch):
     monkeypatch.chdir(ROOT)
     script, arguments = stage_of(shlex.split(command))
     if script in CONFIGS:
