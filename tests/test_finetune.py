@@ -320,7 +320,7 @@ def test_random_weights_take_the_sizes_of_the_checkpoint_and_nothing_else(
         ("lars={base_lrs: [1.0]}", "give one of the blocks optimizer (AdamW) and lars"),
         ("optimizer=null", "give one of the blocks optimizer (AdamW) and lars"),
         ("augment.held_out=0.1", "augment.held_out=0.1: augment.mixup and augment.cutmix must be"),
-        ("method=classifer", "method=classifer: is unknown; did you mean classifier?"),
+        ("method=classifer", "method=classifer: must be one of classifier, omnivore, linear_probe"),
     ],
 )
 def test_mistake_in_fine_tuning_is_named_before_training(
