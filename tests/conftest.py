@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import random
 import re
 import resource
 import shutil
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import boto3
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -37,6 +39,14 @@ torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = (
 )
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Seed every test, so that its random tensors do not depend on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +104,7 @@ def small(demo: Path) -> list[str]:
     """The arguments of a pre-training run of seconds."""
     return [
         str(ROOT / "yamls" / "demo.yaml"),
-        "data.make_demo=null",
+        "make_demo=null",
         f"data.streams=[{{path: {demo}/train_videos}}, {{path: {demo}/train_images}}]",
         "data.global_train_batch_size=40",
         "trainer.max_duration=2ep",
