@@ -21,8 +21,8 @@ class DataSetHeads(nn.ModuleList):
 
     def __init__(self, heads: list[nn.Linear]):
         super().__init__(heads)
-        counts = torch.tensor([head.out_features for head in heads])
-        owner = torch.arange(len(heads)).repeat_interleave(counts)
+        counts = [head.out_features for head in heads]
+        owner = torch.cat([torch.full((count,), number) for number, count in enumerate(counts)])
         self.register_buffer("owner", owner, persistent=False)  # (C,), the data set of a class
 
     def forward(self, x: Tensor) -> Tensor:

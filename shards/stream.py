@@ -1,8 +1,8 @@
 """The samples of a training run, in an order that ranks, workers and interruptions do not change.
 
-Streaming guarantees the order: with the same data, seed and `num_canonical_nodes`, each global batch
-of an epoch has the same samples, for any number of ranks and workers. A checkpoint stores how much
-of the epoch has been read, and a resumed run reads the rest in the same order.
+MosaicML Streaming guarantees the order: with the same data, seed and `num_canonical_nodes`, each
+global batch of an epoch has the same samples, for any number of ranks and workers. A checkpoint
+stores how much of the epoch has been read, and a resumed run reads the rest in the same order.
 
 This module adds the random numbers. Each sample has a generator of its own, whose seed names the
 sample but not the process that reads it. In a run with seed 7 on 1000 samples, for example, the
@@ -205,7 +205,7 @@ def open_stream(
 
     Args:
         path: folder, or s3:// address, of a data set of data_prep.py.
-        proportion: share of the epoch; if no stream has any, each sample comes once an epoch.
+        proportion: share of the epoch; without proportions, each sample comes once an epoch.
         cache: local folder for the shards of an s3:// address; if not given, see cache_folder.
 
     Raises:
@@ -227,7 +227,8 @@ def cache_folder(run: Path, path: str) -> str:
 def one_job_at_a_time() -> Iterator[None]:
     """Make other jobs on this machine wait while a StreamingDataset is constructed.
 
-    It takes the first free names in shared memory, so two jobs at once would take the same names.
+    A StreamingDataset takes the first free names in shared memory. Two jobs that construct one at
+    the same moment would take the same names.
     """
     lock = FileLock(Path(gettempdir(), f"streams-{os.getuid()}.lock"))
     is_local_leader = dist.get_local_rank() == 0
@@ -275,18 +276,37 @@ def check_streams(streams: list[dict]) -> None:
         raise ValueError("data.streams: give a proportion to all streams or to none")
 
 
-def check_frame_size(path: str, patch_size: int) -> None:
-    """Raise ValueError if frames of a data set are smaller than a patch, or none can be decoded."""
-    for sample in Clips(path):
-        with suppress(ValueError):
-            height, width = decode_frame(sample, 0).shape[:2]
-            break
-    else:
-        raise ValueError(f"{path}: no sample can be decoded; run data_prep.py verify")
-    if min(height, width) < patch_size:
-        raise ValueError(
-            f"{path}: frames of {width}x{height} are smaller than model.patch_size={patch_size}"
-        )
+def frame_size(path: str) -> tuple[int, int]:
+    """Return height and width of the first frame of a data set that can be decoded.
+
+    Raises:
+        ValueError: there is none.
+    """
+    clips = Clips(path)
+    for number in range(len(clips)):
+        with suppress(ValueError, IndexError):
+            return decode_frame(clips[number], 0).shape[:2]
+    raise ValueError(f"{path}: no sample can be decoded; run data_prep.py verify")
+
+
+def open_streams(streams: list[dict], run: Path, patch_size: int) -> list[Stream]:
+    """Open all data sets of a mix; see load_stream.
+
+    Raises:
+        ValueError: see check_streams and open_stream; or frames are smaller than a patch.
+    """
+    check_streams(streams)
+    opened = []
+    for stream in streams:
+        path = stream["path"]
+        defaults = {"cache": cache_folder(run, path)}
+        opened.append(open_stream(**(defaults | stream)))
+        height, width = frame_size(path)
+        if min(height, width) < patch_size:
+            raise ValueError(
+                f"{path}: frames of {width}x{height} are smaller than model.patch_size={patch_size}"
+            )
+    return opened
 
 
 def load_stream(
@@ -321,9 +341,10 @@ def load_stream(
         num_workers: processes of each rank; 0 to read in the training process.
         num_canonical_nodes: fixes the order of samples; a multiple or divisor of the machines.
         epoch_size: samples read in an epoch; default all streams once.
-        repeats: views (pairs or clips) to draw from each sample that is read. They count as samples
-            of the batch and are among each other's negatives; an epoch has as many times more.
-        max_unreadable: fraction of the samples that may be unreadable, see unreadable.jsonl.
+        repeats: times to draw views from each sample that is read. Each draw counts as a sample of
+            the batch and of the epoch, and the draws are among each other's negatives.
+        max_unreadable: fraction of the samples that may be unreadable, see unreadable.jsonl; one
+            sample always may.
 
     Raises:
         ValueError: data that is missing, frames smaller than a patch, a batch that does not divide
@@ -332,12 +353,7 @@ def load_stream(
     ranks = dist.get_world_size()
     micro_size = global_micro_batch_size or global_train_batch_size
     check_batch(global_train_batch_size, micro_size, repeats, ranks)
-    check_streams(streams)
-    opened = []
-    for stream in streams:
-        defaults = {"cache": cache_folder(run, stream["path"])}
-        opened.append(open_stream(**(defaults | stream)))
-        check_frame_size(stream["path"], patch_size)
+    opened = open_streams(streams, run, patch_size)
     batch_size = global_train_batch_size // ranks
     with one_job_at_a_time():
         dataset = DeterministicStream(

@@ -702,7 +702,7 @@ def test_mistakes_are_named_in_one_line(demo, tmp_path, pretrained):
             ["run_name=x", "checkpoint=null", f"classifier={sizes}", "export=x.safetensors"],
             "has no head",
         ),
-        ([YAML, "probe.lables_per_class=[1]"], "nearest is labels_per_class"),
+        ([YAML, "probe.lables_per_class=[1]"], "did you mean labels_per_class?"),
     ):
         with pytest.raises(SystemExit) as exit:
             run_stage(evaluation, arguments, tmp_path)

@@ -1,22 +1,18 @@
 """What holds for the project as a whole: its imports, its README, its configurations' headers."""
 
 import ast
-import itertools
 import re
 import shlex
 from pathlib import Path
 
 import pytest
-import torch
 from config import load_config
 from conftest import ROOT
-from views import PretrainingViews
 
 import data_prep
 import eval as evaluation
 import finetune
 import pretrain
-from model import Classifier, ViCMAE
 
 STAGES = {
     "pretrain.py": pretrain.pretrain,
@@ -71,17 +67,6 @@ def test_every_command_of_the_readme_is_one_that_the_project_takes(command, monk
             )
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "yamls").rglob("*.yaml")), ids=lambda path: path.name
-)
-def test_yaml_opens_with_its_command_hardware_cost_and_expectation(path):
-    header = "".join(
-        line for line in path.read_text().splitlines(keepends=True) if line.startswith("#")
-    )
-    assert path.read_text().startswith("# ") and str(path.relative_to(ROOT)) in header
-    assert all(word in header.lower() for word in ("hardware", "cost", "expected"))
-
-
 def test_lines_that_the_readme_gives_for_parts_of_the_methods_are_theirs():
     named = re.findall(r"`(\w+)`, (\w+)\.py (\d+)-(\d+)", README)
     assert len(named) >= 10
@@ -89,114 +74,6 @@ def test_lines_that_the_readme_gives_for_parts_of_the_methods_are_theirs():
         tree = ast.parse((ROOT / f"{file}.py").read_text())
         part = next(node for node in tree.body if getattr(node, "name", None) == name)
         assert (int(first), int(last)) == (part.lineno, part.end_lineno), name
-
-
-PLANS = {"pretrain.py": pretrain, "finetune.py": finetune, "eval.py": evaluation}
-
-
-def plan_of(path: Path, monkeypatch, capsys) -> str:
-    """What the first command of a YAML's header prints with --plan."""
-    monkeypatch.chdir(ROOT)
-    words = (
-        next(
-            line
-            for line in path.read_text().splitlines()
-            if re.match(r"#   (composer|python) ", line)
-        )
-        .split("#")[1]
-        .split()
-    )
-    script = next(word for word in words if word in PLANS)
-    monkeypatch.setattr("sys.argv", [*words[words.index(script) :], "--plan=8"])
-    PLANS[script].main()
-    return capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "yamls").rglob("*.yaml")), ids=lambda path: path.name
-)
-def test_every_yaml_is_built_without_data_or_gpus_and_its_header_states_the_cost(
-    path, monkeypatch, capsys
-):
-    if (
-        path.name in ("table.yaml", "compare.yaml") or path.parent.name == "ablations"
-    ):  # these have no model of their own
-        return
-    printed = plan_of(path, monkeypatch, capsys)
-    assert all(
-        re.search(rf"^{word} +[\d.]+", printed, re.MULTILINE)
-        for word in ("weights", "a sample", "memory", "cost")
-    )
-    stated = re.search(r"([\d,.]+) GPU-hours", path.read_text())
-    assert not stated or stated[1] == re.search(r"cost +([\d,.]+) GPU-hours", printed)[1]
-    assert (
-        stated
-        or "2 CPU cores" in path.read_text()
-        or "those of the file it is laid over" in path.read_text()
-    )
-
-
-@pytest.mark.parametrize(
-    "path",
-    [*(ROOT / "yamls").glob("compare.yaml"), *sorted((ROOT / "yamls" / "ablations").glob("*"))],
-)
-def test_every_row_of_a_comparison_is_a_command_that_its_stage_takes(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    rows = load_config([str(path)], evaluation.evaluate)["comparison"]["methods"]
-    assert "vicmae" in rows or path.stem == "frame_gap"
-    configs = [load_config(words, STAGES[script]) for script, *words in rows.values()]
-    for config in configs:
-        config.pop("run_name")
-        with torch.device("meta"):
-            net = (
-                ViCMAE(**config["model"])
-                if "projector_out_dim" in config["model"]
-                else Classifier(10, **config["model"])
-            )
-        if isinstance(net, ViCMAE):
-            PretrainingViews(
-                net.encoder.img_size,
-                net.encoder.num_patches,
-                net.encoder.num_frames,
-                **config["augment"],
-            )
-    assert all(
-        one != other for one, other in itertools.combinations(configs, 2)
-    )  # each row differs
-
-
-def test_plan_of_a_known_run_is_its_arithmetic(monkeypatch, capsys):
-    """ViT-B on 1.28 M images, 100 epochs of 1251 steps of 1024; 12 blocks of width 768 on 197 tokens, three passes."""
-    printed = plan_of(ROOT / "yamls" / "finetune_in1k_vitb.yaml", monkeypatch, capsys)
-    images = 100 * 1251 * 1024
-    forward = 12 * (24 * 197 * 768**2 + 4 * 197**2 * 768) + 2 * 768 * 1000
-    flops = 3 * forward + 2 * 2 * 196 * 768 * 768  # no gradient of the pixels
-    weights = 86_567_656  # timm's vit_base_patch16_224
-    activations = 128 * (2 * 17 * 12 * 197 * 768 + 4 * 4 * 3 * 224**2)
-    for word, number in (
-        ("weights", weights / 1e6),
-        ("a sample", flops / 1e9),
-        ("samples", images),
-        ("memory", 16 * weights / 1e9),
-        ("cost", images * flops / (0.4 * 312e12) / 3600),
-    ):
-        found = re.search(rf"^{word} +([\d,.]+)", printed, re.MULTILINE)[1].replace(",", "")
-        assert float(found) == pytest.approx(number, rel=0.02), word
-    assert float(re.search(r"and ([\d.]+) GB", printed)[1]) == pytest.approx(
-        activations / 1e9, rel=0.01
-    )
-
-
-def test_plan_for_no_gpus_or_of_unknown_data_is_refused(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    for arguments, culprit in (
-        (["--plan=0"], "--plan=0: give a number"),
-        (["data.streams=[{path: x/y}]", "--plan"], "x/y"),
-    ):
-        monkeypatch.setattr("sys.argv", ["pretrain.py", "yamls/vits.yaml", *arguments])
-        with pytest.raises(SystemExit) as exit:
-            pretrain.main()
-        assert culprit in str(exit.value)
 
 
 @pytest.mark.parametrize("name", ORDER)

@@ -43,6 +43,11 @@ def draw_number(sample: dict, rng: np.random.Generator) -> dict:
     return {"name": sample["name"], "stream": sample["stream"], "draw": rng.random()}
 
 
+def names_in(path: Path) -> list[str]:
+    clips = Clips(str(path))
+    return [clips[number]["name"] for number in range(len(clips))]
+
+
 def names_and_draws(batch: dict) -> list[tuple[str, float]]:
     return list(zip(batch["name"], batch["draw"].tolist(), strict=True))
 
@@ -65,18 +70,14 @@ def test_occurrences_of_a_value_are_counted_in_order():
 
 
 def test_generator_of_a_sample_is_seeded_by_seed_epoch_sample_and_repeat(demo):
-    names = ("train_videos", "train_images")
-    numbers = {}
-    for name in names:
-        for clip in Clips(str(demo / name)):
-            numbers[clip["name"]] = len(numbers)
+    names = names_in(demo / "train_videos") + names_in(demo / "train_images")
     loader = make_loader(demo, 2, draw_number, seed=5, repeats=2)
     for epoch in range(2):
         drawn = set()
         for batch in loader:
             drawn.update(names_and_draws(batch))
         expected = set()
-        for name, number in numbers.items():
+        for number, name in enumerate(names):
             first = np.random.default_rng((5, epoch, number, 0)).random()
             second = np.random.default_rng((5, epoch, number, 1)).random()
             expected |= {(name, first), (name, second)}
@@ -94,10 +95,10 @@ def test_repeated_sample_is_seeded_by_its_occurrence_too(demo):
         for name, draw in names_and_draws(batch):
             drawn.setdefault(name, set()).add(draw)
     assert sum(len(draws) for draws in drawn.values()) == 240
-    for number, clip in enumerate(Clips(str(demo / "train_images"))):  # 180 of 60 images
+    for number, name in enumerate(names_in(demo / "train_images")):  # 180 of 60 images
         identities = [number + occurrence * 120 for occurrence in range(3)]
         generators = [np.random.default_rng((0, 0, identity, 0)) for identity in identities]
-        assert drawn[clip["name"]] == {generator.random() for generator in generators}
+        assert drawn[name] == {generator.random() for generator in generators}
 
 
 def test_sample_knows_the_stream_that_it_comes_from(demo):

@@ -95,7 +95,8 @@ class Choice:
         """
         name = config.get(self.key, self.default)
         if not isinstance(name, str) or name not in self.table:
-            raise ConfigError([self.key], "is unknown" + did_you_mean(str(name), list(self.table)))
+            nearest = did_you_mean(str(name), list(self.table))
+            raise ConfigError([self.key], f"must be one of {', '.join(self.table)}{nearest}")
         return self.table[name]
 
 
@@ -146,10 +147,12 @@ def build_named(
         block: keyword arguments by class name; None for a class without arguments.
         given: positional arguments that the program supplies, by class.
     """
+    given = given or {}
     objects = []
     for name, arguments in (block or {}).items():
         found = named.find(name)
-        objects.append(found(*(given or {}).get(found, ()), **(arguments or {})))
+        supplied = given.get(found, ())
+        objects.append(found(*supplied, **(arguments or {})))
     return objects
 
 
@@ -165,7 +168,8 @@ def load_config(arguments: list[str], stage: Callable) -> dict[str, Any]:
     """
     sources = read_sources(arguments)
     try:
-        merged = OmegaConf.to_container(OmegaConf.merge(*sources.values()), resolve=True)
+        merged = OmegaConf.merge(*[source for _, source in sources])
+        merged = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, TypeError) as error:
         raise ValueError(f"{' '.join(arguments)}: {one_line(error)}") from error
     if not isinstance(merged, dict):
@@ -176,26 +180,24 @@ def load_config(arguments: list[str], stage: Callable) -> dict[str, Any]:
         raise ValueError(located(error, sources, merged)) from error
 
 
-def read_sources(arguments: list[str]) -> dict[str, Any]:
-    """Return an OmegaConf configuration for every argument: a YAML file or key=value.
+def read_sources(arguments: list[str]) -> list[tuple[str, Any]]:
+    """Return every argument, a YAML file or key=value, with its OmegaConf configuration.
 
     Raises:
         ValueError: there is no argument, or one is neither of the two, or cannot be read.
     """
     if not arguments:
         raise ValueError("give at least one file of yamls/; key=value after it changes a value")
-    sources = {}
+    sources = []
     for argument in arguments:
         is_file = argument.endswith((".yaml", ".yml"))
         if not is_file and "=" not in argument:
             raise ValueError(f"{argument}: must be a .yaml file or key=value")
         try:
-            if is_file:
-                sources[argument] = OmegaConf.load(argument)
-            else:
-                sources[argument] = OmegaConf.from_dotlist([argument])
+            source = OmegaConf.load(argument) if is_file else OmegaConf.from_dotlist([argument])
         except (OSError, UnicodeError, YAMLError, OmegaConfBaseException) as error:
             raise ValueError(f"{argument}: {one_line(error)}") from error
+        sources.append((argument, source))
     return sources
 
 
@@ -254,10 +256,10 @@ def keywords_of(target: Callable) -> dict[str, tuple[Any, Any]]:
             parameters = parameters[1:]  # without self
         hints = typing.get_type_hints(function, include_extras=True)
         passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        keyword_only = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-        if not keyword_only and not passes_on:
-            keyword_only = [p for p in parameters if p.kind is not p.VAR_POSITIONAL]
-        for p in keyword_only:
+        keys = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+        if not keys and not passes_on:
+            keys = [p for p in parameters if p.kind is not p.VAR_POSITIONAL]
+        for p in keys:
             keywords.setdefault(p.name, (hints.get(p.name, Any), p.default))
         if not passes_on:
             break
@@ -277,7 +279,7 @@ def field_type(hint: Any, name: str, config: dict[str, Any]) -> Any:
     if Time in parts:
         return Annotated[hint, AfterValidator(functools.partial(check_time, positive=False))]
     kinds = tuple(field_type(part, name, config) for part in parts)
-    if not any(is_block(kind) for kind in kinds):
+    if not any(block_in(kind) for kind in kinds):
         return hint
     if typing.get_origin(hint) is list:
         return list[kinds]
@@ -290,20 +292,17 @@ def named_schema(named: Named, key: str, config: dict[str, Any]) -> type[BaseMod
     Raises:
         ConfigError: the configuration names a class that Named.find refuses.
     """
-    classes = {known.__name__: known for known in named.classes}
+    classes = {}  # first those of the block, in whose order they will be built
     block = config.get(key)
     for name in block if isinstance(block, dict) else ():
         try:
             classes[name] = named.find(str(name))
         except ValueError as error:
             raise ConfigError([key, name], str(error)) from error
+    for known in named.classes:
+        classes.setdefault(known.__name__, known)
     fields = {name: (schema(found) | None, None) for name, found in classes.items()}
     return strict_model("classes", fields)
-
-
-def is_block(kind: Any) -> bool:
-    """Return whether a type is a model that schema has made."""
-    return inspect.isclass(kind) and issubclass(kind, BaseModel)
 
 
 def explained(error: ValidationError, model: type[BaseModel], config: dict) -> ConfigError:
@@ -335,29 +334,37 @@ def path_in(config: Any, location: Iterable) -> list:
     return path
 
 
-def keys_at(model: Any, path: list) -> list[str]:
+def keys_at(model: type[BaseModel], path: list) -> list[str]:
     """Return the keys that a model takes at the end of a path of keys and list indices."""
     for part in path:
-        hint = model if isinstance(part, int) else model.model_fields[part].annotation
-        model = next(kind for kind in (hint, *typing.get_args(hint)) if is_block(kind))
+        if not isinstance(part, int):
+            model = block_in(model.model_fields[part].annotation)
     return list(model.model_fields)
 
 
-def located(error: ConfigError, sources: dict[str, Any], config: dict[str, Any]) -> str:
+def block_in(kind: Any) -> type[BaseModel] | None:
+    """Return the model that schema has made within a type such as `Model | None`, or None."""
+    if inspect.isclass(kind) and issubclass(kind, BaseModel):
+        return kind
+    found = (block_in(part) for part in typing.get_args(kind))
+    return next((model for model in found if model), None)
+
+
+def located(error: ConfigError, sources: list[tuple[str, Any]], config: dict[str, Any]) -> str:
     """Return an error's text after its file or argument, its key and its value."""
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.path)[1:]
     to_list = list(takewhile(lambda part: not isinstance(part, int), error.path))
     holders = []
-    for name, source in sources.items():
+    for name, source in sources:
         if path_in(OmegaConf.to_container(source), to_list) == to_list:
             holders.append(name)
     if not holders:  # the key is missing
-        files = [name for name in sources if "=" not in name]
+        files = [name for name, _ in sources if "=" not in name]
         return f"{' '.join(files)}: {key} {error}"
     source = holders[-1]  # OmegaConf merges dictionaries but replaces lists
     if source.partition("=")[0] == key:  # the argument shows key and value
         return f"{source}: {error}"
-    if str(error).startswith("is "):
+    if str(error).startswith("is "):  # the key is wrong, whatever its value
         return f"{source}: {key} {error}"
     return f"{source}: {key}={shown(value_at(config, error.path))}: {error}"
 

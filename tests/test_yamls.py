@@ -1,0 +1,138 @@
+"""Headers, sources, blocks, sizes and costs of the files in yamls/; rows of its comparisons."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from omegaconf import OmegaConf
+
+import eval as evaluation
+import finetune
+import pretrain
+from benchmarks import compare
+from pretrain import PretrainConfig
+from shards.views import PretrainingViews
+from training.config import load_config
+
+FILES = sorted((ROOT / "yamls").rglob("*.yaml"))
+COMPARISONS = [ROOT / "yamls" / "compare.yaml", *sorted((ROOT / "yamls" / "ablations").iterdir())]
+STAGES = {"pretrain.py": pretrain, "finetune.py": finetune, "eval.py": evaluation}
+CONFIGS = {
+    "pretrain.py": pretrain.PretrainConfig,
+    "finetune.py": finetune.FinetuneConfig,
+    "eval.py": evaluation.EvalConfig,
+    "benchmarks/compare.py": compare.CompareConfig,
+}
+ENCODER_SIZES = {"img_size", "patch_size", "embed_dim", "depth", "num_heads"}
+ORDER = (
+    *("run_name", "seed", "method", "make_demo", "pretrained", "checkpoint", "data", "eval_data"),
+    *("augment", "model", "optimizer", "lars", "schedule", "trainer", "checkpoints"),
+    *("algorithms", "callbacks", "loggers"),
+)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT / "yamls"))
+
+
+def header_of(path: Path) -> list[str]:
+    lines = path.read_text().splitlines()
+    return list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+
+
+def commands_of(path: Path) -> list[list[str]]:
+    """Return the commands of a header, each as [script, file.yaml, ..., key=value, ...]."""
+    commands = []
+    for line in header_of(path):
+        command = re.match(r"#   (?:composer(?: -n 8)?|python) ([^#]+)", line)
+        if command:
+            commands.append(command[1].split())
+    return commands
+
+
+every_file = pytest.mark.parametrize("path", FILES, ids=name_of)
+every_comparison = pytest.mark.parametrize("path", COMPARISONS, ids=name_of)
+
+
+@every_file
+def test_header_gives_command_hardware_cost_and_expected_result(path):
+    header = header_of(path)
+    text = "\n".join(header)
+    assert all(len(line) <= 100 for line in path.read_text().splitlines())
+    assert re.match(r"# [A-Z]", header[0])
+    assert all(str(path.relative_to(ROOT)) in command for command in commands_of(path))
+    assert commands_of(path)
+    order = [text.index(part) for part in ("\n#   ", "\n# Hardware: ", " Cost: ", "\n# Expected: ")]
+    assert order == sorted(order)
+
+
+@every_file
+def test_every_command_in_a_header_is_taken_by_its_stage(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for script, *arguments in commands_of(path):
+        config = CONFIGS[script]
+        config(**load_config(arguments, config))
+
+
+@every_file
+def test_marks_of_sources_are_explained_in_the_header(path):
+    header, text = "\n".join(header_of(path)), path.read_text()
+    used = set(re.findall(r"#.*?(\[(?:[a-z]+|\?)\])", text.removeprefix(header)))
+    assert all(f"{mark}: " in header for mark in used)
+
+
+@every_file
+def test_blocks_stand_in_one_order_in_all_files(path):
+    blocks = [key for key in OmegaConf.load(path) if key in ORDER]
+    assert blocks == sorted(blocks, key=ORDER.index)
+
+
+@every_file
+def test_no_size_is_written_twice(path, monkeypatch):
+    """Fine-tuning and evaluation take the sizes of the encoder from the run they start from."""
+    monkeypatch.chdir(ROOT)
+    script, *arguments = commands_of(path)[0]
+    config = load_config(arguments, CONFIGS[script])
+    if config.get("pretrained") or config.get("checkpoint"):
+        assert ENCODER_SIZES.isdisjoint(config.get("model") or {})
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if commands_of(path)[0][0] in STAGES], ids=name_of
+)
+def test_plan_needs_neither_data_nor_gpus_and_gives_the_cost_in_the_header(
+    path, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)  # a folder without data and runs
+    script, *arguments = commands_of(path)[0]
+    arguments = [str(ROOT / word) if word.endswith(".yaml") else word for word in arguments]
+    monkeypatch.setattr("sys.argv", [script, *arguments, "--plan=8"])
+    STAGES[script].main()
+    printed = capsys.readouterr().out
+    for word in ("weights", "a sample", "samples", "memory", "cost"):
+        assert re.search(rf"^{word} +[\d.]+", printed, re.MULTILINE), word
+    header = "\n".join(header_of(path))
+    stated = re.search(r"([\d,.]+) GPU-hours", header)
+    if stated:
+        assert stated[1] == re.search(r"cost +([\d,.]+) GPU-hours", printed)[1]
+    else:
+        assert "2 CPU cores" in header or "Cost: 2.25 times the cost of the other file" in header
+
+
+@every_comparison
+def test_every_row_of_a_comparison_is_a_command_of_a_stage_and_differs(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    rows = load_config([str(path)], compare.CompareConfig)["comparison"]["methods"]
+    assert "vicmae" in rows or path.stem == "frame_gap"
+    configs = [compare.config_of(command) for command in rows.values()]
+    with torch.device("meta"):
+        encoders = [compare.new_encoder(command) for command in rows.values()]
+    for config, encoder in zip(configs, encoders, strict=True):
+        if isinstance(config, PretrainConfig):
+            sizes = (encoder.img_size, encoder.num_patches, encoder.num_frames)
+            PretrainingViews(*sizes, **config.augment)
+    settings = [config.given() | {"run_name": ""} for config in configs]
+    assert all(one != other for one, other in itertools.combinations(settings, 2))
