@@ -11,14 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import run_stage, small, start_ranks
-from tiny_models import CLIPS, TINY, random_batch
+from conftest import run_stage, small
+from tiny_models import TINY, random_batch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import model
 import pretrain
-from methods import PRETRAINING
 from model import ViCMAE
 from model import info_nce as info_nce_of_all
 
@@ -169,77 +168,6 @@ def test_labels_without_the_ranks_offset_would_be_noticed(train_on, offset):
             assert_equal_to_one_rank(of_ranks, of_one, 1e-9)
         first, second = (found[0]["contrastive"] for found in of_ranks)
         assert second > first + 3 and first + second > 20 * of_one[0]["contrastive"]
-
-
-# Every method on two ranks
-
-METHODS = {
-    "vicmae": ("vicmae", {}),
-    "predictor": ("vicmae", {"predictor_hidden_dim": 24}),
-    "simclr": ("simclr", {}),
-    "moco_v2": ("moco_v2", {"momentum": 0.9, "queue_size": 24}),
-    "masked_moco_v2": ("moco_v2", {"momentum": 0.9, "queue_size": 24, "masked": True}),
-    "triplet": ("triplet", {}),
-    "triplet_by_label": ("triplet", {"positives": "label", "masked": True}),
-    "simsiam": ("simsiam", {"predictor_hidden_dim": 24}),
-    "vicreg": ("vicreg", {"masked": True}),
-    "mae": ("mae", {}),
-    "st_mae": ("st_mae", {**CLIPS, "mask_ratio": 0.9}),
-    "videomae": ("videomae", {**CLIPS, "mask_ratio": 0.75}),
-}
-
-
-def train_method(name: str, steps: int = 3) -> dict[str, Tensor]:
-    """Return losses, last gradients and state of some steps on this rank's part of the batches."""
-    rank, ranks = this_rank()
-    method, changes = METHODS[name]
-    torch.manual_seed(0)
-    net = PRETRAINING[method](**TINY | changes).train().double()
-    trained = DistributedDataParallel(net) if ranks > 1 else net
-    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01)
-    found = {}
-    for step in range(steps):
-        batch = random_batch(BATCH, seed=step, frames=net.num_frames)
-        batch = {key: value.double() for key, value in batch.items()}
-        batch["target"] = torch.arange(BATCH) % 3
-        part = {key: value.chunk(ranks)[rank] for key, value in batch.items()}
-        optimizer.zero_grad()
-        if method == "moco_v2":
-            net.momentum.update(net.encoder, net.projector, net.momentum_share)
-        losses = net.loss(trained(part), part)
-        losses["total"].backward()
-        optimizer.step()
-        logged = {key: value.detach() for key, value in losses.items() if key != "feature_std"}
-        found |= {f"{step} {key}": value for key, value in logged.items()}
-    gradients = {key: p.grad for key, p in net.named_parameters() if p.requires_grad}
-    found |= {f"gradient of {key}": gradient for key, gradient in gradients.items()}
-    return found | net.state_dict()
-
-
-def train_methods(rank: int, out: str) -> None:
-    torch.save({name: train_method(name) for name in METHODS}, f"{out}/{rank}")
-
-
-@pytest.fixture(scope="module")
-def methods_on_two_ranks(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
-    out = tmp_path_factory.mktemp("ranks")
-    start_ranks(out, 2, train_methods, str(out))
-    return [torch.load(out / str(rank), weights_only=True) for rank in (0, 1)]
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_has_on_two_ranks_the_losses_gradients_and_state_of_one(
-    methods_on_two_ranks, name
-):
-    first, second = (rank[name] for rank in methods_on_two_ranks)
-    of_one = train_method(name)
-    assert first.keys() == second.keys() == of_one.keys()
-    for key, expected in of_one.items():
-        found = first[key].double()
-        if key[0].isdigit():  # a loss
-            found = (found + second[key].double()) / 2
-        scale = max(float(expected.double().abs().max()), 1e-3)
-        assert float((found - expected).abs().max()) < 1e-8 * scale, key
 
 
 # Chunks

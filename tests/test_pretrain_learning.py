@@ -58,7 +58,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_reconstruction_loss_falls_by_a_third(finished):
-    """Over four seeds, 96 steps brought the loss from 1.36-1.43 to 0.68-0.73."""
+    """Measured with six seeds: from 1.34-1.38 to 0.69-0.82, by factors of 0.51 to 0.60."""
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     name = "loss/train/reconstruction"
     losses = [line[name] for line in lines if name in line]
@@ -67,7 +67,7 @@ def test_reconstruction_loss_falls_by_a_third(finished):
 
 
 def test_features_of_one_class_become_neighbours(finished):
-    """Over four seeds, 96 steps brought the k-NN accuracy from 0.23-0.31 to 1.00."""
+    """Measured with six seeds: k-NN accuracy from 0.29-0.39 to at least 0.995."""
     result = json.loads((finished / "result.json").read_text())
     assert result["knn/random"] < 0.5
     assert result["knn/trained"] > result["knn/random"] + 0.4
