@@ -52,7 +52,7 @@ def train_method(name: str, steps: int = 3) -> dict[str, Tensor]:
         optimizer.zero_grad()
         if isinstance(net, MoCoV2):
             (momentum_step,) = net.algorithms()
-            momentum_step.apply(Event.8_START, None, None)
+            momentum_step.apply(Event.BATCH_START, None, None)
         losses = net.loss(trained(part), part)
         losses["total"].backward()
         optimizer.step()

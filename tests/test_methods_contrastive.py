@@ -1,5 +1,4 @@
-"""methods/contrastive.py: its losses against loops and numpy, and MoCo against a plain computation.
-"""
+"""methods/contrastive.py: losses against loops and numpy, MoCo against a plain computation."""
 
 import copy
 from itertools import pairwise, product

@@ -59,8 +59,7 @@ def this_rank() -> tuple[int, int]:
 def train(
     steps: int, dtype: torch.dtype, info_nce=info_nce_of_all, **changes
 ) -> list[dict[str, Tensor]]:
-    """Return losses, gradients and state at each step of AdamW on this rank's part of the batches.
-    """
+    """Return losses, gradients and state at each step of AdamW on this rank's part of a batch."""
     rank, ranks = this_rank()
     net = new_model(**changes).to(dtype)
     trained = DistributedDataParallel(net) if ranks > 1 else net

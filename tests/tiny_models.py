@@ -1,4 +1,4 @@
-"""Sizes of tiny models and random batches for them, shared by the tests of model.py and methods/."""
+"""Sizes of tiny models and random batches for them, for tests of model.py and methods/."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ TINY = ENCODER | {
 CLIPS = {"num_frames": 4, "tubelet_size": 2}  # 2 time steps of 16 patches
 
 
-def random_batch(size: int = 4, seed: int = 0, views: int = 2, frames: int = 1) -> dict[str, Tensor]:
+def random_batch(
+    size: int = 4, seed: int = 0, views: int = 2, frames: int = 1
+) -> dict[str, Tensor]:
     """Return `size` samples of 32 x 32 pixels for TINY, or for TINY | CLIPS with 4 frames."""
     generator = torch.Generator().manual_seed(seed)
     clip = (frames,) if frames > 1 else ()
