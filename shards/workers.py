@@ -118,8 +118,8 @@ def crash_reason(worker: Worker, bad_inputs: dict[int, str]) -> str:
     """Return why the process of a worker died, if an input is to blame.
 
     Raises:
-        OSError: the process was between inputs, or had been told to leave out the input, or
-            someone terminated it.
+        OSError: the process was between inputs, or the input was already skipped, or the process
+            was terminated from outside.
     """
     code = worker.process.exitcode
     cause = signal.Signals(-code).name if code < 0 else f"exit {code}"
@@ -151,8 +151,8 @@ def run_part(
     try:
         work(part, bad_inputs, report)
     except OSError as error:
-        place = "" if error.filename else f" (while writing {part})"
+        location = "" if error.filename else f" (while writing {part})"
         remedy = "finished parts are kept; run the same command again to continue"
-        report(OSError(f"{error}{place}; {remedy}"))
+        report(OSError(f"{error}{location}; {remedy}"))
     except Exception:
         report(RuntimeError(traceback.format_exc()))

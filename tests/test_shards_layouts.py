@@ -1,6 +1,7 @@
-"""Every published layout, converted from a miniature of it: which file gets which class, what is absent, what is refused.
+"""Published layouts: miniatures are converted, and other layouts are rejected.
 
-A picture holds its own name as a JPEG comment. It is small, so it is stored untouched, and shows whose bytes were read.
+Every picture holds its own name as a JPEG comment. It is small enough to be stored untouched, so
+the comment shows which file was read.
 """
 
 import functools
@@ -56,7 +57,7 @@ def pictures(*names: str) -> dict[str, bytes]:
 
 
 def lay(root: Path, *files: dict[str, bytes | str]) -> Path:
-    """Write {path inside root: what is in it}."""
+    """Write files, given as {path inside root: content}."""
     for name, data in (item for group in files for item in group.items()):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,7 @@ class Made(NamedTuple):
 
 @pytest.fixture
 def make(tmp_path):
-    """make(preset, source, split) converts; the counts of its report are checked each time."""
+    """Return make(preset, source, split), which converts and checks the counts of the report."""
     outs = iter(range(1000))
 
     def run(
@@ -107,7 +108,7 @@ def make(tmp_path):
             == report["inputs"] - len(report["skipped"])
         )
         assert report == json.loads(Path(out, "report.json").read_text())
-        if ".tar/" not in samples[0]["name"]:  # of tars, files are listed and samples counted
+        if ".tar/" not in samples[0]["name"]:  # Of tars, files are listed, but samples are counted.
             assert report["listed"] == report["inputs"]
         return Made(
             report, classes, found, {sample["name"]: sample["frames"] for sample in samples}
@@ -117,13 +118,15 @@ def make(tmp_path):
 
 
 def assert_own_bytes(made: Made) -> None:
-    """Every picture is the one that its name says."""
+    """Assert that every sample holds the picture that its name says."""
     for name, data in made.frames.items():
         stem = Path(name).stem.encode()
         assert stem in data, name
 
 
-def refused(preset: str, source: Path | str, match: str, split: str = "train", **recipe) -> None:
+def assert_rejected(
+    preset: str, source: Path | str, match: str, split: str = "train", **recipe
+) -> None:
     kind, list_inputs = LAYOUTS.get(preset, (preset, None))
     with pytest.raises(ValueError, match=match) as caught:
         convert(str(source), f"{source}.out", Recipe(kind, **recipe), 1, 0.0, list_inputs, split)
@@ -131,7 +134,7 @@ def refused(preset: str, source: Path | str, match: str, split: str = "train", *
     assert not Path(f"{source}.out", "index.json").exists()
 
 
-K400 = {  # file: class, or None where it was not downloaded
+K400 = {  # {file: class; None for the test split, which has no labels}
     "train/-3B32lodo2M_000059_000069.mp4": "riding a bike",
     "train/0wR5jVB-WPk_000417_000427.mp4": "abseiling",
     "train/a_b_cdefghi_000000_000010.mp4": "riding a bike",
@@ -151,14 +154,15 @@ K400_LISTS = {
     "annotations/val.csv": "label,youtube_id,time_start,time_end,split\n"
     "zumba,-_-_-_-_-_-,3,13,val\n"
     '"riding a bike",kUDuaEpODNI,1234,1244,val\n',
-    "annotations/test.csv": "youtube_id,time_start,time_end,split\ntttttttttt0,1,11,test\nmissing0000,1,11,test\n",
+    "annotations/test.csv": "youtube_id,time_start,time_end,split\n"
+    "tttttttttt0,1,11,test\nmissing0000,1,11,test\n",
 }
 K400_CLASSES = ["abseiling", "riding a bike", "sailing", "zumba"]
 
 
 @pytest.mark.parametrize("preset", ["k400", "k600", "k700"])
 @pytest.mark.parametrize("lists", ["annotations/", ""])
-def test_kinetics_flat_files_get_their_classes_from_the_csv_of_their_split_in_the_order_of_train(
+def test_flat_kinetics_files_get_their_classes_from_the_csv_list_of_their_split(
     tmp_path, make, preset, lists
 ):
     tables = {name.replace("annotations/", lists): text for name, text in K400_LISTS.items()}
@@ -171,7 +175,7 @@ def test_kinetics_flat_files_get_their_classes_from_the_csv_of_their_split_in_th
         assert made.report["absent"] == absent and made.report["skipped"] == []
 
 
-def test_kinetics_class_folders_give_the_classes_where_there_is_no_csv(tmp_path, make):
+def test_kinetics_without_csv_lists_gets_its_classes_from_class_folders(tmp_path, make):
     names = {
         f"{split}/{label}/{split[0]}{number}_0_0.mp4": label
         for split in ("train", "val")
@@ -188,7 +192,7 @@ def test_kinetics_class_folders_give_the_classes_where_there_is_no_csv(tmp_path,
 @pytest.mark.parametrize(
     "folder", ["train/{label}", "train/part_7/{label}", "videos/train/{label}", "train/tars/a/b"]
 )
-def test_kinetics_files_may_lie_in_class_folders_or_deeper_beside_the_csv(tmp_path, make, folder):
+def test_kinetics_files_are_found_in_class_folders_and_deeper(tmp_path, make, folder):
     names = {}
     for name, label in K400.items():
         if name.startswith("train"):
@@ -197,7 +201,7 @@ def test_kinetics_files_may_lie_in_class_folders_or_deeper_beside_the_csv(tmp_pa
     assert made.found == names and made.classes == K400_CLASSES and made.report["absent"] == 2
 
 
-def test_kinetics_400_replacements_take_the_place_of_corrupted_files_of_the_same_id(tmp_path, make):
+def test_kinetics_400_replacements_replace_the_corrupt_files_of_the_same_id(tmp_path, make):
     folder = "replacement/replacement_for_corrupted_k400"
     bad, good = "-3B32lodo2M", "train/0wR5jVB-WPk_000417_000427.mp4"
     replacements = {
@@ -231,7 +235,7 @@ def test_kinetics_400_replacements_take_the_place_of_corrupted_files_of_the_same
     assert bright == set(replacements)
 
 
-def test_kinetics_takes_what_its_csv_lacks_from_the_class_folders(tmp_path, make):
+def test_kinetics_files_missing_from_the_csv_list_are_taken_from_class_folders(tmp_path, make):
     listed, unlisted = (
         "train/abseiling/0wR5jVB-WPk_000417_000427.mp4",
         "train/abseiling/zzzzzzzzzzz_000001_000011.mp4",
@@ -241,33 +245,38 @@ def test_kinetics_takes_what_its_csv_lacks_from_the_class_folders(tmp_path, make
     assert made.found == {listed: "abseiling", unlisted: "abseiling"}
 
 
-def test_kinetics_refuses_what_is_not_its_layout(tmp_path):
-    refused("k400", tmp_path / "nowhere", "nowhere: there is no folder train or videos/train")
+def test_kinetics_rejects_other_layouts(tmp_path):
+    assert_rejected(
+        "k400", tmp_path / "nowhere", "nowhere: there is no folder train or videos/train"
+    )
     flat = lay(tmp_path / "flat", videos("val/kUDuaEpODNI_001234_001244.mp4"))
-    refused("k400", flat, "there is no folder train or videos/train")
-    refused("k400", flat, "needs annotations/val.csv for the classes", "val")
+    assert_rejected("k400", flat, "there is no folder train or videos/train")
+    assert_rejected("k400", flat, "add annotations/val.csv for the classes", "val")
     other = lay(
         tmp_path / "other", videos(*K400), {"annotations/train.csv": "video,class\na.mp4,zumba\n"}
     )
-    refused("k600", other, "annotations/train.csv has no column")
+    assert_rejected("k600", other, "annotations/train.csv has no column")
     unlabelled = {"annotations/train.csv": K400_LISTS["annotations/test.csv"]}
-    refused(
+    assert_rejected(
         "k700",
         lay(tmp_path / "unlabelled", videos(*K400), unlabelled),
         "annotations/train.csv has no column label",
     )
     none = lay(tmp_path / "none", K400_LISTS, {"train/readme.txt": ""})
-    refused("k400", none, "none of the 6 videos")
+    assert_rejected("k400", none, "none of the 6 videos")
     extra = K400_LISTS["annotations/val.csv"].replace("zumba", "knitting")
     strange = lay(tmp_path / "strange", videos(*K400), K400_LISTS, {"annotations/val.csv": extra})
-    refused(
-        "k400", strange, "is of class 'knitting', which the data set's list of classes lacks", "val"
+    assert_rejected(
+        "k400",
+        strange,
+        "is of class 'knitting', which is not in the data set's list of classes",
+        "val",
     )
 
 
-def test_kinetics_names_the_csv_that_was_read_where_a_column_is_missing(tmp_path):
+def test_kinetics_error_names_the_csv_list_that_lacks_a_column(tmp_path):
     source = lay(tmp_path / "in", videos(*K400), {"train.csv": "video,class\na.mp4,zumba\n"})
-    refused("k400", source, "in/train.csv has no column")
+    assert_rejected("k400", source, "in/train.csv has no column")
 
 
 MIT = {
@@ -280,13 +289,17 @@ MIT = {
 }
 MIT_LISTS = {
     "moments_categories.txt": "bulldozing,2\nclapping,0\nadult+male+singing,1\n\n",
-    "trainingSet.csv": "clapping/a.mp4,clapping,3,0\nclapping/b.mp4,clapping,4,1\nclapping/gone.mp4,clapping,3,0\n"
-    "adult+male+singing/c.mp4,adult+male+singing,3,1\nbulldozing/d.mp4,bulldozing,3,1\n",
-    "validationSet.csv": "bulldozing/a.mp4,bulldozing,3,0\nadult+male+singing/e.mp4,adult+male+singing,5,0\n",
+    "trainingSet.csv": "clapping/a.mp4,clapping,3,0\n"
+    "clapping/b.mp4,clapping,4,1\n"
+    "clapping/gone.mp4,clapping,3,0\n"
+    "adult+male+singing/c.mp4,adult+male+singing,3,1\n"
+    "bulldozing/d.mp4,bulldozing,3,1\n",
+    "validationSet.csv": "bulldozing/a.mp4,bulldozing,3,0\n"
+    "adult+male+singing/e.mp4,adult+male+singing,5,0\n",
 }
 
 
-def test_moments_in_time_labels_are_numbered_by_its_categories(tmp_path, make):
+def test_moments_in_time_numbers_its_labels_by_the_categories_file(tmp_path, make):
     source = lay(tmp_path / "mit", videos(*MIT), {"training/clapping/._a.mp4": b"\0"}, MIT_LISTS)
     train, val = make("mit", source), make("mit", source, "val")
     assert train.classes == val.classes == ["clapping", "adult+male+singing", "bulldozing"]
@@ -307,7 +320,7 @@ def test_moments_in_time_labels_are_numbered_by_its_categories(tmp_path, make):
         ({"training": None}, "there is no folder training"),
         (
             {"moments_categories.txt": "clapping,0\nbulldozing,1\n"},
-            "c.mp4 is of class 'adult.male.singing', which .* lacks",
+            "c.mp4 is of class 'adult.male.singing', which is not in .*",
         ),
         ({"trainingSet.csv": b"\xff\xd8\xff"}, "trainingSet.csv is not as it is published"),
         ({"moments_categories.txt": "clapping\nbulldozing\n"}, "moments_categories.txt"),
@@ -315,13 +328,13 @@ def test_moments_in_time_labels_are_numbered_by_its_categories(tmp_path, make):
         ({"trainingSet.csv": "training/clapping/a.mp4\n"}, "trainingSet.csv"),
     ],
 )
-def test_moments_in_time_refuses_what_is_not_its_layout(tmp_path, change, match):
+def test_moments_in_time_rejects_other_layouts(tmp_path, change, match):
     files = {
         name: data
         for name, data in (videos(*MIT) | MIT_LISTS).items()
         if name.split("/")[0] not in change
     }
-    refused(
+    assert_rejected(
         "mit",
         lay(tmp_path / "mit", files, {name: data for name, data in change.items() if data}),
         match,
@@ -372,9 +385,7 @@ def ssv2(prefix: str = "something-something-v2-") -> dict[str, bytes | str]:
 
 
 @pytest.mark.parametrize("prefix", ["something-something-v2-", "labels/"])
-def test_something_something_templates_are_the_classes_numbered_by_labels_json(
-    tmp_path, make, prefix
-):
+def test_something_something_numbers_its_templates_by_labels_json(tmp_path, make, prefix):
     source = lay(tmp_path / "ssv2", ssv2(prefix))
     for split, ids, absent in (
         ("train", ["78687", "42326", "100904"], 1),
@@ -425,9 +436,9 @@ def test_something_something_templates_are_the_classes_numbered_by_labels_json(
         ),
     ],
 )
-def test_something_something_refuses_what_is_not_its_layout(tmp_path, name, data, match):
+def test_something_something_rejects_other_layouts(tmp_path, name, data, match):
     files = {path: content for path, content in ssv2().items() if path.split("/")[0] != name}
-    refused("ssv2", lay(tmp_path / "ssv2", files, {name: data} if data else {}), match)
+    assert_rejected("ssv2", lay(tmp_path / "ssv2", files, {name: data} if data else {}), match)
 
 
 WNIDS = ["n01440764", "n02119789", "n03445777"]
@@ -435,7 +446,7 @@ IDS = {
     "n02119789": 1,
     "n03445777": 2,
     "n01440764": 3,
-}  # as in the development kit, in no order of the wnids
+}  # as in the development kit, not in the order of the wnids
 VAL = {
     f"ILSVRC2012_val_{number:08d}": wnid
     for number, wnid in enumerate([WNIDS[i] for i in (2, 0, 1, 1, 2)], 1)
@@ -456,7 +467,7 @@ def meta_mat() -> bytes:
     synsets = np.zeros((len(IDS) + 1, 1), [(name, object) for name in names])
     for row, (wnid, number) in enumerate(
         [*IDS.items(), ("n00001740", 1001)]
-    ):  # the last is no leaf
+    ):  # the last is an inner node of WordNet
         children = [2.0, 3.0] if number > 1000 else []
         synsets[row, 0] = (
             number,
@@ -493,7 +504,7 @@ TRAIN = {f"{wnid}_{number}": wnid for wnid in WNIDS for number in (18, 10026)}
 
 @pytest.mark.parametrize("folder", ["", "ILSVRC/Data/CLS-LOC/"])
 @pytest.mark.parametrize("truth", ["devkit", "synset labels", "kaggle", "class folders"])
-def test_imagenet_labels_are_the_sorted_wnids_whatever_names_those_of_val(
+def test_imagenet_labels_are_the_sorted_wnids_for_every_list_of_the_val_split(
     tmp_path, make, folder, truth
 ):
     lists = {
@@ -514,7 +525,7 @@ def test_imagenet_labels_are_the_sorted_wnids_whatever_names_those_of_val(
 
 
 @pytest.mark.parametrize("lists", [DEVKIT, SYNSET_LABELS, KAGGLE])
-def test_official_imagenet_tars_are_read_as_they_are(tmp_path, make, lists):
+def test_official_imagenet_tars_are_read_without_unpacking(tmp_path, make, lists):
     inner = {
         f"{wnid}.tar": tar(
             {f"{stem}.JPEG": picture(stem, 120) for stem in TRAIN if stem.startswith(wnid)}
@@ -533,7 +544,7 @@ def test_official_imagenet_tars_are_read_as_they_are(tmp_path, make, lists):
     assert sorted(source.rglob("*")) == before
 
 
-def test_official_imagenet_tar_that_was_not_downloaded_to_its_end_is_refused(tmp_path):
+def test_truncated_official_imagenet_tar_is_rejected(tmp_path):
     inner = {f"{wnid}.tar": tar({f"{wnid}_1.JPEG": picture(wnid)}) for wnid in WNIDS}
     data = tar(inner)
     block = len(data[:-10240]) // 3 // 512 * 512  # inside the second class
@@ -543,10 +554,10 @@ def test_official_imagenet_tar_that_was_not_downloaded_to_its_end_is_refused(tmp
         100 + 512 + len(inner["n01440764.tar"]),
     ):
         source = lay(tmp_path / f"imagenet{cut}", {"ILSVRC2012_img_train.tar": data[:cut]})
-        refused("in1k", source, "ILSVRC2012_img_train.tar")
+        assert_rejected("in1k", source, "ILSVRC2012_img_train.tar")
 
 
-def test_imagenet_in_webdataset_tars_has_the_thousand_classes_whichever_are_there(tmp_path, make):
+def test_imagenet_in_webdataset_tars_always_has_a_thousand_classes(tmp_path, make):
     from timm.data import ImageNetInfo
 
     wnids = ImageNetInfo().label_names()
@@ -572,38 +583,44 @@ def test_imagenet_in_webdataset_tars_has_the_thousand_classes_whichever_are_ther
         f"imagenet1k-train-{shard:04d}.tar" for shard in range(4)
     }
     assert_own_bytes(made)
-    refused(
+    assert_rejected(
         "in1k",
         source / "imagenet1k-train-{0002..0005}.tar",
-        "2 of the 4 tars are not there.*imagenet1k-train-0004.tar",
+        "2 of 4 tars are missing.*imagenet1k-train-0004.tar",
     )
-    refused("in1k", source / "imagenet1k-train-0000.tar", "--per-class", per_class=1)
+    assert_rejected("in1k", source / "imagenet1k-train-0000.tar", "--per-class", per_class=1)
 
 
 @pytest.mark.parametrize("wrong", ["1000", "-5"])
-def test_label_in_a_tar_that_is_of_no_class_is_skipped_and_named(tmp_path, make, wrong):
+def test_sample_of_a_tar_with_an_unknown_label_is_skipped_and_named(tmp_path, make, wrong):
     samples = {"a.jpg": picture("a"), "a.cls": "999", "b.jpg": picture("b"), "b.cls": wrong}
     made = make("in1k", lay(tmp_path, {"x.tar": tar(samples)}) / "x.tar", max_skipped=0.5)
     assert list(made.found) == ["x.tar/a.jpg"]
     ((name, reason),) = made.report["skipped"]
-    assert name == "x.tar/b.jpg" and f"label {wrong} of 1000 classes" in reason
+    assert name == "x.tar/b.jpg" and f"label {wrong}: must be below 1000" in reason
 
 
-def test_imagenet_refuses_what_is_not_its_layout(tmp_path):
-    refused("in1k", tmp_path / "nowhere", "there is no folder train or ILSVRC/Data/CLS-LOC/train")
+def test_imagenet_rejects_other_layouts(tmp_path):
+    assert_rejected(
+        "in1k", tmp_path / "nowhere", "there is no folder train or ILSVRC/Data/CLS-LOC/train"
+    )
     images = pictures(*(f"val/{stem}.JPEG" for stem in VAL))
     flat = lay(tmp_path / "flat", images)
     three = "ground_truth.txt or LOC_val_solution.csv or imagenet_2012_validation_synset_labels.txt"
-    refused("in1k", flat, f"flat lacks .*{three}", "val")
-    refused("in1k", lay(tmp_path / "tar", {"ILSVRC2012_img_val.tar": tar({})}), three, "val")
+    assert_rejected("in1k", flat, f"flat lacks .*{three}", "val")
+    assert_rejected(
+        "in1k", lay(tmp_path / "tar", {"ILSVRC2012_img_val.tar": tar({})}), three, "val"
+    )
     stray = lay(tmp_path / "stray", images, pictures("val/other.JPEG"), KAGGLE)
-    refused("in1k", stray, "other.JPEG has no class", "val")
-    refused(
+    assert_rejected("in1k", stray, "other.JPEG has no class", "val")
+    assert_rejected(
         "in1k",
         lay(tmp_path / "page", {"ILSVRC2012_img_train.tar": "<html>" * 200}),
         "img_train.tar is no tar",
     )
-    refused("in1k", lay(tmp_path / "empty", {"train/n01440764/readme.txt": ""}), "holds no images")
+    assert_rejected(
+        "in1k", lay(tmp_path / "empty", {"train/n01440764/readme.txt": ""}), "holds no images"
+    )
 
 
 @pytest.mark.parametrize(
@@ -621,8 +638,8 @@ def test_imagenet_refuses_what_is_not_its_layout(tmp_path):
         ),
     ],
 )
-def test_imagenet_names_the_list_of_val_that_is_not_as_published(tmp_path, lists, match):
-    refused(
+def test_imagenet_error_names_the_malformed_list_of_the_val_split(tmp_path, lists, match):
+    assert_rejected(
         "in1k",
         lay(tmp_path / "in", pictures("val/ILSVRC2012_val_00000001.JPEG"), lists),
         match,
@@ -643,9 +660,14 @@ PLACES_VAL = {
 }
 PLACES_LISTS = {
     "categories_places365.txt": PLACES_CATEGORIES,
-    "places365_train_standard.txt": "/a/airfield/00000001.jpg 0\n/a/airfield/00000002.jpg 0\n/a/alcove/00000001.jpg 1\n"
-    "/a/apartment_building/outdoor/00000001.jpg 2\n/z/zen_garden/00000001.jpg 3\n",
-    "places365_val.txt": "Places365_val_00000001.jpg 3\nPlaces365_val_00000002.jpg 2\nPlaces365_val_00000003.jpg 1\n",
+    "places365_train_standard.txt": "/a/airfield/00000001.jpg 0\n"
+    "/a/airfield/00000002.jpg 0\n"
+    "/a/alcove/00000001.jpg 1\n"
+    "/a/apartment_building/outdoor/00000001.jpg 2\n"
+    "/z/zen_garden/00000001.jpg 3\n",
+    "places365_val.txt": "Places365_val_00000001.jpg 3\n"
+    "Places365_val_00000002.jpg 2\n"
+    "Places365_val_00000003.jpg 1\n",
     "places365_test.txt": "Places365_test_00000001.jpg\n",
 }
 
@@ -697,17 +719,17 @@ def test_places_files_get_the_category_that_their_list_numbers(tmp_path, make, l
         ),
     ],
 )
-def test_places_refuses_what_is_not_its_layout(tmp_path, change, match):
+def test_places_rejects_other_layouts(tmp_path, change, match):
     files = pictures(*(f"data_256/{name}" for name in PLACES)) | PLACES_LISTS
     kept = {name: data for name, data in files.items() if name.split("/")[0] not in change}
-    refused(
+    assert_rejected(
         "places365",
         lay(tmp_path / "places", kept, {name: data for name, data in change.items() if data}),
         match,
     )
 
 
-def test_places_categories_are_numbered_by_their_lines_whatever_the_order(tmp_path, make):
+def test_places_numbers_its_categories_whatever_the_order_of_the_lines(tmp_path, make):
     shuffled = {"categories_places365.txt": "".join(reversed(PLACES_CATEGORIES.splitlines(True)))}
     source = lay(
         tmp_path / "places",
@@ -721,7 +743,7 @@ def test_places_categories_are_numbered_by_their_lines_whatever_the_order(tmp_pa
 
 
 @pytest.mark.parametrize(("kind", "ending"), [("videos", "mp4"), ("images", "jpg")])
-def test_folders_are_the_classes_of_any_other_source_and_flat_files_have_none(
+def test_folders_of_any_other_source_are_classes_and_flat_files_have_none(
     tmp_path, make, kind, ending
 ):
     group = videos if kind == "videos" else pictures
@@ -742,9 +764,7 @@ def test_folders_are_the_classes_of_any_other_source_and_flat_files_have_none(
     assert made.found == {f"x.{ending}": None, f"y.{ending}": None} and made.classes == []
 
 
-def test_csv_list_gives_paths_and_classes_and_counts_what_is_absent_short_and_skipped(
-    tmp_path, make
-):
+def test_csv_list_gives_classes_and_absent_short_and_skipped_files_are_counted(tmp_path, make):
     files = videos("a/1.mp4", "a/2.webm") | {"still.mp4": video(frames=1), "bad.mp4": "no video"}
     text = 'label,path\n"x, y",a/1.mp4\nw,a/2.webm\nw,gone.mp4\nw,still.mp4\nx,bad.mp4\n'
     made = make(
@@ -762,7 +782,7 @@ def test_csv_list_gives_paths_and_classes_and_counts_what_is_absent_short_and_sk
     assert [name for name, _ in made.report["skipped"]] == ["bad.mp4"]
 
 
-def test_csv_list_without_labels_gives_none(tmp_path, make):
+def test_csv_list_without_labels_gives_no_classes(tmp_path, make):
     elsewhere = lay(tmp_path / "elsewhere", pictures("c.jpg")) / "c.jpg"
     source = lay(
         tmp_path / "in",
@@ -778,22 +798,24 @@ def test_csv_list_without_labels_gives_none(tmp_path, make):
     assert_own_bytes(made)
 
 
-def test_csv_list_is_refused_where_it_or_its_column_or_every_file_is_missing(tmp_path):
+def test_csv_list_is_rejected_if_it_or_its_column_or_all_files_are_missing(tmp_path):
     source = lay(
         tmp_path / "in",
         {"list.csv": "file,label\na.jpg,x\n", "far.csv": "path,label\na.jpg,x\nb.jpg,x\n"},
     )
-    refused("images", source / "none.csv", "lacks none.csv")
-    refused("images", source / "list.csv", "list.csv has no column path")
-    refused("videos", source / "far.csv", "far.csv holds none of the 2 videos")
+    assert_rejected("images", source / "none.csv", "lacks none.csv")
+    assert_rejected("images", source / "list.csv", "list.csv has no column path")
+    assert_rejected("videos", source / "far.csv", "far.csv holds none of the 2 videos")
     half = lay(
         tmp_path / "half", pictures("a.jpg", "b.jpg"), {"list.csv": "path,label\na.jpg,x\nb.jpg,\n"}
     )
-    refused("images", half / "list.csv", "b.jpg has no class, unlike")
+    assert_rejected(
+        "images", half / "list.csv", "b.jpg has no class, but inputs before it have one"
+    )
 
 
 @pytest.mark.parametrize(("kind", "ending"), [("videos", "mp4"), ("images", "jpg")])
-def test_webdataset_tars_of_a_pattern_give_numbered_classes_or_none(tmp_path, make, kind, ending):
+def test_webdataset_tars_give_numbered_classes_or_none(tmp_path, make, kind, ending):
     data = {
         f"k{number}": video() if kind == "videos" else picture(f"k{number}") for number in range(6)
     }
@@ -819,55 +841,56 @@ def test_webdataset_tars_of_a_pattern_give_numbered_classes_or_none(tmp_path, ma
     )
     if kind == "images":
         assert_own_bytes(made)
-    refused(kind, tmp_path / "a-{0..3}.tar", "1 of the 4 tars are not there, first a-3.tar")
-    refused(kind, tmp_path / "c.tar", "1 of the 1 tars are not there, first c.tar")
-    refused(
+    assert_rejected(kind, tmp_path / "a-{0..3}.tar", "1 of 4 tars are missing, first a-3.tar")
+    assert_rejected(kind, tmp_path / "c.tar", "1 of 1 tars are missing, first c.tar")
+    assert_rejected(
         kind,
         tmp_path / "a-{0..2}.tar",
-        "--per-class counts files, and SOURCE holds tars",
+        "--per-class needs files, but SOURCE holds tars",
         per_class=1,
     )
 
 
-def test_part_of_a_sample_that_only_ends_like_a_video_is_not_taken_for_it(tmp_path, make):
-    samples = {"a.artifacts": "x", "a.mp4": video(), "a.cls": "1"}  # .ts is a container of videos
+def test_file_of_a_tar_is_a_video_only_if_its_whole_extension_matches(tmp_path, make):
+    samples = {"a.artifacts": "x", "a.mp4": video(), "a.cls": "1"}  # .ts is a video format
     made = make("videos", lay(tmp_path, {"x.tar": tar(samples)}) / "x.tar")
     assert made.found == {"x.tar/a.mp4": "1"}
 
 
-def damaged(data: bytes, how: str, at: int) -> bytes:
-    """A tar whose file `at` is cut in its data, at its header or inside it, or whose header there is overwritten."""
+def corrupted(data: bytes, damage: str, number: int) -> bytes:
+    """Truncate a tar in or before the file of a number, or overwrite the header of that file."""
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        member = archive.getmembers()[at]
+        member = archive.getmembers()[number]
     cuts = {
         "in data": member.offset_data + member.size // 2,
         "at header": member.offset,
         "in header": member.offset + 100,
     }
-    if how in cuts:
-        return data[: cuts[how]]
+    if damage in cuts:
+        return data[: cuts[damage]]
     return data[: member.offset] + b"?" * 512 + data[member.offset_data :]
 
 
-@pytest.mark.parametrize("how", ["in data", "at header", "in header", "header overwritten"])
-def test_samples_before_the_damage_of_a_tar_are_kept_and_the_damage_is_named(tmp_path, make, how):
+@pytest.mark.parametrize("damage", ["in data", "at header", "in header", "header overwritten"])
+def test_samples_before_the_corrupt_place_in_a_tar_are_kept(tmp_path, make, damage):
     samples = {}
     for number in range(12):
         samples |= {
             f"{number:02d}.jpg": picture(f"{number:02d}", 64),
             f"{number:02d}.cls": str(number % 3),
         }
-    whole = {"x-1.tar": tar({"n.jpg": picture("n"), "n.cls": "2"})}
-    source = lay(tmp_path / how, {"x-0.tar": damaged(tar(samples), how, 2 * 9)}, whole)
+    intact = {"x-1.tar": tar({"n.jpg": picture("n"), "n.cls": "2"})}
+    source = lay(tmp_path / damage, {"x-0.tar": corrupted(tar(samples), damage, 2 * 9)}, intact)
     made = make("images", source / "x-{0..1}.tar", max_skipped=0.2)
     kept = {f"x-0.tar/{number:02d}.jpg": str(number % 3) for number in range(8)}
-    last = {
-        "x-0.tar/08.jpg": "2"
-    }  # the file that would show it to be complete is the one that is damaged
-    assert made.found in (kept | {"x-1.tar/n.jpg": "2"}, kept | last | {"x-1.tar/n.jpg": "2"})
+    # Sample 08 ends where the corrupt file begins, so it may be lost too.
+    last = {"x-0.tar/08.jpg": "2"}
+    other = {"x-1.tar/n.jpg": "2"}
+    assert made.found in (kept | other, kept | last | other)
     assert_own_bytes(made)
     ((name, reason),) = made.report["skipped"]
-    assert name == "x-0.tar" and "what follows in it is lost" in reason and " at 0x" not in reason
+    assert name == "x-0.tar" and "the samples after it are lost" in reason
+    assert " at 0x" not in reason
 
 
 def command(*arguments: str) -> str:
@@ -880,13 +903,13 @@ def command(*arguments: str) -> str:
     return result.stderr
 
 
-def test_command_line_says_in_one_line_which_folder_list_or_column_of_a_layout_is_missing(tmp_path):
+def test_command_line_names_the_missing_folder_list_or_column_in_one_line(tmp_path):
     k400 = lay(tmp_path / "k400", videos("train/0wR5jVB-WPk_000417_000427.mp4"))
     mit = lay(tmp_path / "mit", videos(*MIT), {"moments_categories.txt": "clapping,0\n"})
     places = lay(tmp_path / "places", PLACES_LISTS)
     listing = lay(tmp_path / "mine", {"list.csv": "file\na.jpg\n"}) / "list.csv"
     for arguments, missing in (
-        (("k400", str(k400)), "needs annotations/train.csv for the classes"),
+        (("k400", str(k400)), "add annotations/train.csv for the classes"),
         (("k400", str(k400), "--split", "val"), "there is no folder val or videos/val"),
         (("mit", str(mit)), "lacks trainingSet.csv"),
         (("places365", str(places)), "there is no folder data_256"),
@@ -897,7 +920,7 @@ def test_command_line_says_in_one_line_which_folder_list_or_column_of_a_layout_i
     assert not (tmp_path / "out").exists()
 
 
-def test_command_line_says_in_one_line_which_list_is_the_wrong_file(tmp_path):
+def test_command_line_names_a_list_with_the_wrong_content_in_one_line(tmp_path):
     source = lay(tmp_path / "ssv2", ssv2(), {"something-something-v2-labels.json": clips("78687")})
     assert "something-something-v2-labels.json" in command(
         "ssv2", str(source), str(tmp_path / "out")

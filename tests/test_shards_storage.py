@@ -1,4 +1,4 @@
-"""Data in buckets: an S3 server (moto) on the loopback, spoken to by HTTP through boto3."""
+"""Data sets in buckets: the S3 server is moto on this machine, reached over HTTP through boto3."""
 
 import io
 import json
@@ -25,13 +25,15 @@ from shards.views import EvalViews
 
 
 def upload(client, folder: Path, prefix: str) -> None:
+    """Copy all files of a folder into the bucket."""
     for name, data in files_of(folder).items():
         client.put_object(Bucket="bkt", Key=f"{prefix}/{name}", Body=data)
 
 
 def objects(client, prefix: str) -> dict[str, bytes]:
+    """Return {name: content} of everything under a prefix of the bucket."""
     found = client.list_objects_v2(Bucket="bkt", Prefix=prefix + "/").get("Contents", ())
-    keys = [one["Key"] for one in found]
+    keys = [entry["Key"] for entry in found]
     return {
         key.removeprefix(prefix + "/"): client.get_object(Bucket="bkt", Key=key)["Body"].read()
         for key in keys
@@ -39,7 +41,7 @@ def objects(client, prefix: str) -> dict[str, bytes]:
 
 
 def without_source(files: dict[str, bytes]) -> dict[str, bytes]:
-    """The files of a data set, the place of its source left out."""
+    """Return the files of a data set without the address of its source."""
     plain = {}
     for name, data in files.items():
         value = json.loads(data) if name in ("request.json", "report.json") else data
@@ -51,7 +53,7 @@ def without_source(files: dict[str, bytes]) -> dict[str, bytes]:
     return plain
 
 
-def test_source_in_a_bucket_gives_the_bytes_of_the_same_source_on_disk(bucket, tmp_path):
+def test_source_in_a_bucket_converts_to_the_same_bytes_as_on_disk(bucket, tmp_path):
     write_images(tmp_path / "in", 12)
     write_image(tmp_path / "in" / "class 0 and more" / "a.png")
     write_video(tmp_path / "clips" / "c" / "a.mp4", frames=12)
@@ -115,7 +117,7 @@ def test_imagenets_tar_of_tars_is_read_from_a_bucket_without_unpacking(bucket, t
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_out_in_a_bucket_holds_what_a_folder_would_and_local_copies_can_be_dropped(
+def test_output_in_a_bucket_equals_a_local_one_with_and_without_local_copies(
     bucket, tmp_path, keep
 ):
     write_images(tmp_path / "in", 12)
@@ -124,29 +126,23 @@ def test_out_in_a_bucket_holds_what_a_folder_would_and_local_copies_can_be_dropp
     folder = files_of(tmp_path / "folder")
     assert report["samples"] == 12 and objects(bucket, "my/set") == folder
     local = files_of(tmp_path / "my" / "set")
-    assert (
-        local == {name: data for name, data in folder.items() if name != "request.json"}
-        if keep
-        else not local
-    )
+    kept = {name: data for name, data in folder.items() if name != "request.json"}
+    assert local == (kept if keep else {})
 
-    def written() -> dict:
+    def times_of_finished_parts() -> dict:
         found = bucket.list_objects_v2(Bucket="bkt")["Contents"]
-        return {
-            one["Key"]: one["LastModified"]
-            for one in found
-            if "part-" in one["Key"] and "000001" not in one["Key"]
-        }
+        times = {entry["Key"]: entry["LastModified"] for entry in found}
+        return {key: time for key, time in times.items() if "part-" in key and "000001" not in key}
 
-    before = written()
-    bucket.delete_object(
-        Bucket="bkt", Key="my/set/part-000001/part.json"
-    )  # as a machine that went away leaves it
+    before = times_of_finished_parts()
+    # A killed machine leaves a part without its part.json.
+    bucket.delete_object(Bucket="bkt", Key="my/set/part-000001/part.json")
     convert(str(tmp_path / "in"), "s3://bkt/my/set", Recipe("images"), 2, keep_local=keep)
-    assert objects(bucket, "my/set") == folder and written() == before
+    assert objects(bucket, "my/set") == folder
+    assert times_of_finished_parts() == before
 
 
-def test_machines_without_a_common_disk_share_the_work_through_the_bucket(
+def test_machines_without_a_common_disk_share_a_conversion_through_the_bucket(
     bucket, tmp_path, monkeypatch
 ):
     write_images(tmp_path / "in", 24)
@@ -166,19 +162,19 @@ def test_machines_without_a_common_disk_share_the_work_through_the_bucket(
     assert objects(bucket, "set") == files_of(tmp_path / "folder")
 
 
-def test_data_set_in_a_bucket_is_verified_shown_and_read_in_place(bucket, tmp_path, capsys):
+def test_data_set_in_a_bucket_is_read_shown_and_verified_without_a_copy(bucket, tmp_path, capsys):
     write_images(tmp_path / "in", 12)
     convert(str(tmp_path / "in"), str(tmp_path / "folder"), Recipe("images"), 2)
     upload(bucket, tmp_path / "folder", "set")
-    near, far = Clips(str(tmp_path / "folder")), Clips("s3://bkt/set")
-    assert len(far) == 12
+    local, remote = Clips(str(tmp_path / "folder")), Clips("s3://bkt/set")
+    assert len(remote) == 12
     for number in (0, 5, 11):
-        assert {key: np.asarray(value).tolist() for key, value in far[number].items()} == {
-            key: np.asarray(value).tolist() for key, value in near[number].items()
-        }
-    show("s3://bkt/set", str(tmp_path / "far.png"))
-    show(str(tmp_path / "folder"), str(tmp_path / "near.png"))
-    assert np.array_equal(Image.open(tmp_path / "far.png"), Image.open(tmp_path / "near.png"))
+        expected, sample = local[number], remote[number]
+        assert sample.keys() == expected.keys()
+        assert all(np.array_equal(sample[key], expected[key]) for key in expected)
+    show("s3://bkt/set", str(tmp_path / "remote.png"))
+    show(str(tmp_path / "folder"), str(tmp_path / "local.png"))
+    assert np.array_equal(Image.open(tmp_path / "remote.png"), Image.open(tmp_path / "local.png"))
     assert EvalViews(["s3://bkt/set"], 24)[3]["inputs"].shape == (1, 1, 3, 24, 24)
 
     assert verify("s3://bkt/set", 2) == []
@@ -186,23 +182,22 @@ def test_data_set_in_a_bucket_is_verified_shown_and_read_in_place(bucket, tmp_pa
     shard[len(shard) // 2] ^= 1
     bucket.put_object(Bucket="bkt", Key="set/part-000001/shard.00000.mds", Body=bytes(shard))
     bucket.delete_object(Bucket="bkt", Key="set/part-000002/shard.00000.mds")
-    damaged, *_, missing = verify("s3://bkt/set", 2)
-    assert damaged.startswith("part-000001/shard.00000.mds is damaged")
+    corrupt, *_, missing = verify("s3://bkt/set", 2)
+    assert corrupt.startswith("part-000001/shard.00000.mds is corrupt")
     assert missing == "part-000002/shard.00000.mds is missing"
 
 
-def test_bucket_that_fails_is_named_and_the_same_command_goes_on(bucket, tmp_path, monkeypatch):
+def test_unreachable_bucket_is_named_and_the_same_command_continues(bucket, tmp_path, monkeypatch):
     write_images(tmp_path / "in", 12)
     arguments = (str(tmp_path / "in"), "s3://bkt/set", Recipe("images"), 1)
     write = Storage.write
 
-    def fail(place, name, data):
+    def fail(storage, name, data):
         if name == "part-000001/shard.00000.mds":
-            with bucket_errors(place.at(name)):
-                place.put = boto3.client("s3", endpoint_url="http://127.0.0.1:9").put_object(
-                    **place.key(name), Body=data
-                )
-        write(place, name, data)
+            unreachable = boto3.client("s3", endpoint_url="http://127.0.0.1:9")
+            with bucket_errors(storage.at(name)):
+                unreachable.put_object(**storage.key(name), Body=data)
+        write(storage, name, data)
 
     with monkeypatch.context() as patch:
         patch.setattr(Storage, "write", fail)
@@ -218,16 +213,49 @@ def test_bucket_that_fails_is_named_and_the_same_command_goes_on(bucket, tmp_pat
     assert objects(bucket, "set") == files_of(tmp_path / "folder")
 
 
+@pytest.mark.parametrize("root", ["folder", "s3://bkt/folder"])
+def test_storage_reads_lists_and_replaces_files_alike_in_folders_and_buckets(
+    bucket, tmp_path, root
+):
+    (tmp_path / "folder" / "b").mkdir(parents=True)
+    storage = Storage(root)
+    for name in ("b.txt", "b/c", "b/.hidden", "a"):
+        storage.write(name, b"0123456789")
+    storage.write_json("a", {"é": 1})
+    assert list(storage.names()) == ["a", "b.txt", "b/c"]
+    assert list(storage.names("b")) == ["b/c"]
+    assert storage.has("a") and storage.has("b") and storage.has("b/c")
+    assert not storage.has("b/missing") and not storage.has("b.t")
+    assert storage.read("b/c") == b"0123456789" and storage.read("b/c", 2, 3) == b"234"
+    assert json.loads(storage.read("a")) == {"é": 1}
+    with storage.open("b/c") as file:
+        assert file.seek(8) == 8 and file.read() == b"89"
+    for access in (storage.read, storage.open, storage.stream):
+        with pytest.raises(FileNotFoundError, match=r"folder/missing"):
+            access("missing")
+
+
+def test_files_copied_to_a_bucket_and_back_are_equal_and_can_be_deleted(bucket, tmp_path):
+    storage = Storage("s3://bkt/folder")
+    (tmp_path / "file").write_bytes(b"data")
+    storage.upload(tmp_path / "file", "copy")
+    storage.download("copy", tmp_path / "new" / "file")
+    assert (tmp_path / "new" / "file").read_bytes() == b"data"
+    storage.delete("copy")
+    storage.delete("copy")
+    assert not storage.has("copy")
+
+
 @pytest.mark.parametrize("arrived", [b"dat", b"dat?"])
-def test_upload_that_does_not_arrive_as_it_was_sent_is_an_error(bucket, monkeypatch, arrived):
+def test_write_to_a_bucket_raises_if_it_stored_other_bytes(bucket, monkeypatch, arrived):
     client = s3_client(os.getpid())
     put = client.put_object
     monkeypatch.setattr(client, "put_object", lambda **given: put(**given | {"Body": arrived}))
-    with pytest.raises(OSError, match=r"not the 4 bytes that were sent.*s3://bkt/x/name"):
+    with pytest.raises(OSError, match=r"did not store the 4 bytes that were sent.*s3://bkt/x/name"):
         Storage("s3://bkt/x").write("name", b"data")
 
 
-def test_wrong_address_bucket_or_object_is_named(bucket, tmp_path, monkeypatch):
+def test_error_names_a_wrong_address_bucket_or_object(bucket, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="gs://b/x is neither a folder nor an s3:// address"):
         convert("gs://b/x", str(tmp_path / "out"), Recipe("images"))
     with pytest.raises(OSError, match=r"NoSuchBucket.*s3://nowhere"):
@@ -235,7 +263,7 @@ def test_wrong_address_bucket_or_object_is_named(bucket, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="s3://bkt/empty: there is no folder"):
         convert("s3://bkt/empty", str(tmp_path / "out"), Recipe("images"))
     with pytest.raises(
-        ValueError, match=r"s3://bkt/empty is not a complete data set \(index.json is missing\)"
+        ValueError, match=r"s3://bkt/empty is not a complete data set: index.json is missing"
     ):
         open_stream(path="s3://bkt/empty")
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")

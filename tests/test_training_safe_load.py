@@ -50,7 +50,7 @@ def train_sharded(run: Path, callbacks: list[Callback], steps: int = 1) -> Train
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     samples = []
-    for _ in range(8):
+    for _ in range(16):
         views = torch.randn(2, 3, 32, 32, generator=generator)
         samples.append({"views": views, "noise": torch.rand(2, 16, generator=generator)})
     loader = DataLoader(samples, batch_size=2, sampler=dist.get_sampler(samples))

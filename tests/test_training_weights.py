@@ -441,6 +441,12 @@ def test_a_run_directory_stands_for_its_newest_checkpoint(tmp_path):
     assert all(torch.equal(by_run[key], state[key]) for key in state)
 
 
+def test_folder_without_a_checkpoint_is_refused(tmp_path):
+    write_run(tmp_path / "runs" / "one", "model: {}")
+    with pytest.raises(ValueError, match=r"runs/one: holds neither checkpoints/latest-rank0.pt"):
+        read_checkpoint(str(tmp_path / "runs" / "one"))
+
+
 # Sizes
 
 

@@ -54,6 +54,25 @@ def find_timm_file(name: str) -> str:
     raise ValueError(f"timm's {name} is not on disk; fetch it with: {command}")
 
 
+def find_file(path: str) -> str:
+    """Return the file, or the folder of shards, that a path or name of read_checkpoint stands for.
+
+    Raises:
+        ValueError: there is none.
+    """
+    newest = os.path.join(path, "checkpoints", LATEST)
+    if os.path.exists(newest):
+        return newest
+    if not os.path.exists(path):
+        return find_timm_file(path)
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, ".metadata")):
+        raise ValueError(
+            f"{path}: holds neither checkpoints/{LATEST}, as a run directory does, "
+            "nor .metadata, as a sharded checkpoint does"
+        )
+    return path
+
+
 def read_checkpoint(path: str) -> dict[str, Tensor]:
     """Return the weights in a checkpoint, by the names and in the layout of our models.
 
@@ -67,11 +86,7 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is missing, corrupt, unsafe, or holds no ViT.
     """
-    newest = os.path.join(path, "checkpoints", LATEST)
-    if os.path.exists(newest):
-        path = newest
-    elif not os.path.exists(path):
-        path = find_timm_file(path)
+    path = find_file(path)
     try:
         if os.path.isdir(path):
             content = read_shards(path)
