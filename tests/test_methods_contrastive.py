@@ -125,6 +125,17 @@ def test_triplet_loss_of_four_known_points():
     assert float(loss) == pytest.approx((0.0 + 0.2 + 0.0 + 0.0) / 4) and float(accuracy) == 0.75
 
 
+def test_negative_as_far_as_the_positive_is_passed_over_for_a_further_one():
+    """On the unit circle: a pair at 0 and 90 degrees, and pairs of equal views at 180 and 270.
+
+    From 0 and from 90 degrees, the positive and one negative are at 2, the other negative at 4.
+    """
+    east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    z = torch.stack([torch.stack([east, north]), (-east).expand(2, 2), (-north).expand(2, 2)])
+    loss, accuracy = triplet_loss(z, None, 0.2)
+    assert float(loss) == 0.0 and float(accuracy) == 1.0
+
+
 @pytest.mark.parametrize(
     ("shape", "labels"), [((4, 2, 6), torch.zeros(4, dtype=torch.long)), ((4, 1, 6), None)]
 )
