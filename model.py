@@ -451,7 +451,8 @@ class ViCMAE(CountedModel):
         self.ramp = 1.0
 
         N = self.encoder.num_patches
-        if not 0 < mask_ratio < 1 or not 0 < self.masking(torch.zeros(1, N))[2].sum() < N:
+        kept = self.masking(torch.zeros(1, N))[0].shape[1]
+        if not 0 < mask_ratio < 1 or not 0 < kept < N:
             raise ValueError(f"mask_ratio={mask_ratio}: must keep and remove some of {N} patches")
         if not weight_recon and not weight_contrast:
             raise ValueError("weight_recon=0, weight_contrast=0: one of them must be positive")

@@ -1,4 +1,4 @@
-"""Imports run one way: model.py and shards/ below, then the wings, the stages, benchmarks/ on top."""
+"""Imports run one way: model.py and shards/ below, then wings, stages, benchmarks/ on top."""
 
 import ast
 from pathlib import Path
