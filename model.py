@@ -572,8 +572,6 @@ class Classifier(CountedModel):
         head_init_std: standard deviation of the head's initial weights.
     """
 
-    head_per_data_set = False
-
     def __init__(
         self,
         num_classes: int,
@@ -605,10 +603,6 @@ class Classifier(CountedModel):
         nn.init.trunc_normal_(head.weight, std=self.head_init_std)
         nn.init.zeros_(head.bias)
         return head
-
-    def label_offsets(self, data_sets: int) -> tuple[int, ...]:
-        """Return the number of the first class of each data set: they share their classes."""
-        return (0,) * data_sets
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Return timm's groups for layer decay: embedding and positions first, then the blocks."""

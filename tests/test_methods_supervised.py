@@ -43,7 +43,6 @@ def test_each_head_trains_and_classifies_the_samples_of_its_own_data_set_alone()
 
 
 def test_labels_are_numbered_over_all_data_sets_or_within_the_one_that_is_evaluated():
-    assert Classifier(4, **ENCODER).label_offsets(3) == (0, 0, 0)
     assert Omnivore([4, 3, 5], **ENCODER).label_offsets(3) == (0, 4, 7)
     assert Omnivore([4, 3, 5], **ENCODER, data_set=1).label_offsets(2) == (4, 4)
 
