@@ -1,10 +1,11 @@
-"""The demonstration over three seeds: random weights, MAE alone and ViC-MAE, with equal encoder, data, steps and probes.
+"""The demonstration over three seeds: random weights, MAE alone and ViC-MAE.
 
-    uv run python benchmarks/bench_demo.py                                       # 2 CPU cores; see README for the time
+    uv run python benchmarks/bench_demo.py                               # 2 CPU cores, 45 min
 
-Pre-trains what is missing under runs/, probes each encoder (k-NN; linear on 200 labels and on all) on stills and middle
-frames of clips, fine-tunes it on 200 labelled clips and on 200 labelled stills, and prints a line of JSON a run, then the
-table of the README: mean and standard deviation over the seeds.
+All rows have the same encoder, data, steps and probes. Pre-trains what is missing under runs/ and
+measures each encoder: k-NN, and linear heads on 200 labels and on all, with stills and the middle
+frames of clips; fine-tuning on 200 labelled clips and on 200 labelled stills. Prints a line of JSON
+for each encoder, then the table of the README: mean and standard deviation over the seeds.
 """
 
 import json
@@ -13,14 +14,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import data_prep
+from training.weights import LATEST
 
-METHODS = {
-    "random weights": None,
+SEEDS = 3
+METHODS = {  # {method: its changes of yamls/demo.yaml}
     "MAE alone": ["model.weight_contrast=0.0", "model.weight_recon=1.0"],
     "ViC-MAE": [],
 }
+RANDOM = "random weights"
 COLUMNS = {
     "knn": "k-NN",
     "linear_20": "linear, 200 labels",
@@ -31,64 +34,67 @@ COLUMNS = {
 
 
 def run(script: str, *arguments: str) -> None:
-    command = [sys.executable, script, f"yamls/{arguments[0]}.yaml", *arguments[1:]]
+    """Run a stage; end the program if it fails."""
+    command = [sys.executable, script, *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{' '.join(command)}\n{result.stderr}")
 
 
-def measure(method: str, seed: int) -> dict[str, float]:
-    name = f"bench_{method.replace(' ', '_')}_{seed}"
-    checkpoint = "null"
-    if METHODS[method] is not None:
-        run(
-            "pretrain.py",
-            "demo",
-            f"run_name={name}",
-            f"seed={seed}",
-            "trainer.progress_bar=false",
-            *METHODS[method],
-        )
-        checkpoint = f"runs/{name}/checkpoints/latest-rank0.pt"
-    run("eval.py", "eval_demo", f"run_name={name}_eval", f"seed={seed}", f"checkpoint={checkpoint}")
-    found = json.loads(Path("runs", f"{name}_eval", "eval.json").read_text())
-    for kind, changes in (("clips", []), ("stills", ["yamls/finetune_stills.yaml"])):
-        tuned = f"{name}_{kind}"
-        always = [
-            f"run_name={tuned}",
-            f"seed={seed}",
-            f"pretrained={checkpoint}",
-            "trainer.progress_bar=false",
-        ]
-        run("finetune.py", "finetune_demo", *changes, *always)
-        found[kind] = json.loads(Path("runs", tuned, "result.json").read_text())[
-            "metrics/eval/top1"
-        ]
-    return {key: found[key] for key in COLUMNS}
+def name_of(method: str, seed: int) -> str:
+    return f"bench_{method.replace(' ', '_')}_{seed}"
+
+
+def pretrain(method: str, seed: int) -> None:
+    """Pre-train, unless the run is finished."""
+    settings = [f"run_name={name_of(method, seed)}", f"seed={seed}", "trainer.progress_bar=false"]
+    run("pretrain.py", "yamls/demo.yaml", *settings, *METHODS[method])
+
+
+def measure(encoder: str, seed: int) -> dict[str, float]:
+    """Return the accuracies of an encoder by the keys of COLUMNS, in [0, 1].
+
+    Args:
+        encoder: RANDOM, or a method that has been pre-trained.
+    """
+    name = name_of(encoder, seed)
+    # Random weights have the sizes of ViC-MAE's checkpoint.
+    run_name = name_of("ViC-MAE", seed) if encoder == RANDOM else name
+    checkpoint = f"runs/{run_name}/checkpoints/{LATEST}"
+    always = [f"seed={seed}", f"random_weights={str(encoder == RANDOM).lower()}"]
+    probe = [*always, f"run_name={name}_eval", f"checkpoint={checkpoint}"]
+    run("eval.py", "yamls/eval_demo.yaml", *probe)
+    result = json.loads(Path("runs", f"{name}_eval", "eval.json").read_text())
+    for kind, overlay in (("clips", []), ("stills", ["yamls/finetune_stills.yaml"])):
+        settings = [*always, f"run_name={name}_{kind}", f"pretrained={checkpoint}"]
+        settings.append("trainer.progress_bar=false")
+        run("finetune.py", "yamls/finetune_demo.yaml", *overlay, *settings)
+        tuned = json.loads(Path("runs", f"{name}_{kind}", "result.json").read_text())
+        result[kind] = tuned["metrics/eval/top1"]
+    return {key: result[key] for key in COLUMNS}
+
+
+def mean_and_deviation(accuracies: list[float]) -> str:
+    """Return them in %."""
+    values = [100 * accuracy for accuracy in accuracies]
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def main() -> None:
-    data_prep.demo("data/demo")
-    print("| encoder | " + " | ".join(COLUMNS.values()) + " |")
-    rows = []
+    data_prep.make_demo("data/demo")
     for method in METHODS:
-        results = []
-        for seed in range(3):
-            results.append(measure(method, seed))
-            print(
-                json.dumps({"method": method, "seed": seed} | results[-1]),
-                file=sys.stderr,
-                flush=True,
-            )
-        cells = ([100 * result[key] for result in results] for key in COLUMNS)
-        rows.append(
-            " | ".join(
-                f"{statistics.mean(cell):.1f} ± {statistics.stdev(cell):.1f}" for cell in cells
-            )
-        )
+        for seed in range(SEEDS):
+            pretrain(method, seed)
+    print("| encoder | " + " | ".join(COLUMNS.values()) + " |")
     print("| --- " * (len(COLUMNS) + 1) + "|")
-    for method, row in zip(METHODS, rows, strict=True):
-        print(f"| {method} | {row} |")
+    for encoder in (RANDOM, *METHODS):
+        results = []
+        for seed in range(SEEDS):
+            results.append(measure(encoder, seed))
+            line = {"method": encoder, "seed": seed} | results[-1]
+            print(json.dumps(line), file=sys.stderr, flush=True)
+        cells = [mean_and_deviation([result[key] for result in results]) for key in COLUMNS]
+        print(f"| {encoder} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
