@@ -70,9 +70,7 @@ INTERVAL = 8  # steps between its checkpoints
 KILLED_AFTER = STEPS // 2 + INTERVAL // 2  # steps: half an interval after a checkpoint
 
 
-def take_turns(
-    contenders: dict[str, Callable[[], int]], turns: int = TURNS
-) -> dict[str, list[float]]:
+def take_turns(contenders: dict[str, Callable[[], int]], turns: int = TURNS) -> dict:
     """Return {contender: seconds per item in each turn}.
 
     Args:
@@ -106,10 +104,7 @@ def demo_arguments(model: dict | None, batch: int) -> list[str]:
 
 
 def configure(*changes: str, model: dict | None = MODEL, batch: int = BATCH) -> PretrainConfig:
-    """Return the demonstration's configuration with another model and batch.
-
-    It has no k-NN, which is not part of a step.
-    """
+    """Return the demonstration's configuration with another model and batch, without k-NN."""
     arguments = [*demo_arguments(model, batch), *changes]
     config = PretrainConfig(**load_config(arguments, PretrainConfig))
     del config.callbacks["KNN"]
@@ -135,16 +130,6 @@ def step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, times: in
 def random_batch(net: ViCMAE, pairs: int) -> Batch:
     side, patches = net.encoder.img_size, net.encoder.num_patches
     return {"views": torch.randn(pairs, 2, 3, side, side), "noise": torch.rand(pairs, 2, patches)}
-
-
-def copy_weights(net: ViCMAE, plain: PlainViCMAE) -> None:
-    """Copy the trained parameters of our model, the two tokens first, as in the plain one."""
-    tokens = [net.encoder.cls_token, net.decoder.mask_token]
-    trained = {name: value for name, value in net.named_parameters() if value.requires_grad}
-    others = [value for name, value in trained.items() if not name.endswith("_token")]
-    with torch.no_grad():
-        for theirs, value in zip(plain.parameters(), [*tokens, *others], strict=True):
-            theirs.copy_(value)
 
 
 def compare_steps(what: str, config: PretrainConfig) -> None:
@@ -175,7 +160,7 @@ def compare_steps(what: str, config: PretrainConfig) -> None:
         "autocast to bfloat16": PlainViCMAE(net, fused=True),
     }
     for name, other in plain.items():
-        copy_weights(net, other)
+        other.copy_weights(net)
         torch.testing.assert_close(other(**batch), our_loss(net, batch))
         if "bfloat16" in name:
             other.forward = bfloat16(other.forward)
@@ -206,12 +191,7 @@ class Batches:
         seconds_before: of the call before each.
     """
 
-    def __init__(
-        self,
-        batches: list[Batch],
-        length: int,
-        before_each: Callable[[Batch], object] | None = None,
-    ):
+    def __init__(self, batches: list[Batch], length: int, before_each: Callable | None = None):
         self.batches, self.length, self.before_each = batches, length, before_each
         self.seconds, self.seconds_before = [], []
 
@@ -390,13 +370,14 @@ def measure_kill(demo: Path, work: Path, turns: int = 2) -> None:
         _, last_end = launch(arguments, killed)
         after = read_times(killed)[len(before) :]
         seconds = statistics.median(np.diff([moment for _, moment in read_times(whole)]))
-        result = {
-            "lost": ((last_end - first_begin) - (end - begin)) / seconds,
-            "start_up": (after[0][1] - kill_time) / seconds,
-            "repeated": before[-1][0] - after[0][0],
-            "seconds": seconds,
-        }
-        results.append(result)
+        results.append(
+            {
+                "lost": ((last_end - first_begin) - (end - begin)) / seconds,
+                "start_up": (after[0][1] - kill_time) / seconds,
+                "repeated": before[-1][0] - after[0][0],
+                "seconds": seconds,
+            }
+        )
     median = {key: statistics.median(result[key] for result in results) for key in results[0]}
     more = {
         "start_up": round(median["start_up"], 1),
@@ -442,8 +423,8 @@ def compare_ranks(work: Path, turns: int = 3, steps: int = 8) -> None:
         with tempfile.TemporaryDirectory(dir=work) as folder:
             rows = (range(ranks), [ranks] * ranks, [folder] * ranks, [steps] * ranks)
             seconds[ranks].append(max(in_processes(run_rank, *rows, at_once=ranks)))
-    more = {"batch": RANKS_BATCH, "seconds": round(statistics.median(seconds[1]), 3)}
-    more |= {"cores": os.cpu_count()}
+    median = round(statistics.median(seconds[1]), 3)
+    more = {"batch": RANKS_BATCH, "seconds": median, "cores": os.cpu_count()}
     value = ratio(seconds[1], seconds[2])
     report("2 ranks, the same global batch", value, "1 rank", "samples a second", **more)
 

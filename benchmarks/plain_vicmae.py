@@ -51,7 +51,7 @@ class PlainViCMAE(nn.Module):
         # The positions are fixed, and copied since computing them is not part of a step.
         self.register_buffer("positions", encoder.pos_embed.detach().clone())
         self.register_buffer("decoder_positions", decoder.pos_embed.detach().clone())
-        # compare_steps copies our parameters, so these stand in the order of ours.
+        # Layers stand in the order of ours, on which copy_weights relies.
         self.cls = nn.Parameter(torch.zeros(1, 1, D))
         self.patches = nn.Conv2d(3, D, p, p)
         heads = [block.attn.num_heads for block in encoder.blocks]
@@ -66,6 +66,16 @@ class PlainViCMAE(nn.Module):
         first = (nn.Linear(D, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
         second = (nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
         self.projector = nn.Sequential(*first, *second, nn.Linear(hidden, out))
+
+    def copy_weights(self, ours: ViCMAE) -> None:
+        """Copy the trained parameters of our model."""
+        # PyTorch lists the parameters of a module itself, here the tokens, before its layers'.
+        tokens = [ours.encoder.cls_token, ours.decoder.mask_token]
+        trained = {name: value for name, value in ours.named_parameters() if value.requires_grad}
+        others = [value for name, value in trained.items() if not name.endswith("_token")]
+        with torch.no_grad():
+            for own, value in zip(self.parameters(), [*tokens, *others], strict=True):
+                own.copy_(value)
 
     def one_view(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the reconstruction loss and the projections (B, out) of a view.
