@@ -217,7 +217,7 @@ class ProbeHeads(nn.ModuleList):
 
     @torch.no_grad()
     def count(self, logits: Tensor, held_out: Tensor) -> None:
-        """Count the correct predictions of logits (B, heads, C) on held-out labels (B,); -1 = none."""
+        """Count correct predictions of logits (B, heads, C) on held-out labels (B,); -1 = none."""
         right = (logits.argmax(dim=-1) == held_out[:, None]).sum(dim=0).float()  # (heads,)
         if dist.get_world_size() > 1:
             dist.all_reduce(right)

@@ -1,4 +1,4 @@
-"""Pictures of what a model does: reconstructions, attention, nearest neighbours, confusion, losses."""
+"""Pictures of a model: reconstructions, attention, nearest neighbours, confusion, losses."""
 
 from functools import partial
 from pathlib import Path

@@ -31,7 +31,7 @@ from model import (
 
 
 class SimCLR(ViCMAE):
-    """InfoNCE between two unmasked views (Chen et al. 2020), and the base of the other methods here.
+    """InfoNCE between two unmasked views (Chen et al. 2020); the base of the other methods here.
 
     Args:
         masked: mask and reconstruct the views as ViC-MAE does.
