@@ -56,35 +56,23 @@ SHARD_BYTES = 1 << 26
 
 @dataclass
 class Conversion:
-    """The settings that all parts of a conversion share.
-
-    Args:
-        target: storage of the data set.
-        folder: of the data set if it is local, else of its local copy.
-        keep_local: whether the local copy stays.
-    """
+    """The settings that all parts of a conversion share."""
 
     listing: Listing
     classes: list[str]
     recipe: Recipe
     manifest: Manifest
-    target: Storage
-    folder: Path
-    keep_local: bool
+    target: Storage  # of the data set
+    folder: Path  # of the data set if it is local, else of its local copy
+    keep_local: bool  # whether the local copy stays
 
 
 def write_part(
     job: Conversion, entries: list, out: Path, bad_inputs: dict[int, str], report: Report
 ) -> dict:
-    """Convert some inputs into MDS shards in the folder `out`.
+    """Convert entries of the manifest into MDS shards in the folder `out`; see shards/workers.py.
 
-    Args:
-        entries: lines of the manifest.
-        bad_inputs: {number of an input: reason to skip it}.
-        report: called with the number of each input before it is read.
-
-    Returns:
-        The content of part.json: counts, skipped inputs, highest label, entries for index.json.
+    Counts, skipped inputs, the highest label and entries for index.json are returned for part.json.
     """
     from streaming import MDSWriter
 
@@ -118,13 +106,8 @@ def write_part(
     index = out / "index.json"
     shards = json.loads(index.read_text())["shards"]
     index.unlink()
-    return {
-        "inputs": inputs,
-        "skipped": skipped,
-        "short": short,
-        "highest": highest,
-        "shards": shards,
-    }
+    counts = {"inputs": inputs, "skipped": skipped, "short": short, "highest": highest}
+    return counts | {"shards": shards}
 
 
 def convert_part(job: Conversion, part: str, bad_inputs: dict[int, str], report: Report) -> None:
@@ -145,7 +128,7 @@ def convert_part(job: Conversion, part: str, bad_inputs: dict[int, str], report:
         # A worker that outlived a killed run may have been faster, with the same bytes.
         with suppress(OSError):
             temporary.rename(finished)
-        (finished / "part.json").stat()  # raises if neither succeeded
+        (finished / "part.json").stat()  # raises OSError if neither succeeded
     shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -176,8 +159,7 @@ def convert(
         The report, or None if `share` is not (1, 1).
 
     Raises:
-        ValueError: `source` has no inputs; `out` is something else; or more inputs than allowed,
-            or all, are undecodable.
+        ValueError: `source` has no inputs; `out` is something else; or see merge.
         OSError: a disk or bucket is full, unreachable or forbidden. Finished parts are kept.
     """
     target = Storage(out)
@@ -188,7 +170,10 @@ def convert(
     part_size = 1 if listing.tars else PART_SIZE
     with tempfile.NamedTemporaryFile() as file:
         manifest, counts = write_manifest(listing, file, recipe.per_class, part_size)
-        check_listed(source, recipe.kind, counts)
+        if not counts["listed"]:
+            number = f"none of the {counts['absent']}" if counts["absent"] else "no"
+            wanted = f"{recipe.kind} ({' '.join(EXTENSIONS[recipe.kind])})"
+            raise ValueError(f"SOURCE {source} holds {number} {wanted}; give tars as x.tar")
         request = {"source": source, "recipe": asdict(recipe), "parts": len(manifest.starts)}
         claim_output(target, folder, request | counts)
         job = Conversion(listing, counts["classes"], recipe, manifest, target, folder, keep_local)
@@ -210,34 +195,17 @@ def local_folder(target: Storage) -> Path:
     return Path(target.key("")["Key"] if target.remote else target.root)
 
 
-def check_listed(source: str, kind: str, counts: dict) -> None:
-    """Raise ValueError if no input was found."""
-    if not counts["listed"]:
-        number = f"none of the {counts['absent']}" if counts["absent"] else "no"
-        endings = " ".join(EXTENSIONS[kind])
-        raise ValueError(
-            f"SOURCE {source} holds {number} {kind} ({endings}); tars must be named as x.tar"
-        )
-
-
 def claim_output(target: Storage, folder: Path, request: dict) -> None:
-    """Write request.json, which marks `target` as the output of one conversion.
-
-    Raises:
-        ValueError: `target` is the output of another conversion, or no data set.
-    """
+    """Write request.json, or raise ValueError unless `target` is the output of this conversion."""
+    out = target.root
     if target.has("request.json"):
-        earlier = read_json(target.root, "request.json")
+        earlier = read_json(out, "request.json")
         changed = [key for key in ("recipe", "listing") if earlier.get(key) != request[key]]
         if changed:
-            raise ValueError(
-                f"OUT {target.root} was begun with another {' and '.join(changed)}; "
-                "delete it or choose another OUT"
-            )
-    elif os.path.isfile(target.root) or (target.has("") and any(target.names())):
-        raise ValueError(
-            f"OUT {target.root} exists and is not a data set of data_prep.py; choose another OUT"
-        )
+            fault = f"was begun with another {' and '.join(changed)}"
+            raise ValueError(f"OUT {out} {fault}; delete it or choose another OUT")
+    elif os.path.isfile(out) or (target.has("") and any(target.names())):
+        raise ValueError(f"OUT {out} exists and is not a data set; choose another OUT")
     folder.mkdir(parents=True, exist_ok=True)
     if not target.has("request.json"):
         target.write_json("request.json", request)
@@ -263,11 +231,9 @@ def unfinished_parts(job: Conversion, share: tuple[int, int]) -> list[str]:
 def merge(out: str, max_skipped: float = 0.01) -> dict:
     """Join the parts in `out` into one data set, and return its report.
 
-    Args:
-        max_skipped: fraction of inputs in [0, 1] that may be undecodable.
-
     Raises:
-        ValueError: parts are missing; or more inputs than allowed, or all, are undecodable.
+        ValueError: parts are missing; or all inputs, or a fraction above `max_skipped`, are
+            undecodable.
     """
     target = Storage(out)
     folder = local_folder(target)
@@ -285,7 +251,11 @@ def merge(out: str, max_skipped: float = 0.01) -> dict:
         "skipped": skipped,
     }
     target.write_json("report.json", report)
-    check_skipped(report, max_skipped, target.at("report.json"))
+    if not report["samples"] or len(skipped) > max_skipped * inputs:
+        allowed = f"--max-skipped allows a fraction of {max_skipped:g}"
+        some = "; ".join(f"{name} ({reason})" for name, reason in skipped[:3])
+        fault = f"{len(skipped)} of {inputs} inputs are undecodable, but {allowed}"
+        raise ValueError(f"{fault}: {some}; all are in {target.at('report.json')}")
     shards = []
     for name, part in zip(names, parts, strict=True):
         for shard in part["shards"]:
@@ -304,64 +274,39 @@ def merge(out: str, max_skipped: float = 0.01) -> dict:
 
 
 def read_parts(target: Storage, names: list[str]) -> list[dict]:
-    """Return the part.json of each part.
-
-    Raises:
-        ValueError: parts are missing.
-    """
+    """Return the part.json of each part; raise ValueError if parts are missing."""
     finished = finished_parts(target)
     missing = [name for name in names if name not in finished]
     if missing:
-        raise ValueError(
-            f"OUT {target.root} lacks {len(missing)} of its {len(names)} parts, "
-            f"first {missing[0]}; run the commands that make them again"
-        )
+        fault = f"lacks {len(missing)} of its {len(names)} parts, first {missing[0]}"
+        raise ValueError(f"OUT {target.root} {fault}; run the commands that make them again")
     with ThreadPoolExecutor(16) as pool:  # A bucket answers slowly, but many requests at a time.
         contents = pool.map(lambda name: target.read(f"{name}/part.json"), names)
         return [json.loads(content) for content in contents]
 
 
-def check_skipped(report: dict, max_skipped: float, address: str) -> None:
-    """Raise ValueError if more inputs than allowed, or all, were skipped."""
-    skipped, inputs = report["skipped"], report["inputs"]
-    if report["samples"] and len(skipped) <= max_skipped * inputs:
-        return
-    examples = "; ".join(f"{name} ({reason})" for name, reason in skipped[:3])
-    raise ValueError(
-        f"{len(skipped)} of {inputs} inputs are undecodable, but --max-skipped allows a "
-        f"fraction of {max_skipped:g}: {examples}; all are in {address}"
-    )
-
-
 def make_demo(out: str, workers: int = 0, garments: int = 600) -> None:
-    """Make the demonstration at `out` unless it is complete.
+    """Make the demonstration at `out`, with up to `garments` per class and split, unless complete.
 
-    It consists of raw files and of the data sets {train,test}_{videos,images}. Two smaller ones,
-    train_{videos,images}_200, have 20 samples of every class, for learning from few labels.
-
-    Args:
-        workers: processes; 0 for one per core.
-        garments: of every class in each split, at most.
-
-    Raises:
-        ValueError: `out` holds something else, or `garments` is below 2.
+    It consists of raw files and of the data sets {train,test}_{videos,images}. The smaller sets
+    train_{videos,images}_200 have 20 samples of every class, for learning from few labels.
     """
     if garments < 2:
         raise ValueError(f"--garments {garments}: must be at least 2, one video and one image")
     raw = Path(out, "raw")
-    jobs = []  # (name, source, recipe)
+    jobs = {}  # {name: (source, recipe)}
     for split in ("train", "test"):
         for kind in EXTENSIONS:
-            jobs.append((f"{split}_{kind}", raw / split / kind, Recipe(kind)))
+            jobs[f"{split}_{kind}"] = (raw / split / kind, Recipe(kind))
     for kind in EXTENSIONS:
-        jobs.append((f"train_{kind}_200", raw / "train" / kind, Recipe(kind, per_class=20)))
-    if all(Path(out, name, "index.json").exists() for name, _, _ in jobs):
+        jobs[f"train_{kind}_200"] = (raw / "train" / kind, Recipe(kind, per_class=20))
+    if all(Path(out, name, "index.json").exists() for name in jobs):
         return
     if not raw.exists():
         if os.path.exists(out) and any(path.name != "raw.tmp" for path in Path(out).iterdir()):
             raise ValueError(f"OUT {out} exists and is not the demonstration; choose another OUT")
         draw_demo(raw, garments, workers or os.cpu_count())
-    for name, source, recipe in jobs:
+    for name, (source, recipe) in jobs.items():
         convert(str(source), os.path.join(out, name), recipe, workers)
 
 
@@ -373,65 +318,55 @@ def parse_share(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def shared_arguments() -> dict[str, argparse.ArgumentParser]:
-    """Return parsers of the arguments that several sub-commands have."""
-    names = ("source", "out", "workers", "max_skipped")
-    parsers = {name: argparse.ArgumentParser(add_help=False) for name in names}
-    text = "folder or s3:// address; x.csv; x-{0..9}.tar"
-    parsers["source"].add_argument("source", metavar="SOURCE", help=text)
-    text = "folder or s3:// address of the data set"
-    parsers["out"].add_argument("out", metavar="OUT", help=text)
-    text = "processes (one per core)"
-    parsers["workers"].add_argument("--workers", type=int, default=0, help=text)
-    text = "fraction of inputs that may be undecodable (0.01)"
-    parsers["max_skipped"].add_argument("--max-skipped", type=float, default=0.01, help=text)
-    return parsers
-
-
-def add_conversion(commands, name: str, parents: list[argparse.ArgumentParser]) -> None:
-    """Add the sub-command of a published layout, or of videos or images in general."""
-    kind, list_inputs = LAYOUTS.get(name, (name, list_any))
-    text = list_inputs.__doc__.split("\n")[0].replace("List", "Convert", 1)
-    add = commands.add_parser(name, help=text, parents=parents).add_argument
-    if name in LAYOUTS:
-        add("--split", default="train", help="train, val or test (train)")
-    if kind == "videos":
-        frames = 8 if name == "mit" else 16  # Videos of mit last 3 s.
-        add("--frames", type=int, default=frames, help=f"per video, evenly spaced ({frames})")
-        add("--fps", type=float, help="frames per second of video, instead of --frames")
-    add("--short-side", type=int, default=256, help="in pixels; frames are never enlarged (256)")
-    add("--quality", type=int, default=90, help="of the JPEG frames, 1-100 (90)")
-    add("--per-class", type=int, help="convert only the first so many inputs of every class (all)")
-    text = "K/N: convert the K-th of N shares; `merge` joins them (1/1)"
-    add("--part", type=parse_share, default=(1, 1), help=text)
-    text = "keep a local copy of what is uploaded (yes)"
-    add("--keep-local", choices=("yes", "no"), default="yes", help=text)
+OPTIONS = {  # {argument: settings of add_argument}
+    "source": dict(metavar="SOURCE", help="folder or s3:// address; x.csv; x-{0..9}.tar"),
+    "out": dict(metavar="OUT", help="folder or s3:// address of the data set"),
+    "--split": dict(default="train", help="train, val or test (train)"),
+    "--frames": dict(type=int, default=16, help="per video, evenly spaced (16; mit: 8)"),
+    "--fps": dict(type=float, help="frames per second of video, instead of --frames"),
+    "--short-side": dict(type=int, default=256, help="pixels; frames are never enlarged (256)"),
+    "--quality": dict(type=int, default=90, help="of the JPEG frames, 1-100 (90)"),
+    "--per-class": dict(type=int, help="convert only the first so many inputs of each class (all)"),
+    "--max-skipped": dict(type=float, default=0.01, help="fraction that may be undecodable (0.01)"),
+    "--workers": dict(type=int, default=0, help="processes (one per core)"),
+    "--part": dict(type=parse_share, default=(1, 1), help="K/N: convert share K of N (1/1)"),
+    "--keep-local": dict(choices=("yes", "no"), default="yes", help="keep what is uploaded (yes)"),
+    "--garments": dict(type=int, default=600, help="per class and split, at most (600)"),
+    "--to": dict(default="sheet.png", help="picture to write (sheet.png)"),
+    "--samples": dict(type=int, default=12, help="rows (12)"),
+}
+CONVERSION = (
+    *("source", "out", "--workers", "--max-skipped", "--short-side", "--quality"),
+    *("--per-class", "--part", "--keep-local"),
+)
+COMMANDS = {  # {command other than a conversion: (description, its arguments)}
+    "merge": ("Join the shares of several machines.", ("out", "--max-skipped")),
+    "verify": ("Decode every frame and name what is corrupt.", ("out", "--workers")),
+    "show": ("Draw a contact sheet of a data set.", ("out", "--to", "--samples")),
+    "demo": ("Make the demonstration.", ("out", "--workers", "--garments")),
+}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Return the parsed command line.
-
-    Raises:
-        ValueError: an option is out of range.
-    """
+    """Return the parsed command line; raise ValueError if an option is out of range."""
+    commands = {}
+    for name in (*LAYOUTS, *EXTENSIONS):
+        kind, list_inputs = LAYOUTS.get(name, (name, list_any))
+        text = list_inputs.__doc__.split("\n")[0].replace("List", "Convert", 1)
+        of_layout = ["--split"] if name in LAYOUTS else []
+        of_videos = ["--frames", "--fps"] if kind == "videos" else []
+        commands[name] = (text, [*CONVERSION, *of_layout, *of_videos])
+    commands |= COMMANDS
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    shared = shared_arguments()
-    out, workers, max_skipped = shared["out"], shared["workers"], shared["max_skipped"]
-    for name in (*LAYOUTS, *EXTENSIONS):
-        add_conversion(commands, name, list(shared.values()))
-    text = "Join the shares of several machines."
-    commands.add_parser("merge", help=text, parents=[out, max_skipped])
-    text = "Decode every frame and name what is corrupt."
-    commands.add_parser("verify", help=text, parents=[out, workers])
-    demo = commands.add_parser("demo", help="Make the demonstration.", parents=[out, workers])
-    text = "of every class in each split, at most (600)"
-    demo.add_argument("--garments", type=int, default=600, help=text)
-    sheet = commands.add_parser("show", help="Draw a contact sheet of a data set.", parents=[out])
-    sheet.add_argument("--to", default="sheet.png", help="picture to write (sheet.png)")
-    sheet.add_argument("--samples", type=int, default=12, help="rows (12)")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, (text, options) in commands.items():
+        command = subparsers.add_parser(name, help=text)
+        for option in options:
+            command.add_argument(option, **OPTIONS[option])
+        if name == "mit":
+            command.set_defaults(frames=8)  # Its videos last 3 s.
     args = parser.parse_args(arguments)
     if getattr(args, "workers", 0) < 0:
         raise ValueError(f"--workers {args.workers}: must be at least 0")
@@ -464,10 +399,8 @@ def run_verify(args: argparse.Namespace) -> None:
     for fault in faults:
         print(fault)
     if faults:
-        raise ValueError(
-            f"{args.out} has {len(faults)} faults; delete the parts that are named, "
-            "and run the command that made the data set again"
-        )
+        remedy = "delete the parts that are named, and repeat the command that made the data set"
+        raise ValueError(f"{args.out} has {len(faults)} faults; {remedy}")
     print(f"{args.out}: {len(Clips(args.out))} samples, no faults")
 
 
@@ -483,10 +416,8 @@ def main(arguments: list[str] | None = None) -> None:
     report = merge(args.out, args.max_skipped) if merging else run_conversion(args)
     if report is None:
         number, count = args.part
-        print(
-            f"{args.out}: share {number} of {count} is done; "
-            f"after all {count}, run: data_prep.py merge {args.out}"
-        )
+        remedy = f"after all {count}, run: data_prep.py merge {args.out}"
+        print(f"{args.out}: share {number} of {count} is done; {remedy}")
         return
     counts = ", ".join(f"{report[name]} {name}" for name in ("samples", "absent", "short"))
     print(f"{args.out}: {counts}, {len(report['skipped'])} skipped")

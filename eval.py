@@ -1,10 +1,9 @@
 """Measure a model: accuracy with many views, k-NN and linear probe; draw pictures; export to timm.
 
-    python eval.py yamls/eval_demo.yaml                          # probes and pictures of runs/demo
+    python eval.py yamls/eval_demo.yaml                         # probes and pictures of runs/demo
     python eval.py yamls/eval_demo.yaml random_weights=true run_name=random
     python eval.py yamls/eval_demo.yaml export=encoder.safetensors
-    composer -n 8 eval.py yamls/eval_k400_vitl.yaml              # accuracy of a fine-tuned
-    classifier
+    composer -n 8 eval.py yamls/eval_k400_vitl.yaml             # accuracy of a classifier
 
 The fields of EvalConfig are the keys of its YAML files: each block that is given is a measurement.
 The last line printed is the result as JSON, which is also in runs/{run_name}/eval.json.

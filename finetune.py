@@ -1,5 +1,4 @@
-"""Fine-tune a pre-trained encoder to classify images or clips, or train a linear head on it
-(section 4).
+"""Fine-tune a pre-trained encoder to classify images or clips, or train a linear head (section 4).
 
     composer finetune.py yamls/finetune_demo.yaml        # clips, on the encoder of yamls/demo.yaml
     composer finetune.py yamls/linprobe_demo.yaml        # a linear head, on stills

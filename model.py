@@ -379,7 +379,16 @@ def feature_std(features: Tensor) -> Tensor:
     return z.var(dim=0, unbiased=False).sum(dim=-1).mean().sqrt()
 
 
-class ViCMAE(ComposerModel):
+class CountedModel(ComposerModel):
+    """A ComposerModel that tells SpeedMonitor the operations of a step, which the stage counts."""
+
+    flops_per_sample = 0.0
+
+    def flops_per_batch(self, batch: Batch) -> float:
+        return self.flops_per_sample * len(next(iter(batch.values())))
+
+
+class ViCMAE(CountedModel):
     """Encoder, decoder and projector, with the loss that trains them (section 3; `code` preset).
 
     Args:
@@ -402,7 +411,6 @@ class ViCMAE(ComposerModel):
         num_frames, tubelet_size: 1: views are images. Subclasses that learn from clips set them.
         decode_ratio: fraction of the removed patches that is decoded in training, in (0, 1].
         ramp: factor of weight_contrast, in [0, 1]; training/speedups.py sets it and decode_ratio.
-        flops_per_sample: of a training step; set by the stage and read by Composer's SpeedMonitor.
 
     Raises:
         ValueError: sizes that do not divide, or a mask_ratio that keeps or removes no patch.
@@ -410,7 +418,6 @@ class ViCMAE(ComposerModel):
 
     num_frames = 1
     tubelet_size = 1
-    flops_per_sample = 0.0
 
     def __init__(
         self,
@@ -554,15 +561,11 @@ class ViCMAE(ComposerModel):
             "feature_std": feature_std(outputs["features"]),
         }
 
-    def flops_per_batch(self, batch: Batch) -> float:
-        """Return the floating-point operations of a training step on this rank's batch."""
-        return self.flops_per_sample * len(batch["views"])
-
 
 # Section 4: transfer
 
 
-class Classifier(ComposerModel):
+class Classifier(CountedModel):
     """The encoder on whole images or clips, pooled, with a linear head.
 
     Args:
@@ -576,7 +579,6 @@ class Classifier(ComposerModel):
         head_init_std: standard deviation of the head's initial weights.
     """
 
-    flops_per_sample = 0.0
     head_per_data_set = False
 
     def __init__(
@@ -656,7 +658,3 @@ class Classifier(ComposerModel):
 
     def update_metric(self, batch: Batch, outputs: Tensor, metric: Metric) -> None:
         metric.update(outputs, batch["target"])
-
-    def flops_per_batch(self, batch: Batch) -> float:
-        """Return the floating-point operations of a training step on this rank's batch."""
-        return self.flops_per_sample * len(batch["inputs"])

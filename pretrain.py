@@ -1,10 +1,10 @@
-"""Pre-train ViC-MAE, or another method, on streams of video clips and images (sections 3 and 4.1).
+"""Pre-train ViC-MAE, or another method, on video clips and images (sections 3 and 4.1).
 
-    composer pretrain.py yamls/demo.yaml                            # a laptop, 4 minutes, makes its
-    data composer -n 8 pretrain.py yamls/vitl.yaml                       # 8 GPUs composer
-    pretrain.py yamls/vitl.yaml yamls/paper.yaml seed=1    # files merge left to right composer
-    pretrain.py yamls/demo.yaml yamls/methods/simclr.yaml  # another method python pretrain.py
-    yamls/vitl.yaml --plan                       # cost, without data or GPUs
+    composer pretrain.py yamls/demo.yaml                            # a laptop: 4 minutes
+    composer -n 8 pretrain.py yamls/vitl.yaml                       # 8 GPUs
+    composer pretrain.py yamls/vitl.yaml yamls/paper.yaml seed=1    # files merge left to right
+    composer pretrain.py yamls/demo.yaml yamls/methods/simclr.yaml  # another method
+    python pretrain.py yamls/vitl.yaml --plan                       # cost, without data or GPUs
 
 The fields of PretrainConfig are the keys of its YAML files. Each block holds the keyword arguments
 of one callable. Everything of a run is in runs/{run_name}/: config.yaml, checkpoints/,

@@ -36,13 +36,9 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def augment_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Augment and normalise the views of a batch.
+    """Augment and normalise the views of a batch by its `augment` float32 (B, V, A), and remove it.
 
-    Args:
-        batch: `views` uint8 (B, V, [T,] H, W, 3) and `augment` float32 (B, V, A), see PARAMETERS.
-
-    Returns:
-        The batch with `views` float32 (B, V, [T,] 3, H, W), without `augment`, else unchanged.
+    `views` changes from uint8 (B, V, [T,] H, W, 3) to float32 (B, V, [T,] 3, H, W).
     """
     views = batch["views"]
     leading = views.shape[:-3]  # (B, V) or (B, V, T)
@@ -56,18 +52,13 @@ def augment_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def augment_views(views: Tensor, parameters: Tensor) -> Tensor:
-    """Flip, jitter, grey, blur and solarise each view by its own row of parameters.
+    """Flip, jitter, grey, blur and solarise each view by its own row of parameters (B, A).
+
+    Views change from uint8 to float32 (B, 3, H, W) in [0, 1].
 
     Deviation: brightness, contrast, saturation, hue and grey are one affine map of the colours,
-    clamped once at the end. Torchvision rounds and clamps after each of them. Torchvision also
-    draws their order, which makes no difference without clamping.
-
-    Args:
-        views: uint8 (B, 3, H, W).
-        parameters: float (B, A), see PARAMETERS.
-
-    Returns:
-        Float32 (B, 3, H, W) in [0, 1].
+    clamped once at the end. Torchvision rounds and clamps after each step. Torchvision also draws
+    the order of the steps, which makes no difference without clamping.
     """
     columns = parameters.float().unbind(1)
     flip, brightness, contrast, saturation, hue, grey, sigma, solarise = columns  # each (B,)
@@ -84,7 +75,8 @@ def augment_views(views: Tensor, parameters: Tensor) -> Tensor:
 
     is_blurred = sigma > 0
     if is_blurred.any():
-        x[is_blurred] = gaussian_blur(x[is_blurred], sigma[is_blurred])
+        blurred = blur_axis(x[is_blurred], sigma[is_blurred], 2, BLUR_KERNEL[0])
+        x[is_blurred] = blur_axis(blurred, sigma[is_blurred], 3, BLUR_KERNEL[1])
     is_inverted = solarise.bool()[:, None, None, None] & (x >= SOLARISE_FROM)
     return torch.where(is_inverted, 1 - x, x)
 
@@ -93,9 +85,6 @@ def colour_matrix(saturation: Tensor, hue: Tensor, grey: Tensor) -> Tensor:
     """Return the matrices (B, 3, 3) that change saturation and hue of RGB colours.
 
     Deviation: hue is turned in YIQ, where a turn is a matrix; torchvision turns it in HSV.
-
-    Args:
-        saturation, hue, grey: (B,), see PARAMETERS.
     """
     luma = saturation.new_tensor(LUMA)
     kept_colour = (saturation * (1 - grey))[:, None, None]
@@ -112,22 +101,17 @@ def colour_matrix(saturation: Tensor, hue: Tensor, grey: Tensor) -> Tensor:
     return saturate @ torch.linalg.inv(to_yiq) @ turn @ to_yiq
 
 
-def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Return views (B, 3, H, W), each blurred by its own sigma (B,) in pixels.
+def blur_axis(x: Tensor, sigma: Tensor, axis: int, size: int) -> Tensor:
+    """Return views (B, 3, H, W), each blurred along one axis by its own sigma (B,) in pixels.
 
-    The kernel has the size BLUR_KERNEL; pixels beyond an edge are reflected.
+    The kernel has `size` pixels; pixels beyond an edge are reflected.
     """
-    height, width = BLUR_KERNEL
-    x = blur_axis(x, sigma, 2, height, (0, 0, height // 2, height // 2))
-    return blur_axis(x, sigma, 3, width, (width // 2, width // 2, 0, 0))
-
-
-def blur_axis(x: Tensor, sigma: Tensor, axis: int, size: int, padding: tuple[int, ...]) -> Tensor:
-    """Return (B, 3, H, W) blurred along one axis by a kernel of `size` pixels."""
     distance = torch.arange(-(size // 2), size // 2 + 1, device=x.device)
     weights = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)  # (B, size)
     weights = weights / weights.sum(dim=1, keepdim=True)
     weights = weights[:, :, None, None, None]  # (B, size, 1, 1, 1)
+    half = size // 2
+    padding = (half, half, 0, 0) if axis == 3 else (0, 0, half, half)
     padded = F.pad(x, padding, mode="reflect")
     length = x.shape[axis]
     return sum(padded.narrow(axis, shift, length) * weights[:, shift] for shift in range(size))

@@ -4,7 +4,7 @@
         frames, timestamps = read_video(file, Recipe("videos", frames=16))
 
 A video is read in two passes. The first reads its packets without decoding them, and finds which
-frame is on screen at each wanted time. The second decodes only what those frames need.
+frame is on screen at each wanted time. The second pass decodes only what these frames need.
 """
 
 import io
@@ -14,12 +14,12 @@ from typing import BinaryIO
 import av
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 MAX_PIXELS = 1 << 27  # of an image while it is decoded: 400 MB
-EXIF_ORIENTATION = 0x0112
-
+# {option: least and greatest value}
 LIMITS = {"frames": (1, 1e6), "fps": (1e-6, 1e3), "short_side": (8, 1e5), "quality": (1, 100)}
+LIMITS["per_class"] = (1, 1e9)
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,6 @@ class Recipe:
         short_side: in pixels; larger frames are scaled down to it, smaller ones never up.
         quality: of the JPEG files, in [1, 100].
         per_class: keeps the first so many inputs of each class; None for all.
-
-    Raises:
-        ValueError: a value is out of range. The message names the option of data_prep.py.
     """
 
     kind: str
@@ -51,27 +48,10 @@ class Recipe:
             if value is not None and not low <= value <= high:
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option} {value}: must be in [{low:g}, {high:g}]")
-        if self.per_class is not None and self.per_class < 1:
-            raise ValueError(f"--per-class {self.per_class}: must be at least 1")
-
-
-def wanted_times(start: float, duration: float, recipe: Recipe) -> np.ndarray:
-    """Return the times in seconds at which a video is sampled -> (T,).
-
-    They are the middles of `recipe.frames` equal sections, or multiples of 1 / `recipe.fps`.
-    """
-    if recipe.fps:
-        return start + np.arange(max(1, int(duration * recipe.fps))) / recipe.fps
-    return start + (np.arange(recipe.frames) + 0.5) * duration / recipe.frames
 
 
 def open_video(file: BinaryIO) -> av.container.InputContainer:
-    """Open a video file at its beginning.
-
-    Raises:
-        ValueError: it has no video, or none that can be decoded.
-        av.FFmpegError: the file is corrupt or no video.
-    """
+    """Open a video file at its beginning; raise ValueError if it has no video with a decoder."""
     file.seek(0)
     container = av.open(file, metadata_errors="ignore")  # Titles come in any encoding.
     if not container.streams.video:
@@ -85,32 +65,22 @@ def open_video(file: BinaryIO) -> av.container.InputContainer:
     return container
 
 
-def has_no_display_times(container: av.container.InputContainer) -> bool:
-    """Return whether the format stores no display times: AVI stores the decoding order alone."""
-    return container.format.name == "avi"
-
-
-def time_of(packet: av.Packet | av.VideoFrame, decoding_order: bool) -> int | None:
-    """Return the time of a packet or frame in its stream's unit."""
-    return packet.dts if decoding_order or packet.pts is None else packet.pts
+def time_of(packet: av.Packet | av.VideoFrame, is_avi: bool) -> int | None:
+    """Return the time of a packet or frame; AVI stores decoding times but no display times."""
+    return packet.dts if is_avi or packet.pts is None else packet.pts
 
 
 def scan_video(container: av.container.InputContainer) -> tuple[np.ndarray, float]:
-    """Read the packets of a video without decoding them.
+    """Read the packets of a video -> times of its frames, median seconds between two frames.
 
-    Returns:
-        Times of the frames that a player shows, ascending, in the stream's unit; and the seconds
-        from one frame to the next (median).
-
-    Raises:
-        ValueError: there are no frames, or fewer than the container claims.
+    The times are of the frames that a player shows, ascending, in the stream's unit.
     """
     stream = container.streams.best("video")
-    decoding_order = has_no_display_times(container)
+    is_avi = container.format.name == "avi"
     shown = []
     packets, end = 0, 0.0
     for packet in container.demux():
-        time = time_of(packet, decoding_order)
+        time = time_of(packet, is_avi)
         if time is None:
             continue
         if packet.stream is stream:
@@ -125,15 +95,7 @@ def scan_video(container: av.container.InputContainer) -> tuple[np.ndarray, floa
         gap = float(np.median(np.diff(times)) * stream.time_base)
     else:
         gap = float(1 / (stream.average_rate or 1))
-    check_complete(container, packets, end, gap)
-    return times, gap
-
-
-def check_complete(
-    container: av.container.InputContainer, packets: int, end: float, gap: float
-) -> None:
-    """Raise ValueError if a video has fewer frames than its container claims, or ends earlier."""
-    claimed_packets = container.streams.best("video").frames  # 0 if unknown
+    claimed_packets = stream.frames  # 0 if unknown
     claimed_end = (container.duration or 0) / av.time_base
     truncated = packets < claimed_packets
     if not claimed_packets:
@@ -141,26 +103,26 @@ def check_complete(
     if truncated:
         of_all = f" of {claimed_packets}" if claimed_packets else ""
         raise ValueError(f"truncated: {packets}{of_all} frames, {end:.2f} of {claimed_end:.2f} s")
+    return times, gap
 
 
 def read_video(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]]:
-    """Decode the wanted frames of a video file.
+    """Decode the wanted frames of a video file -> upright JPEG files, their timestamps in seconds.
 
-    Returns:
-        Upright JPEG files, and their timestamps in seconds. A video with fewer frames than wanted
-        repeats some.
-
-    Raises:
-        ValueError: see open_video and scan_video; or the file lacks a frame that it announces.
-        av.FFmpegError: the file is corrupt or no video.
+    Wanted are the middles of `recipe.frames` equal sections, or multiples of 1 / `recipe.fps`. A
+    video with fewer frames repeats some. A corrupt file raises ValueError or av.FFmpegError.
     """
     with open_video(file) as container:
         times, gap = scan_video(container)
         unit = float(container.streams.best("video").time_base)
     seconds = times * unit
-    wanted = wanted_times(seconds[0], seconds[-1] - seconds[0] + gap, recipe)
+    duration = seconds[-1] - seconds[0] + gap
+    if recipe.fps:
+        wanted = np.arange(max(1, int(duration * recipe.fps))) / recipe.fps
+    else:
+        wanted = (np.arange(recipe.frames) + 0.5) * duration / recipe.frames
     # Containers round times to 1 ms, so a frame may seem to begin just after its wanted time.
-    on_screen = np.searchsorted(seconds, wanted + 0.02 * gap, "right") - 1
+    on_screen = np.searchsorted(seconds, seconds[0] + wanted + 0.02 * gap, "right") - 1
     frames = decode_frames(file, times, set(times[on_screen].tolist()), recipe)
     return [frames[time] for time in times[on_screen].tolist()], seconds[on_screen].tolist()
 
@@ -170,26 +132,23 @@ def decode_frames(
 ) -> dict[int, bytes]:
     """Decode the frames at the wanted times -> {time in the stream's unit: JPEG file}.
 
-    The decoder may skip a frame that is not wanted and to which no other frame refers.
-
-    Args:
-        times: of all frames that a player shows, ascending.
+    The decoder may skip a frame that is not wanted and to which no other frame refers. `times`
+    has all frames that a player shows, ascending.
     """
     missing = set(wanted)
     frames = {}
     with open_video(file) as container:  # opened again, since not every format can be rewound
-        decoding_order = has_no_display_times(container)
+        is_avi = container.format.name == "avi"
         remaining_times = iter(times.tolist())
         stream = container.streams.best("video")
         for packet in container.demux(stream):
-            time = time_of(packet, decoding_order)
-            needed = decoding_order or time is None or time in missing or packet.is_keyframe
+            time = time_of(packet, is_avi)
+            needed = is_avi or time is None or time in missing or packet.is_keyframe
             stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
             for frame in packet.decode():
-                if decoding_order:  # The n-th frame shown has the n-th time.
+                time = time_of(frame, is_avi)
+                if is_avi:  # The n-th frame shown has the n-th time.
                     time = next(remaining_times, None)
-                else:
-                    time = time_of(frame, decoding_order)
                 if time in missing:
                     missing.remove(time)
                     frames[time] = encode_video_frame(frame, recipe)
@@ -215,42 +174,36 @@ def encode_video_frame(frame: av.VideoFrame, recipe: Recipe) -> bytes:
     )  # (H, W, 3)
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix:
-        pixels = turn_upright(pixels, np.frombuffer(matrix, np.int32))
+        # Phones store an upright picture on its side, to be shown at x' = ax + cy, y' = bx + dy.
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
+        if abs(b) > abs(a):
+            pixels = pixels.swapaxes(0, 1)
+            a, d = c, b
+        if d < 0:
+            pixels = pixels[::-1]
+        if a < 0:
+            pixels = pixels[:, ::-1]
     return encode_jpeg(pixels, recipe)
-
-
-def turn_upright(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Turn and mirror a frame (H, W, 3) as a player does.
-
-    Args:
-        matrix: the display matrix of phones, which store an upright picture on its side. It maps
-            x' = ax + cy, y' = bx + dy, and is stored as a, b, _, c, d, ...
-    """
-    a, b, _, c, d = matrix[:5]
-    if abs(b) > abs(a):
-        pixels = pixels.swapaxes(0, 1)
-        a, d = c, b
-    if d < 0:
-        pixels = pixels[::-1]
-    if a < 0:
-        pixels = pixels[:, ::-1]
-    return pixels
 
 
 def read_image(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]]:
     """Read an image file -> one upright RGB JPEG file, timestamp 0.
 
-    A JPEG file that needs no change is stored byte for byte.
-
-    Raises:
-        OSError: the file is corrupt, truncated or no image.
-        ValueError: more than MAX_PIXELS would have to be decoded, or pixels have 32 bits.
+    A JPEG file that needs no change is stored byte for byte. A large one is decoded at a half, a
+    quarter or an eighth of its size. A corrupt file raises OSError or ValueError.
     """
     data = file.read()
     with Image.open(io.BytesIO(data)) as image:
         fits = min(image.size) <= recipe.short_side
-        load_pixels(image, recipe.short_side)
-        if fits and is_plain_jpeg(image) and can_be_decoded(data):
+        # A progressive JPEG holds all coefficients in memory, at whatever size it is decoded.
+        if "progressive" not in image.info and image.width * image.height > MAX_PIXELS // 8:
+            image.draft(None, (2 * recipe.short_side, 2 * recipe.short_side))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"too large: {image.width}x{image.height} pixels")
+        if image.mode in ("I", "F"):
+            raise ValueError("32 bits per pixel, of unknown range")
+        image.load()
+        if fits and is_plain_jpeg(image, data):
             return [data], [0.0]
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # Pillow would clip it instead of scaling.
@@ -263,34 +216,14 @@ def read_image(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]
         return [encode_jpeg(np.asarray(image), recipe)], [0.0]
 
 
-def load_pixels(image: Image.Image, short_side: int) -> None:
-    """Decode an opened image; a large JPEG at a half, a quarter or an eighth of its size.
-
-    Raises:
-        ValueError: it is too large, or its pixels have 32 bits.
-    """
-    # A progressive JPEG holds all coefficients in memory, at whatever size it is decoded.
-    progressive = "progressive" in image.info
-    if not progressive and image.width * image.height > MAX_PIXELS // 8:
-        image.draft(None, (2 * short_side, 2 * short_side))
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"too large: {image.width}x{image.height} pixels")
-    if image.mode in ("I", "F"):
-        raise ValueError("32 bits per pixel, of unknown range")
-    image.load()
-
-
-def is_plain_jpeg(image: Image.Image) -> bool:
-    """Return whether an image is an RGB or grey JPEG that is stored upright."""
+def is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
+    """Return whether an image is an upright RGB or grey JPEG that can be decoded in training."""
     if image.format != "JPEG" or image.mode not in ("RGB", "L"):
         return False
-    return image.getexif().get(EXIF_ORIENTATION, 1) == 1
-
-
-def can_be_decoded(jpeg: bytes) -> bool:
-    """Return whether the decoder of training reads a JPEG file; it is stricter than Pillow."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        return False
     try:
-        simplejpeg.decode_jpeg(jpeg, "RGB")
+        simplejpeg.decode_jpeg(data, "RGB")  # is stricter than Pillow
     except ValueError:
         return False
     return True

@@ -2,7 +2,7 @@
 
     draw_demo(Path("data/demo/raw"), garments=600, workers=2)
 
-Every video is an mp4 of a tinted garment that drifts and turns over clutter; every image, a still.
+Videos show a tinted garment that drifts and turns over clutter. Images show a garment at rest.
 """
 
 import shutil
@@ -17,16 +17,8 @@ from tqdm import tqdm
 
 FASHION_MNIST = Path(__file__).parents[1] / "assets" / "fashion_mnist.npz"
 CLASSES = (
-    "T-shirt",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Boot",
+    *("T-shirt", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Boot"),
 )
 SIDE = 40  # pixels
 FRAMES = 32
@@ -34,14 +26,7 @@ RATE = 16  # frames per second
 
 
 def draw_garment(garment: np.ndarray, rng: np.random.Generator, frames: int) -> np.ndarray:
-    """Draw a tinted garment that drifts and turns over faint clutter.
-
-    Args:
-        garment: (28, 28) uint8.
-
-    Returns:
-        (frames, SIDE, SIDE, 3) uint8.
-    """
+    """Draw a garment (28, 28) drifting and turning over clutter -> (frames, SIDE, SIDE, 3)."""
     clutter = Image.fromarray(rng.uniform(0, 60, (5, 5, 3)).astype(np.uint8))
     clutter = np.asarray(clutter.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
     tint = rng.uniform(0.55, 1.0, 3)
@@ -81,10 +66,7 @@ def draw_file(path: Path, garment: np.ndarray, seed: tuple[int, ...]) -> None:
 
 
 def garment_files(split: str, garments: int) -> list[tuple[Path, np.ndarray, tuple[int, int]]]:
-    """Return the files of a split: (path in raw/, garment, (label, number in its class)).
-
-    Every other garment of a class moves, and the rest are still.
-    """
+    """Return the files of a split: (path in raw/, garment, (label, number in its class))."""
     with np.load(FASHION_MNIST, allow_pickle=False) as data:
         images, labels = data[f"{split}_images"], data[f"{split}_labels"]
     files = []
@@ -99,8 +81,7 @@ def garment_files(split: str, garments: int) -> list[tuple[Path, np.ndarray, tup
 def draw_demo(raw: Path, garments: int, workers: int) -> None:
     """Write raw/{train,test}/{videos,images}/CLASS/*, complete or not at all.
 
-    Args:
-        garments: of every class in each split, at most.
+    Each class of a split has the first so many garments; every other garment is a video.
     """
     temporary = raw.with_name(raw.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

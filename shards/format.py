@@ -24,94 +24,60 @@ COLUMNS = {
     "label": "int",  # index into classes.json; -1 if unknown
     "name": "str",  # path inside the source
 }
-
-UNREADABLE = (
-    "unreadable_eval.jsonl"  # in a run directory: samples that evaluations could not decode
-)
+UNREADABLE = "unreadable_eval.jsonl"  # in a run directory: samples that evaluations cannot decode
 
 
 def encode_clip(frames: list[bytes], timestamps: list[float], label: int, name: str) -> dict:
     """Pack JPEG files into one sample with the columns COLUMNS."""
     ends = np.cumsum([len(frame) for frame in frames], dtype=np.uint32)
-    return {
-        "frames": b"".join(frames),
-        "ends": ends,
-        "timestamps": np.asarray(timestamps, np.float64),
-        "label": label,
-        "name": name,
-    }
+    times = np.asarray(timestamps, np.float64)
+    values = (b"".join(frames), ends, times, label, name)
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def decode_frame(sample: dict, index: int) -> np.ndarray:
-    """Decode one frame of a sample -> (H, W, 3) uint8, RGB.
-
-    Raises:
-        ValueError: the frame is corrupt.
-    """
+    """Decode one frame of a sample -> (H, W, 3) uint8, RGB; a corrupt frame raises ValueError."""
     begin = int(sample["ends"][index - 1]) if index else 0
     end = int(sample["ends"][index])
-    jpeg = memoryview(sample["frames"])[begin:end]
-    return simplejpeg.decode_jpeg(jpeg, "RGB")
+    return simplejpeg.decode_jpeg(memoryview(sample["frames"])[begin:end], "RGB")
 
 
 def read_json(path: str, name: str) -> list | dict:
-    """Return the content of index.json, classes.json, report.json or request.json of a data set.
-
-    Raises:
-        ValueError: `path` is not a data set of this format, or is incomplete.
-    """
+    """Return the content of a JSON file of a data set; raise ValueError if missing or corrupt."""
     try:
         return json.loads(Storage(path).read(name))
     except FileNotFoundError:
-        raise ValueError(
-            f"{path} is not a complete data set: {name} is missing; make it with data_prep.py"
-        ) from None
+        fault = f"{path} is not a complete data set: {name} is missing"
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}/{name} is corrupt ({error}); run the data_prep.py command that made it again"
-        ) from None
+        fault = f"{path}/{name} is corrupt ({error})"
+    raise ValueError(f"{fault}; make it with data_prep.py")
 
 
 def read_classes(path: str) -> list[str]:
-    """Return the label names of a data set, in order; none if it has no labels.
-
-    Raises:
-        ValueError: see read_json.
-    """
+    """Return the label names of a complete data set, in order; none if it has no labels."""
     read_json(path, "index.json")
     return read_json(path, "classes.json")
 
 
 def common_classes(paths: list[str]) -> list[str]:
-    """Return the label names that all of these data sets have.
-
-    Raises:
-        ValueError: `paths` is empty, or a data set is missing, has no labels or other label names.
-    """
+    """Return the label names that these data sets share; raise ValueError if they share none."""
     if not paths:
         raise ValueError("the list of data sets is empty; name at least one")
     expected = read_classes(paths[0])
     for path in paths:
         classes = read_classes(path)
         if not classes:
-            raise ValueError(
-                f"{path} has no labels, but they are needed; convert it from one folder per class"
-            )
+            raise ValueError(f"{path} has no labels; convert it from one folder per class")
         if classes != expected:
             raise ValueError(f"{path} has other classes than {paths[0]}; use data sets that agree")
     return expected
 
 
 class Clips:
-    """The samples of a data set by number, read from a folder or directly out of a bucket.
-
-    Raises:
-        ValueError: see read_json.
-    """
+    """The samples of a data set by number, read from a folder or directly from a bucket."""
 
     def __init__(self, path: str):
-        # Imported here, because it takes 4 s and imports torch.
-        from streaming.base.format import reader_from_json
+        from streaming.base.format import reader_from_json  # takes 4 s
 
         self.storage = Storage(path)
         shards = read_json(path, "index.json")["shards"]
@@ -131,12 +97,21 @@ class Clips:
         return self.decode(self.storage.read(self.names[shard], begin, end - begin))
 
 
-def record_unreadable(report: Path, name: str, error: Exception) -> set[str]:
-    """Add a sample that cannot be decoded to a list, and return the names of all in the list."""
+def record_unreadable(
+    report: Path, name: str, error: Exception, limit: float, prefixes: tuple[str, ...] = ("",)
+) -> None:
+    """Add a sample that cannot be decoded to a list of (name, reason).
+
+    Raises:
+        ValueError: more than `limit` samples, and more than one, of these prefixes are in the list.
+    """
     report.parent.mkdir(parents=True, exist_ok=True)
-    reason = " ".join(str(error).split())
     with report.open("a") as file:
-        file.write(json.dumps([name, reason]) + "\n")
+        file.write(json.dumps([name, " ".join(str(error).split())]) + "\n")
     # Another process may be writing its line, which then has no end yet.
     lines = [line for line in report.read_text().splitlines() if line.endswith("]")]
-    return {json.loads(line)[0] for line in lines}
+    names = {json.loads(line)[0] for line in lines}
+    count = sum(listed.startswith(prefixes) for listed in names)
+    if count > max(1, limit):
+        remedy = f"see {report}; run data_prep.py verify"
+        raise ValueError(f"{count} samples cannot be decoded, {remedy}")

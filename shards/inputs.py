@@ -13,6 +13,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import tarfile
@@ -42,10 +43,7 @@ def is_system_error(error: Exception) -> bool:
 
 
 def describe_error(error: Exception) -> str:
-    """Return the type and message of an exception, without paths and addresses in memory.
-
-    So the reports of two machines are equal.
-    """
+    """Return type and message of an exception, the same on every machine and in every process."""
     message = str(getattr(error, "strerror", None) or error)
     message = re.sub(r" ?<.* at 0x\w+>", "", message)
     return " ".join(f"{type(error).__name__}: {message}".split())
@@ -57,16 +55,11 @@ def part_name(number: int) -> str:
 
 @dataclass
 class Manifest:
-    """A file of the inputs of a conversion, one JSON line each, in parts.
-
-    Args:
-        starts: byte of the file at which each part begins.
-        part_size: inputs of a part.
-    """
+    """A file of the inputs of a conversion, one JSON line each, in parts."""
 
     path: str
-    starts: list[int]
-    part_size: int
+    starts: list[int]  # byte of the file at which each part begins
+    part_size: int  # inputs of a part
 
     def parts(self, share: tuple[int, int]) -> list[str]:
         """Return the names of the parts in the k-th of n shares, for share = (k, n)."""
@@ -74,7 +67,7 @@ class Manifest:
         return [part_name(part) for part in range(number - 1, len(self.starts), count)]
 
     def read_entries(self, part: str) -> list:
-        """Return the lines of a part: name, class name or None, and for a tar in a tar its span."""
+        """Return the inputs of a part, each a list with the values of a Listing's tuple."""
         number = int(part.removeprefix("part-"))
         with open(self.path, "rb") as file:
             file.seek(self.starts[number])
@@ -84,17 +77,9 @@ class Manifest:
 def write_manifest(
     listing: Listing, file: BinaryIO, per_class: int | None, part_size: int
 ) -> tuple[Manifest, dict]:
-    """Write the inputs of a source to a named file.
+    """Write the inputs of a source, or the first `per_class` of each class, to a named file.
 
-    Args:
-        per_class: keeps the first so many inputs of each class; None for all.
-        part_size: inputs in a part.
-
-    Returns:
-        The manifest; and the counts, class names and hash of the list, as they enter request.json.
-
-    Raises:
-        ValueError: some inputs have a class and others none; or the list of classes lacks a class.
+    The manifest is returned with the counts, classes and hash of the list, as in request.json.
     """
     taken, absent, listed, starts = Counter(), 0, 0, []
     digest = hashlib.sha256()
@@ -105,14 +90,12 @@ def write_manifest(
             continue
         name, class_name = entry[:2]
         if known and class_name is not None and class_name not in known:
-            raise ValueError(
-                f"{name} is of class {class_name!r}, which is not in the data set's list of classes"
-            )
+            fault = "which is not in the data set's list of classes"
+            raise ValueError(f"{name} is of class {class_name!r}, {fault}")
         if taken and (class_name is None) != (None in taken):
-            found = "a class, but inputs before it have none"
-            if class_name is None:
-                found = "no class, but inputs before it have one"
-            raise ValueError(f"{listing.storage.at(name)} has {found}; move it out of SOURCE")
+            has, before = ("no class", "one") if class_name is None else ("a class", "none")
+            fault = f"has {has}, but inputs before it have {before}"
+            raise ValueError(f"{listing.storage.at(name)} {fault}; move it out of SOURCE")
         taken[class_name] += 1
         if per_class and taken[class_name] > per_class:
             continue
@@ -124,12 +107,8 @@ def write_manifest(
         listed += 1
     file.flush()
     named = set(listing.truth.values()) or taken.keys() - {None}
-    counts = {
-        "listed": listed,
-        "absent": absent,
-        "classes": listing.classes or sorted(named),
-        "listing": digest.hexdigest(),
-    }
+    counts = {"listed": listed, "absent": absent, "classes": listing.classes or sorted(named)}
+    counts["listing"] = digest.hexdigest()
     return Manifest(file.name, starts, part_size), counts
 
 
@@ -150,16 +129,12 @@ def read_inputs(listing: Listing, kind: str, entries: list) -> Iterator[tuple]:
 def read_tar(
     listing: Listing, kind: str, name: str, class_name: str | None, span: list[int]
 ) -> Iterator[tuple]:
-    """Yield the samples of a tar, see read_inputs.
-
-    Args:
-        span: first byte and size of a tar inside another tar; empty for a file.
-    """
+    """Yield the samples of a tar; `span` is its first byte and size if it lies in another tar."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     endings = "|".join(ending.removeprefix(".") for ending in EXTENSIONS[kind])
     wanted = re.compile(rf"(.*\.)?({endings})", re.IGNORECASE)
-    size = span[1] if span else None
+    size = span[1] if span else math.inf
     try:
         with listing.storage.stream(name, *span) as file, bucket_errors(listing.storage.at(name)):
             tar = CheckedTar(file, size)
@@ -176,42 +151,35 @@ def read_tar(
             tar.check_end()
     except (tarfile.TarError, EOFError, ValueError, FileNotFoundError) as error:
         reason = f"{error}; the samples after it are lost"
-        yield name, None, functools.partial(raise_error, reason)
+
+        def raise_error() -> BinaryIO:
+            raise ValueError(reason)
+
+        yield name, None, raise_error
 
 
 class CheckedTar:
-    """A tar that is read in order and then checked for its end.
+    """A tar of `size` bytes at most, which is read in order and then checked for its end.
 
     tarfile itself takes a truncated tar, or a tar with a corrupt header, for complete.
-
-    Args:
-        size: bytes of the tar; None for the rest of the file.
     """
 
-    def __init__(self, file: BinaryIO, size: int | None = None):
+    def __init__(self, file: BinaryIO, size: float):
         self.file = file
         self.left = size
         self.tail = b""  # up to two blocks, read last
 
     def read(self, count: int) -> bytes:
         """Return up to `count` bytes, and none at the end."""
-        if self.left is not None:
-            count = min(count, self.left)
-        data = self.file.read(count)
-        if self.left is not None:
-            self.left -= len(data)
+        data = self.file.read(min(count, self.left))
+        self.left -= len(data)
         self.tail = (self.tail + data)[-2 * tarfile.BLOCKSIZE :]
         return data
 
     def check_end(self) -> None:
-        """Raise tarfile.ReadError unless only zeros are left, of which a tar ends with a block."""
+        """Raise tarfile.ReadError unless only zeros are left, and at least a block of them."""
         while data := self.read(1 << 20):
             if data.strip(b"\0"):
                 raise tarfile.ReadError("a header in it is corrupt")
         if len(self.tail) < tarfile.BLOCKSIZE or self.tail.strip(b"\0"):
             raise tarfile.ReadError("it is truncated")
-
-
-def raise_error(reason: str) -> BinaryIO:
-    """Raise ValueError, in place of opening an input."""
-    raise ValueError(reason)

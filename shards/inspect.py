@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from shards.format import Clips, decode_frame, read_classes, read_json
+from shards.inputs import part_name
 from shards.storage import Storage
 
 CELL = 128  # pixels of the contact sheet for one frame
@@ -23,17 +24,11 @@ CAPTION = 14  # pixels above each row
 
 
 def check_sample(sample: dict, classes: int, short_side: int) -> None:
-    """Raise ValueError if a sample is not as a conversion writes it.
-
-    Args:
-        classes: number of classes of the data set.
-        short_side: in pixels; larger frames are a fault.
-    """
+    """Raise ValueError unless a sample is intact, for `classes` classes and this short side."""
     frames, ends, times = sample["frames"], sample["ends"], sample["timestamps"]
     if not 0 < len(ends) == len(times) or ends[-1] != len(frames):
-        raise ValueError(
-            f"{len(ends)} frames, {len(times)} timestamps and {len(frames)} bytes do not agree"
-        )
+        counts = f"{len(ends)} frames, {len(times)} timestamps and {len(frames)} bytes"
+        raise ValueError(f"{counts} do not agree")
     if not np.isfinite(times).all() or (np.diff(times) < 0).any():
         raise ValueError("timestamps are not ascending")
     if not -1 <= sample["label"] < classes:
@@ -41,17 +36,12 @@ def check_sample(sample: dict, classes: int, short_side: int) -> None:
     for index in range(len(ends)):
         height, width = decode_frame(sample, index).shape[:2]
         if min(height, width) > short_side:
-            raise ValueError(
-                f"frame {index} is {width}x{height}, but its short side must be <= {short_side}"
-            )
+            size = f"{width}x{height}"
+            raise ValueError(f"frame {index} is {size}: its short side must be <= {short_side}")
 
 
 def check_shard(storage: Storage, shard: dict, classes: int, short_side: int) -> list[str]:
-    """Return all faults of a shard and its samples.
-
-    Args:
-        shard: its entry in index.json.
-    """
+    """Return all faults of a shard, by its entry in index.json, and of its samples."""
     from streaming.base.format import reader_from_json
     from streaming.base.hashing import get_hash
 
@@ -80,7 +70,7 @@ def check_shard(storage: Storage, shard: dict, classes: int, short_side: int) ->
 
 def check_counts(shards: list[dict], report: dict) -> list[str]:
     """Return the faults of index.json against report.json."""
-    counts = Counter({f"part-{number:06d}": 0 for number in range(report["parts"])})
+    counts = Counter({part_name(number): 0 for number in range(report["parts"])})
     for shard in shards:
         part = shard["raw_data"]["basename"].split("/")[0]
         counts[part] += shard["samples"]
@@ -94,20 +84,13 @@ def check_counts(shards: list[dict], report: dict) -> list[str]:
 def verify(path: str, workers: int = 0) -> list[str]:
     """Read every sample of a data set, and return all faults of hashes, frames, counts and labels.
 
-    Args:
-        workers: processes; 0 for one per core.
-
     Raises:
         ValueError: `path` is not a complete data set.
     """
     shards = read_json(path, "index.json")["shards"]
     report = read_json(path, "report.json")
-    check = functools.partial(
-        check_shard,
-        Storage(path),
-        classes=len(read_classes(path)),
-        short_side=report["recipe"]["short_side"],
-    )
+    limits = {"classes": len(read_classes(path)), "short_side": report["recipe"]["short_side"]}
+    check = functools.partial(check_shard, Storage(path), **limits)
     faults = check_counts(shards, report)
     with ProcessPoolExecutor(workers or os.cpu_count(), get_context("fork")) as pool:
         results = pool.map(check, shards)
@@ -117,26 +100,17 @@ def verify(path: str, workers: int = 0) -> list[str]:
 
 
 def show(path: str, to: str, samples: int = 12, frames: int = 8) -> None:
-    """Draw a contact sheet: one row per sample, with its label, name and frames.
+    """Draw a contact sheet: `samples` rows, each with label, name and up to `frames` frames.
 
-    Args:
-        to: picture to write.
-        samples: rows, spread evenly over the data set.
-        frames: columns, spread evenly over each sample.
-
-    Raises:
-        ValueError: `path` is not a complete data set, or `samples` is not positive.
+    Samples are spread evenly over the data set, and frames evenly over their sample.
     """
     classes = read_classes(path)
     if samples < 1:
         raise ValueError(f"--samples {samples}: must be at least 1")
     clips = Clips(path)
-    height = CELL + CAPTION
-    picked = spread(len(clips), samples)
-    sheet = Image.new("RGB", (CELL * frames, height * len(picked)), "white")
-    for row, number in enumerate(picked):
-        sheet.paste(draw_row(clips[number], classes, frames), (0, row * height))
-    sheet.save(to)
+    numbers = spread(len(clips), samples)
+    rows = [np.asarray(draw_row(clips[number], classes, frames)) for number in numbers]
+    Image.fromarray(np.concatenate(rows)).save(to)
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -152,9 +126,8 @@ def draw_row(sample: dict, classes: list[str], frames: int) -> Image.Image:
         frame = Image.fromarray(decode_frame(sample, index))
         row.paste(ImageOps.contain(frame, (CELL - 2, CELL - 2)), (column * CELL, CAPTION))
     label = classes[sample["label"]] if sample["label"] >= 0 else "no label"
-    caption = f"{label}: {sample['name']}, 1 frame"
-    if count > 1:
-        times = sample["timestamps"]
-        caption = f"{label}: {sample['name']}, {count} frames, {times[0]:.2f}-{times[-1]:.2f} s"
+    times = sample["timestamps"]
+    length = f"{count} frames, {times[0]:.2f}-{times[-1]:.2f} s" if count > 1 else "1 frame"
+    caption = f"{label}: {sample['name']}, {length}"
     ImageDraw.Draw(row).text((2, 1), caption, fill="black")
     return row

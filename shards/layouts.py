@@ -8,6 +8,7 @@ To add a layout, write a function like list_mit and name it in LAYOUTS.
 
 import csv
 import json
+import math
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -27,33 +28,23 @@ EXTENSIONS = {
 }
 
 # A list of another format raises nearly anything while it is parsed.
-LIST_ERRORS = (
-    *(ValueError, TypeError, LookupError, AttributeError),
-    *(FileNotFoundError, csv.Error),
-)
+LIST_ERRORS = (ValueError, TypeError, LookupError, AttributeError, FileNotFoundError, csv.Error)
 
-SSV2_FOLDER = "20bn-something-something-v2"
 DEVKIT = "ILSVRC2012_devkit_t12/data"
 
 
 @dataclass
 class Listing:
-    """The inputs of a source.
+    """The inputs of a source: (name, class name or None), or None if it is listed but absent.
 
-    Args:
-        storage: the names of inputs are relative to it.
-        inputs: (name, class name or None); for a tar inside a tar also its first byte and size.
-            None stands for an input that is listed but absent.
-        classes: class names in the order of the labels; None for the sorted classes of the inputs.
-        tars: whether the inputs are tars of samples, as webdataset reads them.
-        truth: {name of a member of a tar, up to the first dot: class name}.
+    A tar inside a tar has two values more: its first byte and size.
     """
 
-    storage: Storage
+    storage: Storage  # The names of inputs are relative to it.
     inputs: Iterable[tuple | None]
-    classes: list[str] | None = None
-    tars: bool = False
-    truth: dict[str, str] = field(default_factory=dict)
+    classes: list[str] | None = None  # in the order of the labels; None to sort the inputs' classes
+    tars: bool = False  # whether the inputs are tars of samples, as webdataset reads them
+    truth: dict[str, str] = field(default_factory=dict)  # {name of a tar member: class}
 
 
 @contextmanager
@@ -62,81 +53,45 @@ def list_errors(address: str) -> Iterator[None]:
     try:
         yield
     except LIST_ERRORS as error:
-        raise ValueError(
-            f"{address} is not as it is published ({type(error).__name__}: {error})"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{address} is not as it is published ({reason})") from error
 
 
-def find_list(storage: Storage, names: tuple[str, ...]) -> str:
-    """Return the first of these names that exists.
-
-    Raises:
-        ValueError: none exists.
-    """
-    name = next(filter(storage.has, names), None)
-    if name is None:
-        raise ValueError(f"SOURCE {storage.root} lacks {' or '.join(names)}")
-    return name
+def first_existing(storage: Storage, names: tuple[str, ...]) -> str:
+    """Return the first of these files or folders that exists; raise ValueError if none does."""
+    found = next(filter(storage.has, names), None)
+    if found is None:
+        fault = f"lacks {' or '.join(names)}" if names[0] else "does not exist"
+        raise ValueError(f"SOURCE {storage.root} {fault}")
+    return found
 
 
 def read_list(
-    storage: Storage,
-    parse: Callable,
-    *names: str,
-    columns: tuple[str, ...] = (),
-    delimiter: str = ",",
+    storage: Storage, parse: Callable, *names: str, columns: tuple = (), delimiter: str = ","
 ) -> Iterator:
     """Yield parse(row) for every row of the first of these CSV files that exists.
 
-    Args:
-        parse: takes a dict if `columns` are given, else a list of strings.
-        columns: that the first line must name.
-
-    Raises:
-        ValueError: no file exists, or a column is missing, or a row cannot be parsed.
+    A row is a dict if there are `columns`, which the first line must name, else a list of strings.
     """
-    name = find_list(storage, names)
+    name = first_existing(storage, names)
     address = storage.at(name)
     with list_errors(address):
         lines = filter(None, storage.read(name).decode("utf-8-sig").splitlines())
-        if columns:
-            rows = csv.DictReader(lines)
-            missing = [column for column in columns if column not in (rows.fieldnames or ())]
-        else:
-            rows = csv.reader(lines, delimiter=delimiter)
-            missing = []
+        rows = csv.DictReader(lines) if columns else csv.reader(lines, delimiter=delimiter)
+        missing = [column for column in columns if column not in (rows.fieldnames or ())]
     if missing:
-        raise ValueError(
-            f"{address} has no column {missing[0]}; its first line must name {', '.join(columns)}"
-        )
+        needed = ", ".join(columns)
+        raise ValueError(f"{address} has no column {missing[0]}; its first line must name {needed}")
     for row in rows:
         with list_errors(f"{address}, {row},"):
             value = parse(row)
         yield value
 
 
-def read_document(storage: Storage, parse: Callable, *names: str) -> list | dict:
-    """Return parse(value) for the first of these JSON files that exists.
-
-    Raises:
-        ValueError: no file exists, or its content cannot be parsed.
-    """
-    name = find_list(storage, names)
-    with list_errors(storage.at(name)):
-        return parse(json.loads(storage.read(name)))
-
-
 def find_files(storage: Storage, kind: str, *folders: str) -> Iterator[str]:
-    """Return the files of a kind in the first of these folders that exists.
-
-    Raises:
-        ValueError: no folder exists.
-    """
-    folder = next((folder for folder in folders if storage.has(folder)), None)
-    if folder is None:
-        wanted = " or ".join(folder or storage.root for folder in folders)
-        raise ValueError(f"SOURCE {storage.root}: there is no folder {wanted}")
-    return (name for name in storage.names(folder) if name.lower().endswith(EXTENSIONS[kind]))
+    """Return the files of a kind in the first of these folders that exists."""
+    names = storage.names(first_existing(storage, folders))
+    return (name for name in names if name.lower().endswith(EXTENSIONS[kind]))
 
 
 def peek(names: Iterator[str]) -> tuple[str, Iterator[str]]:
@@ -161,10 +116,8 @@ def list_any(source: str, kind: str) -> Listing:
     if source.endswith(".csv"):
         return list_csv(source)
     storage = Storage(source)
-    inputs = (
-        (name, name.split("/")[0] if "/" in name else None)
-        for name in find_files(storage, kind, "")
-    )
+    names = find_files(storage, kind, "")
+    inputs = ((name, name.split("/")[0] if "/" in name else None) for name in names)
     return Listing(storage, inputs)
 
 
@@ -172,20 +125,14 @@ def list_csv(source: str) -> Listing:
     """List the files of a .csv list, whose paths are relative to it."""
     root, name = os.path.split(source)
     storage = Storage(root or ".")
-
-    def parse(row: dict[str, str]) -> tuple:
-        return row["path"], row.get("label") or None
-
-    rows = read_list(storage, parse, name, columns=("path",))
+    rows = read_list(
+        storage, lambda row: (row["path"], row.get("label") or None), name, columns=("path",)
+    )
     return Listing(storage, (row if storage.has(row[0]) else None for row in rows))
 
 
 def list_tars(source: str) -> Listing:
-    """List the tars of a pattern such as x-{0000..1023}.tar.
-
-    Raises:
-        ValueError: some do not exist.
-    """
+    """List the tars of a pattern such as x-{0000..1023}.tar."""
     from braceexpand import braceexpand
 
     root, pattern = os.path.split(source)
@@ -193,9 +140,8 @@ def list_tars(source: str) -> Listing:
     tars = list(braceexpand(pattern))
     missing = [tar for tar in tars if not storage.has(tar)]
     if missing:
-        raise ValueError(
-            f"SOURCE {source}: {len(missing)} of {len(tars)} tars are missing, first {missing[0]}"
-        )
+        count = f"{len(missing)} of {len(tars)}"
+        raise ValueError(f"SOURCE {source}: {count} tars are missing, first {missing[0]}")
     return Listing(storage, ((tar, None) for tar in tars), tars=True)
 
 
@@ -209,7 +155,11 @@ def list_kinetics(source: str, split: str) -> Listing:
     names = find_files(storage, "videos", split, f"videos/{split}")
     tables = (f"annotations/{split}.csv", f"{split}.csv")
     if not any(map(storage.has, tables)):
-        return list_kinetics_folders(storage, names, split, tables[0])
+        first, names = peek(names)
+        if folder_of(first) == split:
+            remedy = f"add {tables[0]} for the classes"
+            raise ValueError(f"SOURCE {source}: {first} is in no class folder; {remedy}")
+        return Listing(storage, ((name, folder_of(name)) for name in names))
     files = {Path(name).stem: name for name in names}
     if storage.has("replacement"):  # of corrupt files of K400, by the 11 characters of YouTube's id
         replacements = find_files(storage, "videos", "replacement")
@@ -227,28 +177,9 @@ def list_kinetics(source: str, split: str) -> Listing:
     columns = ("youtube_id", "time_start", "time_end")
     listed = read_list(storage, find, *tables, columns=columns)
     # K600's list lacks many files that its class folders hold.
-    unlisted = (
-        (name, folder_of(name))
-        for name in files.values()
-        if name not in used and folder_of(name) in classes
-    )
-    return Listing(storage, chain(listed, unlisted), classes or None)
-
-
-def list_kinetics_folders(
-    storage: Storage, names: Iterator[str], split: str, table: str
-) -> Listing:
-    """List Kinetics by its class folders, where there is no list.
-
-    Raises:
-        ValueError: the files are in no class folders.
-    """
-    first, names = peek(names)
-    if folder_of(first) == split:
-        raise ValueError(
-            f"SOURCE {storage.root}: {first} is in no class folder; add {table} for the classes"
-        )
-    return Listing(storage, ((name, folder_of(name)) for name in names))
+    unlisted = (name for name in files.values() if name not in used)
+    labelled = ((name, folder_of(name)) for name in unlisted if folder_of(name) in classes)
+    return Listing(storage, chain(listed, labelled), classes or None)
 
 
 def kinetics_classes(storage: Storage) -> list[str]:
@@ -264,9 +195,8 @@ def list_mit(source: str, split: str) -> Listing:
     """List Moments in Time: training/CLASS/*.mp4, trainingSet.csv, moments_categories.txt."""
     storage = Storage(source)
     folder = {"train": "training", "val": "validation"}.get(split, split)
-    numbered = read_list(
-        storage, lambda row: (int(row[1]), row[0]), "moments_categories.txt"
-    )  # clapping,0
+    # A row of the categories reads clapping,0.
+    numbered = read_list(storage, lambda row: (int(row[1]), row[0]), "moments_categories.txt")
     classes = [name for _, name in sorted(numbered)]
     files = set(find_files(storage, "videos", folder))
     # After file and class, a row has the votes for and against the class.
@@ -280,26 +210,24 @@ def list_ssv2(source: str, split: str) -> Listing:
     The lists may have their old names or their new ones.
     """
     storage = Storage(source)
-    part = {"val": "validation"}.get(split, split)
-
-    def read(name: str, parse: Callable) -> list | dict:
-        names = (f"something-something-v2-{name}.json", f"labels/{name}.json", f"{name}.json")
-        return read_document(storage, parse, *names)
-
-    names = find_files(storage, "videos", SSV2_FOLDER)
-    files = {name.removeprefix(SSV2_FOLDER + "/"): name for name in names}
+    folder = "20bn-something-something-v2"
+    files = set(find_files(storage, "videos", folder))
     # A template is a class name whose placeholders are in brackets.
     without_brackets = str.maketrans("", "", "[]")
 
+    def read(list_name: str, parse: Callable) -> list[tuple] | list[str]:
+        names = (f"{stem}{list_name}.json" for stem in ("something-something-v2-", "labels/", ""))
+        name = first_existing(storage, tuple(names))
+        with list_errors(storage.at(name)):
+            return parse(json.loads(storage.read(name)))
+
     def find(clip: dict) -> tuple | None:
-        name = files.get(f"{clip['id']}.webm")
+        name = f"{folder}/{clip['id']}.webm"
         class_name = clip.get("template", "").translate(without_brackets)
-        return (name, class_name or None) if name else None
+        return (name, class_name or None) if name in files else None
 
-    def sort_classes(numbers: dict[str, str]) -> list[str]:
-        return sorted(numbers, key=lambda name: int(numbers[name]))
-
-    classes = read("labels", sort_classes)
+    classes = read("labels", lambda numbers: sorted(numbers, key=lambda name: int(numbers[name])))
+    part = {"val": "validation"}.get(split, split)
     inputs = read(part, lambda clips: [find(clip) for clip in clips])
     return Listing(storage, inputs, classes)
 
@@ -317,11 +245,9 @@ def list_in1k(source: str, split: str) -> Listing:
     storage = Storage(source)
     tar = f"ILSVRC2012_img_{split}.tar"
     if storage.has(tar) and split == "train":
-        classes = (
-            (tar, name.removesuffix(".tar"), begin, size)
-            for name, begin, size in tar_members(storage, tar)
-        )
-        return Listing(storage, classes, tars=True)
+        members = tar_members(storage, tar)
+        tars = ((tar, name.removesuffix(".tar"), begin, size) for name, begin, size in members)
+        return Listing(storage, tars, tars=True)
     if storage.has(tar):
         return Listing(storage, [(tar, None)], tars=True, truth=read_truth(storage))
     names = find_files(storage, "images", split, f"ILSVRC/Data/CLS-LOC/{split}")
@@ -334,11 +260,7 @@ def list_in1k(source: str, split: str) -> Listing:
 
 
 def tar_members(storage: Storage, tar: str) -> Iterator[tuple[str, int, int]]:
-    """Yield name, first byte and size of every file in a tar, without reading the files.
-
-    Raises:
-        ValueError: it is no tar, is truncated or corrupt.
-    """
+    """Yield name, first byte and size of every file in a tar, without reading the files."""
     begin = 0
     while True:
         header = storage.read(tar, begin, tarfile.BLOCKSIZE)
@@ -347,22 +269,16 @@ def tar_members(storage: Storage, tar: str) -> Iterator[tuple[str, int, int]]:
         try:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            raise ValueError(
-                f"{storage.at(tar)} is no tar, or truncated or corrupt at byte {begin}: {error}"
-            ) from error
+            fault = f"is no tar, or truncated or corrupt at byte {begin}"
+            raise ValueError(f"{storage.at(tar)} {fault}: {error}") from error
         begin += tarfile.BLOCKSIZE
         if member.isfile():
             yield member.name, begin, member.size
-        blocks = -(-member.size // tarfile.BLOCKSIZE)
-        begin += blocks * tarfile.BLOCKSIZE
+        begin += math.ceil(member.size / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def read_truth(storage: Storage) -> dict[str, str]:
-    """Return {ILSVRC2012_val_00000001: wnid} from whichever list of ImageNet's val split exists.
-
-    Raises:
-        ValueError: no list exists.
-    """
+    """Return {ILSVRC2012_val_00000001: wnid} from whichever list of ImageNet's val split exists."""
     kaggle = "LOC_val_solution.csv"
     plain = "imagenet_2012_validation_synset_labels.txt"
     devkit = f"{DEVKIT}/ILSVRC2012_validation_ground_truth.txt"
@@ -398,9 +314,8 @@ def list_places365(source: str, split: str) -> Listing:
     """
     storage = Storage(source)
     stem = {"train": "data"}.get(split, split)
-    folders = [
-        f"{stem}_{size}{suffix}" for size in ("256", "large") for suffix in ("", "_standard")
-    ]
+    endings = ("256", "256_standard", "large", "large_standard")
+    folders = [f"{stem}_{ending}" for ending in endings]
     folder = next(filter(storage.has, folders), folders[0])
     files = set(find_files(storage, "images", folder))
 

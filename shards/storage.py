@@ -24,10 +24,7 @@ from typing import BinaryIO
 
 @functools.cache
 def s3_client(process_id: int):
-    """Return boto3's client for a process.
-
-    A forked process needs a client of its own, since it must not share its parent's connections.
-    """
+    """Return boto3's client for a process, which must not share its parent's connections."""
     import boto3
 
     return boto3.client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"))
@@ -35,10 +32,7 @@ def s3_client(process_id: int):
 
 @contextmanager
 def bucket_errors(address: str) -> Iterator[None]:
-    """Raise boto3's exceptions as OSErrors that name the address.
-
-    A missing key raises FileNotFoundError.
-    """
+    """Raise boto3's exceptions as OSErrors with the address; FileNotFoundError if it is missing."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -56,7 +50,7 @@ def is_hidden(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Storage:
-    """A folder, or all files under an s3:// address. Names inside it are separated by slashes.
+    """A folder, which need not exist yet, or all files under an address s3://bucket/prefix.
 
     Guarantees of its methods:
         names, has: include every file whose write has returned. Hidden files are never listed.
@@ -67,13 +61,7 @@ class Storage:
         download: replaces the local file once its copy is complete. For buckets only.
         delete: succeeds also if the file is missing. For buckets only.
 
-    Args:
-        root: a folder, which need not exist yet, or s3://bucket/prefix.
-
-    Raises:
-        OSError: from every method, for whatever prevents it; for a missing file, its subclass
-            FileNotFoundError.
-        ValueError: `root` is an address of another scheme.
+    Every method raises OSError for whatever prevents it.
     """
 
     root: str
@@ -97,9 +85,9 @@ class Storage:
 
     def names(self, under: str = "") -> Iterator[str]:
         """Yield all files in the folder `under` and its subfolders, sorted, except hidden files."""
-        return self._names_in_bucket(under) if self.remote else self._names_in_folder(under)
-
-    def _names_in_folder(self, under: str) -> Iterator[str]:
+        if self.remote:
+            yield from self._names_in_bucket(under)
+            return
         try:
             entries = list(os.scandir(self.at(under)))
         except FileNotFoundError:
@@ -113,16 +101,16 @@ class Storage:
                 continue
             name = os.path.join(under, entry.name)
             if entry.is_dir():
-                yield from self._names_in_folder(name)
+                yield from self.names(name)
             else:
                 yield name
 
     def _names_in_bucket(self, under: str) -> Iterator[str]:
-        root = self.key("")["Key"]
-        prefix = self.key(os.path.join(under, ""))
+        bucket, root = self.key("").values()
+        prefix = self.key(os.path.join(under, ""))["Key"]
         with bucket_errors(self.at(under)):
             paginator = s3_client(os.getpid()).get_paginator("list_objects_v2")
-            for page in paginator.paginate(Bucket=prefix["Bucket"], Prefix=prefix["Key"]):
+            for page in paginator.paginate(Bucket=bucket, Prefix=prefix):
                 for entry in page.get("Contents", ()):
                     name = entry["Key"][len(root) :].lstrip("/")
                     if not name.endswith("/") and not is_hidden(name):
@@ -132,24 +120,18 @@ class Storage:
         """Return whether there is such a file or folder."""
         if not self.remote:
             return os.path.exists(self.at(name))
-        location = self.key(name)
-        file, folder = location["Key"], location["Key"].rstrip("/") + "/"
+        bucket, key = self.key(name).values()
         with bucket_errors(self.at(name)):
             # The first key that begins with the name of a file is the file itself, if it exists.
-            list_objects = functools.partial(
-                s3_client(os.getpid()).list_objects_v2, Bucket=location["Bucket"], MaxKeys=1
-            )
-            found = list_objects(Prefix=file).get("Contents", ())
-            if any(entry["Key"] == file for entry in found):
+            request = {"Bucket": bucket, "MaxKeys": 1}
+            files = s3_client(os.getpid()).list_objects_v2(Prefix=key, **request)
+            if any(entry["Key"] == key for entry in files.get("Contents", ())):
                 return True
-            return list_objects(Prefix=folder)["KeyCount"] > 0
+            folder = key.rstrip("/") + "/"
+            return s3_client(os.getpid()).list_objects_v2(Prefix=folder, **request)["KeyCount"] > 0
 
     def stream(self, name: str, begin: int = 0, size: int | None = None) -> BinaryIO:
-        """Return a file, from byte `begin` on, that can be read in order only.
-
-        Args:
-            size: bytes to request from a bucket; None for the rest of the file.
-        """
+        """Return a file to be read in order from `begin` on; a bucket sends `size` bytes of it."""
         if not self.remote:
             file = self.open(name)
             file.seek(begin)
@@ -182,9 +164,8 @@ class Storage:
             client = s3_client(os.getpid())
             client.put_object(**self.key(name), Body=data, ChecksumAlgorithm="SHA256")
             stored = client.head_object(**self.key(name), ChecksumMode="ENABLED")
-        same_size = stored["ContentLength"] == len(data)
-        same_digest = stored.get("ChecksumSHA256", digest) == digest
-        if not (same_size and same_digest):
+        arrived = (stored["ContentLength"], stored.get("ChecksumSHA256", digest))
+        if arrived != (len(data), digest):
             message = f"the bucket did not store the {len(data)} bytes that were sent"
             raise OSError(errno.EIO, message, self.at(name))
 
@@ -194,18 +175,16 @@ class Storage:
 
     def upload(self, path: Path, name: str) -> None:
         """Copy a local file into the bucket atomically, in checked pieces."""
-        location = self.key(name)
+        bucket, key = self.key(name).values()
         options = {"ChecksumAlgorithm": "SHA256"}
         with bucket_errors(self.at(name)):
-            client = s3_client(os.getpid())
-            client.upload_file(str(path), location["Bucket"], location["Key"], ExtraArgs=options)
+            s3_client(os.getpid()).upload_file(str(path), bucket, key, ExtraArgs=options)
 
     def download(self, name: str, path: Path) -> None:
         """Copy a file out of the bucket to a local path."""
-        location = self.key(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with bucket_errors(self.at(name)):
-            s3_client(os.getpid()).download_file(location["Bucket"], location["Key"], str(path))
+            s3_client(os.getpid()).download_file(*self.key(name).values(), str(path))
 
     def delete(self, name: str) -> None:
         """Delete a file of the bucket."""

@@ -47,17 +47,13 @@ class DeterministicStream(StreamingDataset):
     counts the earlier places of the sample in that list, before it is shuffled. The list depends
     on seed and epoch alone, and so do the keys. `repeat` counts from 0 to `repeats` - 1.
 
-    A sample that cannot be decoded is listed in a file, and the next sample of the data takes its
-    place.
-
     Args:
         transform: called with a stored sample and its generator. The sample has a further entry
-            `stream`, the index of its stream. A ValueError declares the sample unreadable.
-        unreadable: file that lists the unreadable samples.
-        max_unreadable: fraction of the samples that may be unreadable, in [0, 1].
+            `stream`, the index of its stream. A ValueError declares the sample unreadable; the
+            next sample of the data then takes its place.
+        unreadable, max_unreadable: see record_unreadable and load_stream.
         repeats: times that each sample is transformed after it has been read once.
-        batch_size: samples that a rank reads for a step; each is transformed `repeats` times.
-        settings: of StreamingDataset.
+        settings: of StreamingDataset. Its batch_size counts samples before they are repeated.
     """
 
     def __init__(
@@ -65,12 +61,10 @@ class DeterministicStream(StreamingDataset):
         transform: Transform,
         unreadable: Path,
         max_unreadable: float,
-        *,
         repeats: int,
-        batch_size: int,
         **settings: Any,
     ):
-        super().__init__(batch_size=batch_size, shuffle=True, **settings)
+        super().__init__(shuffle=True, **settings)
         self.transform = transform
         self.unreadable = unreadable
         self.max_unreadable = max_unreadable
@@ -79,10 +73,8 @@ class DeterministicStream(StreamingDataset):
     def drop_incomplete_batch(self, global_batch_size: int) -> None:
         """Shorten each epoch to a multiple of the samples that all ranks read for a step.
 
-        Streaming would fill the last batch of each rank with samples that come twice, so that the
-        number of steps would depend on the number of ranks. It has no argument for this: the
-        `epoch_size` of its constructor decides how often each stream is sampled, too, which must
-        not change.
+        Streaming would fill the last batch of each rank with samples that come twice. It has no
+        argument against that: its `epoch_size` decides how often each stream is sampled, too.
         """
         self.epoch_size -= self.epoch_size % global_batch_size
         self.length = self.epoch_size // dist.get_world_size()
@@ -105,12 +97,7 @@ class DeterministicStream(StreamingDataset):
             yield from self.transform_sample(sample, self._keys[position])
 
     def transform_sample(self, sample: dict, key: tuple[int, int, int]) -> Iterator[dict]:
-        """Yield the results of `repeats` transforms of a sample, or of the next readable sample.
-
-        Args:
-            sample: see __getitem__.
-            key: seed, epoch and identity of the sample; a replacement keeps the key.
-        """
+        """Yield the `repeats` transforms of a sample, or of the next readable one under its key."""
         identity = key[-1]
         replacements = 0
         for repeat in range(self.repeats):
@@ -121,53 +108,36 @@ class DeterministicStream(StreamingDataset):
                         raise ValueError(sample["read_error"])
                     transformed = self.transform(sample, np.random.default_rng((*key, repeat)))
                 except ValueError as error:
-                    self.report_unreadable(sample["name"], error)
+                    limit = self.max_unreadable * self.num_samples
+                    record_unreadable(self.unreadable, sample["name"], error, limit)
                     replacements += 1
                     sample = self[(identity + replacements) % self.num_samples]
             yield transformed
 
-    def report_unreadable(self, name: str, error: ValueError) -> None:
-        """Add a sample to the list of unreadable samples.
-
-        Raises:
-            RuntimeError: there are too many.
-        """
-        count = len(record_unreadable(self.unreadable, name, error))
-        if count > max(1, self.max_unreadable * self.num_samples):
-            raise RuntimeError(
-                f"{count} samples cannot be decoded, see {self.unreadable}; run data_prep.py verify"
-            )
-
-    def resample_streams(
-        self, epoch: int, stream_id: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple:
         """Return Streaming's list of an epoch's samples, with identities instead of numbers.
 
-        Streaming shuffles the list, and deals it out to ranks and workers, without a look at its
-        values.
+        Streaming shuffles the list and deals it out without a look at its values.
         """
         shuffle_units, samples = super().resample_streams(epoch, stream_id)
         return shuffle_units, samples + count_earlier(samples) * self.num_samples
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
-        """Return the samples that this worker is to read, in order, and keep their keys.
+        """Return the samples that this worker is to read, and keep their keys in the same order.
 
-        Keys are in the order in which __iter__ yields samples; it leaves out the padding, -1.
         Streaming has no public method between the order of an epoch and the reading.
         """
         identities = super()._get_work(epoch, sample_in_epoch)
-        is_padding = identities == -1
-        self._keys = [
-            (self.shuffle_seed, epoch, int(identity)) for identity in identities[~is_padding]
-        ]
+        is_padding = identities == -1  # __iter__ leaves it out
+        wanted = identities[~is_padding].tolist()
+        self._keys = [(self.shuffle_seed, epoch, identity) for identity in wanted]
         return np.where(is_padding, -1, identities % self.num_samples)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Download a shard unless it is on disk.
 
-        Streaming's read-ahead calls this method for every sample. Streaming's own method takes a
-        file lock each time, which all workers of a machine share, even if the shard is on disk.
-        The states of the shards, and the type of the states, have no public name.
+        Streaming's read-ahead calls this method for every sample. Its own method then takes a file
+        lock that all workers of a machine share. The states of the shards have no public name.
         """
         if blocking or self._shard_states[shard_id] != _ShardState.LOCAL:
             super().prepare_shard(shard_id, blocking)
@@ -177,11 +147,6 @@ class DeterministicStream(StreamingDataset):
 
         At the end of an epoch, Composer counts samples from 0 again, but Streaming still names the
         finished epoch. Streaming's own method would make a resumed run repeat that epoch.
-
-        Args:
-            num_samples: transformed samples of this epoch so far.
-            from_beginning: whether they are counted from the start of the epoch, else since the
-                run was resumed.
         """
         state = super().state_dict(num_samples // self.repeats, from_beginning)
         if num_samples == 0:
@@ -206,107 +171,74 @@ def open_stream(
     Args:
         path: folder, or s3:// address, of a data set of data_prep.py.
         proportion: share of the epoch; without proportions, each sample comes once an epoch.
-        cache: local folder for the shards of an s3:// address; if not given, see cache_folder.
-
-    Raises:
-        ValueError: there is no such data set.
+        cache: local folder for the shards of an s3:// address; default a temporary folder.
     """
-    read_classes(path)
+    read_classes(path)  # raises if the data set is incomplete
     if Storage(path).remote:
         return Stream(remote=path, local=cache, proportion=proportion)
     return Stream(local=path, proportion=proportion)
-
-
-def cache_folder(run: Path, path: str) -> str:
-    """Return a folder for the shards that a run downloads; a resumed run has the same folder."""
-    digest = hashlib.sha256(path.encode()).hexdigest()
-    return str(Path(gettempdir(), f"{run.name}-{digest[:16]}"))
 
 
 @contextmanager
 def one_job_at_a_time() -> Iterator[None]:
     """Make other jobs on this machine wait while a StreamingDataset is constructed.
 
-    A StreamingDataset takes the first free names in shared memory. Two jobs that construct one at
-    the same moment would take the same names.
+    Otherwise two jobs could take the same names in shared memory, which are the first free ones.
     """
     lock = FileLock(Path(gettempdir(), f"streams-{os.getuid()}.lock"))
-    is_local_leader = dist.get_local_rank() == 0
-    if is_local_leader:
+    if dist.get_local_rank() == 0:
         with suppress(Timeout):  # Start anyway after 60 s.
             lock.acquire(timeout=60)
     dist.barrier()
     try:
         yield
     finally:
-        if is_local_leader:
-            lock.release()
+        lock.release()  # does nothing on other ranks
 
 
 def check_batch(batch_size: int, micro_size: int, repeats: int, ranks: int) -> None:
     """Raise ValueError for sizes that do not divide; both are in samples over all ranks."""
+    batch = f"data.global_train_batch_size={batch_size}"
+    micro_batch = f"data.global_micro_batch_size={micro_size}"
+    share = micro_size // ranks
     if batch_size % micro_size:
-        raise ValueError(
-            f"data.global_train_batch_size={batch_size}: "
-            f"must be a multiple of data.global_micro_batch_size={micro_size}"
-        )
+        raise ValueError(f"{batch}: must be a multiple of {micro_batch}")
     if micro_size % ranks:
-        raise ValueError(
-            f"a micro-batch of {micro_size} samples: must be a multiple of the {ranks} ranks; "
-            "change data.global_micro_batch_size or data.global_train_batch_size"
-        )
-    if micro_size // ranks % repeats:
-        raise ValueError(
-            f"data.repeats={repeats}: "
-            f"must divide each rank's share of a micro-batch, {micro_size // ranks}"
-        )
+        raise ValueError(f"{micro_batch}: must be a multiple of the number of ranks, {ranks}")
+    if share % repeats:
+        raise ValueError(f"data.repeats={repeats}: must divide a rank's micro-batch of {share}")
 
 
-def check_streams(streams: list[dict]) -> None:
-    """Raise ValueError for an empty list, a data set named twice, or some proportions missing."""
+def open_streams(streams: list[dict], run: Path, patch_size: int) -> list[Stream]:
+    """Open all data sets of a mix; raise ValueError if they cannot be trained on."""
     if not streams:
         raise ValueError("data.streams is empty: name at least one data set")
     path, times = Counter(stream["path"] for stream in streams).most_common(1)[0]
     if times > 1:
-        raise ValueError(
-            f"data.streams names {path} {times} times: name it once, with a proportion"
-        )
+        raise ValueError(f"data.streams names {path} {times} times: name it once, with proportion")
     have_proportion = {stream.get("proportion") is not None for stream in streams}
     if len(have_proportion) > 1:
         raise ValueError("data.streams: give a proportion to all streams or to none")
+    opened = []
+    for stream in streams:
+        path = stream["path"]
+        # A resumed run has the same folder.
+        cache = f"{run.name}-{hashlib.sha256(path.encode()).hexdigest()[:16]}"
+        opened.append(open_stream(**{"cache": str(Path(gettempdir(), cache)), **stream}))
+        height, width = frame_size(path)
+        if min(height, width) < patch_size:
+            patch = f"model.patch_size={patch_size}"
+            raise ValueError(f"{path}: frames of {width}x{height} are smaller than {patch}")
+    return opened
 
 
 def frame_size(path: str) -> tuple[int, int]:
-    """Return height and width of the first frame of a data set that can be decoded.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Return height and width of the first frame of a data set that can be decoded."""
     clips = Clips(path)
     for number in range(len(clips)):
         with suppress(ValueError, IndexError):
             return decode_frame(clips[number], 0).shape[:2]
     raise ValueError(f"{path}: no sample can be decoded; run data_prep.py verify")
-
-
-def open_streams(streams: list[dict], run: Path, patch_size: int) -> list[Stream]:
-    """Open all data sets of a mix; see load_stream.
-
-    Raises:
-        ValueError: see check_streams and open_stream; or frames are smaller than a patch.
-    """
-    check_streams(streams)
-    opened = []
-    for stream in streams:
-        path = stream["path"]
-        defaults = {"cache": cache_folder(run, path)}
-        opened.append(open_stream(**(defaults | stream)))
-        height, width = frame_size(path)
-        if min(height, width) < patch_size:
-            raise ValueError(
-                f"{path}: frames of {width}x{height} are smaller than model.patch_size={patch_size}"
-            )
-    return opened
 
 
 def load_stream(
@@ -343,24 +275,23 @@ def load_stream(
         epoch_size: samples read in an epoch; default all streams once.
         repeats: times to draw views from each sample that is read. Each draw counts as a sample of
             the batch and of the epoch, and the draws are among each other's negatives.
-        max_unreadable: fraction of the samples that may be unreadable, see unreadable.jsonl; one
-            sample always may.
+        max_unreadable: fraction of the samples that may be unreadable; one sample always may.
 
     Raises:
         ValueError: data that is missing, frames smaller than a patch, a batch that does not divide
             or is larger than an epoch.
     """
     ranks = dist.get_world_size()
+    batch_size = global_train_batch_size // ranks
     micro_size = global_micro_batch_size or global_train_batch_size
     check_batch(global_train_batch_size, micro_size, repeats, ranks)
     opened = open_streams(streams, run, patch_size)
-    batch_size = global_train_batch_size // ranks
     with one_job_at_a_time():
         dataset = DeterministicStream(
             transform,
             run / "unreadable.jsonl",
             max_unreadable,
-            repeats=repeats,
+            repeats,
             batch_size=batch_size // repeats,
             streams=opened,
             shuffle_seed=seed,
@@ -369,10 +300,8 @@ def load_stream(
         )
     samples = dataset.epoch_size * repeats
     if samples < global_train_batch_size:
-        raise ValueError(
-            f"data.global_train_batch_size={global_train_batch_size}: "
-            f"must be at most the {samples} samples of an epoch"
-        )
+        batch = f"data.global_train_batch_size={global_train_batch_size}"
+        raise ValueError(f"{batch}: must be at most the {samples} samples of an epoch")
     dataset.drop_incomplete_batch(global_train_batch_size // repeats)
     loader = DataLoader(
         dataset,

@@ -8,6 +8,7 @@ augment.py applies the numbers drawn by ViewRecipe to a whole batch on the devic
 import bisect
 import math
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 DataSets = Annotated[list[str], Field(min_length=1)]  # paths of data sets of data_prep.py
 FrameGap = NonNegativeInt | Literal["any", "distant"]
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
+Range = tuple[float, float]  # least and greatest value
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,7 @@ class ViewRecipe:
     solarise: tuple[UnitInterval, UnitInterval] = (0.0, 0.2)
 
     def draw(self, rng: np.random.Generator, view: int) -> np.ndarray:
-        """Draw the numbers that augment a view -> (A,) float32, see PARAMETERS.
-
-        Args:
-            view: 0 for the first view, 1 for the second.
-        """
+        """Draw the numbers that augment view 0 or 1 of a sample -> (A,), see PARAMETERS."""
         # Always ten numbers, so that no setting changes what is drawn after it.
         draws = rng.random(10).tolist()
         flip, jitter, grey, blur, solarise = draws[:5]
@@ -80,20 +78,11 @@ class ViewRecipe:
         return np.array([values[name] for name in PARAMETERS], np.float32)
 
 
-def draw_crop(
-    rng: np.random.Generator,
-    height: int,
-    width: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> Box:
-    """Draw a crop of a frame as torchvision's RandomResizedCrop does.
+def draw_crop(rng: np.random.Generator, height: int, width: int, scale: Range, ratio: Range) -> Box:
+    """Draw a crop of a frame of height x width pixels as torchvision's RandomResizedCrop does.
 
-    Ten shapes are tried; if none fits into the frame, the crop is central.
-
-    Args:
-        height, width: of the frame, in pixels.
-        scale, ratio: see crop_scale and crop_ratio of ViewRecipe.
+    Ten shapes are tried; if none fits into the frame, the crop is central. For `scale` and `ratio`,
+    see crop_scale and crop_ratio of ViewRecipe.
     """
     draws = rng.random(20).tolist()
     least_log, greatest_log = math.log(ratio[0]), math.log(ratio[1])
@@ -156,10 +145,8 @@ def pick_frames(
 
     Args:
         timestamps: (n,) seconds, ascending, of the stored frames.
-        num_frames: indices to return.
-        frame_interval: seconds between two frames of the view. Each is the frame on screen at its
-            time; a clip that is too short repeats its last frame. None to cut the whole clip into
-            `num_frames` equal sections and take a frame from each.
+        frame_interval: seconds between two frames of the view; a clip that is too short repeats
+            its last frame. None for a frame from each of `num_frames` equal sections of the clip.
         position: of the view in the clip, from 0 (earliest) to 1 (latest). Without an interval, of
             the frame in its section, in [0, 1).
     """
@@ -176,7 +163,7 @@ def pick_frames(
 
 @dataclass
 class PretrainingViews:
-    """A callable that turns a stored sample and a generator into the views of pre-training.
+    """A function of a stored sample and a generator that returns the views of pre-training.
 
     Args:
         img_size: H and W of a view, in pixels.
@@ -186,9 +173,6 @@ class PretrainingViews:
         views: V, views of a sample.
         frame_gap, sections: for views that are images, see draw_frame_pair.
         frame_interval: for views that are clips, see pick_frames.
-
-    Raises:
-        ValueError: `views` is neither 1 nor 2.
     """
 
     img_size: int
@@ -210,23 +194,20 @@ class PretrainingViews:
         self.image = ViewRecipe(**self.image)
 
     def __call__(self, sample: dict, rng: np.random.Generator) -> dict[str, Any]:
-        """Draw the views of a sample, and decode only their frames.
-
-        Args:
-            sample: of a data set of data_prep.py. Its decoded frames are kept in it.
+        """Draw the views of a sample, and decode only their frames; corrupt ones raise ValueError.
 
         Returns:
             `views` uint8 (V, [T,] H, W, 3); `augment` float32 (V, A), see PARAMETERS; `noise`
             float32 (V, N), uniform in [0, 1), which decides what is masked; `target`, the label.
-
-        Raises:
-            ValueError: a frame cannot be decoded.
         """
         recipe = self.video if len(sample["ends"]) > 1 else self.image
         picked = self.draw_frames(sample, rng)
-        frames = decode_frames(sample, picked)
+        # The frames are kept in the sample, since `repeats` draws views of a sample again.
+        frames = sample.setdefault("decoded", {})
         views, augment = [], []
         for view, indices in enumerate(picked):
+            for index in set(indices) - frames.keys():
+                frames[index] = decode_frame(sample, index)
             height, width = frames[indices[0]].shape[:2]
             box = draw_crop(rng, height, width, recipe.crop_scale, recipe.crop_ratio)
             views.append(self.crop_view(frames, indices, box))
@@ -243,10 +224,8 @@ class PretrainingViews:
         if self.num_frames == 1:
             pair = draw_frame_pair(rng, len(sample["ends"]), self.frame_gap, self.sections)
             return [[index] for index in pair[: self.views]]
-        return [
-            pick_frames(sample["timestamps"], self.num_frames, self.frame_interval, position)
-            for position in rng.random(self.views)
-        ]
+        pick = partial(pick_frames, sample["timestamps"], self.num_frames, self.frame_interval)
+        return [pick(position) for position in rng.random(self.views)]
 
     def crop_view(self, frames: dict[int, np.ndarray], indices: list[int], box: Box) -> Tensor:
         """Crop the frames of a view alike -> uint8 ([T,] H, W, 3)."""
@@ -257,20 +236,6 @@ class PretrainingViews:
         if self.num_frames == 1:
             return crops[indices[0]]
         return torch.stack([crops[index] for index in indices])
-
-
-def decode_frames(sample: dict, picked: list[list[int]]) -> dict[int, np.ndarray]:
-    """Return decoded frames (H, W, 3) by their indices.
-
-    They are kept in `sample["decoded"]`: views can share a frame, and `repeats` draws views of the
-    same sample again.
-    """
-    frames = sample.setdefault("decoded", {})
-    for indices in picked:
-        for index in indices:
-            if index not in frames:
-                frames[index] = decode_frame(sample, index)
-    return frames
 
 
 def square_crops(height: int, width: int, side: int, count: int) -> list[Box]:
@@ -285,9 +250,9 @@ def square_crops(height: int, width: int, side: int, count: int) -> list[Box]:
 
 @dataclass
 class EvalViews(Dataset):
-    """Deterministic views for evaluation.
+    """Deterministic views for evaluation: `inputs` uint8 (V, T, 3, H, W), and `target`.
 
-    An item has `inputs` uint8 (V, T, 3, H, W), V = temporal_views * spatial_views, and `target`.
+    V = temporal_views * spatial_views; all views of one temporal position are side by side.
 
     Args:
         paths: data sets of data_prep.py.
@@ -297,9 +262,8 @@ class EvalViews(Dataset):
         spatial_views: square crops along the longer side; 1 is the centre.
         crop_pct: side of a crop as a fraction of the shorter side, in (0, 1].
         label_offsets: for each data set, a number added to its labels; () to add nothing.
-        unreadable: file that lists samples that cannot be decoded. Such a sample is black and has
-            the target -1, so that it does not count. None to raise an error instead.
-        max_unreadable: fraction of the samples that may be unreadable, in [0, 1].
+        unreadable: file that lists unreadable samples, which become black with the target -1. If
+            None, or if more than a fraction `max_unreadable` are unreadable, ValueError is raised.
     """
 
     paths: list[str]
@@ -320,68 +284,42 @@ class EvalViews(Dataset):
         return len(self.data)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        """Return the views of a sample.
-
-        Raises:
-            ValueError: the sample cannot be decoded and `unreadable` is None, or too many cannot.
-        """
+        """Return the views of a sample."""
+        data_set = bisect.bisect_right(self.data.cumulative_sizes, number)
         try:
             sample = self.data[number]
             views, label = self.crop_views(sample), sample["label"]
         except (ValueError, IndexError, KeyError, TypeError) as error:  # corrupt frame or shard
-            self.report_unreadable(number, error)
-            views, label = self.black_views(), -1
+            first_number = [0, *self.data.cumulative_sizes][data_set]
+            name = f"{self.paths[data_set]}, sample {number - first_number}"
+            if self.unreadable is None:
+                remedy = "run data_prep.py verify"
+                raise ValueError(f"{name} cannot be decoded ({error}); {remedy}") from error
+            # The list can have samples of other data sets, from other EvalViews of the run.
+            prefixes = tuple(f"{path}, sample " for path in self.paths)
+            limit = self.max_unreadable * len(self)
+            record_unreadable(self.unreadable, name, error, limit, prefixes)
+            num_views = self.temporal_views * self.spatial_views
+            shape = (num_views, self.num_frames, 3, self.img_size, self.img_size)
+            views, label = torch.zeros(shape, dtype=torch.uint8), -1
         if self.label_offsets and label >= 0:
-            label += self.label_offsets[self.data_set_of(number)]
+            label += self.label_offsets[data_set]
         return {"inputs": views, "target": torch.tensor(label)}
 
     def crop_views(self, sample: dict[str, Any]) -> Tensor:
-        """Return the views of a sample, those of one temporal position after the other."""
+        """Return the views of a sample -> (V, T, 3, H, W)."""
         if self.frame_interval and self.temporal_views > 1:
             positions = np.linspace(0, 1, self.temporal_views)
         else:
             positions = (np.arange(self.temporal_views) + 0.5) / self.temporal_views
+        times = sample["timestamps"]
         views = []
         for position in positions:
-            picked = pick_frames(
-                sample["timestamps"], self.num_frames, self.frame_interval, position
-            )
+            picked = pick_frames(times, self.num_frames, self.frame_interval, position)
             frames = {index: decode_frame(sample, index) for index in set(picked)}
             height, width = frames[picked[0]].shape[:2]
             side = max(1, round(min(height, width) * self.crop_pct))
             for box in square_crops(height, width, side, self.spatial_views):
                 crops = [crop_and_scale(frames[index], box, self.img_size) for index in picked]
-                views.append(torch.stack(crops))  # (T, 3, H, W)
+                views.append(torch.stack(crops))
         return torch.stack(views)
-
-    def black_views(self) -> Tensor:
-        """Return views of the right shape without content."""
-        num_views = self.temporal_views * self.spatial_views
-        shape = (num_views, self.num_frames, 3, self.img_size, self.img_size)
-        return torch.zeros(shape, dtype=torch.uint8)
-
-    def data_set_of(self, number: int) -> int:
-        """Return the index in `paths` of the data set that a sample belongs to."""
-        return bisect.bisect_right(self.data.cumulative_sizes, number)
-
-    def report_unreadable(self, number: int, error: Exception) -> None:
-        """Add a sample to the list of unreadable samples.
-
-        Raises:
-            ValueError: there is no such list, or too many samples of these data sets are in it.
-        """
-        data_set = self.data_set_of(number)
-        path = self.paths[data_set]
-        first_number = [0, *self.data.cumulative_sizes][data_set]
-        name = f"{path}, sample {number - first_number}"
-        if self.unreadable is None:
-            raise ValueError(
-                f"{name} cannot be decoded ({error}); run data_prep.py verify"
-            ) from error
-        count = 0  # the list can have samples of other data sets, from other EvalViews of the run
-        for listed in record_unreadable(self.unreadable, name, error):
-            count += listed.rpartition(", sample")[0] in self.paths
-        if count > max(1, self.max_unreadable * len(self)):
-            raise ValueError(
-                f"{count} samples cannot be decoded, see {self.unreadable}; run data_prep.py verify"
-            ) from error

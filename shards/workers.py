@@ -16,7 +16,8 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import connection, get_context
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from time import monotonic
 
@@ -30,33 +31,20 @@ Work = Callable[[str, dict[int, str], Report], None]
 
 @dataclass
 class Worker:
-    """A running process and the input that it reports to be reading.
-
-    Args:
-        number: of the input; None before the first and after the last input.
-        since: time at which the input was begun.
-    """
+    """A running process and the input that it reports to be reading."""
 
     process: BaseProcess
     part: str
-    number: int | None = None
-    since: float = field(default_factory=monotonic)
+    number: int | None = None  # of the input; None before the first and after the last input
+    since: float = field(default_factory=monotonic)  # time at which the input was begun
     timed_out: bool = False
-
-    def kill_if_late(self) -> None:
-        if self.number is not None and monotonic() - self.since > TIME_LIMIT:
-            self.timed_out = True
-            self.process.kill()
 
 
 def run_parts(work: Work, parts: list[str], workers: int, bar: tqdm) -> None:
     """Call work(part, bad_inputs, report) for each part in its own process, `workers` at a time.
 
     If a process dies, or needs more than TIME_LIMIT for an input, its part is started again with
-    the number of that input in `bad_inputs`.
-
-    Args:
-        bar: progress in inputs.
+    the number of that input in `bad_inputs`. `bar` shows the progress in inputs.
 
     Raises:
         OSError: a worker raised it, or was killed from outside. The other workers are killed.
@@ -71,7 +59,7 @@ def run_parts(work: Work, parts: list[str], workers: int, bar: tqdm) -> None:
                 part = waiting.pop()
                 receiver, worker = start_worker(work, part, bad_inputs[part], list(running))
                 running[receiver] = worker
-            for receiver in connection.wait(list(running), timeout=1):
+            for receiver in wait(list(running), timeout=1):
                 worker = running[receiver]
                 try:
                     message = receiver.recv()
@@ -90,7 +78,9 @@ def run_parts(work: Work, parts: list[str], workers: int, bar: tqdm) -> None:
                 worker.since = monotonic()
                 bar.update(message is not None)
             for worker in running.values():
-                worker.kill_if_late()
+                if worker.number is not None and monotonic() - worker.since > TIME_LIMIT:
+                    worker.timed_out = True
+                    worker.process.kill()
     finally:
         for worker in running.values():
             worker.process.kill()
@@ -98,29 +88,22 @@ def run_parts(work: Work, parts: list[str], workers: int, bar: tqdm) -> None:
 
 
 def start_worker(
-    work: Work, part: str, bad_inputs: dict[int, str], receivers: list[connection.Connection]
-) -> tuple[connection.Connection, Worker]:
+    work: Work, part: str, bad_inputs: dict[int, str], receivers: list[Connection]
+) -> tuple[Connection, Worker]:
     """Start the process of a part, and return the connection on which it reports.
 
-    Args:
-        receivers: connections of the other workers.
+    `receivers` are the connections of the other workers.
     """
-    context = get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
+    receiver, sender = Pipe(duplex=False)
     arguments = (work, part, bad_inputs, sender, [*receivers, receiver])
-    process = context.Process(target=run_part, args=arguments)
+    process = get_context("fork").Process(target=run_part, args=arguments)
     process.start()
     sender.close()
     return receiver, Worker(process, part)
 
 
 def crash_reason(worker: Worker, bad_inputs: dict[int, str]) -> str:
-    """Return why the process of a worker died, if an input is to blame.
-
-    Raises:
-        OSError: the process was between inputs, or the input was already skipped, or the process
-            was terminated from outside.
-    """
+    """Return how an input killed the process of a worker; raise OSError if no input is to blame."""
     code = worker.process.exitcode
     cause = signal.Signals(-code).name if code < 0 else f"exit {code}"
     if worker.number is None or worker.number in bad_inputs or cause == "SIGTERM":
@@ -131,11 +114,7 @@ def crash_reason(worker: Worker, bad_inputs: dict[int, str]) -> str:
 
 
 def run_part(
-    work: Work,
-    part: str,
-    bad_inputs: dict[int, str],
-    sender: connection.Connection,
-    receivers: list[connection.Connection],
+    work: Work, part: str, bad_inputs: dict[int, str], sender: Connection, receivers: list
 ) -> None:
     """Do the work of a part in its own process, and send what it reports or raises."""
     # Once nobody else holds the receiving end, sending fails, which shows that the parent is gone.

@@ -246,11 +246,9 @@ def test_kinetics_files_missing_from_the_csv_list_are_taken_from_class_folders(t
 
 
 def test_kinetics_rejects_other_layouts(tmp_path):
-    assert_rejected(
-        "k400", tmp_path / "nowhere", "nowhere: there is no folder train or videos/train"
-    )
+    assert_rejected("k400", tmp_path / "nowhere", "nowhere lacks train or videos/train")
     flat = lay(tmp_path / "flat", videos("val/kUDuaEpODNI_001234_001244.mp4"))
-    assert_rejected("k400", flat, "there is no folder train or videos/train")
+    assert_rejected("k400", flat, "lacks train or videos/train")
     assert_rejected("k400", flat, "add annotations/val.csv for the classes", "val")
     other = lay(
         tmp_path / "other", videos(*K400), {"annotations/train.csv": "video,class\na.mp4,zumba\n"}
@@ -317,7 +315,7 @@ def test_moments_in_time_numbers_its_labels_by_the_categories_file(tmp_path, mak
     [
         ({"moments_categories.txt": None}, "lacks moments_categories.txt"),
         ({"trainingSet.csv": None}, "lacks trainingSet.csv"),
-        ({"training": None}, "there is no folder training"),
+        ({"training": None}, "lacks training"),
         (
             {"moments_categories.txt": "clapping,0\nbulldozing,1\n"},
             "c.mp4 is of class 'adult.male.singing', which is not in .*",
@@ -413,7 +411,7 @@ def test_something_something_numbers_its_templates_by_labels_json(tmp_path, make
             None,
             "lacks something-something-v2-train.json or labels/train.json",
         ),
-        ("20bn-something-something-v2", None, "there is no folder 20bn-something-something-v2"),
+        ("20bn-something-something-v2", None, "lacks 20bn-something-something-v2"),
         (
             "something-something-v2-labels.json",
             '{"Holding something": "0"}',
@@ -601,9 +599,7 @@ def test_sample_of_a_tar_with_an_unknown_label_is_skipped_and_named(tmp_path, ma
 
 
 def test_imagenet_rejects_other_layouts(tmp_path):
-    assert_rejected(
-        "in1k", tmp_path / "nowhere", "there is no folder train or ILSVRC/Data/CLS-LOC/train"
-    )
+    assert_rejected("in1k", tmp_path / "nowhere", "lacks train or ILSVRC/Data/CLS-LOC/train")
     images = pictures(*(f"val/{stem}.JPEG" for stem in VAL))
     flat = lay(tmp_path / "flat", images)
     three = "ground_truth.txt or LOC_val_solution.csv or imagenet_2012_validation_synset_labels.txt"
@@ -707,7 +703,7 @@ def test_places_files_get_the_category_that_their_list_numbers(tmp_path, make, l
             {"places365_train_standard.txt": None},
             "lacks places365_train_standard.txt or filelist_places365-standard/places",
         ),
-        ({"data_256": None}, "there is no folder data_256"),
+        ({"data_256": None}, "lacks data_256"),
         ({"categories_places365.txt": "/a/airfield 0\n"}, "places365_train_standard.txt.*alcove"),
         (
             {"places365_train_standard.txt": "/a/airfield/00000001.jpg airfield\n"},
@@ -910,9 +906,9 @@ def test_command_line_names_the_missing_folder_list_or_column_in_one_line(tmp_pa
     listing = lay(tmp_path / "mine", {"list.csv": "file\na.jpg\n"}) / "list.csv"
     for arguments, missing in (
         (("k400", str(k400)), "add annotations/train.csv for the classes"),
-        (("k400", str(k400), "--split", "val"), "there is no folder val or videos/val"),
+        (("k400", str(k400), "--split", "val"), "lacks val or videos/val"),
         (("mit", str(mit)), "lacks trainingSet.csv"),
-        (("places365", str(places)), "there is no folder data_256"),
+        (("places365", str(places)), "lacks data_256"),
         (("images", str(listing)), "list.csv has no column path"),
     ):
         preset, source, *options = arguments

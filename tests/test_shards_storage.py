@@ -260,7 +260,7 @@ def test_error_names_a_wrong_address_bucket_or_object(bucket, tmp_path, monkeypa
         convert("gs://b/x", str(tmp_path / "out"), Recipe("images"))
     with pytest.raises(OSError, match=r"NoSuchBucket.*s3://nowhere"):
         convert("s3://nowhere/x", str(tmp_path / "out"), Recipe("images"))
-    with pytest.raises(ValueError, match="s3://bkt/empty: there is no folder"):
+    with pytest.raises(ValueError, match="s3://bkt/empty does not exist"):
         convert("s3://bkt/empty", str(tmp_path / "out"), Recipe("images"))
     with pytest.raises(
         ValueError, match=r"s3://bkt/empty is not a complete data set: index.json is missing"

@@ -234,7 +234,7 @@ def test_too_many_unreadable_samples_end_the_run(demo, tmp_path):
     shutil.copytree(demo / "train_videos", tmp_path / "train_videos")
     spoilt(demo / "train_images", tmp_path, 0, 1, 2, 3, 7)
     complaint = r"samples cannot be decoded, see .*unreadable\.jsonl; run data_prep\.py verify"
-    with pytest.raises(RuntimeError, match=complaint):
+    with pytest.raises(ValueError, match=complaint):
         list(make_loader(tmp_path, run=tmp_path))
 
 
@@ -269,7 +269,7 @@ def test_shard_that_is_cut_off_costs_only_its_last_samples(demo, tmp_path):
         (
             ["train_videos"],
             {"repeats": 3},
-            "data.repeats=3: must divide each rank's share of a micro-batch, 20",
+            "data.repeats=3: must divide a rank's micro-batch of 20",
         ),
     ],
 )

@@ -34,6 +34,12 @@ def random_frames(count: int, size: int = 40) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
 
 
+class Samples(list):
+    """Samples in the place of the data sets of EvalViews."""
+
+    cumulative_sizes = (60,)
+
+
 @pytest.fixture
 def decoded(monkeypatch) -> list[int]:
     """The indices of all frames that are decoded, in order."""
@@ -217,7 +223,7 @@ def test_eval_views_are_spread_over_time_and_along_the_longer_side(demo):
     frames[..., 1] = np.arange(60) * 4  # green tells the column
     path = str(demo / "test_videos")
     views = EvalViews([path], 20, 4, temporal_views=2, spatial_views=3, crop_pct=1.0)
-    views.data = [make_clip(frames)]
+    views.data = Samples([make_clip(frames)])
     inputs = views[0]["inputs"].float()
     assert inputs.shape == (6, 4, 3, 20, 20)
     times = inputs[:, :, 0].mean(dim=(2, 3)) / 30
@@ -230,7 +236,7 @@ def test_eval_crop_covers_the_given_fraction_of_the_shorter_side(demo):
     ramp = np.zeros((40, 40, 3), np.uint8)
     ramp[...] = np.arange(40)[:, None] * 4  # tells the column
     views = EvalViews([str(demo / "test_images")], 20, crop_pct=0.5)
-    views.data = [make_clip(ramp[None])]
+    views.data = Samples([make_clip(ramp[None])])
     columns = views[0]["inputs"][0, 0, 0].float() / 4  # (20, 20); the crop is not resized
     torch.testing.assert_close(columns[10], torch.arange(10.0, 30.0), atol=1.0, rtol=0)
 
@@ -249,11 +255,7 @@ def test_unreadable_sample_is_black_without_a_label_and_too_many_are_an_error(de
     views = EvalViews([path], 8, unreadable=report, label_offsets=(100,))
     corrupt = make_clip(random_frames(1)) | {"frames": b"no JPEG"}
     stored = [views.data[number] for number in range(60)]
-
-    class Corrupted(list):
-        cumulative_sizes = (60,)
-
-    views.data = Corrupted([corrupt, *stored[1:]])
+    views.data = Samples([corrupt, *stored[1:]])
     assert int(views[0]["target"]) == -1 and not views[0]["inputs"].any()
     assert int(views[1]["target"]) == stored[1]["label"] + 100 and views[1]["inputs"].any()
     assert f"{path}, sample 0" in report.read_text()

@@ -1,8 +1,9 @@
-"""A run from its first line to result.json: the blocks that all trainings share, and their Trainer.
+"""The blocks that all trainings share, and a run from its first line to result.json.
 
-    run = start_run(config)                       # join the ranks, seed, compare with an earlier
-    start trainer = build_trainer(run, config, model, optimizer, loader, micro_size) fit(trainer)
-    result = finish_run(run)                      # loss.png, result.json
+    run = start_run(config)                       # join the ranks, seed, compare the settings
+    trainer = build_trainer(run, config, model, optimizer, loader, micro_size)
+    fit(trainer)
+    result = finish_run(run, {})                  # loss.png, result.json
 
 Everything of a run is in its run directory, runs/{run_name}/.
 """
