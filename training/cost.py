@@ -36,17 +36,6 @@ def fake_tensors() -> Iterator[None]:
         yield
 
 
-def fake_copy(net: nn.Module) -> nn.Module:
-    """Return a copy of a model with fake weights; call it within fake_tensors."""
-    copies: dict[int, Tensor] = {}  # copy.deepcopy takes these instead of copying the weights
-    for tensor in (*net.parameters(), *net.buffers()):
-        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-        if isinstance(tensor, nn.Parameter):
-            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        copies[id(tensor)] = fake
-    return copy.deepcopy(net, copies)
-
-
 def fake_batch(sample: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     """Return a fake batch of `count` samples, shaped as a batch of one sample."""
     batch = {}
@@ -80,9 +69,10 @@ def flops_per_sample(net: nn.Module, sample: dict[str, Tensor]) -> float:
         sample: a batch of one sample, on any device. Only its shapes are used.
     """
     count = 2  # BatchNorm needs two samples
+    net = copy.deepcopy(net).to("meta")
     # The counter does not know the fused attention of a CPU; the plain one is two products.
     with fake_tensors(), sdpa_kernel(SDPBackend.MATH):
-        net = fake_copy(net)
+        net.to_empty(device="cpu")
         net.chunk_size = None  # ViCMAE computes its chunks twice
         with FlopCounterMode(display=False) as counter:
             run_step(net, fake_batch(sample, count))
@@ -138,8 +128,9 @@ def peak_bytes(
         checkpointing: whether transformer blocks keep only their inputs, and compute the rest
             again, as with FSDP's activation_checkpointing.
     """
+    net = copy.deepcopy(net).to("meta")
     with fake_tensors():
-        net = fake_copy(net)
+        net.to_empty(device="cpu")
         for parameter in net.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(drop_gradient)
