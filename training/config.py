@@ -3,13 +3,12 @@
     config = load_config(["yamls/demo.yaml", "model.depth=6"], PretrainConfig)
     config["model"]                                         # {"depth": 6, ...}, for ViCMAE(**...)
 
-The stage is the schema: its keyword-only parameters, or the fields of a dataclass, are the keys
-of the YAML files. A key annotated Annotated[dict, X] is a block of YAML that becomes the keyword
-arguments of X:
+The keyword-only parameters of a stage, or the fields of a dataclass, are the keys of its YAML
+files. A key with the type Annotated[dict, X] is a block of YAML with the keyword arguments of X:
 
     model: Annotated[dict, ViCMAE]                          # the arguments of ViCMAE
-    trainer: Annotated[dict, Trainer, "model", "seed"]      # those of Trainer, but for two
-    callbacks: Annotated[dict, Named(CALLBACKS, Callback)]  # {KNN: {every: 10}}: of each class
+    trainer: Annotated[dict, Trainer, "model", "seed"]      # all arguments of Trainer but two
+    callbacks: Annotated[dict, Named(CALLBACKS, Callback)]  # arguments by class: {KNN: {every: 10}}
     model: Annotated[dict, Choice("method", METHODS, "vicmae")]  # of METHODS[the key `method`]
 """
 
@@ -23,7 +22,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any
@@ -62,9 +61,9 @@ class ConfigError(ValueError):
         self.value = value
 
 
-def did_you_mean(name: str, names: list[str]) -> str:
+def did_you_mean(name: Any, names: Iterable[str]) -> str:
     """Return "; did you mean X?" with the nearest of `names`, or nothing if there are no names."""
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    nearest = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.0)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
@@ -85,7 +84,7 @@ class Choice:
         """Return the callable that a configuration chooses."""
         name = config.get(self.key, self.default)
         if not isinstance(name, str) or name not in self.table:
-            nearest = did_you_mean(str(name), list(self.table))
+            nearest = did_you_mean(name, self.table)
             raise ConfigError([self.key], f"must be one of {', '.join(self.table)}{nearest}", name)
         return self.table[name]
 
@@ -112,7 +111,7 @@ class Named:
         module_name, _, class_name = name.rpartition(".")
         if not module_name:
             if name not in listed:
-                raise ValueError("is not a key of this block" + did_you_mean(name, list(listed)))
+                raise ValueError("is not a key of this block" + did_you_mean(name, listed))
             return listed[name]
         try:
             module = importlib.import_module(module_name)
@@ -192,15 +191,15 @@ def convert_block(
 
     Args:
         path: keys and list indices that lead to the block.
-        config: the merged configuration, which Choice looks into.
+        config: the merged configuration, in which Choice looks up its key.
         omitted: parameters that the program supplies.
     """
     keywords = keywords_of(target)
     names = [name for name in keywords if name not in omitted]
     for name in block:  # first of all, since a mistyped key explains a missing one
         if name not in names:
-            nearest = did_you_mean(str(name), names)
-            raise ConfigError([*path, name], f"is not a key of this block{nearest}")
+            complaint = f"is not a key of this block{did_you_mean(name, names)}"
+            raise ConfigError([*path, name], complaint)
     converted = {}
     for name, value in block.items():
         converted[name] = convert(value, keywords[name][0], [*path, name], config)
@@ -211,16 +210,16 @@ def convert_block(
 
 
 def convert(value: Any, hint: Any, path: list, config: dict[str, Any]) -> Any:
-    """Return a value converted to a type hint, of which blocks may be a part; see convert_block."""
-    members = typing.get_args(hint)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType) and value is not None:
+    """Return a value converted to a type hint, which may be or contain a block."""
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType) and value is not None:
         others = [member for member in members if member is not type(None)]
-        if len(others) == 1:  # X | None
-            hint, members = others[0], typing.get_args(others[0])
-    if typing.get_origin(hint) is list and isinstance(value, list):
+        if len(others) == 1:  # the hint is X | None
+            return convert(value, others[0], path, config)
+    if origin is list and isinstance(value, list):
         items = enumerate(value)
         return [convert(item, members[0], [*path, index], config) for index, item in items]
-    if typing.get_origin(hint) is not Annotated or members[0] is not dict:
+    if origin is not Annotated or members[0] is not dict:
         return convert_plain(value, hint, path)
     if not isinstance(value, dict):
         raise ConfigError(path, "must be a block of keys", value)
@@ -245,7 +244,7 @@ def convert_named(block: dict, named: Named, path: list, config: dict[str, Any])
 
 
 def convert_plain(value: Any, hint: Any, path: list) -> Any:
-    """Return a value that is no block, converted by pydantic, whose errors are put in our words."""
+    """Return a value that is not a block, converted by pydantic; errors are put in our words."""
     if Time in typing.get_args(hint):
         hint = Annotated[hint, AfterValidator(functools.partial(check_time, positive=False))]
     try:
@@ -291,7 +290,7 @@ def keywords_of(target: Callable) -> dict[str, tuple[Any, Any]]:
 
 
 def located(error: ConfigError, sources: list[tuple[str, Any]]) -> str:
-    """Return an error's text after its file or argument, its key and its value."""
+    """Return the text of an error, preceded by the file or argument, the key and the value."""
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.path)[1:]
     holders = [name for name, source in sources if sets(source, error.path)]
     if not holders:  # the key is missing

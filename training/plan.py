@@ -57,7 +57,7 @@ class Plan:
     at_once: int  # samples of a step on each GPU
     state: int  # bytes of weights and optimizer state on each GPU
     activations: int  # bytes of a step on each GPU
-    half: bool  # half precision, otherwise fp32
+    half: bool  # whether it computes in half precision, or in fp32
     gpus: int
 
     def __str__(self) -> str:
@@ -150,11 +150,11 @@ def training_samples(data: dict[str, Any], max_duration: str) -> int:
     epoch = data.get("epoch_size")
     if not epoch:
         epoch = sum(size_of(stream["path"])[0] for stream in data["streams"])
-    steps = epoch * data.get("repeats", 1) // batch
+    epoch *= data.get("repeats", 1)
+    steps = epoch // batch
     if not steps:
-        raise ValueError(
-            f"data.global_train_batch_size={batch}: must be at most an epoch's samples"
-        )
+        limit = f"at most {epoch}, the samples of an epoch"
+        raise ValueError(f"data.global_train_batch_size={batch}: must be {limit}")
     duration = ensure_time(max_duration, "ep")
     if duration.unit.value == "ep":
         return batch * steps * duration.value
