@@ -101,11 +101,11 @@ class PeakMemory(TorchDispatchMode):
             if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.known:
                 storage = tensor.untyped_storage()
                 self.known.add(storage)
-                self.add(storage.nbytes())
-                weakref.finalize(storage, self.add, -storage.nbytes())
+                self.count(storage.nbytes())
+                weakref.finalize(storage, self.count, -storage.nbytes())
         return outputs
 
-    def add(self, size: int) -> None:
+    def count(self, size: int) -> None:
         self.live += size
         self.peak = max(self.peak, self.live)
 

@@ -2,7 +2,7 @@
 
     python pretrain.py yamls/vitl.yaml --plan=64        # on 64 GPUs; on 8 without a number
 
-Every training, and eval.py, takes --plan, which needs neither data nor GPUs. cost.py counts.
+pretrain.py, finetune.py and eval.py take --plan, which needs neither data nor GPUs.
 
     with torch.device("meta"):
         net = ViCMAE(**config["model"])
