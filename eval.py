@@ -29,6 +29,7 @@ from evaluation.pictures import draw_attention, draw_confusion, draw_reconstruct
 from evaluation.probes import measure_probe
 from finetune import CLASSIFIERS, LinearProbe
 from methods import PRETRAINING
+from methods.supervised import Omnivore
 from model import Classifier, Encoder, ViCMAE
 from shards.format import common_classes, read_classes
 from shards.storage import Storage, write_file
@@ -113,7 +114,7 @@ def count_classes(kind: type[Classifier], config: EvalConfig, weights: dict) -> 
     Raises:
         ValueError: the checkpoint has no head, or the data sets have another number of classes.
     """
-    if kind.head_per_data_set:
+    if issubclass(kind, Omnivore):
         return kind.classes_in(weights)
     named = common_classes(config.accuracy["paths"]) if config.accuracy else None
     if "head.bias" not in weights:
@@ -159,7 +160,7 @@ def build_model(config: EvalConfig, planned_classes: int | None = None) -> ViCMA
             raise ValueError(f"accuracy: needs a classifier, and method={method} is none")
         return kind(**sizes)
     if planned:
-        return kind([planned_classes] if kind.head_per_data_set else planned_classes, **sizes)
+        return kind([planned_classes] if issubclass(kind, Omnivore) else planned_classes, **sizes)
     return kind(count_classes(kind, config, weights), **sizes)
 
 
@@ -193,7 +194,7 @@ def measure_accuracy(
         rows.
     """
     data_sets = len(config.accuracy["paths"])
-    offsets = net.label_offsets(data_sets)
+    offsets = net.label_offsets(data_sets) if isinstance(net, Omnivore) else ()
     size, frames = net.encoder.img_size, net.encoder.num_frames
     evaluator = load_eval(run, size, frames, offsets, **config.accuracy)
     evaluator.metric_names.append("confusion")

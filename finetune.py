@@ -31,6 +31,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 import methods
 from evaluation.accuracy import load_eval
+from methods.supervised import Omnivore
 from model import Batch, Classifier, ProperFraction, all_gather
 from shards.augment import MEAN, normalise
 from shards.format import common_classes, decode_frame
@@ -216,8 +217,7 @@ class ProbeHeads(nn.ModuleList):
 
     @torch.no_grad()
     def count(self, logits: Tensor, held_out: Tensor) -> None:
-        """Count the correct predictions of logits (B, heads, C) on held-out labels (B,); -1 = none.
-        """
+        """Count the correct predictions of logits (B, heads, C) on held-out labels (B,); -1 = none."""
         right = (logits.argmax(dim=-1) == held_out[:, None]).sum(dim=0).float()  # (heads,)
         if dist.get_world_size() > 1:
             dist.all_reduce(right)
@@ -311,6 +311,10 @@ class FinetuneConfig(RunConfig):
         return CLASSIFIERS[self.method or "classifier"]
 
     @property
+    def head_per_data_set(self) -> bool:
+        return issubclass(self.kind, Omnivore)
+
+    @property
     def training_paths(self) -> list[str]:
         return [stream["path"] for stream in self.data["streams"]]
 
@@ -338,7 +342,7 @@ def check_blocks(config: FinetuneConfig) -> None:
     if config.random_weights and not config.pretrained:
         raise ValueError("random_weights: needs the checkpoint pretrained, whose sizes it takes")
     testing = config.eval_data["paths"]
-    if config.kind.head_per_data_set and len(config.training_paths) != len(testing):
+    if config.head_per_data_set and len(config.training_paths) != len(testing):
         raise ValueError(
             f"method={config.method}: give one of eval_data.paths for each of data.streams"
         )
@@ -367,7 +371,7 @@ def count_classes(config: FinetuneConfig) -> int | list[int]:
         ValueError: data sets that are missing, have no labels or differ in their classes.
     """
     training, testing = config.training_paths, config.eval_data["paths"]
-    if not config.kind.head_per_data_set:
+    if not config.head_per_data_set:
         return len(common_classes(training + testing))
     return [len(common_classes(list(pair))) for pair in zip(training, testing, strict=True)]
 
@@ -385,7 +389,8 @@ def finetune(config: FinetuneConfig) -> Trainer:
         if dist.get_global_rank() == 0:
             print(f"weights of {config.pretrained}:\n{describe(table)}")
     size, frames = net.encoder.img_size, net.encoder.num_frames
-    offsets = net.label_offsets(len(config.training_paths))
+    paths = config.training_paths
+    offsets = net.label_offsets(len(paths)) if config.head_per_data_set else ()
     views = FinetuningViews(size, frames, net.num_classes, offsets, **config.augment)
     patch_size = net.encoder.patch_size
     stream = load_stream(views.draw, views.apply, config.seed, patch_size, run, **config.data)
@@ -419,7 +424,7 @@ def plan(config: FinetuneConfig, gpus: int) -> str:
     """Return the cost of a training without its evaluations, computed without data or weights."""
     config = complete_sizes(config, planned=True)
     classes = [size_of(path)[1] for path in config.training_paths]
-    net, batch = shapes(config, classes if config.kind.head_per_data_set else classes[0])
+    net, batch = shapes(config, classes if config.head_per_data_set else classes[0])
     return str(training_plan(net, batch, config.given(), gpus))
 
 

@@ -43,34 +43,27 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 # Section 3: positions, patches, masking
 
 
-def sincos(dim: int, coordinate: np.ndarray) -> np.ndarray:
-    """Return sines, then cosines, of (n,) coordinates at dim / 2 frequencies, 1 to 1/10000."""
+def sincos(dim: int, coordinate: np.ndarray) -> Tensor:
+    """Return sines, then cosines, at dim / 2 frequencies, 1 to 1/10000: (1, n, dim)."""
     angles = np.outer(coordinate, 10000.0 ** (-np.arange(dim // 2) / (dim / 2)))
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (n, dim)
+    table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (n, dim)
+    return torch.from_numpy(table).float()[None]
 
 
 def sincos_positions(dim: int, grid: int) -> Tensor:
-    """Return fixed 2-D sine-cosine positions of a grid x grid square: (1, 1 + grid * grid, dim).
+    """Return fixed 2-D positions of a grid x grid square, CLS first: (1, 1 + grid * grid, dim).
 
-    The first row, for the CLS token, is zero. The first half of the width encodes the column, the
-    second half the row. Source: MAE; ViC-MAE's checkpoints store the same table.
+    The position of CLS is zero. The first half of the width encodes the column. Source: MAE.
     """
     row, column = np.divmod(np.arange(grid * grid), grid)
-    patches = np.concatenate([sincos(dim // 2, column), sincos(dim // 2, row)], axis=1)  # (N, D)
-    return torch.from_numpy(np.concatenate([np.zeros((1, dim)), patches])).float()[None]
-
-
-def sincos_times(dim: int, steps: int) -> Tensor:
-    """Return fixed sine-cosine positions in time, to be added in space: (1, steps, dim)."""
-    return torch.from_numpy(sincos(dim, np.arange(steps))).float()[None]
+    patches = torch.cat([sincos(dim // 2, column), sincos(dim // 2, row)], dim=2)  # (1, N, D)
+    return F.pad(patches, (0, 0, 1, 0))
 
 
 def positions_for(pos_embed: Tensor, grid: int, temporal_embed: Tensor | None = None) -> Tensor:
-    """Return positions of CLS and of a grid x grid square, at every time step: (1, 1 + N, D).
+    """Return positions (1, 1 + N, D) of CLS and of a grid x grid square at every time step.
 
-    Args:
-        pos_embed: (1, 1 + n, D), for CLS and a square grid; interpolated if n is not grid ** 2.
-        temporal_embed: (1, steps, D) for clips, None for images. Time is the slow index of N.
+    Interpolates pos_embed (1, 1 + n, D) if n is not grid ** 2; adds temporal_embed (1, steps, D).
     """
     if pos_embed.shape[1] != 1 + grid**2:
         pos_embed = resample_abs_pos_embed(pos_embed, [grid, grid])
@@ -182,7 +175,7 @@ class Encoder(nn.Module):
         else:
             kernel = (tubelet_size, patch_size, patch_size)
             proj = nn.Conv3d(3, embed_dim, kernel, kernel)
-            times = sincos_times(embed_dim, self.steps)
+            times = sincos(embed_dim, np.arange(self.steps))
             if learn_positions:
                 times = torch.zeros_like(times)
             self.temporal_embed = nn.Parameter(times, requires_grad=learn_positions)
@@ -207,8 +200,8 @@ class Encoder(nn.Module):
         """Return tokens after the final norm, CLS first: (B, 1 + N, D), or (B, 1 + K, D).
 
         Args:
-            x: (B, 3, H, W), or (B, T, 3, H, W) if num_frames > 1. H and W may be other multiples of
-                patch_size than img_size; positions are then interpolated.
+            x: (B, 3, H, W), or (B, T, 3, H, W) if num_frames > 1, with H = W. If H is another
+                multiple of patch_size than img_size, positions are interpolated.
             ids_keep: (B, K), the visible patches; None for all.
         """
         grid = x.shape[-1] // self.patch_size
@@ -238,7 +231,7 @@ class Decoder(nn.Module):
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.temporal_embed = None
         if encoder.num_frames > 1:
-            times = sincos_times(embed_dim, encoder.steps)
+            times = sincos(embed_dim, np.arange(encoder.steps))
             self.temporal_embed = nn.Parameter(times, requires_grad=False)
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
@@ -256,19 +249,19 @@ class Decoder(nn.Module):
         Args:
             tokens: (B, 1 + K, D) of the encoder.
             ids_restore: (B, N), see random_masking.
-            decoded: number of patches that take part: the K visible patches and, in the order of
-                their noise, decoded - K removed patches. Other predictions are 0. None for all N.
+            decoded: number of patches that are decoded: the visible and, in the order of their
+                noise, some of the removed. The predictions of other patches are 0. None for all N.
         """
         x = self.embed(tokens)
         B, L, D = x.shape
         N = ids_restore.shape[1]
         decoded = decoded or N
-        masked = self.mask_token.expand(B, decoded + 1 - L, D).to(x.dtype)
+        mask_tokens = self.mask_token.expand(B, decoded + 1 - L, D).to(x.dtype)
         ids = ids_restore.argsort(dim=1)[:, :decoded]  # (B, decoded), visible first
         grid = math.isqrt(N // self.steps)
         pos_embed = positions_for(self.pos_embed, grid, self.temporal_embed).expand(B, -1, -1)
         positions = torch.cat([pos_embed[:, :1], take(pos_embed[:, 1:], ids)], dim=1)
-        x = torch.cat([x, masked], dim=1) + positions  # (B, 1 + decoded, D)
+        x = torch.cat([x, mask_tokens], dim=1) + positions  # (B, 1 + decoded, D)
         for block in self.blocks:
             x = block(x)
         pred = self.pred(self.norm(x)[:, 1:])  # (B, decoded, P)
@@ -458,8 +451,8 @@ class ViCMAE(CountedModel):
         self.ramp = 1.0
 
         N = self.encoder.num_patches
-        K = self.masking(torch.zeros(1, N))[0].shape[1] if 0 < mask_ratio < 1 else 0
-        if not 0 < K < N:
+        kept = self.masking(torch.zeros(1, N))[0].shape[1]
+        if not 0 < mask_ratio < 1 or not 0 < kept < N:
             raise ValueError(f"mask_ratio={mask_ratio}: must keep and remove some of {N} patches")
         if not weight_recon and not weight_contrast:
             raise ValueError("weight_recon=0, weight_contrast=0: one of them must be positive")
@@ -579,8 +572,6 @@ class Classifier(CountedModel):
         head_init_std: standard deviation of the head's initial weights.
     """
 
-    head_per_data_set = False
-
     def __init__(
         self,
         num_classes: int,
@@ -612,10 +603,6 @@ class Classifier(CountedModel):
         nn.init.trunc_normal_(head.weight, std=self.head_init_std)
         nn.init.zeros_(head.bias)
         return head
-
-    def label_offsets(self, data_sets: int) -> tuple[int, ...]:
-        """Return the number of the first class of each data set: they share their classes."""
-        return (0,) * data_sets
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Return timm's groups for layer decay: embedding and positions first, then the blocks."""

@@ -1,6 +1,6 @@
 """The speed-up algorithms, and half precision, on the demonstration: time of training and k-NN accuracy, over seeds.
 
-    uv run python tests/bench_algorithms.py --epochs 10 --seeds 3          # 2 idle CPU cores, 30 min
+    uv run python benchmarks/bench_algorithms.py --epochs 10 --seeds 3          # 2 idle CPU cores, 30 min
 
 Every algorithm pre-trains the demonstration once for each seed, in turn, in a process of its own with one thread. Prints
 a line of JSON for each run, and one for each algorithm: the ratio of its training time to that of none, and the k-NN

@@ -1,6 +1,6 @@
 """The demonstration over three seeds: random weights, MAE alone and ViC-MAE, with equal encoder, data, steps and probes.
 
-    uv run python tests/bench_demo.py                                       # 2 CPU cores; see README for the time
+    uv run python benchmarks/bench_demo.py                                       # 2 CPU cores; see README for the time
 
 Pre-trains what is missing under runs/, probes each encoder (k-NN; linear on 200 labels and on all) on stills and middle
 frames of clips, fine-tunes it on 200 labelled clips and on 200 labelled stills, and prints a line of JSON a run, then the

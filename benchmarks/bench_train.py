@@ -1,6 +1,6 @@
 """The training step, the Trainer around it, waiting for data, a kill, a second rank and memory, as ratios.
 
-    uv run python tests/bench_train.py                                      # 2 idle CPU cores, 15 min
+    uv run python benchmarks/bench_train.py                                      # 2 idle CPU cores, 15 min
 
 Prints a line of JSON for the machine, then one for each ratio: lower is better, but for the step of a plain implementation
 and for 2 ranks. Every process has one thread. Contenders take turns, and a ratio is the median over the turns, or over the

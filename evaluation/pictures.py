@@ -1,5 +1,4 @@
-"""Pictures of what a model does: reconstructions, attention, nearest neighbours, confusion, losses.
-"""
+"""Pictures of what a model does: reconstructions, attention, nearest neighbours, confusion, losses."""
 
 from functools import partial
 from pathlib import Path

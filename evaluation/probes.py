@@ -73,8 +73,7 @@ def embed(
 
 
 def labelled(features: Tensor, labels: Tensor) -> Labelled:
-    """Return the samples that have a label and could be decoded; print how many others there are.
-    """
+    """Return the samples that have a label and could be decoded; print how many others there are."""
     kept = labels >= 0
     missing = len(kept) - int(kept.sum())
     if missing and dist.get_global_rank() == 0:

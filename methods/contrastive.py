@@ -31,7 +31,7 @@ from model import (
 
 
 class SimCLR(ViCMAE):
-    """InfoNCE between two whole views (Chen et al. 2020), and the base of the other methods here.
+    """InfoNCE between two unmasked views (Chen et al. 2020), and the base of the other methods here.
 
     Args:
         masked: mask and reconstruct the views as ViC-MAE does.
@@ -48,7 +48,7 @@ class SimCLR(ViCMAE):
                 )
 
     def reconstruct(self, views: Tensor, noise: Tensor) -> Batch:
-        """Return the features of whole views; if masked, all that ViC-MAE returns."""
+        """Return the features of unmasked views; if masked, all that ViC-MAE returns."""
         if self.decoder is not None:
             return super().reconstruct(views, noise)
         return {"features": pool(self.encoder(views), self.pool)}

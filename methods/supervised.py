@@ -42,8 +42,6 @@ class Omnivore(Classifier):
         classifier: arguments of Classifier.
     """
 
-    head_per_data_set = True
-
     def __init__(self, classes: list[int], *, data_set: NonNegativeInt | None = None, **classifier):
         super().__init__(sum(classes), **classifier)
         if data_set is not None and data_set >= len(classes):

@@ -1,6 +1,9 @@
-"""Small data sets and a checkpoint, made once; stages on the command line; processes that join into ranks; a bucket."""
+"""Fixtures and helpers of all tests: small data sets and a checkpoint, made once; stages on the
+command line; processes that join into ranks; a bucket.
+"""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import re
@@ -10,10 +13,13 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import boto3
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -24,19 +30,26 @@ sys.path.insert(0, str(ROOT))
 
 import data_prep  # noqa: E402
 import pretrain  # noqa: E402
+from shards.decode import Recipe  # noqa: E402
 from shards.storage import s3_client  # noqa: E402
 
-torch.set_num_threads(1)  # what is tested is small; threads only get in each other's way
-# A StreamingDataset looks at the shared memory of all others, and keeps each file of it open until the end: with hundreds in
-# one process, too many.
+torch.set_num_threads(1)  # the models are small: more threads would only compete
+# A StreamingDataset attaches to the shared memory of all others, and keeps each file open until the
+# process ends. With hundreds of them in one process, the limit of open files would be reached.
 prefix.SharedMemory = lambda name, create, size=0: SharedMemory(
     name, create, size, auto_cleanup=create
 )
-torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = (
-    0.2  # s that a loader which is thrown away waits for each of its workers
-)
+# Seconds that a discarded loader waits for each of its workers.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Seed the global generators: no test depends on the tests before it."""
+    torch.manual_seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -47,35 +60,51 @@ def demo(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def odd_images(demo, tmp_path_factory) -> Path:
+    """A data set of 31 stills of all classes: two ranks cannot share them equally."""
+    folder = tmp_path_factory.mktemp("odd")
+    for number, source in enumerate(sorted((demo / "raw" / "test" / "images").iterdir())):
+        (folder / "raw" / source.name).mkdir(parents=True)
+        count = 4 if number == 0 else 3
+        for file in sorted(source.iterdir())[:count]:
+            shutil.copy(file, folder / "raw" / source.name)
+    data_prep.convert(str(folder / "raw"), str(folder / "odd_images"), Recipe("images"), 1)
+    return folder / "odd_images"
+
+
 def join(
     rank: int, ranks: int, store: str, environment: dict[str, str], function, arguments: tuple
 ) -> None:
-    os.environ |= environment  # the server's is that of its start
+    os.environ |= environment  # the fork server has the environment of its own start
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(ranks),
+        "NODE_RANK": "0",
     }
-    os.environ["NODE_RANK"] = "0"
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks
     )
     function(rank, *arguments)
-    torch.distributed.barrier()  # gloo may not outlive a group that is destroyed right after gathering objects
+    # gloo crashes if its group is destroyed right after objects were gathered.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 def start_ranks(folder: Path, ranks: int, function, *arguments) -> None:
-    """function(rank, *arguments) in processes of one gloo group, which meet in a file of the folder.
+    """Call function(rank, *arguments) in the processes of one gloo group.
 
-    They are forked from a server that has the libraries loaded but no process group, which this process may have.
+    They are forked from a server that has loaded the libraries but has no process group, which this
+    process may have.
+
+    Args:
+        folder: for the file through which the processes find each other.
     """
     multiprocessing.set_forkserver_preload(["composer", "streaming", "timm"])
-    store = (
-        folder / f"store-{uuid.uuid4()}"
-    )  # one that an earlier group has left would mislead the next
+    store = folder / f"store-{uuid.uuid4()}"  # the file of an earlier group would mislead
     mp.start_processes(
         join,
         (ranks, str(store), dict(os.environ), function, arguments),
@@ -85,16 +114,16 @@ def start_ranks(folder: Path, ranks: int, function, *arguments) -> None:
 
 
 @pytest.fixture
-def on_ranks(tmp_path):
+def on_ranks(tmp_path) -> Callable:
     """on_ranks(n, function, *arguments), see start_ranks."""
     return partial(start_ranks, tmp_path)
 
 
 def small(demo: Path) -> list[str]:
-    """The arguments of a pre-training run of seconds."""
+    """Return the arguments of a pre-training run of six steps that takes seconds."""
     return [
         str(ROOT / "yamls" / "demo.yaml"),
-        "data.make_demo=null",
+        "make_demo=null",
         f"data.streams=[{{path: {demo}/train_videos}}, {{path: {demo}/train_images}}]",
         "data.global_train_batch_size=40",
         "trainer.max_duration=2ep",
@@ -102,8 +131,36 @@ def small(demo: Path) -> list[str]:
     ]
 
 
-def spoilt(source: Path, folder: Path, *numbers: int) -> Path:
-    """A copy, in a folder, of a data set of stills of one shard, in which samples of these numbers cannot be decoded."""
+def read_metrics(folder: Path, run_name: str) -> list[dict[str, float]]:
+    """Return the lines of a run's metrics.jsonl."""
+    text = (folder / "runs" / run_name / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def read_result(folder: Path, run_name: str) -> dict[str, Any]:
+    """Return a run's result.json."""
+    return json.loads((folder / "runs" / run_name / "result.json").read_text())
+
+
+def losses(folder: Path, run_name: str) -> list[float]:
+    """Return the total loss of every step of a run; each step must be logged once, in order."""
+    lines = [line for line in read_metrics(folder, run_name) if "loss/train/total" in line]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss/train/total"] for line in lines]
+
+
+def signal_at(step: int) -> Callable:
+    """Return a batch_start for Checkpoints that sends SIGTERM to this process before a step."""
+
+    def batch_start(self, state, logger) -> None:
+        if state.timestamp.batch.value == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return batch_start
+
+
+def corrupted_copy(source: Path, folder: Path, *numbers: int) -> Path:
+    """Copy a data set of stills of one shard; samples of these numbers cannot be decoded."""
     copy = shutil.copytree(source, folder / source.name, dirs_exist_ok=True)
     (shard,) = copy.rglob("*.mds")
     data = bytearray(shard.read_bytes())
@@ -117,16 +174,9 @@ def spoilt(source: Path, folder: Path, *numbers: int) -> Path:
 def launch(
     folder: Path, script: str, *arguments: str, ranks: int = 1
 ) -> subprocess.CompletedProcess:
-    """A stage on the real command line, through Composer's launcher, in a folder of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "composer.cli.launcher",
-        "-n",
-        str(ranks),
-        str(ROOT / script),
-        *arguments,
-    ]
+    """Run a stage on the real command line, through Composer's launcher, in a folder."""
+    launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks)]
+    command = [*launcher, str(ROOT / script), *arguments]
     with subprocess.Popen(
         command,
         cwd=folder,
@@ -138,19 +188,27 @@ def launch(
         try:
             out, error = process.communicate(timeout=300)
         finally:
+            # Ranks that outlive the launcher would keep the pipes open.
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(
-                    process.pid, signal.SIGKILL
-                )  # ranks that outlive the launcher would keep the pipes open
+                os.killpg(process.pid, signal.SIGKILL)
     return subprocess.CompletedProcess(command, process.returncode, out, error)
 
 
 def run_stage(stage, arguments: list[str], folder: Path) -> None:
-    """A stage's main in this process: the launcher and the interpreter's start are tested once, in pre-training."""
+    """Call a stage's main in this process, which saves the start of an interpreter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("sys.argv", [f"{stage.__name__}.py", *arguments])
         stage.main()
+
+
+def error_of(stage, arguments: list[str], folder: Path) -> str:
+    """Return the line with which a stage ends because of a mistake in its arguments."""
+    with pytest.raises(SystemExit) as end:
+        run_stage(stage, arguments, folder)
+    message = str(end.value)
+    assert message.startswith(f"{stage.__name__}.py: ") and "\n" not in message
+    return message
 
 
 @pytest.fixture(scope="session")
@@ -172,10 +230,10 @@ def serve(channel) -> None:
 
 @pytest.fixture(scope="session")
 def endpoint():
+    """The address of a simulated S3, which runs in a process of its own."""
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(
-        target=serve, args=(theirs,), daemon=True
-    )
+    spawn = multiprocessing.get_context("spawn")
+    process = spawn.Process(target=serve, args=(theirs,), daemon=True)
     process.start()
     yield f"http://127.0.0.1:{ours.recv()}"
     process.kill()
@@ -184,7 +242,7 @@ def endpoint():
 
 @pytest.fixture
 def bucket(endpoint, tmp_path, monkeypatch):
-    """boto3's client with an empty bucket "bkt"; the working folder is tmp_path."""
+    """boto3's client with an empty bucket "bkt"; the working directory is tmp_path."""
     for name, value in {
         "S3_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "test",

@@ -1,225 +1,230 @@
-"""The method and its parts."""
+"""model.py: ViC-MAE, its parts and its classifier, against golden data, timm, numpy and loops."""
 
+import inspect
+import itertools
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from contrast import Projected, info_nce
-from vit import Encoder, patchify, random_masking, sincos_positions, take, unpatchify
+from conftest import ROOT
+from timm.layers import resample_abs_pos_embed
+from timm.models import group_parameters
+from tiny_models import CLIPS, ENCODER, TINY, random_batch
+from torch import Tensor, nn
 
-import model
-from model import Classifier, ViCMAE
+from methods.masked import STMAE
+from model import (
+    Classifier,
+    Encoder,
+    ViCMAE,
+    all_gather,
+    info_nce,
+    patchify,
+    pool,
+    positions_for,
+    random_masking,
+    reconstruction_loss,
+    sincos_positions,
+    take,
+)
 from training.weights import load_pretrained, our_name
 
 GOLDEN = Path(__file__).parent / "golden" / "vicmae_tiny.npz"
-TINY = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 48,
-    "depth": 2,
-    "num_heads": 3,
-    "decoder_embed_dim": 24,
-    "decoder_depth": 2,
-    "decoder_num_heads": 3,
-    "projector_hidden_dim": 64,
-    "projector_out_dim": 16,
-}
-ENCODER = {
-    name: TINY[name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
-}
+BEFORE_NORM = ("projector.0.bias", "projector.3.bias")  # a BatchNorm follows: gradients are 0
+
+
+# The golden step: a step of the official code
 
 
 @pytest.fixture(scope="module")
-def golden() -> dict[str, torch.Tensor]:
+def golden() -> dict[str, Tensor]:
     with np.load(GOLDEN) as data:
-        return {k: torch.from_numpy(data[k]) for k in data.files if k != "config"} | {
-            "config": json.loads(str(data["config"]))
-        }
+        arrays = {key: torch.from_numpy(data[key]) for key in data.files if key != "config"}
+        return arrays | {"config": json.loads(str(data["config"]))}
 
 
-def state_of(golden: dict) -> dict[str, torch.Tensor]:
-    return {
-        key.removeprefix("state/"): value
-        for key, value in golden.items()
-        if key.startswith("state/")
-    }
+def part_of(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    keys = [key for key in golden if key.startswith(prefix)]
+    return {key.removeprefix(prefix): golden[key] for key in keys}
 
 
-def random_batch(size: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "views": torch.randn(size, 2, 3, 32, 32, generator=generator),
-        "noise": torch.rand(size, 2, 16, generator=generator),
-    }
-
-
-def test_loss_predictions_and_every_gradient_equal_the_official_objective(golden):
-    net = ViCMAE(**golden["config"]).train()
-    report = load_pretrained(net, state_of(golden))
-    assert not report["missing"] and not report["unused"]
-    batch = {"views": golden["views"], "noise": golden["noise"]}
-    outputs = net(batch)
-    losses = net.loss(outputs, batch)
-    losses["total"].backward()
-
-    torch.testing.assert_close(outputs["mask"], golden["mask"], rtol=0, atol=0)
-    for ours, theirs in (
-        ("total", "loss"),
-        ("reconstruction", "loss_recon"),
-        ("contrastive", "loss_contrast"),
-    ):
-        torch.testing.assert_close(losses[ours].detach(), golden[theirs], rtol=1e-5, atol=0)
+def assert_golden(step: dict[str, Tensor], golden: dict[str, Tensor]) -> None:
+    """Compare a step's losses, mask, predictions and gradients with the official code's."""
+    torch.testing.assert_close(step["mask"], golden["mask"], rtol=0, atol=0)
+    official = {"total": "loss", "reconstruction": "loss_recon", "contrastive": "loss_contrast"}
+    for ours, theirs in official.items():
+        torch.testing.assert_close(step[ours], golden[theirs], rtol=1e-5, atol=0)
     removed = golden["mask"].bool()
-    torch.testing.assert_close(
-        outputs["pred"].detach()[removed], golden["pred"][removed], rtol=1e-4, atol=1e-5
-    )
+    predicted, expected = step["pred"][removed], golden["pred"][removed]
+    torch.testing.assert_close(predicted, expected, rtol=1e-4, atol=1e-5)
 
-    expected = {
-        our_name(k.removeprefix("grad/")): v for k, v in golden.items() if k.startswith("grad/")
-    }
-    gradients = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
+    expected = {our_name(key): value for key, value in part_of(golden, "grad/").items()}
+    gradients = part_of(step, "gradient of ")
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
-        if name in (
-            "projector.0.bias",
-            "projector.3.bias",
-        ):  # zero but for rounding: a BatchNorm follows
+        if name in BEFORE_NORM:
             assert gradient.abs().max() < 1e-6 and expected[name].abs().max() < 1e-6
         else:
             assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
 
 
-def test_positions_equal_a_loop_over_places_and_frequencies():
+def test_losses_predictions_and_gradients_equal_the_official_code(golden):
+    net = ViCMAE(**golden["config"]).train()
+    report = load_pretrained(net, part_of(golden, "state/"))
+    assert not report["missing"] and not report["unused"]
+    batch = {"views": golden["views"], "noise": golden["noise"]}
+    outputs = net(batch)
+    losses = net.loss(outputs, batch)
+    losses["total"].backward()
+    trained = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
+    step = {name: tensor.detach() for name, tensor in (outputs | losses).items()}
+    step |= {f"gradient of {name}": gradient for name, gradient in trained.items()}
+    assert_golden(step, golden)
+
+
+GOLDEN_STEP_ALONE = """
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model import ViCMAE
+
+def our_name(key):
+    if key.startswith("decoder_"):
+        return "decoder." + key.removeprefix("decoder_")
+    if key == "mask_token":
+        return "decoder.mask_token"
+    return key if key.startswith("projector.") else "encoder." + key
+
+data = np.load(sys.argv[1])
+net = ViCMAE(**json.loads(str(data["config"]))).train()
+state = {key.removeprefix("state/"): data[key] for key in data.files if key.startswith("state/")}
+net.load_state_dict({our_name(key): torch.from_numpy(state[key]) for key in state})
+batch = {"views": torch.from_numpy(data["views"]), "noise": torch.from_numpy(data["noise"])}
+outputs = net(batch)
+losses = net.loss(outputs, batch)
+losses["total"].backward()
+step = {name: tensor.detach() for name, tensor in (outputs | losses).items()}
+trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+step |= {"gradient of " + name: p.grad for name, p in trained}
+torch.save(step, "step.pt")
+
+assert Path(sys.modules["model"].__file__).parent == Path.cwd()
+assert not {"shards", "training", "evaluation", "methods"} & sys.modules.keys()
+"""
+
+
+def test_model_py_copied_alone_takes_the_golden_step(golden, tmp_path):
+    shutil.copy(ROOT / "model.py", tmp_path)
+    (tmp_path / "step.py").write_text(GOLDEN_STEP_ALONE)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "step.py", str(GOLDEN)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_golden(torch.load(tmp_path / "step.pt", weights_only=True), golden)
+
+
+# Positions, patches, masking
+
+
+def wave(coordinate: int, dim: int) -> list[float]:
+    """Return sines, then cosines, of a coordinate at dim / 2 frequencies."""
+    frequencies = [10000 ** (-i / (dim / 2)) for i in range(dim // 2)]
+    sines = [math.sin(coordinate * frequency) for frequency in frequencies]
+    return sines + [math.cos(coordinate * frequency) for frequency in frequencies]
+
+
+def test_positions_are_waves_of_the_column_then_of_the_row():
     dim, grid = 16, 3
     table = sincos_positions(dim, grid)[0]
-    assert not table[0].any()
+    assert table.shape == (1 + grid * grid, dim) and not table[0].any()
     for row in range(grid):
         for column in range(grid):
-            for i in range(dim // 4):
-                frequency = 1 / 10000 ** (i / (dim // 4))
-                quarters = [f(x * frequency) for x in (column, row) for f in (math.sin, math.cos)]
-                for quarter, value in enumerate(quarters):
-                    assert table[1 + row * grid + column, quarter * dim // 4 + i] == pytest.approx(
-                        value, abs=1e-6
-                    )
+            expected = wave(column, dim // 2) + wave(row, dim // 2)
+            assert table[1 + row * grid + column].tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_unpatchify_inverts_patchify_and_a_patch_is_row_column_channel():
+def test_positions_of_a_clip_are_positions_in_space_plus_positions_in_time():
+    net = STMAE(**TINY, **CLIPS)
+    for part, dim in ((net.encoder, 48), (net.decoder, 24)):
+        table = positions_for(part.pos_embed, 4, part.temporal_embed)[0]
+        assert table.shape == (1 + 2 * 16, dim) and not table[0].any()
+        for number in range(2 * 16):
+            time, place = divmod(number, 16)
+            row, column = divmod(place, 4)
+            in_space = np.array(wave(column, dim // 2) + wave(row, dim // 2))
+            expected = in_space + np.array(wave(time, dim))
+            assert table[1 + number].tolist() == pytest.approx(expected, abs=1e-5)
+        assert not part.temporal_embed.requires_grad
+
+
+@pytest.mark.parametrize("grid", [7, 20])
+def test_positions_of_another_resolution_equal_timms_interpolation(grid):
+    sizes = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 0}
+    theirs = timm.models.VisionTransformer(64, **sizes).eval()
+    resized = timm.models.VisionTransformer(8 * grid, **sizes).eval()
+    weights = timm.models.vision_transformer.checkpoint_filter_fn(theirs.state_dict(), resized)
+    resized.load_state_dict(weights)
+    ours = Encoder(64, 8, 48, 1, 3).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 8 * grid, 8 * grid)
+    torch.testing.assert_close(ours(images), resized.forward_features(images), rtol=1e-5, atol=1e-5)
+
+
+def test_patches_go_row_by_row_and_their_numbers_by_row_column_channel():
     images = torch.randn(2, 3, 24, 24)
     patches = patchify(images, 8)
-    assert patches.shape == (2, 9, 192)
-    assert torch.equal(patches[1, 5].view(8, 8, 3), images[1, :, 8:16, 16:24].permute(1, 2, 0))
-    assert torch.equal(unpatchify(patches, 8), images)
+    assert patches.shape == (2, 9, 8 * 8 * 3)
+    for number in range(9):
+        row, column = divmod(number, 3)
+        square = images[:, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+        assert torch.equal(patches[:, number], square.permute(0, 2, 3, 1).flatten(1))
+
+
+def test_tubelets_go_by_time_first_and_their_numbers_by_frame_row_column_channel():
+    clips = torch.randn(2, 4, 3, 16, 16)
+    patches = patchify(clips, 8, 2)
+    assert patches.shape == (2, 8, 2 * 8 * 8 * 3)
+    for number in range(8):
+        time, (row, column) = number // 4, divmod(number % 4, 2)
+        square = clips[:, :, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+        tubelet = square[:, 2 * time : 2 * time + 2]
+        assert torch.equal(patches[:, number], tubelet.permute(0, 1, 3, 4, 2).flatten(1))
 
 
 @pytest.mark.parametrize("mask_ratio", [0.25, 0.5, 0.75, 0.9])
 def test_masking_keeps_the_patches_of_smallest_noise_and_restores_their_order(mask_ratio):
     noise = torch.rand(5, 16)
     ids_keep, ids_restore, mask = random_masking(noise, mask_ratio)
-    kept = int(16 * (1 - mask_ratio))
+    kept = math.floor(16 * (1 - mask_ratio))
     assert ids_keep.shape == (5, kept) and mask.sum(dim=1).tolist() == [16 - kept] * 5
     for row in range(5):
-        smallest = sorted(range(16), key=lambda patch: noise[row, patch].item())[:kept]
-        assert ids_keep[row].tolist() == smallest
-        assert {patch for patch in range(16) if mask[row, patch] == 0} == set(smallest)
-    tokens = torch.arange(16.0).expand(5, 16)[:, :, None]
-    order = noise.argsort(dim=1)
-    shuffled = take(tokens, order)
-    assert torch.equal(take(shuffled, ids_restore), tokens)
+        by_noise = sorted(range(16), key=lambda patch: noise[row, patch].item())
+        assert ids_keep[row].tolist() == by_noise[:kept]
+        visible = {patch for patch in range(16) if mask[row, patch] == 0}
+        assert visible == set(by_noise[:kept])
+        assert [by_noise[place] for place in ids_restore[row].tolist()] == list(range(16))
 
 
-def test_nothing_in_a_step_is_random_but_the_noise():
-    net, batch = ViCMAE(**TINY), random_batch()
-    torch.manual_seed(1)
-    first = net(batch)
-    torch.manual_seed(2)
-    second = net(batch)
-    other = net(batch | {"noise": random_batch(seed=1)["noise"]})
-    assert torch.equal(first["pred"], second["pred"]) and torch.equal(first["mask"], second["mask"])
-    assert not torch.equal(first["mask"], other["mask"])
+def test_take_selects_rows_of_each_sample():
+    tokens, ids = torch.randn(2, 5, 3), torch.tensor([[4, 0, 0], [1, 2, 3]])
+    expected = np.stack([tokens[0].numpy()[[4, 0, 0]], tokens[1].numpy()[[1, 2, 3]]])
+    np.testing.assert_array_equal(take(tokens, ids).numpy(), expected)
 
 
-def test_encoder_does_not_see_removed_patches():
-    net, batch = ViCMAE(**TINY).eval(), random_batch(2)
-    mask = net(batch)["mask"]
-    pixels = unpatchify(mask.flatten(0, 1)[:, :, None].expand(-1, -1, 192), 8).view(2, 2, 3, 32, 32)
-    changed = batch["views"] + 10 * pixels * torch.randn_like(batch["views"])
-    assert torch.equal(net(batch)["features"], net(batch | {"views": changed})["features"])
-
-
-def test_info_nce_equals_a_loop_over_views():
-    z = torch.randn(5, 2, 7, dtype=torch.float64).float()
-    views = [
-        z[b, v].double().numpy() / np.linalg.norm(z[b, v].double().numpy())
-        for v in (0, 1)
-        for b in range(5)
-    ]
-    terms = []
-    for i in range(10):
-        partner = (i + 5) % 10
-        weights = [math.exp(views[i] @ views[j] / 0.1) for j in range(10) if j != i]
-        terms.append(-math.log(math.exp(views[i] @ views[partner] / 0.1) / sum(weights)))
-    loss, accuracy = info_nce(Projected(z, z), 0.1)
-    assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
-    nearest = [
-        max((j for j in range(10) if j != i), key=lambda j: views[i] @ views[j]) for i in range(10)
-    ]
-    assert accuracy.item() == pytest.approx(
-        np.mean([nearest[i] == (i + 5) % 10 for i in range(10)])
-    )
-
-
-def test_info_nce_of_two_orthogonal_pairs_is_known():
-    z = torch.eye(2)[:, None].expand(
-        2, 2, 2
-    )  # both views of a sample alike, the samples at right angles
-    assert info_nce(Projected(z, z), 0.5)[0].item() == pytest.approx(
-        math.log(math.exp(2) + 2) - 2, rel=1e-6
-    )
-
-
-def test_contrastive_terms_in_half_precision_are_computed_in_full():
-    z = torch.randn(64, 2, 32)
-    net = ViCMAE(**TINY)
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed, _ = net.term(Projected(z, z))
-    assert mixed.dtype == torch.float32 and torch.equal(mixed, info_nce(Projected(z, z), 0.1)[0])
-
-
-def test_reconstruction_loss_of_a_known_error():
-    images = torch.zeros(1, 3, 4, 4)
-    images[..., 2:] = 1.0  # patches 1 and 3 of 2 x 2
-    pred = torch.zeros(1, 4, 12)
-    mask = torch.tensor([[0.0, 1.0, 1.0, 0.0]])
-    assert model.reconstruction_loss(
-        pred, images, mask, 2, norm_pix_loss=False
-    ).item() == pytest.approx(0.5)
-
-
-def test_reconstruction_loss_equals_numpy():
-    images, pred, mask = (
-        torch.randn(3, 3, 16, 16),
-        torch.randn(3, 16, 48),
-        (torch.rand(3, 16) > 0.5).float(),
-    )
-    patches = (
-        images.double()
-        .numpy()
-        .reshape(3, 3, 4, 4, 4, 4)
-        .transpose(0, 2, 4, 3, 5, 1)
-        .reshape(3, 16, 48)
-    )
-    spread = np.sqrt(patches.var(axis=2, ddof=1, keepdims=True) + 1e-6)
-    target = (patches - patches.mean(axis=2, keepdims=True)) / spread
-    error = ((pred.double().numpy() - target) ** 2).mean(axis=2)
-    expected = error[mask.numpy() == 1].mean()
-    assert model.reconstruction_loss(
-        pred, images, mask, 4, norm_pix_loss=True
-    ).item() == pytest.approx(expected, rel=1e-5)
+# Encoder and decoder
 
 
 @pytest.mark.parametrize(
@@ -233,77 +238,22 @@ def test_reconstruction_loss_equals_numpy():
 )
 def test_encoder_has_the_names_and_shapes_of_timms_vit(width, depth, heads, patch, name):
     with torch.device("meta"):
-        ours, theirs = (
-            Encoder(224, patch, width, depth, heads),
-            timm.create_model(name, num_classes=0),
-        )
-    shapes = [
-        {key: value.shape for key, value in net.state_dict().items()} for net in (ours, theirs)
-    ]
-    assert shapes[0] == shapes[1]
+        ours = Encoder(224, patch, width, depth, heads)
+        theirs = timm.create_model(name, num_classes=0)
+    shapes = {key: value.shape for key, value in ours.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in theirs.state_dict().items()}
 
 
-def test_classifier_of_images_equals_timms_vit():
-    theirs = timm.models.VisionTransformer(
-        32, 8, embed_dim=48, depth=2, num_heads=3, num_classes=7
-    ).eval()
-    torch.nn.init.normal_(theirs.head.weight)
-    ours = Classifier(7, **ENCODER, pool="cls").eval()
-    load_pretrained(
-        ours,
-        theirs.state_dict() | {"head.weight": theirs.head.weight, "head.bias": theirs.head.bias},
-    )
-    images = torch.randn(3, 3, 32, 32)
-    torch.testing.assert_close(
-        ours({"inputs": images[:, None, None]})[:, 0], theirs(images), rtol=1e-5, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("size", ["small", "base", "large"])
-@pytest.mark.parametrize("kind", ["cls", "mean"])
-def test_classifier_with_timms_weights_has_timms_logits_at_every_size(size, kind):
-    name = f"vit_{size}_patch16_224"
-    pooling = (
-        {"global_pool": "token"} if kind == "cls" else {"global_pool": "avg", "fc_norm": False}
-    )
-    theirs = timm.create_model(name, num_classes=10, **pooling).eval()
-    torch.nn.init.normal_(theirs.head.weight, std=0.1)
-    widths = {
-        "embed_dim": theirs.embed_dim,
-        "depth": len(theirs.blocks),
-        "num_heads": theirs.blocks[0].attn.num_heads,
-    }
-    ours = Classifier(10, **widths, pool=kind).eval()
-    load_pretrained(ours, theirs.state_dict())
-    images = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():
-        logits, expected = ours({"inputs": images[:, None, None]})[:, 0], theirs(images)
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("grid", [7, 20])
-def test_positions_of_another_resolution_are_those_timm_interpolates(grid):
-    theirs = timm.models.VisionTransformer(
-        64, 8, embed_dim=48, depth=1, num_heads=3, num_classes=0
-    ).eval()
-    resized = timm.models.VisionTransformer(
-        8 * grid, 8, embed_dim=48, depth=1, num_heads=3, num_classes=0
-    ).eval()
-    resized.load_state_dict(
-        timm.models.vision_transformer.checkpoint_filter_fn(theirs.state_dict(), resized)
-    )
-    ours = Encoder(8 * grid, 8, 48, 1, 3).eval()
-    load_pretrained(torch.nn.ModuleDict({"encoder": ours}), theirs.state_dict())
-    images = torch.randn(2, 3, 8 * grid, 8 * grid)
-    torch.testing.assert_close(ours(images), resized.forward_features(images), rtol=1e-5, atol=1e-5)
+def test_drop_path_rises_linearly_to_the_last_block():
+    blocks = Encoder(**ENCODER | {"depth": 5}, drop_path=0.2).blocks
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in blocks]
+    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
 
 
 def test_still_clip_of_one_tubelet_has_the_features_of_the_image():
-    image, clip = (
-        Encoder(**ENCODER).eval(),
-        Encoder(**ENCODER, num_frames=2, tubelet_size=2, learn_positions=True).eval(),
-    )
-    holder = torch.nn.ModuleDict({"encoder": clip})
+    image = Encoder(**ENCODER).eval()
+    clip = Encoder(**ENCODER, num_frames=2, tubelet_size=2, learn_positions=True).eval()
+    holder = nn.ModuleDict({"encoder": clip})
     report = load_pretrained(holder, image.state_dict())
     assert report["missing"] == ["encoder.temporal_embed"]
     frames = torch.randn(3, 3, 32, 32)
@@ -311,152 +261,422 @@ def test_still_clip_of_one_tubelet_has_the_features_of_the_image():
     torch.testing.assert_close(clip(still), image(frames), rtol=1e-5, atol=1e-5)
 
 
-def test_probabilities_are_averaged_over_views():
-    net = Classifier(4, **ENCODER, head_init_std=1.0).eval()
-    inputs = torch.randn(2, 3, 1, 3, 32, 32)
-    alone = torch.stack(
-        [net({"inputs": inputs[:, v : v + 1]})[:, 0].softmax(dim=-1) for v in range(3)]
-    ).mean(dim=0)
-    torch.testing.assert_close(net.eval_forward({"inputs": inputs}), alone)
+def test_encoder_does_not_see_removed_patches():
+    net, batch = ViCMAE(**TINY).eval(), random_batch(2)
+    features, mask = net(batch)["features"], net(batch)["mask"]
+    assert net(batch | {"views": batch["views"] + 1.0})["features"].ne(features).any()
+    noisy = batch["views"] + 10.0 * torch.randn(2, 2, 3, 32, 32)
+    for sample, view, patch in mask.nonzero().tolist():
+        row, column = divmod(patch, 4)
+        square = (sample, view, slice(None))
+        square += (slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8))
+        batch["views"][square] = noisy[square]
+    assert torch.equal(net(batch)["features"], features)
 
 
-def test_frozen_classifier_trains_its_head_alone():
-    net = Classifier(4, **ENCODER, freeze=True).train()
-    net.loss(
-        net({"inputs": torch.randn(4, 1, 1, 3, 32, 32)}), {"target": torch.arange(4)}
-    ).backward()
-    assert {name for name, p in net.named_parameters() if p.grad is not None} == {
-        "head.weight",
-        "head.bias",
-    }
-    assert not net.encoder.training and net.neck.training
-
-
-def test_heads_count_what_they_have_right_of_the_held_out_and_the_best_predicts():
-    net = Classifier(4, 3, **ENCODER, freeze=True, head_init_std=1.0)
-    labels, held_out = torch.tensor([0, 1, 2, 3]), torch.tensor([-1, 1, -1, 3])
-    logits = torch.zeros(4, 1, 3, 4)
-    for head, guesses in enumerate(
-        [(0, 0, 2, 0), (1, 1, 1, 3), (0, 1, 2, 0)]
-    ):  # right of the held-out: 0, 2 and 1
-        logits[range(4), 0, head, list(guesses)] = 5.0
-    for _ in range(2):
-        net.loss(logits, {"target": labels, "held_out": held_out})
-    torch.testing.assert_close(net.head.right, torch.tensor([0.0, 2 + 2 * 0.98, 1 + 0.98]))
-    net.eval()
-    batch = {"inputs": torch.randn(2, 1, 1, 3, 32, 32)}
-    features = (
-        net.encoder(batch["inputs"][:, 0, 0])[:, 1:].mean(dim=1) - net.neck.running_mean
-    ) / (net.neck.running_var + 1e-6).sqrt()
-    torch.testing.assert_close(net(batch)[:, 0], features @ net.head[1].weight.T + net.head[1].bias)
-
-
-def test_loss_and_gradients_of_several_heads_are_those_of_each_alone():
-    net = Classifier(4, 2, **ENCODER, freeze=True, head_init_std=0.1).train()
-    batch = {"inputs": torch.randn(6, 1, 1, 3, 32, 32), "target": torch.rand(6, 4).softmax(dim=1)}
-    loss = net.loss(net(batch), batch | {"held_out": torch.full((6,), -1)})
-    loss.backward()
-    total = 0.0
-    for head in net.head:
-        alone = Classifier(4, **ENCODER, freeze=True).train()
-        load_pretrained(alone, {f"encoder.{k}": v for k, v in net.encoder.state_dict().items()})
-        alone.head.load_state_dict(head.state_dict())
-        one = alone.loss(alone(batch), batch)
-        one.backward()
-        total += float(one)
-        torch.testing.assert_close(head.weight.grad, alone.head.weight.grad)
-    assert float(loss) == pytest.approx(total, rel=1e-6)
-
-
-def test_heads_of_two_data_sets_are_each_trained_and_asked_on_their_own_samples_alone():
-    torch.manual_seed(0)
-    net = Classifier([4, 3], **ENCODER, head_init_std=1.0)
-    batch = {
-        "inputs": torch.randn(5, 2, 1, 3, 32, 32),
-        "target": torch.tensor([3, 4, 0, 6, 5]),
-    }  # 4, 6, 5: of the second
-    net.loss(net(batch), batch).backward()
-    found = [head.weight.grad.clone() for head in net.head]
-    features = net.encoder(batch["inputs"].flatten(0, 2))[:, 1:].mean(dim=1)  # (10, D)
-    net.zero_grad()
-    loss, expected = 0.0, torch.zeros(5, 7)
-    for sample, (head, label) in enumerate([(0, 3), (1, 0), (0, 0), (1, 2), (1, 1)]):
-        logits = net.head[head](features[2 * sample : 2 * sample + 2])  # (V, C of the data set)
-        loss = loss - logits.log_softmax(dim=1)[:, label].sum() / 10
-        expected[sample, 4 * head : 4 + 3 * head] = logits.softmax(dim=1).mean(dim=0)
-    loss.backward()
-    assert net.loss(net(batch), batch).item() == pytest.approx(loss.item(), rel=1e-5)
-    for head, gradient in zip(net.head, found, strict=True):
-        torch.testing.assert_close(gradient, head.weight.grad)
-    torch.testing.assert_close(net.eval_forward(batch), expected)
-
-
-def probe_on_a_rank(rank: int, out: str) -> None:
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    torch.manual_seed(0)
-    net = Classifier(4, 2, **ENCODER, freeze=True, head_init_std=0.1).train()
-    generator = torch.Generator().manual_seed(1)
-    inputs, target = torch.randn(8, 1, 1, 3, 32, 32, generator=generator), torch.arange(8) % 4
-    held_out = torch.where(torch.arange(8) < 5, target, -1)
-    batch = {"inputs": inputs, "target": target, "held_out": held_out}
-    batch = {key: value.chunk(ranks)[rank] for key, value in batch.items()}
-    logits = net(batch)
-    net.loss(logits, batch)
-    torch.save({"logits": logits.detach()} | net.state_dict(), f"{out}/{ranks}-{rank}")
-
-
-def test_linear_probe_on_two_ranks_has_the_logits_statistics_and_counts_of_one(tmp_path, on_ranks):
-    probe_on_a_rank(0, str(tmp_path))
-    on_ranks(2, probe_on_a_rank, str(tmp_path))
-    one, *two = (torch.load(tmp_path / name, weights_only=True) for name in ("1-0", "2-0", "2-1"))
-    assert one["head.right"].sum() > 0
-    torch.testing.assert_close(torch.cat([rank["logits"] for rank in two]), one["logits"])
-    for rank in two:
-        for name in ("neck.running_mean", "neck.running_var", "head.right"):
-            torch.testing.assert_close(rank[name], one[name])
+def test_decoder_equals_maes_which_first_restores_the_order_of_the_patches():
+    decoder = ViCMAE(**TINY).double().decoder
+    _, ids_restore, _ = random_masking(torch.rand(5, 16), 0.5)
+    tokens = torch.randn(5, 1 + 8, TINY["embed_dim"], dtype=torch.float64)
+    x = decoder.embed(tokens)
+    patches = torch.cat([x[:, 1:], decoder.mask_token.repeat(5, 8, 1)], dim=1)
+    rows = zip(patches, ids_restore, strict=True)
+    patches = torch.stack([row[ids] for row, ids in rows])
+    x = torch.cat([x[:, :1], patches], dim=1) + decoder.pos_embed
+    for block in decoder.blocks:
+        x = block(x)
+    expected = decoder.pred(decoder.norm(x))[:, 1:]
+    for decoded in (None, 16):
+        found = decoder(tokens, ids_restore, decoded)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "culprit"),
+    ("mask_ratio", "ratio"), [(0.5, 0.5), (0.5, 0.3), (0.75, 0.01), (0.75, 1.0)]
+)
+def test_decoder_gets_the_visible_patches_and_a_fraction_of_the_removed(mask_ratio, ratio):
+    net, batch, lengths = ViCMAE(**TINY, mask_ratio=mask_ratio), random_batch(), []
+    net.decode_ratio = ratio
+    block = net.decoder.blocks[0]
+    block.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    visible = round(16 * (1 - mask_ratio))
+    decoded = math.ceil((16 - visible) * ratio)
+    outputs = net.train()(batch)
+    assert lengths.pop() == 1 + visible + decoded
+    assert outputs["pred"].shape == (4, 2, 16, 192)
+    scored, mask = outputs["scored"], outputs["mask"]
+    assert (scored.sum(dim=-1) == decoded).all() and (scored <= mask).all()
+    outputs = net.eval()(batch)
+    assert lengths.pop() == 1 + 16
+    assert torch.equal(outputs["scored"], outputs["mask"])
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8])
+def test_loss_of_partial_decoding_is_unbiased(ratio):
+    """Take the mean over all orders of the removed patches; a decoder without blocks, so that the
+    prediction of a patch depends on no other decoded patch.
+    """
+    net = ViCMAE(**TINY | {"img_size": 24}).double().train()  # 9 patches, of which 4 are visible
+    net.decoder.blocks = nn.ModuleList()
+    views = torch.randn(2, 2, 3, 24, 24, dtype=torch.float64)
+    batch = {"views": views, "noise": torch.rand(2, 2, 9, dtype=torch.float64)}
+    full = net.loss(net(batch), batch)["reconstruction"]
+    net.decode_ratio = ratio
+    noise, patches = batch["noise"].sort(dim=-1)
+    removed, losses, subsets = patches[..., 4:], [], Counter()
+    for order in itertools.permutations(range(4, 9)):
+        changed = batch | {"noise": batch["noise"].scatter(-1, removed, noise[..., order])}
+        with torch.no_grad():
+            outputs = net(changed)
+        losses.append(net.loss(outputs, changed)["reconstruction"])
+        subsets[tuple(outputs["scored"][0, 0].tolist())] += 1
+    decoded = math.ceil(5 * ratio)
+    assert len(subsets) == math.comb(5, decoded) and len(set(subsets.values())) == 1
+    assert torch.stack(losses).mean().item() == pytest.approx(full.item(), rel=1e-9)
+    assert torch.stack(losses).std() > 1e-3 * full  # each draw by itself is an estimate
+
+
+def test_reconstruction_loss_of_a_known_error():
+    target = torch.zeros(1, 4, 12)
+    target[:, [1, 3]] = 1.0
+    mask = torch.tensor([[0.0, 1.0, 1.0, 0.0]])
+    loss = reconstruction_loss(torch.zeros(1, 4, 12), target, mask, norm_pix_loss=False)
+    assert loss.item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_reconstruction_loss_equals_numpy(norm_pix_loss):
+    patches, pred = torch.randn(3, 16, 48), torch.randn(3, 16, 48)
+    mask = (torch.rand(3, 16) > 0.5).float()
+    target = patches.double().numpy()
+    if norm_pix_loss:
+        deviation = np.sqrt(target.var(axis=2, ddof=1, keepdims=True) + 1e-6)
+        target = (target - target.mean(axis=2, keepdims=True)) / deviation
+    error = ((pred.double().numpy() - target) ** 2).mean(axis=2)
+    expected = error[mask.numpy() == 1].mean()
+    loss = reconstruction_loss(pred, patches, mask, norm_pix_loss)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+# Pooling, projector, InfoNCE
+
+
+def test_poolings_equal_numpy():
+    tokens = torch.randn(3, 5, 4)
+    patches = tokens[:, 1:].double().numpy()
+    expected = {
+        "cls": tokens[:, 0].double().numpy(),
+        "mean": patches.mean(axis=1),
+        "max": patches.max(axis=1),
+        "gem": (np.maximum(patches, 1e-6) ** 3).mean(axis=1) ** (1 / 3),
+    }
+    for kind, values in expected.items():
+        np.testing.assert_allclose(pool(tokens, kind).numpy(), values, rtol=1e-5, atol=1e-6)
+
+
+def test_one_rank_gathers_the_tensor_itself():
+    x = torch.randn(3, 2)
+    assert all_gather(x) is x
+
+
+def test_projector_normalises_each_view_over_the_batch_by_itself():
+    net = ViCMAE(**TINY).double().train()
+    features = torch.randn(6, 2, 48, dtype=torch.float64)
+    features[:, 1] += 100.0
+    outputs = net.project(features, {})
+    assert outputs["predictions"] is outputs["targets"]
+    weights = {name: value.numpy() for name, value in net.projector.state_dict().items()}
+    for view in (0, 1):
+        x = features[:, view].numpy()
+        for linear in (0, 3):
+            x = x @ weights[f"{linear}.weight"].T + weights[f"{linear}.bias"]
+            x = (x - x.mean(axis=0)) / np.sqrt(x.var(axis=0) + 1e-5)
+            x = np.maximum(x, 0.0)
+        x = x @ weights["6.weight"].T + weights["6.bias"]
+        projected = outputs["predictions"][:, view].detach().numpy()
+        np.testing.assert_allclose(projected, x, rtol=1e-6, atol=1e-8)
+
+
+def test_targets_of_a_predictor_have_no_gradient():
+    net = ViCMAE(**TINY, predictor_hidden_dim=8).train()
+    outputs = net(random_batch(6))
+    assert outputs["predictions"].requires_grad and not outputs["targets"].requires_grad
+
+
+def unit(x: Tensor) -> np.ndarray:
+    array = x.double().numpy()
+    return array / np.linalg.norm(array, axis=-1, keepdims=True)
+
+
+def loop_info_nce(p: Tensor, t: Tensor, temperature: float) -> tuple[float, float]:
+    """Return InfoNCE and the fraction of matched views by loops over predictions and targets."""
+    predictions, targets = unit(p), unit(t)
+    losses, matched = [], []
+    for i, v in itertools.product(range(len(p)), (0, 1)):
+        logits = {}
+        for j, w in itertools.product(range(len(p)), (0, 1)):
+            if (j, w) != (i, v):
+                logits[j, w] = predictions[i, v] @ targets[j, w] / temperature
+        total = sum(math.exp(logit) for logit in logits.values())
+        losses.append(-math.log(math.exp(logits[i, 1 - v]) / total))
+        matched.append(max(logits, key=logits.get) == (i, 1 - v))
+    return float(np.mean(losses)), float(np.mean(matched))
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_info_nce_equals_a_loop_over_views(temperature):
+    z = torch.randn(5, 2, 7)
+    z[:, 1] = z[:, 0] + 1.5 * z[:, 1]  # some views find their partner, some do not
+    loss, accuracy = info_nce(z, z, temperature)
+    expected_loss, expected_accuracy = loop_info_nce(z, z, temperature)
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
+    assert accuracy.item() == pytest.approx(expected_accuracy) and 0 < expected_accuracy < 1
+
+
+def test_info_nce_of_predictions_equals_a_loop_over_targets():
+    targets = torch.randn(5, 2, 7)
+    predictions = targets.flip(1) + 0.8 * torch.randn(5, 2, 7)
+    loss, accuracy = info_nce(predictions, targets, 0.2)
+    expected_loss, expected_accuracy = loop_info_nce(predictions, targets, 0.2)
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
+    assert accuracy.item() == pytest.approx(expected_accuracy) and 0 < expected_accuracy < 1
+
+
+def test_info_nce_of_two_orthogonal_pairs_is_known():
+    z = torch.eye(2)[:, None].expand(2, 2, 2)  # equal views, orthogonal samples
+    expected = math.log(math.exp(2) + 2) - 2
+    assert info_nce(z, z, 0.5)[0].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_info_nce_of_collapsed_features_is_that_of_a_random_guess():
+    z = torch.ones(5, 2, 6)
+    loss, accuracy = info_nce(z, z, 0.2)
+    assert loss.item() == pytest.approx(math.log(9), rel=1e-5) and accuracy.item() < 0.25
+
+
+@pytest.mark.parametrize("right", [0, 2, 6, 8])
+def test_accuracy_is_the_fraction_of_views_whose_partner_is_nearest(right):
+    first = torch.eye(16)[:8]
+    rotated = [*range(right), *range(right + 1, 8), right]  # others have another sample's view
+    projections = torch.stack([first, first[rotated[:8]]], dim=1)
+    assert info_nce(projections, projections, 0.1)[1].item() == pytest.approx(right / 8)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_info_nce_rejects_any_number_of_views_but_two(views):
+    z = torch.randn(4, views, 6)
+    with pytest.raises(AssertionError, match="two views"):
+        info_nce(z, z, 0.1)
+    net, batch = ViCMAE(**TINY), random_batch(views=views)
+    with pytest.raises(AssertionError, match="two views"):
+        net.loss(net(batch), batch)
+
+
+def test_contrastive_term_under_autocast_is_computed_in_fp32():
+    net, batch = ViCMAE(**TINY).eval(), random_batch(16)
+    z = torch.randn(16, 2, 16).bfloat16()
+    outputs = net(batch) | {"predictions": z, "targets": z}
+    expected, _ = loop_info_nce(z, z, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        contrastive = net.loss(outputs, batch)["contrastive"]
+    assert contrastive.dtype == torch.float32
+    assert contrastive.item() == pytest.approx(expected, rel=1e-5)
+
+
+# ViCMAE
+
+
+def spread_of(features: Tensor) -> float:
+    """Return the logged feature_std of features (B, 2, D)."""
+    B = len(features)
+    z = torch.randn(B, 2, 16)
+    outputs = {"pred": torch.zeros(B, 2, 16, 192), "scored": torch.ones(B, 2, 16)}
+    outputs |= {"features": features, "predictions": z, "targets": z}
+    return ViCMAE(**TINY).loss(outputs, random_batch(B))["feature_std"].item()
+
+
+def test_spread_of_features_is_known_if_they_are_alike_or_orthogonal():
+    B = 8
+    lengths = torch.arange(1, B + 1)[:, None, None]  # without effect
+    alike = torch.randn(1, 2, 48).double() * lengths
+    orthogonal = torch.eye(48)[:B, None].expand(-1, 2, -1)
+    half = torch.stack([alike[:, 0], orthogonal[:, 0]], dim=1)  # the first view has collapsed
+    assert spread_of(alike) == pytest.approx(0, abs=1e-7)
+    assert spread_of(orthogonal) == pytest.approx(math.sqrt(1 - 1 / B), rel=1e-6)
+    assert spread_of(half) == pytest.approx(math.sqrt((1 - 1 / B) / 2), rel=1e-6)
+
+
+def test_total_is_the_weighted_sum_of_the_two_terms():
+    net, batch = ViCMAE(**TINY, weight_recon=0.6, weight_contrast=0.2), random_batch()
+    net.ramp = 0.25
+    losses = net.loss(net(batch), batch)
+    expected = 0.6 * losses["reconstruction"] + 0.25 * 0.2 * losses["contrastive"]
+    torch.testing.assert_close(losses["total"], expected)
+
+
+def test_nothing_in_a_step_is_random_but_the_noise():
+    net, batch = ViCMAE(**TINY), random_batch()
+    torch.manual_seed(1)
+    first = net(batch)
+    torch.manual_seed(2)
+    second = net(batch)
+    other = net(batch | {"noise": random_batch(seed=1)["noise"]})
+    assert torch.equal(first["pred"], second["pred"]) and torch.equal(first["mask"], second["mask"])
+    assert not torch.equal(first["mask"], other["mask"])
+
+
+def test_every_trained_parameter_is_used_in_the_forward_pass():
+    net, batch = ViCMAE(**TINY, predictor_hidden_dim=8).train(), random_batch()
+    net.loss(net(batch), batch)["total"].backward()
+    unused = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
+    assert not unused
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
     [
-        ({"patch_size": 7}, "img_size 32"),
-        ({"num_heads": 5}, "embed_dim 48"),
-        ({"mask_ratio": 1.0}, "mask_ratio 1.0"),
-        ({"mask_ratio": -0.1}, "mask_ratio -0.1"),
+        ({"patch_size": 7}, "img_size=32: must be a multiple of patch_size=7"),
+        ({"num_heads": 5}, "embed_dim=48: must be a multiple of 4 and of the 5 heads"),
+        ({"decoder_embed_dim": 22}, "decoder_embed_dim=22"),
+        ({"mask_ratio": 1.2}, r"mask_ratio=1\.2: must keep and remove some of 16 patches"),
+        ({"mask_ratio": 1.0}, r"mask_ratio=1\.0"),
+        ({"mask_ratio": 0.95}, r"mask_ratio=0\.95"),  # keeps int(0.8) = 0 patches
+        ({"mask_ratio": 0.0}, r"mask_ratio=0\.0"),
+        ({"mask_ratio": -0.1}, r"mask_ratio=-0\.1"),
+        ({"weight_recon": 0.0, "weight_contrast": 0.0}, "one of them must be positive"),
     ],
 )
-def test_impossible_size_is_named(sizes, culprit):
-    with pytest.raises(ValueError, match=culprit):
+def test_impossible_arguments_are_named_in_a_direct_call(sizes, message):
+    with pytest.raises(ValueError, match=message):
         ViCMAE(**TINY | sizes)
 
 
-def losses_and_gradients_of_a_rank(rank: int, out: str) -> None:
-    net = torch.nn.parallel.DistributedDataParallel(build_double())
-    batch = {key: value.double()[rank * 2 : rank * 2 + 2] for key, value in random_batch().items()}
-    losses = net.module.loss(net(batch), batch)
-    losses["total"].backward()
-    torch.save(
-        {
-            "contrastive": losses["contrastive"],
-            **{n: p.grad for n, p in net.module.named_parameters()},
-        },
-        f"{out}/{rank}",
-    )
+def test_vicmae_has_the_arguments_of_the_paper_and_no_others():
+    """The arguments of other methods belong to their subclasses in methods/."""
+    arguments = inspect.signature(ViCMAE).parameters
+    encoder = ["img_size", "patch_size", "embed_dim", "depth", "num_heads"]
+    decoder = ["decoder_embed_dim", "decoder_depth", "decoder_num_heads"]
+    heads = ["projector_hidden_dim", "projector_out_dim", "predictor_hidden_dim"]
+    objective = ["mask_ratio", "pool", "temperature", "weight_recon", "weight_contrast"]
+    expected = [*encoder, *decoder, *heads, *objective, "norm_pix_loss", "chunk_size"]
+    assert list(arguments) == expected
+    assert {argument.kind for argument in arguments.values()} == {inspect.Parameter.KEYWORD_ONLY}
 
 
-def build_double() -> ViCMAE:
-    torch.manual_seed(0)
-    return ViCMAE(**TINY).double()
+@pytest.mark.parametrize("size", [16, 24])
+def test_smaller_views_give_the_step_of_a_smaller_model_with_timms_positions(size):
+    net = ViCMAE(**TINY).double().train()
+    grid = size // 8
+    views = torch.randn(4, 2, 3, size, size, dtype=torch.float64)
+    noise = torch.rand(4, 2, 16, dtype=torch.float64)
+    state = net.state_dict()
+    for key in ("encoder.pos_embed", "decoder.pos_embed"):
+        state[key] = resample_abs_pos_embed(state[key], [grid, grid])
+    smaller = ViCMAE(**TINY | {"img_size": size}).double().train()
+    smaller.load_state_dict(state)
+    batches = ({"views": views, "noise": noise}, {"views": views, "noise": noise[..., : grid**2]})
+    outputs = []
+    for model, batch in zip((net, smaller), batches, strict=True):
+        outputs.append(model(batch))
+        model.loss(outputs[-1], batch)["total"].backward()
+    assert outputs[0]["pred"].shape == (4, 2, grid**2, 192)
+    torch.testing.assert_close(outputs[0]["pred"], outputs[1]["pred"], rtol=1e-12, atol=1e-12)
+    gradients = {name: p.grad for name, p in smaller.named_parameters() if p.requires_grad}
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.isfinite().all()
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-9, atol=1e-12)
 
 
-def test_contrastive_loss_and_gradients_on_two_ranks_equal_one_rank(tmp_path, on_ranks):
-    on_ranks(2, losses_and_gradients_of_a_rank, str(tmp_path))
-    net, batch = build_double(), {key: value.double() for key, value in random_batch().items()}
-    losses = net.loss(net(batch), batch)
-    losses["total"].backward()
-    for rank in (0, 1):
-        found = torch.load(tmp_path / str(rank), weights_only=True)
-        torch.testing.assert_close(found["contrastive"], losses["contrastive"], rtol=1e-6, atol=0)
-        for name, parameter in net.named_parameters():
-            if parameter.requires_grad and parameter.grad.norm() > 1e-12:
-                assert (found[name] - parameter.grad).norm() <= 1e-6 * parameter.grad.norm(), name
+@pytest.mark.parametrize("size", [16, 24])
+def test_encoder_of_smaller_images_equals_a_smaller_encoder(size):
+    sizes = {name: TINY[name] for name in ("patch_size", "embed_dim", "depth", "num_heads")}
+    net, smaller = Encoder(32, **sizes).double(), Encoder(size, **sizes).double()
+    positions = resample_abs_pos_embed(net.pos_embed.data, [size // 8] * 2)
+    smaller.load_state_dict(net.state_dict() | {"pos_embed": positions})
+    images = torch.randn(3, 3, size, size, dtype=torch.float64)
+    torch.testing.assert_close(net(images), smaller(images), rtol=1e-12, atol=1e-12)
+
+
+def test_flops_of_a_batch_are_proportional_to_its_samples():
+    net = ViCMAE(**TINY)
+    net.flops_per_sample = 7.0
+    assert net.flops_per_batch(random_batch(3)) == 21.0
+
+
+# The classifier
+
+
+def test_classifier_of_images_equals_timms_vit():
+    sizes = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
+    theirs = timm.models.VisionTransformer(32, 8, **sizes).eval()
+    nn.init.normal_(theirs.head.weight)
+    ours = Classifier(7, **ENCODER, pool="cls").eval()
+    load_pretrained(ours, theirs.state_dict())
+    images = torch.randn(3, 3, 32, 32)
+    logits = ours({"inputs": images[:, None, None]})[:, 0]
+    torch.testing.assert_close(logits, theirs(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", ["small", "base", "large"])
+def test_classifier_with_timms_weights_has_timms_logits_at_every_size(size):
+    name = f"vit_{size}_patch16_224"
+    theirs = timm.create_model(name, num_classes=10, global_pool="avg", fc_norm=False).eval()
+    nn.init.normal_(theirs.head.weight, std=0.1)
+    heads = theirs.blocks[0].attn.num_heads
+    sizes = {"embed_dim": theirs.embed_dim, "depth": len(theirs.blocks), "num_heads": heads}
+    ours = Classifier(10, **sizes).eval()
+    load_pretrained(ours, theirs.state_dict())
+    images = torch.randn(1, 3, 224, 224)
+    for kind, official in (("mean", "avg"), ("cls", "token")):
+        ours.pool, theirs.global_pool = kind, official
+        with torch.no_grad():
+            logits, expected = ours({"inputs": images[:, None, None]})[:, 0], theirs(images)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_probabilities_are_averaged_over_views():
+    net = Classifier(4, **ENCODER, head_init_std=1.0).eval()
+    inputs = torch.randn(2, 3, 1, 3, 32, 32)
+    by_view = [net({"inputs": inputs[:, [view]]})[:, 0].softmax(dim=-1) for view in range(3)]
+    expected = (by_view[0] + by_view[1] + by_view[2]) / 3
+    torch.testing.assert_close(net.eval_forward({"inputs": inputs}), expected)
+
+
+def test_loss_is_the_cross_entropy_over_all_views_with_labels_or_with_mixed_labels():
+    net, logits = Classifier(4, **ENCODER), torch.randn(3, 2, 4)
+    log_probabilities = logits - logits.exp().sum(dim=-1, keepdim=True).log()
+    labels, mixed = torch.tensor([0, 3, 1]), torch.rand(3, 4)
+    of_labels = [-log_probabilities[i, v, labels[i]] for i in range(3) for v in (0, 1)]
+    assert net.loss(logits, {"target": labels}).item() == pytest.approx(sum(of_labels).item() / 6)
+    of_mixed = -(log_probabilities * mixed[:, None]).sum(dim=-1).mean()
+    assert net.loss(logits, {"target": mixed}).item() == pytest.approx(of_mixed.item(), rel=1e-6)
+
+
+def test_metrics_count_correct_classes_and_ignore_samples_without_a_label():
+    net = Classifier(7, **ENCODER)
+    assert net.get_metrics(is_train=True) == {}
+    probabilities = torch.rand(40, 7)
+    labels = (torch.arange(40) % 12 - 1).clamp(max=6)  # 6 is frequent; a label in 12 is -1
+    ranks = [sorted(range(7), key=lambda c: -probabilities[i, c].item()) for i in range(40)]
+    known = [i for i in range(40) if labels[i] >= 0]
+    expected = {k: np.mean([labels[i].item() in ranks[i][:k] for i in known]) for k in (1, 5)}
+    metrics = net.get_metrics()
+    for metric in metrics.values():
+        net.update_metric({"target": labels}, probabilities, metric)
+    assert metrics["top1"].compute().item() == pytest.approx(expected[1])
+    assert metrics["top5"].compute().item() == pytest.approx(expected[5])
+    confusion = torch.zeros(7, 7, dtype=torch.long)
+    for i in known:
+        confusion[labels[i], ranks[i][0]] += 1
+    assert torch.equal(metrics["confusion"].compute(), confusion)
+
+
+def test_groups_for_layer_decay_begin_with_the_embedding_and_hold_each_block():
+    net = Classifier(4, **ENCODER, num_frames=4)
+    groups = group_parameters(net, net.group_matcher(), reverse=True)
+    assert groups["encoder.pos_embed"] == groups["encoder.temporal_embed"] == 0
+    assert groups["encoder.patch_embed.proj.weight"] == groups["encoder.cls_token"] == 0
+    assert groups["encoder.blocks.0.attn.qkv.weight"] == 1
+    assert groups["encoder.blocks.1.mlp.fc1.bias"] == 2
+    assert groups["head.weight"] > 2

@@ -1,96 +1,108 @@
-"""What holds for the project as a whole: its imports, its README, its configurations' headers."""
+"""The root's contents, and the commands in README.md, docs/ and docstrings."""
 
-import ast
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from config import load_config
 from conftest import ROOT
 
 import data_prep
-import eval as evaluation
-import finetune
-import pretrain
+from benchmarks.compare import CompareConfig
+from eval import EvalConfig
+from finetune import FinetuneConfig
+from pretrain import PretrainConfig
+from training.config import load_config
+from training.plan import split_plan_flag
 
-STAGES = {
-    "pretrain.py": pretrain.pretrain,
-    "finetune.py": finetune.finetune,
-    "eval.py": evaluation.evaluate,
+STAGES = {"data_prep.py", "model.py", "pretrain.py", "finetune.py", "eval.py"}
+WINGS = {"shards", "training", "evaluation", "methods"}
+CONFIGS = {
+    "pretrain.py": PretrainConfig,
+    "finetune.py": FinetuneConfig,
+    "eval.py": EvalConfig,
+    "benchmarks/compare.py": CompareConfig,
 }
-README = (ROOT / "README.md").read_text()
-ORDER = re.findall(r"^\| `(\w+)\.py` \|", README, flags=re.MULTILINE)  # as its table has them
+TOOLS = ("pytest", "apt-get", "ruff", "pip", "git", "cd", "export", "huggingface-cli")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+for folder in (".", *WINGS, "benchmarks"):
+    PAGES += sorted((ROOT / folder).glob("*.py"))  # for the commands in their docstrings
 
 
-def test_readme_lists_every_file():
-    assert sorted(ORDER) == sorted(path.stem for path in ROOT.glob("*.py"))
+def test_only_the_five_stages_are_python_files_at_the_root():
+    assert {path.name for path in ROOT.glob("*.py")} == STAGES
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_file_imports_only_those_above_it_in_the_readme(name):
-    used = set()
-    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
-        if isinstance(node, ast.Import):
-            used |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            used.add(node.module)
-    assert used.isdisjoint(ORDER[ORDER.index(name) :])
+def test_python_code_is_in_the_wings_the_tests_and_the_benchmarks():
+    folders = set()
+    for path in ROOT.glob("*/**/*.py"):
+        folder = path.relative_to(ROOT).parts[0]
+        if not folder.startswith("."):
+            folders.add(folder)
+    assert folders == {*WINGS, "tests", "benchmarks"}
 
 
-def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    lines = (line.split("#")[0].strip() for block in blocks for line in block.splitlines())
-    return [line for line in lines if line]
+def commands(page: Path) -> Iterator[str]:
+    """Yield the commands in code blocks of a page or a docstring, without comments."""
+    text = page.read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
+    blocks += re.findall(r"^    ((?:uv run|composer|python|torchrun) .*)$", text, re.M)
+    for block in blocks:
+        for line in block.splitlines():
+            for command in split_at_operators(shlex.split(line, comments=True)):
+                yield shlex.join(command)
 
 
-@pytest.mark.parametrize("command", commands())
-def test_every_command_of_the_readme_is_one_that_the_project_takes(command, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    for part in command.split("&&"):
-        words = shlex.split(part)
-        if words[:2] == ["uv", "run"]:
+def split_at_operators(words: list[str]) -> Iterator[list[str]]:
+    """Yield the commands that && or ; join."""
+    command = []
+    for word in [*words, "&&"]:
+        if word not in ("&&", ";"):
+            command.append(word)
+        elif command:
+            yield command
+            command = []
+
+
+def stage_of(words: list[str]) -> tuple[str, list[str]]:
+    """Return the script or tool of a command, and its arguments, without uv and launchers."""
+    while words and re.fullmatch(r"\w+=\S*", words[0]):
+        words = words[1:]  # an environment variable
+    if words[:2] == ["uv", "run"]:
+        words = words[2:]
+        while words[0].startswith("--"):  # --with PACKAGE
             words = words[2:]
-        words = [word for word in words if word not in ("composer", "python", "-n", "8", "--plan")]
-        if words[0] in STAGES:
-            load_config(words[1:], STAGES[words[0]])
-        elif words[0] == "data_prep.py":
-            data_prep.parse(words[1:])
-        elif words[0].startswith("tests/"):
-            assert Path(words[0]).exists()
-        else:
-            assert words in (
-                ["pytest"],
-                ["pip", "install", "uv"],
-                ["ruff", "check"],
-                ["ruff", "format", "--check"],
-            )
+    if words[0] not in ("composer", "python", "torchrun"):
+        return words[0], words[1:]
+    for number, word in enumerate(words):
+        if word.endswith(".py"):
+            return word, words[number + 1 :]
+    raise AssertionError(f"{shlex.join(words)} names no script")
 
 
-def test_lines_that_the_readme_gives_for_parts_of_the_methods_are_theirs():
-    named = re.findall(r"`(\w+)`, (\w+)\.py (\d+)-(\d+)", README)
-    assert len(named) >= 10
-    for name, file, first, last in named:
-        tree = ast.parse((ROOT / f"{file}.py").read_text())
-        part = next(node for node in tree.body if getattr(node, "name", None) == name)
-        assert (int(first), int(last)) == (part.lineno, part.end_lineno), name
+EXAMPLES = [(page, command) for page in PAGES for command in commands(page)]
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_readme_gives_the_length_of_every_file(name):
-    stated = int(re.search(rf"\| `{name}.py` \| (\d+) \|", README)[1])
-    assert stated == len((ROOT / f"{name}.py").read_text().splitlines())
+def name_of(value: Path | str) -> str:
+    return value.name if isinstance(value, Path) else value
 
 
-SIZES = {
-    "data_prep": 600,
-    "model": 500,
-    "pretrain": 400,
-    "finetune": 350,
-    "eval": 350,
-}  # lines; 550 of any other
+def test_readme_shows_commands():
+    assert any(page.name == "README.md" for page, _ in EXAMPLES)
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_file_is_no_longer_than_it_may_be(name):
-    assert len((ROOT / f"{name}.py").read_text().splitlines()) < SIZES.get(name, 550)
+@pytest.mark.parametrize(("page", "command"), EXAMPLES, ids=name_of)
+def test_every_command_that_is_shown_is_one_that_its_script_takes(page, command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    script, arguments = stage_of(shlex.split(command))
+    if script in CONFIGS:
+        arguments, _ = split_plan_flag(arguments)
+        if arguments != ["--help"]:
+            load_config(arguments, CONFIGS[script])
+    elif script == "data_prep.py":
+        data_prep.parse(arguments)
+    elif script.endswith(".py"):
+        assert (ROOT / script).exists()
+    else:
+        assert script in TOOLS

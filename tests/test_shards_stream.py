@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from composer.utils import dist
-from conftest import spoilt
+from conftest import corrupted_copy
 
 from shards.augment import augment_batch
 from shards.format import Clips
@@ -211,7 +211,7 @@ def test_shard_on_disk_is_prepared_without_a_lock(demo, monkeypatch):
 
 def test_unreadable_sample_gives_way_to_the_next_and_is_listed(demo, tmp_path):
     shutil.copytree(demo / "train_videos", tmp_path / "train_videos")
-    spoilt(demo / "train_images", tmp_path, 7)
+    corrupted_copy(demo / "train_images", tmp_path, 7)
     images = Clips(str(tmp_path / "train_images"))
     loader = make_loader(tmp_path, 2, run=tmp_path)
     assert sum(len(batch["views"]) for batch in loader) == 120
@@ -232,7 +232,7 @@ def test_unreadable_sample_gives_way_to_the_next_and_is_listed(demo, tmp_path):
 
 def test_too_many_unreadable_samples_end_the_run(demo, tmp_path):
     shutil.copytree(demo / "train_videos", tmp_path / "train_videos")
-    spoilt(demo / "train_images", tmp_path, 0, 1, 2, 3, 7)
+    corrupted_copy(demo / "train_images", tmp_path, 0, 1, 2, 3, 7)
     complaint = r"samples cannot be decoded, see .*unreadable\.jsonl; run data_prep\.py verify"
     with pytest.raises(ValueError, match=complaint):
         list(make_loader(tmp_path, run=tmp_path))
@@ -240,7 +240,7 @@ def test_too_many_unreadable_samples_end_the_run(demo, tmp_path):
 
 def test_shard_that_is_cut_off_costs_only_its_last_samples(demo, tmp_path):
     shutil.copytree(demo / "train_videos", tmp_path / "train_videos")
-    (shard,) = spoilt(demo / "train_images", tmp_path).rglob("*.mds")
+    (shard,) = corrupted_copy(demo / "train_images", tmp_path).rglob("*.mds")
     shard.write_bytes(shard.read_bytes()[:-3000])
     loader = make_loader(tmp_path, run=tmp_path, max_unreadable=0.2)
     assert sum(len(batch["views"]) for batch in loader) == 120
@@ -289,7 +289,7 @@ def test_proportion_of_some_streams_alone_is_refused(demo):
 
 
 def test_data_set_without_a_readable_frame_is_refused(demo, tmp_path):
-    spoilt(demo / "train_images", tmp_path, *range(60))
+    corrupted_copy(demo / "train_images", tmp_path, *range(60))
     with pytest.raises(ValueError, match="train_images: no sample can be decoded"):
         make_loader(tmp_path, streams=[{"path": str(tmp_path / "train_images")}])
 

@@ -12,16 +12,14 @@ from torch.distributed.tensor import DTensor
 
 
 class JsonLines(LoggerDestination):
-    """Writes one JSON object for each step: everything logged during it, with `step` and `epoch`.
-    """
+    """Writes one JSON object for each step: everything logged during it, with `step` and `epoch`."""
 
     def __init__(self, path: Path):
         self.path = path
         self.line: dict[str, float] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Remove the lines after the checkpoint that a run resumes from: they will be logged again.
-        """
+        """Remove the lines after the checkpoint that a run resumes from: they will be logged again."""
         if not self.path.exists() or dist.get_global_rank() != 0:
             return
         step = state.timestamp.batch.value

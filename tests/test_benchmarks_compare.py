@@ -1,0 +1,204 @@
+"""The comparison of methods, and the table of finished runs beside the paper's numbers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT, error_of, read_result, run_stage, small
+
+import pretrain
+from benchmarks import compare
+
+METHODS = ROOT / "yamls" / "methods"
+
+
+def run_compare(arguments: list[str], folder: Path) -> None:
+    run_stage(SimpleNamespace(__name__="compare", main=compare.main), arguments, folder)
+
+
+def error_of_compare(arguments: list[str], folder: Path) -> str:
+    return error_of(SimpleNamespace(__name__="compare", main=compare.main), arguments, folder)
+
+
+def run_in_this_process(command: list[str], **settings) -> SimpleNamespace:
+    """Do what subprocess.run does with a stage, without starting an interpreter."""
+    run_stage(pretrain, command[2:], Path.cwd())
+    return SimpleNamespace(returncode=0)
+
+
+@pytest.fixture
+def trains_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(compare, "subprocess", None)
+    monkeypatch.setattr(compare, "measure_probe", None)
+
+
+def command_of(demo: Path, *words: object) -> str:
+    """Return a row of comparison.methods in YAML: a command and its overrides."""
+    base, *settings = small(demo)
+    quoted = [f"'{setting}'" for setting in settings[:3]]
+    return ", ".join([str(ROOT / "pretrain.py"), base, *quoted, *map(str, words)])
+
+
+def arguments_of(demo: Path) -> list[str]:
+    """Return a comparison of two methods with two seeds that takes seconds."""
+    sets = f"bank: [{demo}/train_images], queries: [{demo}/test_images], labels_per_class: [3]"
+    vicmae, mae = command_of(demo), command_of(demo, METHODS / "mae.yaml")
+    return [
+        "comparison.to=compare.md",
+        "comparison.seconds=0.3",
+        "comparison.seeds=2",
+        f"comparison.methods={{vicmae: [{vicmae}], mae: [{mae}]}}",
+        f"comparison.stills={{{sets}}}",
+        f"comparison.clips={{{sets}}}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def compared(demo, tmp_path_factory) -> Path:
+    """The folder of a finished comparison."""
+    folder = tmp_path_factory.mktemp("compared")
+    with pytest.MonkeyPatch.context() as patch:
+        here = SimpleNamespace(run=run_in_this_process, PIPE=subprocess.PIPE)
+        patch.setattr(compare, "subprocess", here)
+        run_compare(arguments_of(demo), folder)
+    return folder
+
+
+def table_of(folder: Path) -> tuple[str, list[list[str]]]:
+    """Return the first line of compare.md, and the cells of its rows under the ruler."""
+    first, _, *lines = (folder / "compare.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines[2:]]
+    return first, [lines[0].strip("| ").split(" | "), *rows]
+
+
+def test_table_has_mean_and_deviation_of_every_method_and_of_random_weights(compared):
+    budget, (columns, *rows) = table_of(compared)
+    assert f"0.3 s of training steps each, 2 seeds, {os.cpu_count()} cores" in budget
+    measures = ["stills, knn", "stills, linear_3", "clips, knn", "clips, linear_3"]
+    assert columns == ["steps", *measures]
+    assert [row[0] for row in rows] == ["random weights", "vicmae", "mae"]
+    assert (compared / "compare.png").stat().st_size > 0
+    for name, row in (("vicmae", rows[1]), ("mae", rows[2])):
+        runs = sorted((compared / "runs").glob(f"compare_{name}_[0-9]*_[01]"))
+        assert len(runs) == 2
+        knn = []
+        for run in runs:
+            assert read_result(compared, run.name)["step"] == int(row[1])
+            (cached,) = run.glob("compare-*.json")  # stills and clips are the same data here
+            knn.append(100 * json.loads(cached.read_text())["knn"])
+        assert row[2] == row[4] == f"{np.mean(knn):.1f} ± {np.std(knn, ddof=1):.1f}"
+
+
+def test_finished_comparison_trains_and_measures_nothing_again(compared, demo, trains_nothing):
+    before = (compared / "compare.md").read_text()
+    run_compare(arguments_of(demo), compared)
+    assert (compared / "compare.md").read_text() == before
+
+
+def test_other_probes_are_measured_anew(compared, demo, monkeypatch):
+    monkeypatch.setattr(compare, "subprocess", None)
+    monkeypatch.setattr(compare, "measure_probe", lambda *_, **block: {"knn": block["k"] / 100})
+    other = ["comparison.clips.k=5", "comparison.stills.k=7", "comparison.to=other.md"]
+    run_compare([*arguments_of(demo), *other], compared)
+    assert (compared / "other.md").read_text().count("| 7.0 ± 0.0 | 5.0 ± 0.0 |") == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "complaint"),
+    [
+        ("vicmae", ["model.pool=max"], "compare_vicmae_speed was made with other values of model."),
+        ("vicmae", ["trainer.precision=fp32"], "was made with other values of trainer; delete it"),
+        (
+            "last",
+            ["model.pol=max"],
+            "model.pol=max: is not a key of this block; did you mean pool?",
+        ),
+        ("last", ["model.patch_size=5"], "img_size"),
+    ],
+)
+def test_method_with_other_settings_or_a_mistake_is_refused_before_any_training(
+    compared, demo, trains_nothing, method, words, complaint
+):
+    change = f"comparison.methods.{method}=[{command_of(demo, *words)}]"
+    assert complaint in error_of_compare([*arguments_of(demo), change], compared)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("comparison.to=no/x.md", "comparison.to=no/x.md: its folder does not exist"),
+        ("comparison.methods.last=[train.py, x.yaml]", "must begin with pretrain.py or finetune"),
+        ("comparison.methods.last=[]", "must begin with pretrain.py or finetune.py"),
+        ("comparison.seconds=0", "comparison.seconds=0: "),
+        ("comparison.sceonds=1", "did you mean seconds?"),
+    ],
+)
+def test_mistake_in_a_comparison_is_named(compared, demo, trains_nothing, change, complaint):
+    assert complaint in error_of_compare([*arguments_of(demo), change], compared)
+
+
+def test_comparison_waits_for_the_run_that_another_comparison_left_behind(
+    compared, demo, trains_nothing, monkeypatch
+):
+    orphan = [sys.executable, "-c", "print('running', flush=True); input()"]
+    with monkeypatch.context() as patch:
+        patch.chdir(compared)
+        with compare.exclusive_lock() as lock:
+            left = subprocess.Popen(
+                orphan, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[lock.fileno()]
+            )
+    assert left.stdout.readline() == b"running\n"
+    assert "runs/comparison.lock: held by" in error_of_compare(arguments_of(demo), compared)
+    left.communicate(b"\n")
+    run_compare(arguments_of(demo), compared)
+
+
+def test_last_line_of_a_run_that_fails_is_the_error(demo, tmp_path, monkeypatch):
+    failed = SimpleNamespace(returncode=1, stderr="a traceback\nout of memory\n")
+    broken = SimpleNamespace(run=lambda *_, **settings: failed, PIPE=subprocess.PIPE)
+    monkeypatch.setattr(compare, "subprocess", broken)
+    assert "failed: out of memory" in error_of_compare(arguments_of(demo), tmp_path)
+
+
+def test_table_has_the_papers_numbers_and_ours_and_says_which_are_not_run(tmp_path):
+    for name, file, values in (
+        ("a", "eval.json", {"top1": 0.8512, "knn": 0.25}),
+        ("b", "result.json", {"metrics/eval/top1": 0.5}),
+    ):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / file).write_text(json.dumps(values))
+    (tmp_path / "table.yaml").write_text("""
+table:
+  to: results.md
+  rows:
+    - name: first
+      runs: {IN1K: a, K400: nowhere}
+      paper: {IN1K: 86.0, K400: 80.0}
+    - name: second
+      runs: {K400: b, k-NN: "a:knn"}
+""")
+    run_compare(["table.yaml"], tmp_path)
+    assert (tmp_path / "results.md").read_text().splitlines() == [
+        "|  | IN1K: paper / ours | K400: paper / ours | k-NN: paper / ours |",
+        "| --- | --- | --- | --- |",
+        "| first | 86.0 / 85.1 (-0.9) | 80.0 / not run |  |",
+        "| second |  | - / 50.0 | - / 25.0 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["table={to: x.md, rows: []}"], "table.rows=[]: "),
+        (["table={to: x.md}"], "table.rows is missing"),
+        (["comparison={to: x.md, methods: {}}"], "comparison.methods={}: "),
+        (["table=null"], "give a block comparison or table"),
+    ],
+)
+def test_empty_table_or_comparison_is_refused(tmp_path, arguments, complaint):
+    assert complaint in error_of_compare(arguments, tmp_path)

@@ -1,0 +1,214 @@
+"""Pictures show what their names say: attention, nearest neighbours, reconstructions, losses."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torchvision.io import ImageReadMode, decode_image
+
+from evaluation import pictures
+from evaluation.pictures import (
+    denormalise,
+    draw_attention,
+    draw_confusion,
+    draw_losses,
+    draw_neighbours,
+    draw_reconstructions,
+    last_attention,
+    unpatchify,
+)
+from model import Encoder, ViCMAE
+from shards.augment import MEAN, STD
+from shards.views import EvalViews
+
+SIZES = (32, 8, 48, 2, 3)  # img_size, patch_size, embed_dim, depth, num_heads
+
+
+def enlarged(frame: torch.Tensor) -> torch.Tensor:
+    """Enlarge a frame (3, H, W) three times by repeating its pixels, as in the pictures."""
+    return frame.repeat_interleave(3, dim=1).repeat_interleave(3, dim=2).int()
+
+
+def test_attention_is_the_softmax_that_the_last_block_computes():
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    encoder, seen, width = Encoder(*SIZES).eval(), {}, 16
+    attn = encoder.blocks[-1].attn
+    attn.qkv.weight.data *= 4  # far from uniform
+    attn.qkv.bias.data.normal_(generator=generator)
+    images = torch.randn(2, 3, 32, 32, generator=generator)
+    found = last_attention(encoder, images)
+    assert found.shape == (2, 3, 17, 17) and not attn._forward_pre_hooks
+    torch.testing.assert_close(found.sum(dim=-1), torch.ones(2, 3, 17))
+    assert found.max() > 0.5
+
+    def watch(module, inputs, output) -> None:
+        seen.update(x=inputs[0], out=output)
+
+    with torch.no_grad(), attn.register_forward_hook(watch):
+        encoder(images)
+    with torch.no_grad():
+        q, k, v = (part.split(width, dim=-1) for part in attn.qkv(seen["x"]).split(48, dim=-1))
+        expected, mixed = [], []
+        for head in range(3):
+            weights = (q[head] @ k[head].transpose(1, 2) / math.sqrt(width)).exp()
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+            expected.append(weights)
+            mixed.append(found[:, head] @ v[head])
+        torch.testing.assert_close(found, torch.stack(expected, dim=1), atol=1e-5, rtol=1e-5)
+        out = attn.proj(torch.cat(mixed, dim=-1))
+    torch.testing.assert_close(out, seen["out"], atol=1e-5, rtol=1e-5)
+
+
+def test_attention_is_drawn_below_its_image_and_brightest_at_the_patch_that_patches_attend_to(
+    demo, tmp_path, monkeypatch
+):
+    def staged(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
+        attention = torch.full((len(images), 3, 17, 17), 1e-3)
+        attention[:, :, 1:, 0] = 0.9  # all patches attend to CLS, which is not drawn
+        attention[:, :, 0, 16] = 0.9  # CLS attends to the last patch, which is not drawn either
+        for number in range(len(images)):
+            attention[number, :, 1:, 1 + 2 * number] = 0.01
+        return attention
+
+    monkeypatch.setattr(pictures, "last_attention", staged)
+    path = str(demo / "test_images")
+    draw_attention(Encoder(*SIZES), [path], tmp_path / "a.png", count=4)
+    picture = decode_image(str(tmp_path / "a.png"), ImageReadMode.RGB)
+    views = EvalViews([path], 32, crop_pct=1.0)
+    assert picture.shape == (3, 200, 4 * 98 + 2)
+    for number, sample in enumerate((0, 19, 39, 59)):
+        left = 2 + 98 * number
+        shown = enlarged(views[sample]["inputs"][0, 0])
+        assert (picture[:, 2:98, left : left + 96].int() - shown).abs().max() <= 1
+        below = picture[0, 102:198, left : left + 96]
+        assert below.min() == 0 and below.max() == 255
+        brightest = (below == 255).nonzero().float().mean(dim=0) // 24
+        assert brightest.tolist() == list(divmod(2 * number, 4))
+
+
+def test_neighbours_are_the_nearest_samples_and_their_frames_show_whether_the_class_is_right(
+    demo, tmp_path
+):
+    generator = torch.Generator().manual_seed(0)
+    views, labels, features = [], [], []
+    for name in ("train_images", "test_images"):
+        data = EvalViews([str(demo / name)], 32)
+        classes = torch.tensor([int(data[number]["target"]) for number in range(60)])
+        views.append(data)
+        labels.append(classes)
+        noise = torch.randn(60, 4, generator=generator)
+        features.append(noise + 2 * torch.eye(10)[classes][:, :4])
+    bank, queries = (features[0], labels[0]), (features[1], labels[1])
+    draw_neighbours(bank, queries, views, tmp_path / "n.png", count=4, k=5)
+    picture = decode_image(str(tmp_path / "n.png"), ImageReadMode.RGB)
+    side, frames = 3 * 32 + 2 * 4, Counter()
+    for row, query in enumerate((0, 19, 39, 59)):
+        cosine = torch.cosine_similarity(features[1][query], features[0], dim=1).tolist()
+        nearest = sorted(range(60), key=lambda number: -cosine[number])[:5]
+        cells = [(1, query), *((0, number) for number in nearest)]
+        for column, (which, number) in enumerate(cells):
+            top, left = 2 + row * (side + 2), 2 + column * (side + 2)
+            cell = picture[:, top : top + side, left : left + side]
+            shown = enlarged(views[which][number]["inputs"][0, 0])
+            assert (cell[:, 4:-4, 4:-4].int() - shown).abs().max() <= 1
+            colour = [255, 255, 255]
+            if column:
+                right = int(labels[which][number] == labels[1][query])
+                colour = [255 * (1 - right), 255 * right, 0]
+            for y, x in ((0, 0), (3, 50), (-1, -4), (50, 3), (60, -1)):
+                assert cell[:, y, x].tolist() == colour
+            frames[tuple(colour)] += 1
+    white, red, green = (255, 255, 255), (255, 0, 0), (0, 255, 0)
+    assert frames[white] == 4 and frames[red] > 2 and frames[green] > 2
+
+
+def test_unpatchify_puts_every_patch_at_its_row_and_column():
+    """Patches are counted by rows; the numbers of a patch are its pixels by rows, each as RGB."""
+    images = torch.arange(2 * 3 * 8 * 8).view(2, 3, 8, 8).float()
+    patches = torch.empty(2, 4, 48)
+    for row in range(2):
+        for column in range(2):
+            cut = images[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            patches[:, 2 * row + column] = cut.permute(0, 2, 3, 1).reshape(2, 48)
+    assert torch.equal(unpatchify(patches, 4), images)
+
+
+def test_denormalise_gives_the_colours_back():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 4, 4, generator=generator)
+    normalised = (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    torch.testing.assert_close(denormalise(normalised), images)
+
+
+def mean_of_patches(frame: torch.Tensor) -> torch.Tensor:
+    """Return a frame (3, 32, 32) with each patch's mean, in normalised numbers of all colours."""
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    patches = ((frame / 255 - mean) / std).unflatten(1, (4, 8)).unflatten(3, (4, 8))
+    means = patches.mean(dim=(0, 2, 4), keepdim=True).expand(3, 4, 8, 4, 8).reshape(3, 32, 32)
+    return (255 * (means * std + mean)).clamp(0, 255)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_reconstructions_show_originals_masked_patches_and_the_predictions_in_their_place(
+    demo, tmp_path, monkeypatch, norm_pix_loss
+):
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
+    decoder = {"decoder_embed_dim": 24, "decoder_depth": 1, "decoder_num_heads": 3}
+    projector = {"projector_hidden_dim": 32, "projector_out_dim": 16}
+    net = ViCMAE(**sizes, **decoder, **projector, norm_pix_loss=norm_pix_loss).eval()
+    # A prediction of zeros is the mean colour of all data, or the mean of the patch.
+    net.decoder.pred.weight.data.zero_()
+    net.decoder.pred.bias.data.zero_()
+    path = str(demo / "test_images")
+    draw_reconstructions(net, [path], tmp_path / "r.png", count=4)
+    picture = decode_image(str(tmp_path / "r.png"), ImageReadMode.RGB).int()
+    assert picture.shape == (3, 4 * 98 + 2, 4 * 98 + 2)
+    views, grey = EvalViews([path], 32, crop_pct=1.0), 255 * torch.tensor(MEAN)[:, None, None]
+    for number, sample in enumerate((0, 15, 30, 45)):
+        rows = []
+        for row in range(4):
+            top, left = 2 + 98 * row, 2 + 98 * number
+            rows.append(picture[:, top : top + 96, left : left + 96])
+        original, masked, predicted, inpainted = rows
+        frame = views[sample]["inputs"][0, 0].float()
+        assert (original - enlarged(frame)).abs().max() <= 1
+        expected = grey.expand(3, 32, 32)
+        if norm_pix_loss:
+            expected = mean_of_patches(frame)
+        assert (predicted - enlarged(expected)).abs().max() <= 1
+        hidden = (masked - grey).abs().amax(dim=0) <= 1  # (96, 96)
+        per_patch = hidden.unflatten(0, (4, 24)).unflatten(2, (4, 24)).float().mean(dim=(1, 3))
+        assert (per_patch == 1).sum() >= 8  # half of the patches are masked
+        is_masked = (per_patch == 1).repeat_interleave(24, 0).repeat_interleave(24, 1)
+        assert torch.equal(inpainted[:, ~is_masked], original[:, ~is_masked])
+        assert (inpainted - predicted)[:, is_masked].abs().max() <= 1
+
+
+def test_reconstructions_are_drawn_from_several_data_sets_in_turn_and_list_corrupt_samples(
+    demo, tmp_path
+):
+    encoder = Encoder(*SIZES)
+    paths = [str(demo / name) for name in ("test_images", "test_videos")]
+    found = pictures.pick_samples(paths, encoder, tmp_path, 4)
+    views = [EvalViews([path], 32, crop_pct=1.0) for path in paths]
+    for number, sample in enumerate((0, 15, 30, 45)):
+        assert torch.equal(found[number], views[number % 2][sample]["inputs"][0])
+
+
+def test_losses_are_drawn_if_any_were_logged(tmp_path):
+    draw_losses([{"step": 1, "lr": 0.1}], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    lines = [{"step": step, "loss/train/total": 1 / step} for step in (1, 2, 3)]
+    draw_losses([*lines, {"step": 3, "knn/trained": 0.5}], tmp_path / "loss.png")
+    picture = decode_image(str(tmp_path / "loss.png"), ImageReadMode.RGB)
+    assert picture.shape == (3, 3 * 120, 4 * 120)
+
+
+def test_confusion_matrix_is_drawn_as_fractions_of_each_true_class(tmp_path):
+    counts = torch.tensor([[3, 1], [0, 0]])  # no sample of the second class
+    draw_confusion(counts, ["shoe", "bag"], tmp_path / "c.png")
+    picture = decode_image(str(tmp_path / "c.png"), ImageReadMode.RGB)
+    assert picture.shape == (3, 6 * 120, 7 * 120)

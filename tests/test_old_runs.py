@@ -1,0 +1,149 @@
+"""Runs of an earlier version are resumed, loaded and evaluated; tests/data/old_runs/README.md tells
+how they were made.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, read_metrics, read_result, run_stage
+
+import eval as evaluation
+import finetune
+import pretrain
+from model import ViCMAE
+from shards.augment import normalise
+from shards.views import EvalViews
+from training.weights import known_sizes, load_pretrained, read_checkpoint
+
+OLD_RUNS = ROOT / "tests" / "data" / "old_runs"
+ENCODER = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+
+
+@pytest.fixture
+def old(tmp_path, monkeypatch) -> Path:
+    """The working directory, with copies of the old runs and their data."""
+    shutil.copytree(OLD_RUNS, tmp_path / "runs", symlinks=True)
+    (tmp_path / "runs" / "train_images").rename(tmp_path / "train_images")
+    (tmp_path / "runs" / "expected.npz").rename(tmp_path / "expected.npz")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def latest(run_name: str) -> str:
+    return f"runs/{run_name}/checkpoints/latest-rank0.pt"
+
+
+# Where the gradient is 0, Adam follows the sign of rounding errors: at the bias of the keys, which
+# softmax cancels, and at the biases before a BatchNorm, which show in its running mean alone.
+WITHOUT_GRADIENT = [f"projector.{number}.bias" for number in (0, 3, 6)]
+WITHOUT_GRADIENT += [f"projector.{number}.running_mean" for number in (1, 4, 7)]
+
+
+def without_keys(bias: np.ndarray) -> np.ndarray:
+    queries, _, values = np.split(bias, 3)
+    return np.concatenate([queries, values])
+
+
+def test_old_pretraining_resumes_and_ends_with_the_weights_of_the_old_code(old, capfd):
+    expected = read_metrics(old, "demo")
+    arguments = [
+        str(ROOT / "yamls" / "demo.yaml"),
+        "make_demo=null",
+        "data.streams=[{path: train_images}]",
+        "data.global_train_batch_size=10",
+        "data.num_workers=0",
+        *(f"model.{name}={size}" for name, size in ENCODER.items()),
+        "model.decoder_embed_dim=8",
+        "model.decoder_num_heads=2",
+        "model.projector_hidden_dim=16",
+        "model.projector_out_dim=16",
+        "callbacks=null",
+        "schedule.t_warmup=1ep",
+        "schedule.t_max=4ep",
+        "trainer.max_duration=4ep",
+        "checkpoints.interval=1ep",
+    ]
+    run_stage(pretrain, arguments, old)
+    assert "ep2-ba4.pt" in capfd.readouterr().out
+    found = read_metrics(old, "demo")
+    for name in ("loss/train/total", "loss/train/contrastive", "gradient_norm"):
+        before = [line[name] for line in expected if name in line]
+        after = [line[name] for line in found if name in line]
+        assert len(before) == len(after) == 8
+        assert after == pytest.approx(before, rel=1e-4)
+    with np.load("expected.npz") as arrays:
+        weights = {name: arrays[name] for name in arrays if name.startswith("final/")}
+    ours = read_checkpoint(latest("demo"))
+    assert len(weights) == sum(value.is_floating_point() for value in ours.values())
+    for name, value in weights.items():
+        name = name.removeprefix("final/")
+        new = ours[name].numpy()
+        if name in WITHOUT_GRADIENT:
+            continue
+        if name.endswith("qkv.bias"):
+            value, new = without_keys(value), without_keys(new)
+        np.testing.assert_allclose(new, value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_every_weight_of_an_old_checkpoint_is_loaded_with_the_sizes_of_its_run(old):
+    sizes = known_sizes(latest("demo"))["model"]
+    net = ViCMAE(**sizes)
+    report = load_pretrained(net, latest("demo"))
+    assert sorted(report["loaded"]) == sorted(net.state_dict())
+    assert (report["resized"], report["missing"], report["unused"]) == ([], [], [])
+
+
+def test_fine_tuning_takes_the_sizes_of_an_old_run(old):
+    arguments = [
+        str(ROOT / "yamls" / "finetune_demo.yaml"),
+        f"pretrained={latest('demo')}",
+        "run_name=new",
+        "data.streams=[{path: train_images}]",
+        "data.global_train_batch_size=10",
+        "data.num_workers=0",
+        "eval_data.paths=[train_images]",
+        "model.num_frames=1",
+        "trainer.max_duration=1ep",
+    ]
+    run_stage(finetune, arguments, old)
+    assert read_result(old, "new")["step"] == 2
+    before, after = read_checkpoint(latest("demo")), read_checkpoint(latest("new"))
+    shapes = {name: value.shape for name, value in after.items() if name.startswith("encoder.")}
+    assert shapes == {name: before[name].shape for name in shapes}
+
+
+@pytest.mark.parametrize("run_name", ["finetune_demo", "linprobe_demo"])
+def test_old_classifier_is_evaluated_without_any_size_in_the_command(old, run_name):
+    accuracy = {"paths": ["train_images"], "crop_pct": 1.0}
+    config = evaluation.EvalConfig(
+        run_name="new", checkpoint=latest(run_name), device="cpu", accuracy=accuracy
+    )
+    result = evaluation.evaluate(config)
+    with np.load("expected.npz") as arrays:
+        expected, labels = arrays[run_name], arrays["labels"]
+    ranks = (expected > expected[range(20), labels][:, None]).sum(axis=1)
+    assert result["top1"] == pytest.approx((ranks < 1).mean())
+    assert result["top5"] == pytest.approx((ranks < 5).mean())
+    views = EvalViews(["train_images"], 32, crop_pct=1.0)
+    inputs = normalise(torch.stack([views[number]["inputs"] for number in range(20)]))
+    with torch.no_grad():
+        found = evaluation.load_model(config).eval_forward({"inputs": inputs})
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+def test_encoder_of_an_old_run_is_probed_and_its_reconstructions_are_drawn(old):
+    probe = {"bank": ["train_images"], "queries": ["train_images"], "k": 1}
+    config = evaluation.EvalConfig(
+        run_name="new",
+        checkpoint=latest("demo"),
+        device="cpu",
+        probe=probe,
+        reconstructions=["train_images"],
+    )
+    assert evaluation.evaluate(config)["knn"] == 1.0  # every query is its own neighbour
+    assert (old / "runs" / "new" / "reconstructions.png").stat().st_size > 0
+    assert json.loads((old / "runs" / "new" / "eval.json").read_text())["knn"] == 1.0

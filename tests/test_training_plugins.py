@@ -1,0 +1,70 @@
+"""training/plugins.py: Composer's algorithms do with these models what they promise."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from composer.algorithms.low_precision_layernorm import LowPrecisionLayerNorm
+from composer.algorithms.low_precision_layernorm.low_precision_layernorm import LPLayerNorm
+from composer.core import Event, Precision
+from conftest import losses, run_stage, small
+from tiny_models import TINY, random_batch
+from torch import nn
+
+import pretrain
+from model import ViCMAE
+from training.checkpoints import Checkpoints
+from training.config import build_named
+from training.plugins import ALGORITHMS
+
+
+def state_of(model: nn.Module, precision: Precision) -> SimpleNamespace:
+    """Return the fields of Composer's State that these algorithms use."""
+    fields = {"model": model, "precision": precision, "_precision": precision}
+    return SimpleNamespace(**fields, optimizers=[], fsdp_config_version=0)
+
+
+LOGGER = SimpleNamespace(log_metrics=lambda metrics: None)
+
+
+def test_low_precision_layernorm_replaces_every_norm():
+    net, batch = ViCMAE(**TINY).eval(), random_batch(2)
+    norms = [name for name, module in net.named_modules() if isinstance(module, nn.LayerNorm)]
+    with torch.autocast("cpu", torch.bfloat16):
+        before = net(batch)
+    state = state_of(net, Precision.AMP_BF16)
+    LowPrecisionLayerNorm(apply_at=Event.INIT).apply(Event.INIT, state, LOGGER)
+    replaced = [name for name, module in net.named_modules() if isinstance(module, LPLayerNorm)]
+    assert replaced == norms and len(norms) == 2 * (2 + 2) + 2
+    # Composer lowers the precision under CUDA's autocast only: here the numbers stay.
+    with torch.autocast("cpu", torch.bfloat16):
+        after = net(batch)
+    torch.testing.assert_close(after["pred"], before["pred"])
+
+
+def test_channels_last_changes_the_layout_of_the_patch_embedding_and_no_loss(
+    demo, tmp_path, monkeypatch
+):
+    layouts = set()
+
+    def batch_start(self, state, logger) -> None:
+        weight = state.model.encoder.patch_embed["proj"].weight
+        layouts.add(weight.is_contiguous(memory_format=torch.channels_last))
+
+    arguments = [*small(demo), "callbacks=null", "data.num_workers=0", "trainer.max_duration=3ba"]
+    run_stage(pretrain, [*arguments, "run_name=plain"], tmp_path)
+    monkeypatch.setattr(Checkpoints, "batch_start", batch_start)
+    run_stage(pretrain, [*arguments, "run_name=last", "algorithms={ChannelsLast: {}}"], tmp_path)
+    assert layouts == {True}
+    assert losses(tmp_path, "last") == pytest.approx(losses(tmp_path, "plain"), rel=1e-5)
+
+
+def test_gradient_clipping_bounds_the_norm():
+    net = ViCMAE(**TINY)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    settings = {"GradientClipping": {"clipping_type": "norm", "clipping_threshold": 0.1}}
+    (algorithm,) = build_named(ALGORITHMS, settings)
+    algorithm.apply(Event.AFTER_TRAIN_BATCH, state_of(net, Precision.FP32), LOGGER)
+    gradients = torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
+    assert gradients.norm().item() == pytest.approx(0.1, rel=1e-3)
