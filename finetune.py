@@ -43,9 +43,7 @@ from training.optimizer import build_optimizer
 from training.plan import size_of, split_plan_flag, training_plan
 from training.run import RunConfig, build_trainer, finish_run, fit, start_run
 from training.speedups import unwrapped
-from training.weights import describe, known_sizes, load_pretrained
-
-ENCODER_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+from training.weights import ENCODER_SIZES, describe, known_sizes, load_pretrained
 
 
 @dataclass
