@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from composer import Callback, Event, Logger, State, Trainer
+from composer import Callback, Evaluator, Event, Logger, State, Trainer
 from composer.algorithms import EMA
 from composer.core import DataSpec, ensure_time
 from composer.optim import CosineAnnealingWithWarmupScheduler
@@ -181,6 +181,25 @@ def fsdp_config(config: RunConfig, model: nn.Module) -> FSDP2Config | None:
         raise ValueError(f"{key}: {error}") from error
 
 
+def trainer_settings(config: RunConfig, model: nn.Module) -> tuple[dict[str, Any], list[Callback]]:
+    """Return the block `trainer` for Composer, and the callbacks that it needs.
+
+    Raises:
+        ValueError: no max_duration, or FSDP settings that are refused.
+    """
+    settings, callbacks = dict(config.trainer), []
+    max_duration = settings.get("max_duration")
+    if not max_duration or ensure_time(max_duration, "ep").value == 0:
+        raise ValueError("trainer.max_duration: missing; give a duration such as 800ep")
+    if fsdp := fsdp_config(config, model):
+        settings["parallelism_config"] = {"fsdp": fsdp}
+    on_cpu = get_device(settings.get("device")).name == "cpu"
+    if on_cpu and settings.get("precision") == "amp_bf16":
+        settings["precision"] = "fp32"  # Composer refuses amp_bf16 on the CPU
+        callbacks.append(BFloat16OnCPU())
+    return settings, callbacks
+
+
 def build_trainer(
     run: Path,
     config: RunConfig,
@@ -188,7 +207,7 @@ def build_trainer(
     optimizer: torch.optim.Optimizer,
     loader: DataSpec,
     micro_size: int,
-    eval_dataloader: DataSpec | None = None,
+    evaluator: Evaluator | None = None,
 ) -> Trainer:
     """Return Composer's Trainer for the blocks of a config. It resumes from the newest checkpoint.
 
@@ -196,24 +215,15 @@ def build_trainer(
         micro_size: samples of a micro-batch on this rank.
 
     Raises:
-        ValueError: no max_duration; no intact checkpoint although checkpoints exist; settings that
-            Composer, FSDP or a named class refuses.
+        ValueError: no intact checkpoint although checkpoints exist; settings that Composer, FSDP or
+            a named class refuses.
     """
-    settings = dict(config.trainer)
-    max_duration = settings.get("max_duration")
-    if not max_duration or ensure_time(max_duration, "ep").value == 0:
-        raise ValueError("trainer.max_duration: missing; give a duration such as 800ep")
-    if fsdp := fsdp_config(config, model):
-        settings["parallelism_config"] = {"fsdp": fsdp}
+    settings, callbacks = trainer_settings(config, model)
     checkpoints = Checkpoints(run, **config.checkpoints or {})
-    callbacks = [checkpoints]
-    on_cpu = get_device(settings.get("device")).name == "cpu"
-    if on_cpu and settings.get("precision") == "amp_bf16":
-        settings["precision"] = "fp32"  # Composer refuses amp_bf16 on the CPU
-        callbacks.append(BFloat16OnCPU())
     newest = checkpoints.newest()
-    own_algorithms = model.algorithms() if hasattr(model, "algorithms") else []
     given = {KNN: (checkpoints.save_and_exit_if_stopped,)}
+    own_algorithms = model.algorithms() if hasattr(model, "algorithms") else []
+    algorithms = build_named(ALGORITHMS, config.algorithms) + own_algorithms
     try:
         trainer = Trainer(
             **settings,
@@ -226,19 +236,12 @@ def build_trainer(
             optimizers=optimizer,
             schedulers=CosineAnnealingWithWarmupScheduler(**config.schedule),
             train_dataloader=loader,
-            eval_dataloader=eval_dataloader,
+            eval_dataloader=evaluator,
             device_train_microbatch_size=micro_size,
-            # Composer reverses the order at after-events: GradientNorm runs before the clipping.
-            algorithms=[
-                *build_named(ALGORITHMS, config.algorithms),
-                *own_algorithms,
-                GradientNorm(),
-            ],
-            callbacks=[*build_named(CALLBACKS, config.callbacks, given), *callbacks],
-            loggers=[
-                JsonLines(run / "metrics.jsonl"),
-                *build_named(LOGGERS, config.loggers),
-            ],
+            # Composer reverses the order after a step: GradientNorm runs before the clipping.
+            algorithms=[*algorithms, GradientNorm()],
+            callbacks=[*build_named(CALLBACKS, config.callbacks, given), checkpoints, *callbacks],
+            loggers=[JsonLines(run / "metrics.jsonl"), *build_named(LOGGERS, config.loggers)],
         )
     except ValueError:
         raise

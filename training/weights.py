@@ -244,7 +244,7 @@ def check_encoder(origin: str, missing: list[str], unused: list[str]) -> None:
     for key in unused:
         if key.startswith(("encoder.blocks.", "encoder.norm", "encoder.patch_embed")):
             reason = "it is of another depth or kind of ViT"
-            raise ValueError(f"{origin} has {key}, which the model has not; {reason}")
+            raise ValueError(f"{origin} has {key}, which the model lacks; {reason}")
     optional = {"encoder.temporal_embed"}
     if {"encoder.cls_token", "encoder.pos_embed"} <= set(missing):  # VideoMAE has neither
         optional |= {"encoder.cls_token", "encoder.pos_embed"}
