@@ -116,8 +116,7 @@ def check_classes(owner: str, bank: list[str], queries: list[str]) -> list[str]:
 
 
 class KNN(Callback):
-    """Logs k-NN accuracy of the encoder before the first step, as `random`, and after the last
-    step.
+    """Logs k-NN accuracy: knn/random before the first step, knn/trained after the last step.
 
     If Composer's EMA is active, its averages are measured.
 

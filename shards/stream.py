@@ -36,16 +36,18 @@ from shards.format import Clips, decode_frame, read_classes, record_unreadable
 from shards.storage import Storage
 from shards.views import UnitInterval
 
-Transform = Callable[[dict, np.random.Generator], dict]  # a stored sample -> what is trained on
+# (stored sample, generator) -> training sample
+Transform = Callable[[dict, np.random.Generator], dict]
 
 
 class DeterministicStream(StreamingDataset):
-    """Streams of samples, each transformed with a generator that its key seeds.
+    """Streams of samples, each transformed with a generator of its own.
 
-    The key is (seed, epoch, identity, repeat). `identity` is sample + occurrence * num_samples:
-    a stream with a large proportion lists a sample several times in an epoch, and `occurrence`
-    counts the earlier places of the sample in that list, before it is shuffled. The list depends
-    on seed and epoch alone, and so do the keys. `repeat` counts from 0 to `repeats` - 1.
+    The generator's seed is (seed, epoch, identity, repeat). `identity` is
+    sample + occurrence * num_samples: a stream with a large proportion lists a sample several
+    times in an epoch, and `occurrence` counts the earlier places of the sample in that list,
+    before it is shuffled. The list depends on seed and epoch alone, and so do the generators.
+    `repeat` counts from 0 to `repeats` - 1.
 
     Args:
         transform: called with a stored sample and its generator. The sample has a further entry

@@ -162,7 +162,7 @@ class Checkpoints(Callback):
             remote = {name for name in folders if CHECKPOINT.fullmatch(name)}
         problems = []
         for name in sorted(local | remote, key=checkpoint_step, reverse=True):
-            if self.is_intact(name, name in local, name in remote, problems):
+            if self.obtain(name, name in local, name in remote, problems):
                 self.point_latest_to(name)
                 print("; ".join([*problems, f"resuming from {self.folder / name}"]), flush=True)
                 return name
@@ -174,7 +174,7 @@ class Checkpoints(Callback):
             raise ValueError("; ".join([*problems, remedy]))
         return None
 
-    def is_intact(self, name: str, local: bool, remote: bool, problems: list[str]) -> bool:
+    def obtain(self, name: str, local: bool, remote: bool, problems: list[str]) -> bool:
         """Return whether a checkpoint is intact on this disk, or once fetched from the bucket.
 
         Args:

@@ -8,8 +8,8 @@ files. A key with the type Annotated[dict, X] is a block of YAML with the keywor
 
     model: Annotated[dict, ViCMAE]                          # the arguments of ViCMAE
     trainer: Annotated[dict, Trainer, "model", "seed"]      # all arguments of Trainer but two
-    callbacks: Annotated[dict, Named(CALLBACKS, Callback)]  # arguments by class: {KNN: {every: 10}}
-    model: Annotated[dict, Choice("method", METHODS, "vicmae")]  # of METHODS[the key `method`]
+    callbacks: Annotated[dict, CALLBACKS]                   # a Named: {KNN: {every: 10}}
+    model: Annotated[dict, Choice("method", METHODS, "vicmae")]  # arguments of METHODS[method]
 """
 
 import difflib
@@ -82,7 +82,7 @@ class Choice:
 
     def chosen(self, config: dict[str, Any]) -> Callable:
         """Return the callable that a configuration chooses."""
-        name = config.get(self.key, self.default)
+        name = config.get(self.key) or self.default
         if not isinstance(name, str) or name not in self.table:
             nearest = did_you_mean(name, self.table)
             raise ConfigError([self.key], f"must be one of {', '.join(self.table)}{nearest}", name)

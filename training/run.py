@@ -35,8 +35,9 @@ from shards.storage import Storage
 from shards.stream import load_stream
 from training.checkpoints import Checkpoints
 from training.config import RunName, build_named
-from training.logs import GradientNorm, JsonLines
+from training.logs import GlooGradientMean, GradientNorm, JsonLines
 from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS
+from training.speedups import unwrapped
 
 TRAINER_ARGUMENTS = inspect.signature(Trainer).parameters
 TrainerBlock = Annotated[  # Composer's Trainer, without the arguments that build_trainer gives
@@ -72,13 +73,14 @@ class RunConfig:
         return {name: block for name, block in asdict(self).items() if block is not None}
 
 
-# Blocks and keys that may change when a run resumes. The last two are of older versions.
-FREE = ("trainer", "callbacks", "loggers", "checkpoints", "make_demo", "allow_changes")
-FREE_KEYS = ("data.num_workers", "data.make_demo")
+# Blocks and keys that may change when a run resumes.
+FREE = ("trainer", "callbacks", "loggers", "checkpoints", "make_demo")
+FREE_KEYS = ("data.num_workers",)
+OLD_KEYS = ("allow_changes", "data.make_demo")  # in the config.yaml of earlier versions
 
 
-def decisive(config: dict[str, Any]) -> dict[str, Any]:
-    """Return {block.key: value} of all settings that decide the result of a run."""
+def fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that may not change when a run resumes, as {block.key: value}."""
     settings = {}
     for name, block in config.items():
         if name in FREE or block is None:
@@ -87,11 +89,11 @@ def decisive(config: dict[str, Any]) -> dict[str, Any]:
             settings |= {f"{name}.{key}": value for key, value in block.items()}
         else:
             settings[name] = block
-    return {key: value for key, value in settings.items() if key not in FREE_KEYS}
+    return {key: value for key, value in settings.items() if key not in FREE_KEYS + OLD_KEYS}
 
 
 def changed_settings(run: Path, config: dict[str, Any]) -> list[str]:
-    """Return the decisive keys whose values differ from the run's config.yaml.
+    """Return the keys of fixed settings whose values differ from the run's config.yaml.
 
     Raises:
         ValueError: config.yaml is corrupt.
@@ -100,11 +102,11 @@ def changed_settings(run: Path, config: dict[str, Any]) -> list[str]:
     if not path.exists():
         return []
     try:
-        before = decisive(OmegaConf.to_container(OmegaConf.load(path)))
+        before = fixed_settings(OmegaConf.to_container(OmegaConf.load(path)))
     except (YAMLError, OmegaConfBaseException, AttributeError) as error:
         message = "corrupt; if the run directory is the right one, delete this file"
         raise ValueError(f"{path}: {message}") from error
-    now = decisive(json.loads(json.dumps(config)))  # lists for tuples, as in the file
+    now = fixed_settings(json.loads(json.dumps(config)))  # lists for tuples, as in the file
     return sorted(key for key in before | now if before.get(key) != now.get(key))
 
 
@@ -115,7 +117,7 @@ def start_run(config: RunConfig) -> Path:
     Must come before any StreamingDataset, which would make a process group of its own.
 
     Raises:
-        ValueError: the run directory holds a run with other decisive settings.
+        ValueError: the run directory holds a run with other settings.
     """
     # Composer's handler of SIGTERM would wait for as long as init_process_group does.
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -143,7 +145,7 @@ def start_run(config: RunConfig) -> Path:
 
 
 class BFloat16OnCPU(Callback):
-    """Runs the forward pass under autocast. Composer's amp_bf16 has an effect on GPUs only."""
+    """Runs the forward pass in bfloat16 on the CPU, where Composer refuses amp_bf16."""
 
     def __init__(self):
         self.autocast = torch.autocast("cpu", torch.bfloat16)
@@ -221,6 +223,7 @@ def build_trainer(
     settings, callbacks = trainer_settings(config, model)
     checkpoints = Checkpoints(run, **config.checkpoints or {})
     newest = checkpoints.newest()
+    # KNN calls this between batches, so that a stop signal does not wait for the measurement.
     given = {KNN: (checkpoints.save_and_exit_if_stopped,)}
     own_algorithms = model.algorithms() if hasattr(model, "algorithms") else []
     algorithms = build_named(ALGORITHMS, config.algorithms) + own_algorithms
@@ -238,8 +241,8 @@ def build_trainer(
             train_dataloader=loader,
             eval_dataloader=evaluator,
             device_train_microbatch_size=micro_size,
-            # Composer reverses the order after a step: GradientNorm runs before the clipping.
-            algorithms=[*algorithms, GradientNorm()],
+            # Composer reverses the order after a step: mean, norm, then clipping.
+            algorithms=[*algorithms, GradientNorm(), GlooGradientMean()],
             callbacks=[*build_named(CALLBACKS, config.callbacks, given), checkpoints, *callbacks],
             loggers=[JsonLines(run / "metrics.jsonl"), *build_named(LOGGERS, config.loggers)],
         )
@@ -275,7 +278,7 @@ def rename_averages(state: State) -> None:
 def fit(trainer: Trainer) -> None:
     """Train. If only the final evaluation was interrupted, run just that."""
     if trainer.state.timestamp < trainer.state.max_duration:
-        model = getattr(trainer.state.model, "module", trainer.state.model)
+        model = unwrapped(trainer.state)
         if trainer.state.timestamp.batch.value == 0 and model.flops_per_sample:
             trainer.logger.log_metrics({"flops_per_sample": model.flops_per_sample})
         trainer.fit()

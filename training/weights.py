@@ -3,7 +3,7 @@
     weights = read_checkpoint("runs/vitl")                          # a run directory, or any file
     report = load_pretrained(model, "vicmae_vitl.pth")              # official files, by our names
     print(describe(report))                                         # how many weights were loaded
-    known_sizes("runs/vitl/checkpoints/latest-rank0.pt")["model"]   # {"img_size": 224, ...}
+    known_model("runs/vitl/checkpoints/latest-rank0.pt")["model"]   # {"img_size": 224, ...}
 
 Nothing in a file is executed, see safe_load.
 """
@@ -28,6 +28,7 @@ from yaml import YAMLError
 
 from training.safe_load import load_plain, read_shards
 
+# Composer's name for a link to the newest checkpoint, which is a folder if sharded.
 LATEST = "latest-rank0.pt"  # in a run's checkpoints/: a link to the newest checkpoint
 YAMLS = Path(__file__).parent.parent / "yamls"
 
@@ -316,7 +317,7 @@ def vit_sizes(weights: dict[str, Tensor]) -> dict[str, int]:
     return sizes
 
 
-def known_sizes(checkpoint: str, planned: bool = False) -> dict[str, Any]:
+def known_model(checkpoint: str, planned: bool = False) -> dict[str, Any]:
     """Return the method and the sizes of a checkpoint's run, or else the sizes of its weights.
 
     Args:
@@ -348,7 +349,7 @@ def known_sizes(checkpoint: str, planned: bool = False) -> dict[str, Any]:
     except (OSError, UnicodeError, YAMLError, OmegaConfBaseException, AttributeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if is_future and config.get("pretrained") and find_run(config["pretrained"]):
-        start = known_sizes(config["pretrained"], planned)["model"]
+        start = known_model(config["pretrained"], planned)["model"]
         model = {key: value for key, value in start.items() if key in ENCODER_SIZES} | model
     stage = "finetune" if "eval_data" in config else "pretrain"
     return {"method": config.get("method"), "stage": stage, "model": model}
