@@ -1,5 +1,4 @@
-"""Compare methods that are trained for the same time; collect finished runs beside the paper's
-table.
+"""Compare methods that are trained for the same time; collect finished runs in a table.
 
     python benchmarks/compare.py yamls/compare.yaml     # trains and probes all methods, 55 minutes
     python benchmarks/compare.py yamls/table.yaml       # collects the results of finished runs
@@ -202,8 +201,9 @@ def compare(
     clips: Annotated[dict, measure_probe],
     seeds: PositiveInt = 3,
 ) -> None:
-    """Train methods for the same time on this machine, probe their encoders, write table and
-    picture.
+    """Train methods for the same time on this machine, and compare their encoders.
+
+    Writes a table and a picture.
 
     Every run has no callbacks, one checkpoint at its end, and a warm-up of 7 % of its steps.
 
