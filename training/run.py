@@ -113,7 +113,8 @@ def changed_settings(run: Path, config: dict[str, Any]) -> list[str]:
 def start_run(config: RunConfig) -> Path:
     """Start a run and return its directory; exit with 0 if the run is finished.
 
-    Joins the process group and seeds. Must come before any StreamingDataset, which would make a process group of its own.
+    Joins the process group and seeds. Must come before any StreamingDataset, which would make a
+    process group of its own.
 
     Raises:
         ValueError: the run directory holds a run with other settings.
