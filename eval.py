@@ -33,9 +33,16 @@ from methods.supervised import Omnivore
 from model import Classifier, Encoder, ViCMAE
 from shards.format import common_classes, read_classes
 from shards.storage import Storage, write_file
-from training.config import RunName, keywords_of, load_config, one_line_errors
+from training.config import (
+    ConfigError,
+    RunName,
+    convert_block,
+    keywords_of,
+    load_config,
+    one_line_errors,
+)
 from training.plan import make_plan, size_of, split_plan_flag
-from training.weights import known_sizes, load_pretrained, read_checkpoint
+from training.weights import known_model, load_pretrained, read_checkpoint
 
 MODELS = PRETRAINING | CLASSIFIERS
 DTYPES = {"amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}
@@ -140,7 +147,7 @@ def build_model(config: EvalConfig, planned_classes: int | None = None) -> ViCMA
         ValueError: an unknown method or size, or a checkpoint that does not suit the measurement.
     """
     planned = planned_classes is not None
-    known = known_sizes(config.checkpoint, planned) if config.checkpoint else {"model": {}}
+    known = known_model(config.checkpoint, planned) if config.checkpoint else {"model": {}}
     weights = {}
     if config.checkpoint and not planned:
         weights = read_checkpoint(config.checkpoint)
@@ -148,12 +155,13 @@ def build_model(config: EvalConfig, planned_classes: int | None = None) -> ViCMA
     if method not in MODELS:
         raise ValueError(f"method={method}: must be one of {', '.join(MODELS)}")
     kind = MODELS[method]
-    keys = keywords_of(kind)
-    given = config.model or {}
-    if unknown := given.keys() - keys:
-        raise ValueError(f"model.{min(unknown)}: unknown key; {method} has {', '.join(keys)}")
+    try:
+        given = convert_block(config.model or {}, kind, ["model"], {})
+    except ConfigError as error:
+        raise ValueError(f"{'.'.join(error.path)}: {error}") from error
     if not known["model"] and not given:
         raise ValueError("model: missing; without a checkpoint, give the sizes of the model")
+    keys = keywords_of(kind)  # the config.yaml of earlier versions may have others
     sizes = {key: value for key, value in known["model"].items() if key in keys} | given
     if not issubclass(kind, Classifier):
         if config.accuracy:
@@ -178,7 +186,7 @@ def load_model(config: EvalConfig) -> ViCMAE | Classifier:
         needed = ("head.", "neck.") if isinstance(net, Classifier) else ()
         if config.reconstructions:
             needed = ("decoder.",)
-        missing = [name for name in report["missing"] if name.startswith(needed or "-")]
+        missing = [name for name in report["missing"] if name.startswith(needed)]
         if missing:
             raise ValueError(f"checkpoint={config.checkpoint}: lacks {missing[0]}")
     return net.eval()

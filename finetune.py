@@ -43,9 +43,7 @@ from training.optimizer import build_optimizer
 from training.plan import size_of, split_plan_flag, training_plan
 from training.run import RunConfig, build_trainer, finish_run, fit, start_run
 from training.speedups import unwrapped
-from training.weights import describe, known_sizes, load_pretrained
-
-ENCODER_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+from training.weights import ENCODER_SIZES, describe, known_model, load_pretrained
 
 
 @dataclass
@@ -217,7 +215,7 @@ class ProbeHeads(nn.ModuleList):
 
     @torch.no_grad()
     def count(self, logits: Tensor, held_out: Tensor) -> None:
-        """Count the correct predictions of logits (B, heads, C) on held-out labels (B,); -1 = none."""
+        """Count correct predictions of logits (B, heads, C) on held-out labels (B,); -1 = none."""
         right = (logits.argmax(dim=-1) == held_out[:, None]).sum(dim=0).float()  # (heads,)
         if dist.get_world_size() > 1:
             dist.all_reduce(right)
@@ -354,7 +352,7 @@ def complete_sizes(config: FinetuneConfig, planned: bool = False) -> FinetuneCon
     Raises:
         ValueError: neither the block nor `pretrained` gives a size.
     """
-    known = known_sizes(config.pretrained, planned)["model"] if config.pretrained else {}
+    known = known_model(config.pretrained, planned)["model"] if config.pretrained else {}
     sizes = {name: known[name] for name in ENCODER_SIZES if name in known}
     model = sizes | config.model
     if missing := [name for name in ENCODER_SIZES if name not in model]:
@@ -381,20 +379,21 @@ def finetune(config: FinetuneConfig) -> Trainer:
     check_blocks(config)
     config = complete_sizes(config)
     classes = count_classes(config)
-    flops = flops_per_sample(*shapes(config, classes)) if config.logs_speed else 0.0
+    flops = flops_per_sample(*on_meta_device(config, classes)) if config.logs_speed else 0.0
     run = start_run(config)
     net = config.new_model(classes)
     if config.pretrained and not config.random_weights:
-        table = load_pretrained(net, config.pretrained)
+        report = load_pretrained(net, config.pretrained)
         if dist.get_global_rank() == 0:
-            print(f"weights of {config.pretrained}:\n{describe(table)}")
+            print(f"weights of {config.pretrained}:\n{describe(report)}")
     size, frames = net.encoder.img_size, net.encoder.num_frames
     paths = config.training_paths
     offsets = net.label_offsets(len(paths)) if config.head_per_data_set else ()
     views = FinetuningViews(size, frames, net.num_classes, offsets, **config.augment)
     patch_size = net.encoder.patch_size
-    stream = load_stream(views.draw, views.apply, config.seed, patch_size, run, **config.data)
-    loader, micro_size = stream
+    loader, micro_size = load_stream(
+        views.draw, views.apply, config.seed, patch_size, run, **config.data
+    )
     if views.mix and micro_size % 2:
         raise ValueError(
             f"data: a micro-batch of {micro_size} on each rank must be even for mixup and cutmix; "
@@ -410,7 +409,7 @@ def finetune(config: FinetuneConfig) -> Trainer:
     return build_trainer(run, config, net, optimizer, loader, micro_size, validation)
 
 
-def shapes(config: FinetuneConfig, classes: int | list[int]) -> tuple[Classifier, Batch]:
+def on_meta_device(config: FinetuneConfig, classes: int | list[int]) -> tuple[Classifier, Batch]:
     """Return a model and a batch of one sample without data, from which costs are computed."""
     with torch.device("meta"):
         net = config.new_model(classes)
@@ -422,9 +421,10 @@ def shapes(config: FinetuneConfig, classes: int | list[int]) -> tuple[Classifier
 
 def plan(config: FinetuneConfig, gpus: int) -> str:
     """Return the cost of a training without its evaluations, computed without data or weights."""
+    check_blocks(config)
     config = complete_sizes(config, planned=True)
     classes = [size_of(path)[1] for path in config.training_paths]
-    net, batch = shapes(config, classes if config.head_per_data_set else classes[0])
+    net, batch = on_meta_device(config, classes if config.head_per_data_set else classes[0])
     return str(training_plan(net, batch, config.given(), gpus))
 
 

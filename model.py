@@ -8,12 +8,13 @@ Two views of a sample, two frames of a video or two crops of an image, pass thro
 each with its own random mask. A decoder reconstructs both views (section 3.1). The means of their
 visible tokens are projected: the two projections of a sample attract each other, and all other
 samples of the batch repel them (section 3.2). For transfer, a linear head is trained on the encoder
-(section 4). This file imports nothing else of this repository.
+(section 4). This file imports nothing else of this repository. A "Deviation" is a difference from
+the official code, https://github.com/jeffhernandez1995/ViC-MAE.
 
 Shapes, here and in every other file:
     B samples   V views of a sample   T frames of a clip   N patches of a view   K patches kept
     D width     P numbers of a patch (patch_size * patch_size * 3)   C classes   H, W pixels
-A tensor named `mask` is 1 where a patch is removed.
+A tensor named `mask` is 1 where a patch is removed. A batch is the micro-batch of all ranks.
 """
 
 import math
@@ -35,8 +36,9 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
+# The types of arguments are checked for YAML files (training/config.py), not for direct calls.
 ProperFraction = Annotated[float, Field(ge=0, lt=1)]  # in [0, 1)
-Batch = dict[str, Tensor]
+Batch = Tensors = dict[str, Tensor]
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
@@ -44,7 +46,7 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 def sincos(dim: int, coordinate: np.ndarray) -> Tensor:
-    """Return sines, then cosines, at dim / 2 frequencies, 1 to 1/10000: (1, n, dim)."""
+    """Return sines, then cosines, at dim / 2 frequencies, from 1 towards 1/10000: (1, n, dim)."""
     angles = np.outer(coordinate, 10000.0 ** (-np.arange(dim // 2) / (dim / 2)))
     table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (n, dim)
     return torch.from_numpy(table).float()[None]
@@ -194,7 +196,7 @@ class Encoder(nn.Module):
         nn.init.xavier_uniform_(proj.weight.view(embed_dim, -1))
         nn.init.normal_(self.cls_token, std=0.02)
 
-    fsdp_wrap_fn = activation_checkpointing_fn = is_block
+    fsdp_wrap_fn = activation_checkpointing_fn = is_block  # Composer looks these names up
 
     def forward(self, x: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Return tokens after the final norm, CLS first: (B, 1 + N, D), or (B, 1 + K, D).
@@ -335,7 +337,11 @@ def apply_head(head: nn.Module, features: Tensor) -> Tensor:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """Concatenate x of all ranks along dimension 0, with gradient. Return x itself on one rank."""
+    """Concatenate x of all ranks along dimension 0, with gradient. Return x itself on one rank.
+
+    All ranks then compute the same loss. The backward pass sums their gradients, and DDP divides by
+    the number of ranks: the gradient is that of one rank with the whole batch.
+    """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x
     return torch.cat(torch.distributed.nn.functional.all_gather(x.contiguous()))
@@ -355,8 +361,8 @@ def info_nce(predictions: Tensor, targets: Tensor, temperature: float) -> tuple[
         predictions, targets: (B, 2, out) of the global batch; often the same tensor.
         temperature: divides the cosine similarities, > 0.
 
-    Deviation: the official labels lack the rank's offset, and its loss is written as exp, sum and
-    log. Here the samples of all ranks are one batch, and the loss is a cross-entropy in fp32.
+    Deviation: the official code numbers samples within a rank, so that samples of different ranks
+    count as positives, and computes exp, sum and log. Here the loss is a cross-entropy in fp32.
     """
     assert predictions.shape[1] == 2, "InfoNCE pairs the two views of a sample"
     p, t = unit_rows(predictions), unit_rows(targets)  # (2B, out)
@@ -382,7 +388,9 @@ class CountedModel(ComposerModel):
 
 
 class ViCMAE(CountedModel):
-    """Encoder, decoder and projector, with the loss that trains them (section 3; `code` preset).
+    """Encoder, decoder and projector, with the loss that trains them (section 3).
+
+    The default values are the official code's, for ViT-B.
 
     Args:
         img_size, patch_size: pixels.
@@ -390,8 +398,8 @@ class ViCMAE(CountedModel):
             S 384/12/6, B 768/12/12, L 1024/24/16, H 1280/32/16 with patch 14.
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder. 512/8/16, S 256/8/8.
         projector_hidden_dim, projector_out_dim: sizes of the contrastive head.
-        predictor_hidden_dim: width of a second head that predicts the other view's projection,
-            which then gets no gradient (yamls/paper.yaml). None for one head, shared by both views.
+        predictor_hidden_dim: width of a second head, which predicts the projection of the other
+            view without gradient to it (yamls/paper.yaml). None for no predictor.
         mask_ratio: fraction of the patches of each view that is removed, in (0, 1).
         pool: pooling of the visible tokens before the projector, see pool.
         temperature: of InfoNCE, > 0.
@@ -467,7 +475,7 @@ class ViCMAE(CountedModel):
         """Return ids_keep, ids_restore and mask of every view, see random_masking."""
         return random_masking(noise, self.mask_ratio)
 
-    def reconstruct(self, views: Tensor, noise: Tensor) -> Batch:
+    def reconstruct(self, views: Tensor, noise: Tensor) -> Tensors:
         """Encode and decode views (B, 3, H, W) under the masks that noise (B, N) gives.
 
         Returns:
@@ -484,13 +492,13 @@ class ViCMAE(CountedModel):
             "scored": mask * (ids_restore < decoded),
         }
 
-    def reconstruct_in_chunks(self, views: Tensor, noise: Tensor, size: int) -> Batch:
+    def reconstruct_in_chunks(self, views: Tensor, noise: Tensor, size: int) -> Tensors:
         """Do the same as reconstruct, with the activations of only `size` views in memory."""
         chunks = zip(views.split(size), noise.split(size), strict=True)
         parts = [checkpoint(self.reconstruct, *chunk, use_reentrant=False) for chunk in chunks]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def project(self, features: Tensor, batch: Batch) -> Batch:
+    def project(self, features: Tensor, batch: Batch) -> Tensors:
         """Project the pooled features (B, V, D) of all ranks.
 
         Returns:
@@ -505,7 +513,7 @@ class ViCMAE(CountedModel):
         predictions = apply_head(self.predictor, projections)
         return {"predictions": predictions, "targets": projections.detach()}
 
-    def forward(self, batch: Batch) -> Batch:
+    def forward(self, batch: Batch) -> Tensors:
         """Reconstruct all views, and project their pooled visible tokens.
 
         Args:
@@ -525,17 +533,17 @@ class ViCMAE(CountedModel):
         outputs = {name: output.unflatten(0, (B, V)) for name, output in outputs.items()}
         return outputs | self.project(outputs["features"], batch)
 
-    def reconstruction_term(self, outputs: Batch, batch: Batch) -> Tensor:
+    def reconstruction_term(self, outputs: Tensors, batch: Batch) -> Tensor:
         views = batch["views"].flatten(0, 1)
         target = patchify(views, self.encoder.patch_size, self.tubelet_size)  # (B * V, N, P)
         pred, scored = outputs["pred"].flatten(0, 1), outputs["scored"].flatten(0, 1)
         return reconstruction_loss(pred, target, scored, self.norm_pix_loss)
 
-    def contrastive_term(self, outputs: Batch) -> tuple[Tensor, Tensor]:
+    def contrastive_term(self, outputs: Tensors) -> tuple[Tensor, Tensor]:
         """Return the contrastive loss, and the fraction of views that find their partner."""
         return info_nce(outputs["predictions"], outputs["targets"], self.temperature)
 
-    def loss(self, outputs: Batch, batch: Batch) -> Batch:
+    def loss(self, outputs: Tensors, batch: Batch) -> Tensors:
         """Return total = weight_recon * reconstruction + ramp * weight_contrast * contrastive.
 
         Returns:

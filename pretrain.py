@@ -77,7 +77,7 @@ def check_data(net: ViCMAE, config: PretrainConfig, views: int, micro_batch: int
 
 def pretrain(config: PretrainConfig) -> Trainer:
     """Return the Trainer of a pre-training run."""
-    flops = flops_per_sample(*shapes(config)) if config.logs_speed else 0.0
+    flops = flops_per_sample(*on_meta_device(config)) if config.logs_speed else 0.0
     run = start_run(config)
     if config.make_demo and dist.get_local_rank() == 0:
         data_prep.make_demo(config.make_demo)
@@ -86,15 +86,16 @@ def pretrain(config: PretrainConfig) -> Trainer:
     sizes = (net.encoder.img_size, net.encoder.num_patches, net.encoder.num_frames)
     views = PretrainingViews(*sizes, **config.augment)
     patch_size = net.encoder.patch_size
-    data = load_stream(views, augment_batch, config.seed, patch_size, run, **config.data)
-    loader, micro_size = data
+    loader, micro_size = load_stream(
+        views, augment_batch, config.seed, patch_size, run, **config.data
+    )
     check_data(net, config, views.views, micro_size * dist.get_world_size())
     optimizer = build_optimizer(net, config.data["global_train_batch_size"], **config.optimizer)
     net.flops_per_sample = flops
     return build_trainer(run, config, net, optimizer, loader, micro_size)
 
 
-def shapes(config: PretrainConfig) -> tuple[ViCMAE, Batch]:
+def on_meta_device(config: PretrainConfig) -> tuple[ViCMAE, Batch]:
     """Return a model and a batch of one sample without data, from which costs are computed."""
     with torch.device("meta"):
         net = config.new_model()
@@ -111,7 +112,7 @@ def shapes(config: PretrainConfig) -> tuple[ViCMAE, Batch]:
 
 def plan(config: PretrainConfig, gpus: int) -> str:
     """Return the cost of a pre-training, computed without data; speed-up algorithms are ignored."""
-    return str(training_plan(*shapes(config), config.given(), gpus))
+    return str(training_plan(*on_meta_device(config), config.given(), gpus))
 
 
 def report(run: Path, result: dict[str, Any]) -> None:

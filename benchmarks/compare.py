@@ -1,5 +1,4 @@
-"""Compare methods that are trained for the same time; collect finished runs beside the paper's
-table.
+"""Compare methods that are trained for the same time; collect finished runs in a table.
 
     python benchmarks/compare.py yamls/compare.yaml     # trains and probes all methods, 55 minutes
     python benchmarks/compare.py yamls/table.yaml       # collects the results of finished runs
@@ -132,8 +131,8 @@ def train(run_name: str, command: list[str], lock: IO) -> dict[str, float]:
             f"{run} was made with other values of {', '.join(changed)}; delete it to make it anew"
         )
     if not (run / "result.json").exists():
-        stage, pipe = [sys.executable, *words], subprocess.PIPE
-        done = subprocess.run(stage, stdout=pipe, stderr=pipe, text=True, pass_fds=[lock.fileno()])
+        argv, pipe = [sys.executable, *words], subprocess.PIPE
+        done = subprocess.run(argv, stdout=pipe, stderr=pipe, text=True, pass_fds=[lock.fileno()])
         if done.returncode:
             last = (done.stderr.strip() or "no output").splitlines()[-1]
             raise ValueError(f"{' '.join(words)} failed: {last}")
@@ -202,8 +201,9 @@ def compare(
     clips: Annotated[dict, measure_probe],
     seeds: PositiveInt = 3,
 ) -> None:
-    """Train methods for the same time on this machine, probe their encoders, write table and
-    picture.
+    """Train methods for the same time on this machine, and compare their encoders.
+
+    Writes a table and a picture.
 
     Every run has no callbacks, one checkpoint at its end, and a warm-up of 7 % of its steps.
 
@@ -224,7 +224,7 @@ def compare(
     with torch.device("meta"):
         for command in methods.values():
             new_encoder(command)
-    once = ["callbacks=null", "checkpoints.interval=1000000ba", "schedule.t_warmup=0.07dur"]
+    overrides = ["callbacks=null", "checkpoints.interval=1000000ba", "schedule.t_warmup=0.07dur"]
     timed = ["callbacks={SpeedMonitor: {window_size: 20}}", "trainer.max_duration=40ba"]
     cores = f"{os.cpu_count()} cores ({platform.machine()})"
     budget = f"{seconds:g} s of training steps each, {seeds} seeds, {cores}"
@@ -235,7 +235,7 @@ def compare(
             method,
             command,
         ) in methods.items():  # all before any training: the machine is idle alike
-            speed = train(f"compare_{method}_speed", [*command, *once, *timed], lock)
+            speed = train(f"compare_{method}_speed", [*command, *overrides, *timed], lock)
             steps[method] = max(1, round(seconds * speed["throughput/batches_per_sec"]))
         first = next(iter(methods.values()))
         random = []
@@ -248,7 +248,7 @@ def compare(
             for seed in range(seeds):
                 run = Path(f"runs/compare_{method}_{steps[method]}_{seed}")
                 duration = f"trainer.max_duration={steps[method]}ba"
-                train(run.name, [*command, *once, f"seed={seed}", duration], lock)
+                train(run.name, [*command, *overrides, f"seed={seed}", duration], lock)
                 checkpoint = str(run / "checkpoints" / LATEST)
                 results.append(probe_encoder(run, command, seed, probes, checkpoint))
             rows[method] = table_values(steps[method], results)

@@ -1,4 +1,4 @@
-"""Pictures of what a model does: reconstructions, attention, nearest neighbours, confusion, losses."""
+"""Pictures of a model: reconstructions, attention, nearest neighbours, confusion, losses."""
 
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,7 @@ def pick_samples(paths: list[str], encoder: Encoder, run: Path, count: int) -> T
 def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int = 8) -> None:
     """Draw `count` samples in four rows: original, masked, predicted, predicted where masked.
 
-    Of a clip, the first frame is drawn. All ranks must call this, since FSDP gathers the weights.
+    Of a clip, the first frame is drawn. With FSDP, all ranks must call this.
     """
     encoder = model.encoder
     device = next(model.parameters()).device
@@ -87,7 +87,7 @@ def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int =
 
 
 def denormalise(images: Tensor) -> Tensor:
-    """Invert shards.views.normalise, to values in [0, 1]."""
+    """Invert shards.augment.normalise, to values in [0, 1]."""
     offset = [-mean / std for mean, std in zip(MEAN, STD, strict=True)]
     return normalize(images, offset, [1 / std for std in STD])
 
@@ -170,9 +170,7 @@ def draw_attention(encoder: Encoder, paths: list[str], to: Path, count: int = 8)
     images = first_frames(views, torch.linspace(0, len(views) - 1, count).long())
     normalised = normalize(images.to(encoder.cls_token.device), MEAN, STD)
     attention = last_attention(encoder, normalised).cpu()
-    received = (
-        attention[:, :, 1:, 1:].mean(dim=(1, 2)) * encoder.num_patches
-    )  # (B, N), 1 on average
+    received = attention[:, :, 1:, 1:].mean(dim=(1, 2))  # (B, N)
     received = received.unflatten(1, (1, encoder.grid, encoder.grid))  # (B, 1, h, w)
     scale = max(1, SMALLEST // encoder.img_size)
     maps = F.interpolate(received, scale_factor=scale * encoder.patch_size, mode="bilinear")

@@ -73,7 +73,7 @@ def embed(
 
 
 def labelled(features: Tensor, labels: Tensor) -> Labelled:
-    """Return the samples that have a label and could be decoded; print how many others there are."""
+    """Return the samples with a label, which could be decoded; print how many others there are."""
     kept = labels >= 0
     missing = len(kept) - int(kept.sum())
     if missing and dist.get_global_rank() == 0:
@@ -116,8 +116,7 @@ def check_classes(owner: str, bank: list[str], queries: list[str]) -> list[str]:
 
 
 class KNN(Callback):
-    """Logs k-NN accuracy of the encoder before the first step, as `random`, and after the last
-    step.
+    """Logs k-NN accuracy: knn/random before the first step, knn/trained after the last step.
 
     If Composer's EMA is active, its averages are measured.
 

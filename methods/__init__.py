@@ -1,4 +1,8 @@
-"""All methods that are not ViC-MAE; a YAML names a method of these tables by its key `method`."""
+"""All methods that are not ViC-MAE; a YAML names a method of these tables by its key `method`.
+
+A method is a subclass of ViCMAE or Classifier. It may have three more attributes: `needs_labels`
+(data sets must be labelled), `supports_fsdp`, and `algorithms()` (Composer algorithms of its own).
+"""
 
 from methods.contrastive import MoCoV2, SimCLR, SimSiam, Triplet, VICReg
 from methods.masked import MAE, STMAE, OmniMAE, VideoMAE

@@ -20,6 +20,7 @@ from model import (
     Batch,
     Head,
     ProperFraction,
+    Tensors,
     ViCMAE,
     all_gather,
     apply_head,
@@ -31,7 +32,7 @@ from model import (
 
 
 class SimCLR(ViCMAE):
-    """InfoNCE between two unmasked views (Chen et al. 2020), and the base of the other methods here.
+    """InfoNCE between two views, unmasked by default (Chen et al. 2020); the base of the others.
 
     Args:
         masked: mask and reconstruct the views as ViC-MAE does.
@@ -47,13 +48,13 @@ class SimCLR(ViCMAE):
                     "weight_contrast=0: must be positive, since nothing else is learnt"
                 )
 
-    def reconstruct(self, views: Tensor, noise: Tensor) -> Batch:
+    def reconstruct(self, views: Tensor, noise: Tensor) -> Tensors:
         """Return the features of unmasked views; if masked, all that ViC-MAE returns."""
         if self.decoder is not None:
             return super().reconstruct(views, noise)
         return {"features": pool(self.encoder(views), self.pool)}
 
-    def loss(self, outputs: Batch, batch: Batch) -> Batch:
+    def loss(self, outputs: Tensors, batch: Batch) -> Tensors:
         """Return total = ramp * weight_contrast * contrastive; if masked, the loss of ViC-MAE."""
         if self.decoder is not None:
             return super().loss(outputs, batch)
@@ -147,13 +148,14 @@ class MoCoV2(SimCLR):
     ):
         super().__init__(**simclr)
         self.momentum_share = momentum
+        # The name `momentum` is in the checkpoints of earlier versions.
         self.momentum = MomentumEncoder(self.encoder, self.projector, queue_size)
 
     def algorithms(self) -> list[Algorithm]:
         """Return the Composer algorithms that training this model needs."""
         return [MomentumStep(self)]
 
-    def project(self, features: Tensor, batch: Batch) -> Batch:
+    def project(self, features: Tensor, batch: Batch) -> Tensors:
         """Return predictions, and targets and queue of the momentum encoder, without gradient."""
         projected = super().project(features, batch)
         with torch.no_grad():
@@ -167,7 +169,7 @@ class MoCoV2(SimCLR):
                 self.momentum.push(keys)
         return {"predictions": projected["predictions"], "targets": keys, "queue": queue}
 
-    def contrastive_term(self, outputs: Batch) -> tuple[Tensor, Tensor]:
+    def contrastive_term(self, outputs: Tensors) -> tuple[Tensor, Tensor]:
         predictions, targets = outputs["predictions"], outputs["targets"]
         return moco_info_nce(predictions, targets, outputs["queue"], self.temperature)
 
@@ -228,12 +230,12 @@ class Triplet(SimCLR):
         self.needs_labels = positives == "label"
         self.margin = margin
 
-    def project(self, features: Tensor, batch: Batch) -> Batch:
+    def project(self, features: Tensor, batch: Batch) -> Tensors:
         projected = super().project(features, batch)
         labels = {"labels": all_gather(batch["target"])} if self.needs_labels else {}
         return projected | labels
 
-    def contrastive_term(self, outputs: Batch) -> tuple[Tensor, Tensor]:
+    def contrastive_term(self, outputs: Tensors) -> tuple[Tensor, Tensor]:
         return triplet_loss(outputs["predictions"], outputs.get("labels"), self.margin)
 
 
@@ -261,7 +263,7 @@ class SimSiam(SimCLR):
     def __init__(self, *, predictor_hidden_dim: PositiveInt = 512, **simclr):
         super().__init__(predictor_hidden_dim=predictor_hidden_dim, **simclr)
 
-    def contrastive_term(self, outputs: Batch) -> tuple[Tensor, Tensor]:
+    def contrastive_term(self, outputs: Tensors) -> tuple[Tensor, Tensor]:
         predictions, targets = outputs["predictions"], outputs["targets"]
         return simsiam_loss(predictions, targets), partner_accuracy(predictions, targets)
 
@@ -303,7 +305,7 @@ class VICReg(SimCLR):
         super().__init__(**simclr)
         self.weights = (invariance, variance, covariance)
 
-    def contrastive_term(self, outputs: Batch) -> tuple[Tensor, Tensor]:
+    def contrastive_term(self, outputs: Tensors) -> tuple[Tensor, Tensor]:
         predictions = outputs["predictions"]
         accuracy = partner_accuracy(predictions, outputs["targets"])
         return vicreg_loss(predictions, *self.weights), accuracy

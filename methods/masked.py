@@ -9,7 +9,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from model import Batch, ViCMAE, feature_std, random_masking
+from model import Batch, Tensors, ViCMAE, feature_std, random_masking
 
 
 class MAE(ViCMAE):
@@ -25,10 +25,10 @@ class MAE(ViCMAE):
         if not self.weight_recon:
             raise ValueError("weight_recon=0: must be positive, since nothing else is learnt")
 
-    def project(self, features: Tensor, batch: Batch) -> Batch:
+    def project(self, features: Tensor, batch: Batch) -> Tensors:
         return {}
 
-    def loss(self, outputs: Batch, batch: Batch) -> Batch:
+    def loss(self, outputs: Tensors, batch: Batch) -> Tensors:
         """Return total = weight_recon * reconstruction."""
         reconstruction = self.reconstruction_term(outputs, batch)
         return {
@@ -46,7 +46,7 @@ class STMAE(MAE):
     """
 
     def __init__(self, *, num_frames: PositiveInt = 16, tubelet_size: PositiveInt = 2, **mae):
-        self.num_frames, self.tubelet_size = num_frames, tubelet_size
+        self.num_frames, self.tubelet_size = num_frames, tubelet_size  # ViCMAE.__init__ reads them
         super().__init__(**mae)
 
 

@@ -31,8 +31,8 @@ def encode_clip(frames: list[bytes], timestamps: list[float], label: int, name: 
     """Pack JPEG files into one sample with the columns COLUMNS."""
     ends = np.cumsum([len(frame) for frame in frames], dtype=np.uint32)
     times = np.asarray(timestamps, np.float64)
-    values = (b"".join(frames), ends, times, label, name)
-    return dict(zip(COLUMNS, values, strict=True))
+    packed = {"frames": b"".join(frames), "ends": ends, "timestamps": times}
+    return packed | {"label": label, "name": name}
 
 
 def decode_frame(sample: dict, index: int) -> np.ndarray:

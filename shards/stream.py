@@ -36,16 +36,18 @@ from shards.format import Clips, decode_frame, read_classes, record_unreadable
 from shards.storage import Storage
 from shards.views import UnitInterval
 
-Transform = Callable[[dict, np.random.Generator], dict]  # a stored sample -> what is trained on
+# (stored sample, generator) -> training sample
+Transform = Callable[[dict, np.random.Generator], dict]
 
 
 class DeterministicStream(StreamingDataset):
-    """Streams of samples, each transformed with a generator that its key seeds.
+    """Streams of samples, each transformed with a generator of its own.
 
-    The key is (seed, epoch, identity, repeat). `identity` is sample + occurrence * num_samples:
-    a stream with a large proportion lists a sample several times in an epoch, and `occurrence`
-    counts the earlier places of the sample in that list, before it is shuffled. The list depends
-    on seed and epoch alone, and so do the keys. `repeat` counts from 0 to `repeats` - 1.
+    The generator's seed is (seed, epoch, identity, repeat). `identity` is
+    sample + occurrence * num_samples: a stream with a large proportion lists a sample several
+    times in an epoch, and `occurrence` counts the earlier places of the sample in that list,
+    before it is shuffled. The list depends on seed and epoch alone, and so do the generators.
+    `repeat` counts from 0 to `repeats` - 1.
 
     Args:
         transform: called with a stored sample and its generator. The sample has a further entry
@@ -71,12 +73,19 @@ class DeterministicStream(StreamingDataset):
         self.repeats = repeats
 
     def drop_incomplete_batch(self, global_batch_size: int) -> None:
-        """Shorten each epoch to a multiple of the samples that all ranks read for a step.
+        """Shorten each epoch to a multiple of the samples that a step has over all ranks.
 
         Streaming would fill the last batch of each rank with samples that come twice. It has no
         argument against that: its `epoch_size` decides how often each stream is sampled, too.
+
+        Raises:
+            ValueError: an epoch is shorter than a batch.
         """
-        self.epoch_size -= self.epoch_size % global_batch_size
+        samples = self.epoch_size * self.repeats
+        if samples < global_batch_size:
+            batch = f"data.global_train_batch_size={global_batch_size}"
+            raise ValueError(f"{batch}: must be at most the {samples} samples of an epoch")
+        self.epoch_size -= self.epoch_size % (global_batch_size // self.repeats)
         self.length = self.epoch_size // dist.get_world_size()
 
     def __len__(self) -> int:
@@ -257,13 +266,10 @@ def load_stream(
     repeats: PositiveInt = 1,
     max_unreadable: UnitInterval = 0.001,
 ) -> tuple[DataSpec, int]:
-    """Return this rank's loader of training data and its share of a micro-batch, in samples.
-
-    An epoch leaves out its last, incomplete batch.
+    """Return this rank's loader of training data, and its samples of a micro-batch.
 
     Args:
-        transform: called in the workers on each sample, with a generator of its own.
-        on_device: called on each micro-batch.
+        transform, on_device: called in the workers on each sample, and on each micro-batch.
         seed: of the order of samples and of their generators.
         patch_size: pixels; frames must not be smaller.
         run: run directory, for the list unreadable.jsonl.
@@ -276,10 +282,6 @@ def load_stream(
         repeats: times to draw views from each sample that is read. Each draw counts as a sample of
             the batch and of the epoch, and the draws are among each other's negatives.
         max_unreadable: fraction of the samples that may be unreadable; one sample always may.
-
-    Raises:
-        ValueError: data that is missing, frames smaller than a patch, a batch that does not divide
-            or is larger than an epoch.
     """
     ranks = dist.get_world_size()
     batch_size = global_train_batch_size // ranks
@@ -298,11 +300,7 @@ def load_stream(
             num_canonical_nodes=num_canonical_nodes,
             epoch_size=epoch_size,
         )
-    samples = dataset.epoch_size * repeats
-    if samples < global_train_batch_size:
-        batch = f"data.global_train_batch_size={global_train_batch_size}"
-        raise ValueError(f"{batch}: must be at most the {samples} samples of an epoch")
-    dataset.drop_incomplete_batch(global_train_batch_size // repeats)
+    dataset.drop_incomplete_batch(global_train_batch_size)
     loader = DataLoader(
         dataset,
         batch_size,

@@ -120,8 +120,9 @@ def draw_frame_pair(
 
     Args:
         count: frames in the clip; with one frame, both indices are 0.
-        frame_gap: "any" for two different frames (official code). "distant" for a frame from each
-            of two sections (paper). A number for frames that far apart, or as far as possible.
+        frame_gap: "any" for two different frames (ours; the official choice is not published).
+            "distant" for a frame from each of two sections (paper). A number for frames that far
+            apart, or as far as possible.
         sections: equal parts that "distant" cuts the clip into.
     """
     if count == 1:

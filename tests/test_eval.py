@@ -285,7 +285,10 @@ ACCURACY = "accuracy.paths=[{demo}/test_images]"
         (["checkpoint={pretrained}", ACCURACY, "method=classifier"], "has no classifier's head"),
         (["checkpoint=seven.pt", MODEL, ACCURACY], "its head has 7 classes, but"),
         (["checkpoint=seven.pt", MODEL, ACCURACY, "method=nil"], "method=nil: must be one of"),
-        (["checkpoint=seven.pt", "model.dpeth=3", ACCURACY], "model.dpeth: unknown key"),
+        (
+            ["checkpoint=seven.pt", "model.dpeth=3", ACCURACY],
+            "model.dpeth: is not a key of this block; did you mean depth?",
+        ),
         (
             ["checkpoint=null", MODEL, "method=simclr", "reconstructions=[{demo}/test_images]"],
             "reconstructions: SimCLR has no decoder",

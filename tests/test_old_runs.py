@@ -17,7 +17,7 @@ import pretrain
 from model import ViCMAE
 from shards.augment import normalise
 from shards.views import EvalViews
-from training.weights import known_sizes, load_pretrained, read_checkpoint
+from training.weights import known_model, load_pretrained, read_checkpoint
 
 OLD_RUNS = ROOT / "tests" / "data" / "old_runs"
 ENCODER = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -90,7 +90,7 @@ def test_old_pretraining_resumes_and_ends_with_the_weights_of_the_old_code(old, 
 
 
 def test_every_weight_of_an_old_checkpoint_is_loaded_with_the_sizes_of_its_run(old):
-    sizes = known_sizes(latest("demo"))["model"]
+    sizes = known_model(latest("demo"))["model"]
     net = ViCMAE(**sizes)
     report = load_pretrained(net, latest("demo"))
     assert sorted(report["loaded"]) == sorted(net.state_dict())

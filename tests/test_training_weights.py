@@ -18,7 +18,7 @@ from training import weights as weights_module
 from training.weights import (
     LATEST,
     describe,
-    known_sizes,
+    known_model,
     load_pretrained,
     our_layout,
     read_checkpoint,
@@ -334,7 +334,7 @@ def test_vit_of_another_kind_is_refused_by_its_unknown_weights():
     theirs = timm.models.VisionTransformer(
         32, 8, embed_dim=48, depth=2, num_heads=3, num_classes=0, init_values=1e-5
     )
-    unknown = r"has encoder.blocks.0.ls1.gamma, which the model has not"
+    unknown = r"has encoder.blocks.0.ls1.gamma, which the model lacks"
     with pytest.raises(ValueError, match=unknown):
         load_pretrained(Classifier(4, **ENCODER), theirs.state_dict())
     deeper = Encoder(**ENCODER | {"depth": 3})
@@ -468,26 +468,26 @@ def test_known_sizes_of_a_run_are_the_model_block_of_its_configuration(tmp_path,
     config = f"{more}method: simsiam\nmodel: {json.dumps(model)}\n"
     newest = write_run(tmp_path / "runs" / "one", config)
     expected = {"method": "simsiam", "stage": stage, "model": model}
-    assert known_sizes(newest) == known_sizes(str(tmp_path / "runs" / "one")) == expected
+    assert known_model(newest) == known_model(str(tmp_path / "runs" / "one")) == expected
 
 
 def test_known_sizes_of_a_bare_file_are_those_of_its_weights(tmp_path):
     pretrained, classifier = ViCMAE(**TINY), Classifier(4, **ENCODER)
     torch.save({"model": pretrained.state_dict()}, tmp_path / "pretrained.pth")
     torch.save({"model": classifier.state_dict()}, tmp_path / "classifier.pth")
-    found = known_sizes(str(tmp_path / "pretrained.pth"))
+    found = known_model(str(tmp_path / "pretrained.pth"))
     assert found == {
         "method": None,
         "stage": "pretrain",
         "model": vit_sizes(pretrained.state_dict()),
     }
-    assert known_sizes(str(tmp_path / "classifier.pth"))["stage"] == "finetune"
+    assert known_model(str(tmp_path / "classifier.pth"))["stage"] == "finetune"
 
 
 def test_known_sizes_of_a_corrupt_configuration_are_an_error_that_names_it(tmp_path):
     newest = write_run(tmp_path / "runs" / "one", "model: [1, ")
     with pytest.raises(ValueError, match=r"runs/one/config.yaml cannot be read"):
-        known_sizes(newest)
+        known_model(newest)
 
 
 def test_sizes_of_a_planned_run_come_from_its_yaml_and_the_runs_before_it(tmp_path, monkeypatch):
@@ -497,9 +497,9 @@ def test_sizes_of_a_planned_run_come_from_its_yaml_and_the_runs_before_it(tmp_pa
     (tmp_path / "tuned.yaml").write_text(f"eval_data: {{}}\n{second}")
     monkeypatch.chdir(tmp_path)
     expected = {"depth": 3, "img_size": 64, "pool": "cls"}
-    found = known_sizes("runs/tuned/checkpoints/latest-rank0.pt", planned=True)
+    found = known_model("runs/tuned/checkpoints/latest-rank0.pt", planned=True)
     assert found == {"method": None, "stage": "finetune", "model": expected}
     with pytest.raises(ValueError, match=r"runs/other does not exist, nor does .*other.yaml"):
-        known_sizes("runs/other", planned=True)
+        known_model("runs/other", planned=True)
     with pytest.raises(ValueError, match=r"runs/tuned/.* does not exist"):
-        known_sizes("runs/tuned/checkpoints/latest-rank0.pt")
+        known_model("runs/tuned/checkpoints/latest-rank0.pt")

@@ -119,7 +119,7 @@ def test_plan_needs_neither_data_nor_gpus_and_gives_the_cost_in_the_header(
     if stated:
         assert stated[1] == re.search(r"cost +([\d,.]+) GPU-hours", printed)[1]
     else:
-        assert "2 CPU cores" in header or "Cost: 2.25 times the cost of the other file" in header
+        assert "2 CPU cores" in header or "Cost: 2.25 times the cost of the base file" in header
 
 
 @every_comparison

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saved so that the newest is always intact, found again on the next launch.
+"""Save a run's checkpoints so that the newest is always intact, and find it on the next launch.
 
     checkpoints = Checkpoints(Path("runs/vitl"), interval="500ba", bucket="s3://my-bucket/runs")
     trainer = Trainer(..., callbacks=[checkpoints], load_path=checkpoints.newest())
@@ -38,11 +38,6 @@ STOPPED = 75  # exit code of a run that is to be started again: EX_TEMPFAIL of s
 CHECKPOINT = re.compile(r"ep(\d+)-ba(\d+)(\.pt)?")  # a file; without .pt, a folder of FSDP's shards
 
 
-def checkpoint_epoch(name: str) -> int:
-    """Return the epoch in a checkpoint's name: 1 for ep1-ba500.pt."""
-    return int(CHECKPOINT.fullmatch(name)[1])
-
-
 def checkpoint_step(name: str) -> int:
     """Return the step in a checkpoint's name: 500 for ep1-ba500.pt."""
     return int(CHECKPOINT.fullmatch(name)[2])
@@ -59,12 +54,12 @@ def check_checkpoint(path: Path) -> None:
     try:
         if path.is_dir():
             check_shards(path)
-        else:
-            with zipfile.ZipFile(path) as file:
-                corrupt = file.testzip()
-            if corrupt is not None:
-                raise ValueError(f"{corrupt} in it has another checksum")
-            load_plain(str(path), mmap=True)
+            return
+        with zipfile.ZipFile(path) as file:
+            corrupt = file.testzip()
+        if corrupt is not None:
+            raise ValueError(f"{corrupt} in it has another checksum")
+        load_plain(str(path), mmap=True)
     except Exception as error:  # a corrupt pickle raises nearly anything
         raise ValueError(f"{path} is corrupt ({error})") from error
 
@@ -81,27 +76,17 @@ def check_shards(path: Path) -> None:
                 load_plain(io.BytesIO(file.read(part.length)))
 
 
-def avoid_cpuinfo_processes() -> None:
-    """Have Composer name the processor in its checkpoints without py-cpuinfo.
-
-    Composer calls py-cpuinfo at each checkpoint, and offers no option against it. The two processes
-    of py-cpuinfo wait in a loop of sched_yield. On Linux 6.18, with as many ranks as cores, they
-    starve all other processes: launches hung for minutes.
-    """
-    collect_env.get_cpu_model = platform.processor
-
-
 class Checkpoints(Callback):
     """Composer's checkpoints, saved so that the newest is always intact.
 
     Each is written aside, synced and renamed, then copied to the bucket in the background. SIGTERM
-    ends the run with exit code STOPPED, after a checkpoint at the end of the step or of the batch
-    of an evaluation. A loss or a weight that is not finite ends the run without a checkpoint.
+    ends the run with exit code STOPPED, after a checkpoint at the end of the step, or of the
+    evaluation's batch. A loss or a weight that is not finite ends the run without a checkpoint.
 
     Args:
         interval: between checkpoints, such as 1ep or 500ba; the last step always has one.
         keep: number of newest checkpoints that are kept.
-        milestone: number of epochs after which a checkpoint is kept for good.
+        milestone: one checkpoint of every so many epochs is kept for good.
         bucket: s3:// address of copies, in a folder of the run's name, which are pruned alike. A
             run resumes from them if the disk is lost, or if its shards are on several machines.
 
@@ -128,7 +113,10 @@ class Checkpoints(Callback):
         self.copying = ThreadPoolExecutor(1)
         self.stop_requested = False
         self.saved_step = -1
-        avoid_cpuinfo_processes()
+        # At each checkpoint, Composer has py-cpuinfo name the processor, and offers no option
+        # against it. The two processes of py-cpuinfo wait in a loop of sched_yield: with as many
+        # ranks as cores, on Linux 6.18, they starved all others for minutes.
+        collect_env.get_cpu_model = platform.processor
 
     # Finding a checkpoint to resume from
 
@@ -154,16 +142,19 @@ class Checkpoints(Callback):
         if name is None:
             return None
         if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:
-            self.ensure_on_this_machine(name)
+            try:
+                check_checkpoint(self.folder / name)
+            except ValueError as error:  # it is on the machine of rank 0 alone
+                if not self.bucket:
+                    remedy = "give the machines a shared folder, or checkpoints.bucket"
+                    raise ValueError(f"{error}; {remedy}") from error
+                self.fetch(name)
+            self.point_latest_to(name)
         dist.barrier()
         return self.folder / name
 
     def find_newest(self) -> str | None:
-        """Return the name of the newest intact checkpoint on this disk or in the bucket.
-
-        Raises:
-            ValueError: there are checkpoints, but none is intact.
-        """
+        """Return the name of the newest intact checkpoint on this disk or in the bucket."""
         local = {path.name for path in self.folder.glob("ep*") if CHECKPOINT.fullmatch(path.name)}
         remote = set()
         if self.bucket:
@@ -171,72 +162,44 @@ class Checkpoints(Callback):
             remote = {name for name in folders if CHECKPOINT.fullmatch(name)}
         problems = []
         for name in sorted(local | remote, key=checkpoint_step, reverse=True):
-            if self.is_intact(name, name in local, name in remote, problems):
+            if self.obtain(name, name in local, name in remote, problems):
                 self.point_latest_to(name)
-                message = "; ".join([*problems, f"resuming from {self.folder / name}"])
-                print(message, flush=True)
+                print("; ".join([*problems, f"resuming from {self.folder / name}"]), flush=True)
                 return name
         latest = self.folder / LATEST
         if latest.is_symlink() and not problems:
             problems.append(f"{latest} points to {os.readlink(latest)}, which is not there")
         if problems:
-            reasons = "; ".join(problems)
-            remedy = f"Delete {self.folder} to start anew"
-            raise ValueError(f"{reasons}; no checkpoint is left. {remedy}")
+            remedy = f"no checkpoint is left. Delete {self.folder} to start anew"
+            raise ValueError("; ".join([*problems, remedy]))
         return None
 
-    def is_intact(self, name: str, local: bool, remote: bool, problems: list[str]) -> bool:
+    def obtain(self, name: str, local: bool, remote: bool, problems: list[str]) -> bool:
         """Return whether a checkpoint is intact on this disk, or once fetched from the bucket.
 
         Args:
-            local, remote: whether there is such a name on the disk and in the bucket.
-            problems: to which errors are added; what is corrupt on the disk is set aside.
+            local, remote: whether the disk and the bucket have a checkpoint of this name.
+            problems: a list to which errors are added. Corrupt files are renamed.
         """
-        if local:
+        path = self.folder / name
+        for is_there, in_bucket in ((local, False), (remote, True)):
+            if not is_there:
+                continue
             try:
-                check_checkpoint(self.folder / name)
+                if in_bucket:
+                    self.fetch(name)
+                check_checkpoint(path)
                 return True
             except ValueError as error:
                 # A folder may lack the shards of other machines, which are in the bucket alone.
-                if name.endswith(".pt") or not remote:
+                if name.endswith(".pt") or in_bucket or not remote:
                     problems.append(str(error))
-                    self.set_aside(name)
-        if remote:
-            try:
-                self.fetch(name)
-                check_checkpoint(self.folder / name)
-                return True
-            except ValueError as error:
-                problems.append(str(error))
-                self.set_aside(name)
+                    if path.exists():  # so that no launch tries it again
+                        path.rename(f"{path}.corrupt.{time.time_ns()}")
         return False
 
-    def set_aside(self, name: str) -> None:
-        """Rename a corrupt checkpoint, if it is on the disk, so that no launch tries it again."""
-        if (self.folder / name).exists():
-            (self.folder / name).rename(self.folder / f"{name}.corrupt.{time.time_ns()}")
-
-    def ensure_on_this_machine(self, name: str) -> None:
-        """Fetch the checkpoint that rank 0 has chosen, if this machine lacks it.
-
-        Raises:
-            ValueError: the checkpoint is neither on this machine nor in a bucket.
-        """
-        try:
-            check_checkpoint(self.folder / name)
-        except ValueError as error:
-            if not self.bucket:
-                remedy = "give the machines a shared folder, or checkpoints.bucket"
-                raise ValueError(f"{error}; {remedy}") from error
-            self.fetch(name)
-        self.point_latest_to(name)
-
     def fetch(self, name: str) -> None:
-        """Download a checkpoint from the bucket.
-
-        Raises:
-            ValueError: it is incomplete there.
-        """
+        """Download a checkpoint from the bucket."""
         aside = self.folder / f"{name}.fetched"
         shutil.rmtree(aside, ignore_errors=True)
         parts = [name]
@@ -279,7 +242,13 @@ class Checkpoints(Callback):
                 os.fsync(file.fileno())
         dist.barrier()
         if dist.get_local_rank() == 0:
-            self.publish(aside, name)
+            # Where the folder is shared, another machine may have renamed it already. Where it is
+            # not, a machine without the file of rank 0 has nothing to rename.
+            with suppress(FileNotFoundError):
+                (aside / name).replace(self.folder / name)
+            if (self.folder / name).exists():
+                self.point_latest_to(name)
+            shutil.rmtree(aside, ignore_errors=True)
         dist.barrier()
         parts = []
         if written:
@@ -288,16 +257,6 @@ class Checkpoints(Callback):
                 parts.append(f"{name}/.metadata")
         self.copying.submit(self.copy_and_prune, parts)
         self.saved_step = state.timestamp.batch.value
-
-    def publish(self, aside: Path, name: str) -> None:
-        """Rename a checkpoint from `aside` into the folder, and let the link point to it."""
-        # Where the folder is shared, another machine may have renamed it already. Where it is not,
-        # a machine without the file of rank 0 has nothing to rename.
-        with suppress(FileNotFoundError):
-            (aside / name).replace(self.folder / name)
-        if (self.folder / name).exists():
-            self.point_latest_to(name)
-        shutil.rmtree(aside, ignore_errors=True)
 
     def copy_and_prune(self, parts: list[str]) -> None:
         """Copy the files of a checkpoint to the bucket, then delete old ones, in the background.
@@ -308,25 +267,24 @@ class Checkpoints(Callback):
             if self.bucket:
                 for part in parts:
                     self.bucket.upload(self.folder / part, part)
-            if dist.get_local_rank() == 0:
-                self.prune_folder()
-            if self.bucket and dist.get_global_rank() == 0:
-                self.prune_bucket()
+            self.prune()
         except OSError as error:
             kept = f"what is in {self.folder} is intact, and the run continues"
             print(f"checkpoints.bucket: {error}; {kept}", flush=True)
 
-    def prune_folder(self) -> None:
-        for name in self.superseded(path.name for path in self.folder.glob("ep*")):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            with suppress(OSError):
-                (self.folder / name).unlink()
-
-    def prune_bucket(self) -> None:
-        files = list(self.bucket.names())
-        for name in self.superseded({file.split("/")[0] for file in files}):
-            for file in [*files, f"{name}/.metadata"]:
-                if file.split("/")[0] == name:
+    def prune(self) -> None:
+        """Delete superseded checkpoints, once on each machine and once in the bucket."""
+        if dist.get_local_rank() == 0:
+            for name in self.superseded(path.name for path in self.folder.glob("ep*")):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+                with suppress(OSError):
+                    (self.folder / name).unlink()
+        if self.bucket and dist.get_global_rank() == 0:
+            files = list(self.bucket.names())  # without hidden files
+            old = self.superseded({file.split("/")[0] for file in files})
+            files += [f"{name}/.metadata" for name in old]
+            for file in files:
+                if file.split("/")[0] in old:
                     self.bucket.delete(file)
 
     def superseded(self, names: Iterable[str]) -> list[str]:
@@ -334,7 +292,7 @@ class Checkpoints(Callback):
         ordered = sorted(filter(CHECKPOINT.fullmatch, names), key=checkpoint_step)
         milestones, last_epoch = set(), 0
         for name in ordered:
-            epoch = checkpoint_epoch(name)
+            epoch = int(CHECKPOINT.fullmatch(name)[1])
             if self.milestone and epoch > last_epoch and epoch % self.milestone == 0:
                 milestones.add(name)  # the first of its epoch
             last_epoch = epoch
@@ -367,10 +325,7 @@ class Checkpoints(Callback):
         self.save_and_exit_if_stopped(state)
 
     def save_and_exit_if_stopped(self, state: State) -> None:
-        """Save and exit if a stop was requested; evaluations call this between batches.
-
-        All ranks call it together. An evaluation may last longer than a machine that is to go.
-        """
+        """Save and exit if a stop was requested. All ranks of an evaluation call it together."""
         self.save_if_due_or_stopped(state, is_due=False)
 
     def save_if_due_or_stopped(self, state: State, is_due: bool) -> None:
@@ -381,9 +336,8 @@ class Checkpoints(Callback):
             return
         is_finite = all(weight.isfinite().all() for weight in state.model.parameters())
         if self.on_any_rank(state, not is_finite):
-            sys.exit(
-                f"a weight is not finite after step {step}; the newest checkpoint is from before it"
-            )
+            problem = f"a weight is not finite after step {step}"
+            sys.exit(f"{problem}; the newest checkpoint is from before it")
         if self.saved_step != step:
             self.save(state)
         if stop:

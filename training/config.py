@@ -3,55 +3,48 @@
     config = load_config(["yamls/demo.yaml", "model.depth=6"], PretrainConfig)
     config["model"]                                         # {"depth": 6, ...}, for ViCMAE(**...)
 
-The stage is the schema: its keyword-only parameters, or the fields of a dataclass, are the keys
-of the YAML files. A key annotated Annotated[dict, X] is a block of YAML that becomes the keyword
-arguments of X:
+The keyword-only parameters of a stage, or the fields of a dataclass, are the keys of its YAML
+files. A key with the type Annotated[dict, X] is a block of YAML with the keyword arguments of X:
 
     model: Annotated[dict, ViCMAE]                          # the arguments of ViCMAE
-    trainer: Annotated[dict, Trainer, "model", "seed"]      # those of Trainer, but for two
-    callbacks: Annotated[dict, Named(CALLBACKS, Callback)]  # {KNN: {every: 10}}: of each class
-    model: Annotated[dict, Choice("method", METHODS, "vicmae")]  # of METHODS[the key `method`]
+    trainer: Annotated[dict, Trainer, "model", "seed"]      # all arguments of Trainer but two
+    callbacks: Annotated[dict, CALLBACKS]                   # a Named: {KNN: {every: 10}}
+    model: Annotated[dict, Choice("method", METHODS, "vicmae")]  # arguments of METHODS[method]
 """
 
 import difflib
 import functools
 import importlib
 import inspect
+import json
 import os
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
-from itertools import takewhile
 from typing import Annotated, Any
 
 from composer.core import Time, ensure_time
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from yaml import YAMLError
 
 
 def check_time(value: Any, positive: bool = True) -> Any:
-    """Return a duration such as 800ep, 500ba or 0.1dur unchanged; a plain number counts epochs.
-
-    Raises:
-        ValueError: the value is no duration, or negative, or 0 where it must be positive.
-    """
+    """Return a duration such as 800ep or 500ba unchanged; a plain number counts epochs."""
     if not isinstance(value, int | str):
         return value
     try:
         length = ensure_time(value, "ep").value
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            "give a whole number of epochs or steps, such as 800ep or 500ba"
-        ) from error
-    if positive and length <= 0:
-        raise ValueError("must be positive")
-    if length < 0:
-        raise ValueError("must be 0 or more")
+        expected = "a whole number of epochs or steps, such as 800ep or 500ba"
+        raise ValueError(f"give {expected}") from error
+    if length < 0 or (positive and length == 0):
+        raise ValueError("must be positive" if positive else "must be 0 or more")
     return value
 
 
@@ -60,16 +53,17 @@ RunName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # the name of a folder 
 
 
 class ConfigError(ValueError):
-    """A mistake in the configuration, at the end of a path of keys and list indices."""
+    """A wrong value, or a wrong key, at the end of a path of keys and list indices."""
 
-    def __init__(self, path: list, complaint: str):
+    def __init__(self, path: list, complaint: str, value: Any = None):
         super().__init__(complaint)
         self.path = path
+        self.value = value
 
 
-def did_you_mean(name: str, names: list[str]) -> str:
+def did_you_mean(name: Any, names: Iterable[str]) -> str:
     """Return "; did you mean X?" with the nearest of `names`, or nothing if there are no names."""
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    nearest = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.0)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
@@ -79,7 +73,6 @@ class Choice:
 
     Args:
         key: a top-level key of the stage, whose value is a name in `table`.
-        table: callables by name.
         default: the name if the key is absent.
     """
 
@@ -88,15 +81,11 @@ class Choice:
     default: str
 
     def chosen(self, config: dict[str, Any]) -> Callable:
-        """Return the callable that a configuration chooses.
-
-        Raises:
-            ConfigError: the table does not have the name.
-        """
-        name = config.get(self.key, self.default)
+        """Return the callable that a configuration chooses."""
+        name = config.get(self.key) or self.default
         if not isinstance(name, str) or name not in self.table:
-            nearest = did_you_mean(str(name), list(self.table))
-            raise ConfigError([self.key], f"must be one of {', '.join(self.table)}{nearest}")
+            nearest = did_you_mean(name, self.table)
+            raise ConfigError([self.key], f"must be one of {', '.join(self.table)}{nearest}", name)
         return self.table[name]
 
 
@@ -122,7 +111,7 @@ class Named:
         module_name, _, class_name = name.rpartition(".")
         if not module_name:
             if name not in listed:
-                raise ValueError("is not a key of this block" + did_you_mean(name, list(listed)))
+                raise ValueError("is not a key of this block" + did_you_mean(name, listed))
             return listed[name]
         try:
             module = importlib.import_module(module_name)
@@ -143,15 +132,13 @@ def build_named(
     """Return the objects of the classes that a block names, in its order.
 
     Args:
-        named: the classes that the block may name.
         block: keyword arguments by class name; None for a class without arguments.
         given: positional arguments that the program supplies, by class.
     """
-    given = given or {}
     objects = []
     for name, arguments in (block or {}).items():
         found = named.find(name)
-        supplied = given.get(found, ())
+        supplied = (given or {}).get(found, ())
         objects.append(found(*supplied, **(arguments or {})))
     return objects
 
@@ -175,17 +162,13 @@ def load_config(arguments: list[str], stage: Callable) -> dict[str, Any]:
     if not isinstance(merged, dict):
         raise ValueError(f"{' '.join(arguments)}: must hold keys and values, not a list")
     try:
-        return checked(merged, stage)
+        return convert_block(merged, stage, [], merged)
     except ConfigError as error:
-        raise ValueError(located(error, sources, merged)) from error
+        raise ValueError(located(error, sources)) from error
 
 
 def read_sources(arguments: list[str]) -> list[tuple[str, Any]]:
-    """Return every argument, a YAML file or key=value, with its OmegaConf configuration.
-
-    Raises:
-        ValueError: there is no argument, or one is neither of the two, or cannot be read.
-    """
+    """Return every argument, a YAML file or key=value, with its OmegaConf configuration."""
     if not arguments:
         raise ValueError("give at least one file of yamls/; key=value after it changes a value")
     sources = []
@@ -201,43 +184,83 @@ def read_sources(arguments: list[str]) -> list[tuple[str, Any]]:
     return sources
 
 
-def checked(config: dict[str, Any], stage: Callable) -> dict[str, Any]:
-    """Return a merged configuration with its values converted to the types that `stage` takes.
-
-    Raises:
-        ConfigError: a key is unknown, missing or has a wrong value.
-    """
-    model = schema(stage, config=config)
-    try:
-        return model.model_validate(config).model_dump(exclude_unset=True)
-    except ValidationError as error:
-        raise explained(error, model, config) from error
-
-
-def schema(
-    target: Callable, omitted: tuple[str, ...] = (), config: dict[str, Any] | None = None
-) -> type[BaseModel]:
-    """Return a pydantic model of the keyword arguments of a callable.
+def convert_block(
+    block: dict, target: Callable, path: list, config: dict[str, Any], omitted: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Return a block with its values converted to the types that a callable takes.
 
     Args:
-        target: its keyword-only parameters are the keys, or all parameters if it has none.
+        path: keys and list indices that lead to the block.
+        config: the merged configuration, in which Choice looks up its key.
         omitted: parameters that the program supplies.
-        config: the merged configuration of a stage, on which Choice and Named blocks depend.
     """
-    config = config or {}
-    fields = {}
-    for name, (hint, default) in keywords_of(target).items():
-        if name not in omitted:
-            kind = field_type(hint, name, config)
-            required = default is inspect.Parameter.empty
-            fields[name] = (kind, ... if required else Field(default, validate_default=False))
-    return strict_model(target.__name__, fields)
+    keywords = keywords_of(target)
+    names = [name for name in keywords if name not in omitted]
+    for name in block:  # first of all, since a mistyped key explains a missing one
+        if name not in names:
+            complaint = f"is not a key of this block{did_you_mean(name, names)}"
+            raise ConfigError([*path, name], complaint)
+    converted = {}
+    for name, value in block.items():
+        converted[name] = convert(value, keywords[name][0], [*path, name], config)
+    for name in names:
+        if name not in block and keywords[name][1] is inspect.Parameter.empty:
+            raise ConfigError([*path, name], "is missing")
+    return converted
 
 
-def strict_model(name: str, fields: dict[str, tuple]) -> type[BaseModel]:
-    """Return a pydantic model that refuses all other keys."""
-    strict = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
-    return create_model(name, __config__=strict, **fields)
+def convert(value: Any, hint: Any, path: list, config: dict[str, Any]) -> Any:
+    """Return a value converted to a type hint, which may be or contain a block."""
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType) and value is not None:
+        others = [member for member in members if member is not type(None)]
+        if len(others) == 1:  # the hint is X | None
+            return convert(value, others[0], path, config)
+    if origin is list and isinstance(value, list):
+        items = enumerate(value)
+        return [convert(item, members[0], [*path, index], config) for index, item in items]
+    if origin is not Annotated or members[0] is not dict:
+        return convert_plain(value, hint, path)
+    if not isinstance(value, dict):
+        raise ConfigError(path, "must be a block of keys", value)
+    _, target, *omitted = members
+    if isinstance(target, Named):
+        return convert_named(value, target, path, config)
+    if isinstance(target, Choice):
+        target = target.chosen(config)
+    return convert_block(value, target, path, config, tuple(omitted))
+
+
+def convert_named(block: dict, named: Named, path: list, config: dict[str, Any]) -> dict[str, Any]:
+    """Return a block of classes with their arguments converted; see Named."""
+    converted = {}
+    for name, arguments in block.items():
+        try:
+            found = named.find(str(name))
+        except ValueError as error:
+            raise ConfigError([*path, name], str(error), arguments) from error
+        converted[name] = convert(arguments, Annotated[dict, found] | None, [*path, name], config)
+    return converted
+
+
+def convert_plain(value: Any, hint: Any, path: list) -> Any:
+    """Return a value that is not a block, converted by pydantic; errors are put in our words."""
+    if Time in typing.get_args(hint):
+        hint = Annotated[hint, AfterValidator(functools.partial(check_time, positive=False))]
+    try:
+        # In a list, since pydantic accepts no config for a hint that is a dataclass.
+        adapter = TypeAdapter(list[hint], config=ConfigDict(arbitrary_types_allowed=True))
+        return adapter.validate_python([value])[0]
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        keys = value if isinstance(value, dict) else ()
+        location = wrong["loc"][1:]  # keys, indices and members of unions
+        path = path + [part for part in location if isinstance(part, int) or part in keys]
+        if wrong["type"] == "missing":
+            raise ConfigError(path, "is missing") from error
+        reason = wrong["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
+        reason = re.sub(r"^\w+ should ", "must ", reason)
+        raise ConfigError(path, reason, wrong["input"]) from error
 
 
 def keywords_of(target: Callable) -> dict[str, tuple[Any, Any]]:
@@ -266,120 +289,32 @@ def keywords_of(target: Callable) -> dict[str, tuple[Any, Any]]:
     return keywords
 
 
-def field_type(hint: Any, name: str, config: dict[str, Any]) -> Any:
-    """Return a type hint for pydantic: blocks become nested models, durations are checked."""
-    if typing.get_origin(hint) is Annotated:
-        target, *omitted = hint.__metadata__
-        if isinstance(target, Named):
-            return named_schema(target, name, config)
-        if isinstance(target, Choice):
-            target = target.chosen(config)
-        return schema(target, tuple(omitted)) if callable(target) else hint
-    parts = typing.get_args(hint)
-    if Time in parts:
-        return Annotated[hint, AfterValidator(functools.partial(check_time, positive=False))]
-    kinds = tuple(field_type(part, name, config) for part in parts)
-    if not any(block_in(kind) for kind in kinds):
-        return hint
-    if typing.get_origin(hint) is list:
-        return list[kinds]
-    return typing.Union[kinds]  # noqa: UP007  # the operator | takes no tuple
-
-
-def named_schema(named: Named, key: str, config: dict[str, Any]) -> type[BaseModel]:
-    """Return a pydantic model with a block for every class that a top-level key may name.
-
-    Raises:
-        ConfigError: the configuration names a class that Named.find refuses.
-    """
-    classes = {}  # first those of the block, in whose order they will be built
-    block = config.get(key)
-    for name in block if isinstance(block, dict) else ():
-        try:
-            classes[name] = named.find(str(name))
-        except ValueError as error:
-            raise ConfigError([key, name], str(error)) from error
-    for known in named.classes:
-        classes.setdefault(known.__name__, known)
-    fields = {name: (schema(found) | None, None) for name, found in classes.items()}
-    return strict_model("classes", fields)
-
-
-def explained(error: ValidationError, model: type[BaseModel], config: dict) -> ConfigError:
-    """Return the most telling of pydantic's errors, in our words."""
-    # A mistyped key comes first: it explains a missing key.
-    wrong = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    path = path_in(config, wrong["loc"])
-    if wrong["type"] == "extra_forbidden":
-        nearest = did_you_mean(str(path[-1]), keys_at(model, path[:-1]))
-        return ConfigError(path, "is not a key of this block" + nearest)
-    if wrong["type"] == "missing":
-        return ConfigError([*path, wrong["loc"][-1]], "is missing")
-    if wrong["type"] == "model_type":
-        return ConfigError(path, "must be a block of keys")
-    reason = wrong["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
-    return ConfigError(path, re.sub(r"^\w+ should ", "must ", reason))
-
-
-def path_in(config: Any, location: Iterable) -> list:
-    """Return the keys and list indices of a location; pydantic's also names members of unions."""
-    path = []
-    place = config
-    for part in location:
-        is_key = isinstance(place, dict) and part in place
-        is_index = isinstance(place, list) and isinstance(part, int) and part < len(place)
-        if is_key or is_index:
-            path.append(part)
-            place = place[part]
-    return path
-
-
-def keys_at(model: type[BaseModel], path: list) -> list[str]:
-    """Return the keys that a model takes at the end of a path of keys and list indices."""
-    for part in path:
-        if not isinstance(part, int):
-            model = block_in(model.model_fields[part].annotation)
-    return list(model.model_fields)
-
-
-def block_in(kind: Any) -> type[BaseModel] | None:
-    """Return the model that schema has made within a type such as `Model | None`, or None."""
-    if inspect.isclass(kind) and issubclass(kind, BaseModel):
-        return kind
-    found = (block_in(part) for part in typing.get_args(kind))
-    return next((model for model in found if model), None)
-
-
-def located(error: ConfigError, sources: list[tuple[str, Any]], config: dict[str, Any]) -> str:
-    """Return an error's text after its file or argument, its key and its value."""
+def located(error: ConfigError, sources: list[tuple[str, Any]]) -> str:
+    """Return the text of an error, preceded by the file or argument, the key and the value."""
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.path)[1:]
-    to_list = list(takewhile(lambda part: not isinstance(part, int), error.path))
-    holders = []
-    for name, source in sources:
-        if path_in(OmegaConf.to_container(source), to_list) == to_list:
-            holders.append(name)
+    holders = [name for name, source in sources if sets(source, error.path)]
     if not holders:  # the key is missing
         files = [name for name, _ in sources if "=" not in name]
         return f"{' '.join(files)}: {key} {error}"
-    source = holders[-1]  # OmegaConf merges dictionaries but replaces lists
+    source = holders[-1]
     if source.partition("=")[0] == key:  # the argument shows key and value
         return f"{source}: {error}"
     if str(error).startswith("is "):  # the key is wrong, whatever its value
         return f"{source}: {key} {error}"
-    return f"{source}: {key}={shown(value_at(config, error.path))}: {error}"
+    value = error.value if isinstance(error.value, str) else json.dumps(error.value, default=str)
+    return f"{source}: {key}={value}: {error}"
 
 
-def value_at(config: Any, path: list) -> Any:
-    """Return the value at the end of a path of keys and list indices."""
+def sets(source: Any, path: list) -> bool:
+    """Return whether a source sets a key. OmegaConf merges dictionaries, but replaces lists."""
+    place = OmegaConf.to_container(source)
     for part in path:
-        config = config[part]
-    return config
-
-
-def shown(value: Any) -> str:
-    """Return a value as YAML writes it."""
-    words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)
+        if isinstance(part, int):
+            return True
+        if not isinstance(place, dict) or part not in place:
+            return False
+        place = place[part]
+    return True
 
 
 def one_line(error: Exception) -> str:

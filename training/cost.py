@@ -1,4 +1,4 @@
-"""Count the operations and the memory of a step without data, GPUs or memory.
+"""Count the operations and the memory of a step without data or GPUs.
 
     with torch.device("meta"):
         net = ViCMAE(embed_dim=1024, depth=24, num_heads=16)
@@ -27,25 +27,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Make new tensors fake, and say that they are on the CPU, even where the default is meta."""
+    """Make new tensors fake, as if on the CPU, even where the default device is meta."""
     with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):
         yield
-
-
-def fake_copy(net: nn.Module) -> nn.Module:
-    """Return a copy of a model with fake weights; call it within fake_tensors."""
-    copies: dict[int, Tensor] = {}  # copy.deepcopy takes these instead of copying the weights
-    for tensor in (*net.parameters(), *net.buffers()):
-        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-        if isinstance(tensor, nn.Parameter):
-            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        copies[id(tensor)] = fake
-    return copy.deepcopy(net, copies)
 
 
 def fake_batch(sample: dict[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -73,17 +61,18 @@ def run_step(net: nn.Module, batch: dict[str, Tensor]) -> None:
 def flops_per_sample(net: nn.Module, sample: dict[str, Tensor]) -> float:
     """Return the floating-point operations of a sample's step, 2 for a multiply-add of matrices.
 
-    Activations that are computed a second time to save memory are not counted twice. Call it
-    before a process group exists: fake tensors cannot be gathered over ranks.
+    Activations that are computed a second time to save memory are counted once. Call it before a
+    process group exists: fake tensors cannot be gathered over ranks.
 
     Args:
         net: the model, on any device; it is not changed.
-        sample: a batch of one sample, on any device, of which only the shapes are used.
+        sample: a batch of one sample, on any device. Only its shapes are used.
     """
     count = 2  # BatchNorm needs two samples
+    net = copy.deepcopy(net).to("meta")
     # The counter does not know the fused attention of a CPU; the plain one is two products.
     with fake_tensors(), sdpa_kernel(SDPBackend.MATH):
-        net = fake_copy(net)
+        net.to_empty(device="cpu")
         net.chunk_size = None  # ViCMAE computes its chunks twice
         with FlopCounterMode(display=False) as counter:
             run_step(net, fake_batch(sample, count))
@@ -103,28 +92,22 @@ class PeakMemory(TorchDispatchMode):
     def __init__(self, ignored: Iterable[Tensor]):
         super().__init__()
         self.live = self.peak = 0
-        self.storages = WeakIdKeyDictionary()  # a tensor and its views share a storage
-        for tensor in ignored:
-            self.storages[tensor.untyped_storage()] = 0
+        # A tensor and its views share a storage.
+        self.known = weakref.WeakSet(tensor.untyped_storage() for tensor in ignored)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         outputs = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(outputs):
-            if isinstance(tensor, Tensor):
-                self.add(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage)
+                self.count(storage.nbytes())
+                weakref.finalize(storage, self.count, -storage.nbytes())
         return outputs
 
-    def add(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage, if it is a new one, until it is freed."""
-        if storage not in self.storages:
-            size = storage.nbytes()
-            self.storages[storage] = size
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.remove, size)
-
-    def remove(self, size: int) -> None:
-        self.live -= size
+    def count(self, size: int) -> None:
+        self.live += size
+        self.peak = max(self.peak, self.live)
 
 
 def drop_gradient(parameter: Tensor) -> None:
@@ -132,26 +115,22 @@ def drop_gradient(parameter: Tensor) -> None:
 
 
 def peak_bytes(
-    net: nn.Module,
-    sample: dict[str, Tensor],
-    samples: int,
-    half: bool,
-    checkpointing: bool = False,
+    net: nn.Module, sample: dict[str, Tensor], samples: int, half: bool, checkpointing: bool = False
 ) -> int:
     """Return the most bytes that a step holds at once, besides parameters and their gradients.
 
-    That is the batch, activations with fused attention, and copies of weights in half precision.
-    FSDP frees these copies earlier, and an allocator holds more: both are not counted.
+    They are the batch, activations with fused attention, and copies of weights in half precision,
+    which FSDP would free earlier. An allocator holds more.
 
     Args:
         net, sample: see flops_per_sample.
-        samples: in the batch.
         half: whether autocast runs matrix products in 16 bits.
-        checkpointing: whether a transformer block keeps only its input, and computes the rest
+        checkpointing: whether transformer blocks keep only their inputs, and compute the rest
             again, as with FSDP's activation_checkpointing.
     """
+    net = copy.deepcopy(net).to("meta")
     with fake_tensors():
-        net = fake_copy(net)
+        net.to_empty(device="cpu")
         for parameter in net.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(drop_gradient)

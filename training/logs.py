@@ -12,14 +12,14 @@ from torch.distributed.tensor import DTensor
 
 
 class JsonLines(LoggerDestination):
-    """Writes one JSON object for each step: everything logged during it, with `step` and `epoch`."""
+    """Writes a JSON line at the end of each step, epoch and evaluation: all that it has logged."""
 
     def __init__(self, path: Path):
         self.path = path
         self.line: dict[str, float] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Remove the lines after the checkpoint that a run resumes from: they will be logged again."""
+        """Remove the lines after the checkpoint, which will be logged again."""
         if not self.path.exists() or dist.get_global_rank() != 0:
             return
         step = state.timestamp.batch.value
@@ -44,6 +44,22 @@ class JsonLines(LoggerDestination):
     epoch_end = eval_end = fit_end = batch_end
 
 
+def gradients_of(state: State) -> list[torch.Tensor]:
+    return [weight.grad for weight in state.model.parameters() if weight.grad is not None]
+
+
+class GlooGradientMean(Algorithm):
+    """Divides the gradients by the number of ranks: on gloo, FSDP2's mean over ranks is a sum."""
+
+    def match(self, event: Event, state: State) -> bool:
+        if event != Event.AFTER_TRAIN_BATCH or not state.fsdp_enabled:
+            return False
+        return torch.distributed.get_backend() == "gloo"
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        torch._foreach_div_(gradients_of(state), dist.get_world_size())
+
+
 class GradientNorm(Algorithm):
     """Logs the norm of the gradient before it is clipped."""
 
@@ -51,12 +67,7 @@ class GradientNorm(Algorithm):
         return event == Event.AFTER_TRAIN_BATCH
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        parameters = state.model.parameters()
-        gradients = [weight.grad for weight in parameters if weight.grad is not None]
-        if state.fsdp_enabled and torch.distributed.get_backend() == "gloo":
-            # On gloo, FSDP2's mean of the gradients over the ranks is their sum.
-            torch._foreach_div_(gradients, dist.get_world_size())
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients_of(state))
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         logger.log_metrics({"gradient_norm": float(norm)})

@@ -1,8 +1,8 @@
-"""Compute what a run would take from its configuration alone: operations, memory, GPU-hours.
+"""Compute the operations, memory and GPU-hours of a run from its configuration alone.
 
     python pretrain.py yamls/vitl.yaml --plan=64        # on 64 GPUs; on 8 without a number
 
-Every stage takes --plan. It needs neither data nor GPUs; see cost.py for what is counted, and how.
+pretrain.py, finetune.py and eval.py take --plan, which needs neither data nor GPUs.
 
     with torch.device("meta"):
         net = ViCMAE(**config["model"])
@@ -48,25 +48,16 @@ UTILISATION = 0.4  # assumed fraction of the peak
 
 @dataclass
 class Plan:
-    """The numbers of a run, printed in five lines.
+    """The numbers of a run, printed in five lines."""
 
-    Args:
-        weights, trained: how many parameters there are, and how many are trained.
-        flops: operations of a sample's step.
-        samples: of the whole run.
-        at_once: samples of a step on each of `gpus` GPUs.
-        state, activations: bytes on each GPU; activations are those of a step.
-        half: whether the run computes in half precision, or in fp32.
-    """
-
-    weights: int
-    trained: int
-    flops: float
-    samples: int
-    at_once: int
-    state: int
-    activations: int
-    half: bool
+    weights: int  # parameters
+    trained: int  # parameters that are trained
+    flops: float  # operations of a sample's step
+    samples: int  # of the whole run
+    at_once: int  # samples of a step on each GPU
+    state: int  # bytes of weights and optimizer state on each GPU
+    activations: int  # bytes of a step on each GPU
+    half: bool  # whether it computes in half precision, or in fp32
     gpus: int
 
     def __str__(self) -> str:
@@ -98,8 +89,8 @@ def make_plan(
 
     Args:
         net, sample: the model and a batch of one sample, on the meta device.
-        samples, at_once: of the whole run; of a step on each GPU.
-        precision: Composer's; without one, Composer takes half precision on GPUs.
+        samples, at_once, gpus: see Plan.
+        precision: Composer's; None is half precision on GPUs.
         fsdp: the settings of FSDP, if it is used.
     """
     half = precision != "fp32"
@@ -126,7 +117,7 @@ def training_plan(
 
 
 def size_of(path: str) -> tuple[int, int]:
-    """Return the numbers of samples and classes of a data set, or of the published one of its path.
+    """Return the numbers of samples and classes of a data set, published if it is not on disk.
 
     Raises:
         ValueError: the data set does not exist, and no published one has this name.
@@ -154,20 +145,16 @@ def split_plan_flag(arguments: list[str]) -> tuple[list[str], int | None]:
 
 
 def training_samples(data: dict[str, Any], max_duration: str) -> int:
-    """Return how many samples a training takes: whole batches of each epoch.
-
-    Raises:
-        ValueError: an epoch has no whole batch, or the duration is not in epochs or steps.
-    """
+    """Return how many samples a training takes, in whole batches of each epoch."""
     batch = data["global_train_batch_size"]
     epoch = data.get("epoch_size")
     if not epoch:
         epoch = sum(size_of(stream["path"])[0] for stream in data["streams"])
-    steps = epoch * data.get("repeats", 1) // batch
+    epoch *= data.get("repeats", 1)
+    steps = epoch // batch
     if not steps:
-        raise ValueError(
-            f"data.global_train_batch_size={batch}: must be at most an epoch's samples"
-        )
+        limit = f"at most {epoch}, the samples of an epoch"
+        raise ValueError(f"data.global_train_batch_size={batch}: must be {limit}")
     duration = ensure_time(max_duration, "ep")
     if duration.unit.value == "ep":
         return batch * steps * duration.value

@@ -1,7 +1,7 @@
 """Algorithms, callbacks and loggers that a YAML file can name.
 
-Of Composer's, the lists hold what can do something with these models and batches. A class of your
-own is named with its module, as `my_module.MyCallback` (docs/code.md).
+The lists hold the Composer classes that work with these models. A class of your own is named with
+its module, as `my_module.MyCallback` (docs/code.md).
 """
 
 from composer import Algorithm, Callback

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from composer import Callback, Event, Logger, State, Trainer
+from composer import Callback, Evaluator, Event, Logger, State, Trainer
 from composer.algorithms import EMA
 from composer.core import DataSpec, ensure_time
 from composer.optim import CosineAnnealingWithWarmupScheduler
@@ -35,8 +35,9 @@ from shards.storage import Storage
 from shards.stream import load_stream
 from training.checkpoints import Checkpoints
 from training.config import RunName, build_named
-from training.logs import GradientNorm, JsonLines
+from training.logs import GlooGradientMean, GradientNorm, JsonLines
 from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS
+from training.speedups import unwrapped
 
 TRAINER_ARGUMENTS = inspect.signature(Trainer).parameters
 TrainerBlock = Annotated[  # Composer's Trainer, without the arguments that build_trainer gives
@@ -72,13 +73,14 @@ class RunConfig:
         return {name: block for name, block in asdict(self).items() if block is not None}
 
 
-# Blocks and keys that may change when a run resumes. The last two are of older versions.
-FREE = ("trainer", "callbacks", "loggers", "checkpoints", "make_demo", "allow_changes")
-FREE_KEYS = ("data.num_workers", "data.make_demo")
+# Blocks and keys that may change when a run resumes.
+FREE = ("trainer", "callbacks", "loggers", "checkpoints", "make_demo")
+FREE_KEYS = ("data.num_workers",)
+OLD_KEYS = ("allow_changes", "data.make_demo")  # in the config.yaml of earlier versions
 
 
-def decisive(config: dict[str, Any]) -> dict[str, Any]:
-    """Return {block.key: value} of all settings that decide the result of a run."""
+def fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that may not change when a run resumes, as {block.key: value}."""
     settings = {}
     for name, block in config.items():
         if name in FREE or block is None:
@@ -87,11 +89,11 @@ def decisive(config: dict[str, Any]) -> dict[str, Any]:
             settings |= {f"{name}.{key}": value for key, value in block.items()}
         else:
             settings[name] = block
-    return {key: value for key, value in settings.items() if key not in FREE_KEYS}
+    return {key: value for key, value in settings.items() if key not in FREE_KEYS + OLD_KEYS}
 
 
 def changed_settings(run: Path, config: dict[str, Any]) -> list[str]:
-    """Return the decisive keys whose values differ from the run's config.yaml.
+    """Return the keys of fixed settings whose values differ from the run's config.yaml.
 
     Raises:
         ValueError: config.yaml is corrupt.
@@ -100,22 +102,22 @@ def changed_settings(run: Path, config: dict[str, Any]) -> list[str]:
     if not path.exists():
         return []
     try:
-        before = decisive(OmegaConf.to_container(OmegaConf.load(path)))
+        before = fixed_settings(OmegaConf.to_container(OmegaConf.load(path)))
     except (YAMLError, OmegaConfBaseException, AttributeError) as error:
         message = "corrupt; if the run directory is the right one, delete this file"
         raise ValueError(f"{path}: {message}") from error
-    now = decisive(json.loads(json.dumps(config)))  # lists for tuples, as in the file
+    now = fixed_settings(json.loads(json.dumps(config)))  # lists for tuples, as in the file
     return sorted(key for key in before | now if before.get(key) != now.get(key))
 
 
 def start_run(config: RunConfig) -> Path:
-    """Join the process group, seed, and return the run directory. Exit with 0 if the run is
-    finished.
+    """Start a run and return its directory; exit with 0 if the run is finished.
 
-    Must come before any StreamingDataset, which would make a process group of its own.
+    Joins the process group and seeds. Must come before any StreamingDataset, which would make a
+    process group of its own.
 
     Raises:
-        ValueError: the run directory holds a run with other decisive settings.
+        ValueError: the run directory holds a run with other settings.
     """
     # Composer's handler of SIGTERM would wait for as long as init_process_group does.
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -143,7 +145,7 @@ def start_run(config: RunConfig) -> Path:
 
 
 class BFloat16OnCPU(Callback):
-    """Runs the forward pass under autocast. Composer's amp_bf16 has an effect on GPUs only."""
+    """Runs the forward pass in bfloat16 on the CPU, where Composer refuses amp_bf16."""
 
     def __init__(self):
         self.autocast = torch.autocast("cpu", torch.bfloat16)
@@ -181,6 +183,25 @@ def fsdp_config(config: RunConfig, model: nn.Module) -> FSDP2Config | None:
         raise ValueError(f"{key}: {error}") from error
 
 
+def trainer_settings(config: RunConfig, model: nn.Module) -> tuple[dict[str, Any], list[Callback]]:
+    """Return the block `trainer` for Composer, and the callbacks that it needs.
+
+    Raises:
+        ValueError: no max_duration, or FSDP settings that are refused.
+    """
+    settings, callbacks = dict(config.trainer), []
+    max_duration = settings.get("max_duration")
+    if not max_duration or ensure_time(max_duration, "ep").value == 0:
+        raise ValueError("trainer.max_duration: missing; give a duration such as 800ep")
+    if fsdp := fsdp_config(config, model):
+        settings["parallelism_config"] = {"fsdp": fsdp}
+    on_cpu = get_device(settings.get("device")).name == "cpu"
+    if on_cpu and settings.get("precision") == "amp_bf16":
+        settings["precision"] = "fp32"  # Composer refuses amp_bf16 on the CPU
+        callbacks.append(BFloat16OnCPU())
+    return settings, callbacks
+
+
 def build_trainer(
     run: Path,
     config: RunConfig,
@@ -188,7 +209,7 @@ def build_trainer(
     optimizer: torch.optim.Optimizer,
     loader: DataSpec,
     micro_size: int,
-    eval_dataloader: DataSpec | None = None,
+    evaluator: Evaluator | None = None,
 ) -> Trainer:
     """Return Composer's Trainer for the blocks of a config. It resumes from the newest checkpoint.
 
@@ -196,24 +217,16 @@ def build_trainer(
         micro_size: samples of a micro-batch on this rank.
 
     Raises:
-        ValueError: no max_duration; no intact checkpoint although checkpoints exist; settings that
-            Composer, FSDP or a named class refuses.
+        ValueError: no intact checkpoint although checkpoints exist; settings that Composer, FSDP or
+            a named class refuses.
     """
-    settings = dict(config.trainer)
-    max_duration = settings.get("max_duration")
-    if not max_duration or ensure_time(max_duration, "ep").value == 0:
-        raise ValueError("trainer.max_duration: missing; give a duration such as 800ep")
-    if fsdp := fsdp_config(config, model):
-        settings["parallelism_config"] = {"fsdp": fsdp}
+    settings, callbacks = trainer_settings(config, model)
     checkpoints = Checkpoints(run, **config.checkpoints or {})
-    callbacks = [checkpoints]
-    on_cpu = get_device(settings.get("device")).name == "cpu"
-    if on_cpu and settings.get("precision") == "amp_bf16":
-        settings["precision"] = "fp32"  # Composer refuses amp_bf16 on the CPU
-        callbacks.append(BFloat16OnCPU())
     newest = checkpoints.newest()
-    own_algorithms = model.algorithms() if hasattr(model, "algorithms") else []
+    # KNN calls this between batches, so that a stop signal does not wait for the measurement.
     given = {KNN: (checkpoints.save_and_exit_if_stopped,)}
+    own_algorithms = model.algorithms() if hasattr(model, "algorithms") else []
+    algorithms = build_named(ALGORITHMS, config.algorithms) + own_algorithms
     try:
         trainer = Trainer(
             **settings,
@@ -226,19 +239,12 @@ def build_trainer(
             optimizers=optimizer,
             schedulers=CosineAnnealingWithWarmupScheduler(**config.schedule),
             train_dataloader=loader,
-            eval_dataloader=eval_dataloader,
+            eval_dataloader=evaluator,
             device_train_microbatch_size=micro_size,
-            # Composer reverses the order at after-events: GradientNorm runs before the clipping.
-            algorithms=[
-                *build_named(ALGORITHMS, config.algorithms),
-                *own_algorithms,
-                GradientNorm(),
-            ],
-            callbacks=[*build_named(CALLBACKS, config.callbacks, given), *callbacks],
-            loggers=[
-                JsonLines(run / "metrics.jsonl"),
-                *build_named(LOGGERS, config.loggers),
-            ],
+            # Composer reverses the order after a step: mean, norm, then clipping.
+            algorithms=[*algorithms, GradientNorm(), GlooGradientMean()],
+            callbacks=[*build_named(CALLBACKS, config.callbacks, given), checkpoints, *callbacks],
+            loggers=[JsonLines(run / "metrics.jsonl"), *build_named(LOGGERS, config.loggers)],
         )
     except ValueError:
         raise
@@ -272,7 +278,7 @@ def rename_averages(state: State) -> None:
 def fit(trainer: Trainer) -> None:
     """Train. If only the final evaluation was interrupted, run just that."""
     if trainer.state.timestamp < trainer.state.max_duration:
-        model = getattr(trainer.state.model, "module", trainer.state.model)
+        model = unwrapped(trainer.state)
         if trainer.state.timestamp.batch.value == 0 and model.flops_per_sample:
             trainer.logger.log_metrics({"flops_per_sample": model.flops_per_sample})
         trainer.fit()

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
 
 SAFE_CLASSES = [  # plain values that files may hold beside tensors
-    argparse.Namespace,  # arguments, in the official files
-    datetime.timedelta,  # the rest: time stamps, versions and generator states, in Composer's
+    argparse.Namespace,  # in the official files; the others are in Composer's
+    datetime.timedelta,
     torch.torch_version.TorchVersion,
     np._core.multiarray._reconstruct,
     np.ndarray,
@@ -28,17 +28,12 @@ SAFE_CLASSES = [  # plain values that files may hold beside tensors
     np.dtypes.UInt32DType,
 ]
 
-# Everything that the .metadata file of a sharded checkpoint consists of, by module. Names are
-# compared whole: pickle resolves a dotted name such as "os.system" to an attribute of an attribute.
+# All that the .metadata file of a sharded checkpoint may name, by module. Whole names are compared,
+# since pickle would resolve a dotted name such as "os.system" to an attribute of an attribute.
 METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorStorageMetadata",
-        "TensorProperties",
+        *("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata"),
+        *("ChunkStorageMetadata", "TensorStorageMetadata", "TensorProperties"),
         "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
@@ -69,7 +64,7 @@ class PlainReader(FileSystemReader):
 
 
 def load_plain(file: str | IO[bytes], mmap: bool = False) -> Any:
-    """Load what torch.save wrote, if it consists of tensors and plain values.
+    """Load a file of torch.save, if it consists of tensors and plain values.
 
     Args:
         mmap: read a tensor from disk only when it is used.
@@ -80,7 +75,7 @@ def load_plain(file: str | IO[bytes], mmap: bool = False) -> Any:
     try:
         with torch.serialization.safe_globals(SAFE_CLASSES):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:  # its message advises to load unsafely
+    except pickle.UnpicklingError as error:  # whose message advises to load unsafely
         reason = "it is corrupt, or holds more than tensors and plain values"
         raise pickle.UnpicklingError(reason) from error
 

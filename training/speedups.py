@@ -1,10 +1,11 @@
-"""Composer algorithms for pre-training that are ours: cheaper decoding, growing views, and a ramp.
+"""Our Composer algorithms for pre-training: cheaper decoding, growing views, and a ramp.
 
     composer pretrain.py yamls/vitl.yaml yamls/vitl_fast.yaml
 
 Each class is a block under `algorithms` of a YAML file.
 """
 
+import torch
 import torch.nn.functional as F
 from composer import Algorithm, Event, Logger, State
 from composer.core import TimeUnit, ensure_time
@@ -135,7 +136,8 @@ class ProgressiveResizing(Algorithm):
     def check(self, model: ViCMAE) -> None:
         patch_size = model.encoder.patch_size
         patches = (self.side(model.encoder.img_size, 0.0) // patch_size) ** 2
-        if self.size_increment % patch_size or int(patches * (1 - model.mask_ratio)) < 1:
+        visible = model.masking(torch.zeros(1, patches))[0].shape[1]
+        if self.size_increment % patch_size or visible < 1:
             raise ValueError(
                 f"algorithms.ProgressiveResizing: size_increment={self.size_increment} must be a "
                 f"multiple of model.patch_size={patch_size}, and "

@@ -3,7 +3,7 @@
     weights = read_checkpoint("runs/vitl")                          # a run directory, or any file
     report = load_pretrained(model, "vicmae_vitl.pth")              # official files, by our names
     print(describe(report))                                         # how many weights were loaded
-    known_sizes("runs/vitl/checkpoints/latest-rank0.pt")["model"]   # {"img_size": 224, ...}
+    known_model("runs/vitl/checkpoints/latest-rank0.pt")["model"]   # {"img_size": 224, ...}
 
 Nothing in a file is executed, see safe_load.
 """
@@ -28,6 +28,7 @@ from yaml import YAMLError
 
 from training.safe_load import load_plain, read_shards
 
+# Composer's name for a link to the newest checkpoint, which is a folder if sharded.
 LATEST = "latest-rank0.pt"  # in a run's checkpoints/: a link to the newest checkpoint
 YAMLS = Path(__file__).parent.parent / "yamls"
 
@@ -36,13 +37,7 @@ WRAPPERS = ("state", "model", "module", "model_state", "state_dict")
 
 
 def find_timm_file(name: str) -> str:
-    """Return the cached file of timm's weights, such as vit_base_patch16_224.mae.
-
-    Nothing is downloaded.
-
-    Raises:
-        ValueError: timm has no such weights, or they are not in Hugging Face's cache.
-    """
+    """Return the cached file of timm's weights, such as vit_base_patch16_224.mae."""
     entry = get_pretrained_cfg(name)
     if entry is None or not entry.hf_hub_id:
         raise ValueError(f"checkpoint {name} does not exist, as a file or among timm's weights")
@@ -55,21 +50,15 @@ def find_timm_file(name: str) -> str:
 
 
 def find_file(path: str) -> str:
-    """Return the file, or the folder of shards, that a path or name of read_checkpoint stands for.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Return the file, or the folder of shards, of a path or name that read_checkpoint takes."""
     newest = os.path.join(path, "checkpoints", LATEST)
     if os.path.exists(newest):
         return newest
     if not os.path.exists(path):
         return find_timm_file(path)
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, ".metadata")):
-        raise ValueError(
-            f"{path}: holds neither checkpoints/{LATEST}, as a run directory does, "
-            "nor .metadata, as a sharded checkpoint does"
-        )
+        expected = f"neither checkpoints/{LATEST} of a run nor .metadata of a sharded checkpoint"
+        raise ValueError(f"{path}: holds {expected}")
     return path
 
 
@@ -81,7 +70,7 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
     Args:
         path: a run directory; a checkpoint of Composer (a file, or a folder of FSDP's shards); an
             official file of ViC-MAE, MAE, ST-MAE or VideoMAE; a bare state dict; as .pt, .pth or
-            .safetensors. Or the name of timm's weights, see find_timm_file.
+            .safetensors. Or the name of timm's weights, which must be in Hugging Face's cache.
 
     Raises:
         ValueError: the file is missing, corrupt, unsafe, or holds no ViT.
@@ -142,7 +131,7 @@ def our_name(key: str) -> str:
 
 
 def our_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of other code, and join what it keeps in parts.
+    """Rename the weights of other code, and join what other code keeps in parts.
 
     Takes state dicts of ViC-MAE, MAE, ST-MAE (github.com/facebookresearch/mae_st), VideoMAE
     (github.com/MCG-NJU/VideoMAE), timm and our own. Of a linear probe's heads, the best is taken.
@@ -150,13 +139,27 @@ def our_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     weights = {our_name(key): value for key, value in weights.items()}
     keep_best_head(weights)
     for key in list(weights):
-        if re.search(r"attn\.q\.(weight|bias)$", key):
-            join_qkv(weights, key)
-        elif key.endswith("attn.q_bias"):
-            join_qkv_bias(weights, key)
-        elif key.endswith("pos_embed_spatial"):
-            join_positions(weights, key)
+        if match := re.fullmatch(r"(.*attn\.)q\.(weight|bias)", key):  # ST-MAE
+            owner, kind = match.groups()
+            join(weights, [f"{owner}{part}.{kind}" for part in "qkv"], f"{owner}qkv.{kind}")
+        elif key.endswith("attn.q_bias"):  # VideoMAE
+            owner = key.removesuffix("q_bias")
+            # It has no bias of k, which would add the same to all scores of a query.
+            weights[f"{owner}k_bias"] = torch.zeros_like(weights[key])
+            join(weights, [f"{owner}{part}_bias" for part in "qkv"], f"{owner}qkv.bias")
+        elif key.endswith("pos_embed_spatial"):  # ST-MAE, (1, N, D)
+            name = key.removesuffix("_spatial")
+            join(weights, [f"{name}_class", key], name, dim=1)  # (1, 1 + N, D)
+        elif key.endswith("pos_embed_temporal"):  # ST-MAE, (1, steps, D)
+            owner = key.removesuffix("pos_embed_temporal")
+            weights[f"{owner}temporal_embed"] = weights.pop(key)
     return weights
+
+
+def join(weights: dict[str, Tensor], parts: list[str], name: str, dim: int = 0) -> None:
+    """Replace weights by their concatenation, if all of them are there."""
+    if all(part in weights for part in parts):
+        weights[name] = torch.cat([weights.pop(part) for part in parts], dim=dim)
 
 
 def keep_best_head(weights: dict[str, Tensor]) -> None:
@@ -171,47 +174,11 @@ def keep_best_head(weights: dict[str, Tensor]) -> None:
     weights["head.weight"], weights["head.bias"] = weight, bias
 
 
-def join_qkv(weights: dict[str, Tensor], key: str) -> None:
-    """Join ST-MAE's q, k and v, of which `key` names q, into the rows of qkv."""
-    before, after = key.rsplit(".q.", 1)
-    names = [f"{before}.{part}.{after}" for part in "qkv"]
-    if all(name in weights for name in names):
-        weights[f"{before}.qkv.{after}"] = torch.cat([weights.pop(name) for name in names])
-
-
-def join_qkv_bias(weights: dict[str, Tensor], key: str) -> None:
-    """Join VideoMAE's biases of q and v, of which `key` names q's, into qkv's.
-
-    VideoMAE has no bias of k: it adds the same number to all scores of a query, and softmax
-    cancels it.
-    """
-    prefix = key.removesuffix("q_bias")
-    if f"{prefix}v_bias" in weights:
-        q_bias, v_bias = weights.pop(key), weights.pop(f"{prefix}v_bias")
-        k_bias = torch.zeros_like(q_bias)
-        weights[f"{prefix}qkv.bias"] = torch.cat([q_bias, k_bias, v_bias])
-
-
-def join_positions(weights: dict[str, Tensor], key: str) -> None:
-    """Join ST-MAE's positions of CLS and of the grid, named by `key`; rename those in time."""
-    owner = key.removesuffix("pos_embed_spatial")  # "encoder." or "decoder."
-    names = [f"{owner}pos_embed_{part}" for part in ("class", "spatial", "temporal")]
-    if all(name in weights for name in names):
-        cls, grid, times = [weights.pop(name) for name in names]
-        weights[f"{owner}pos_embed"] = torch.cat([cls, grid], dim=1)  # (1, 1 + N, D)
-        weights[f"{owner}temporal_embed"] = times  # (1, steps, D)
-
-
-def square_side(positions: Tensor | None) -> int | None:
-    """Return the side of the square grid that positions (1, 1 + N, D) cover; None if there is none.
-
-    Positions without CLS, as N alone, count as none.
-    """
-    if positions is None or positions.ndim != 3:
-        return None
-    count = positions.shape[1] - 1
+def square_side(positions: Tensor) -> int:
+    """Return the side of the square grid of positions (1, 1 + N, D); 0 if N is no square."""
+    count = positions.shape[1] - 1 if positions.ndim == 3 else 0
     side = math.isqrt(max(count, 0))
-    return side if side > 0 and side**2 == count else None
+    return side if side**2 == count else 0
 
 
 def resize_weight(name: str, value: Tensor, shape: torch.Size) -> Tensor:
@@ -230,7 +197,7 @@ def resize_weight(name: str, value: Tensor, shape: torch.Size) -> Tensor:
         return value
     if name.endswith("temporal_embed") and value.shape[2] == shape[2]:
         return F.interpolate(value.transpose(1, 2), shape[1], mode="linear").transpose(1, 2)
-    if name.endswith("pos_embed") and square_side(value) is not None:
+    if name.endswith("pos_embed") and square_side(value):
         return resample_abs_pos_embed(value, [math.isqrt(shape[1] - 1)] * 2)
     return value
 
@@ -256,49 +223,36 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[
     else:
         origin, weights = "the state dict", our_layout(source)
     own = module.state_dict()
-    report = {"loaded": [], "resized": [], "missing": [], "unused": []}
-    report["missing"] = [key for key in own if key not in weights]
-    fitting = {}
-    for key, value in weights.items():
-        if key not in own:
-            report["unused"].append(key)
-            continue
-        shape = own[key].shape
-        fitting[key] = resize_weight(key, value, shape)
-        if fitting[key].shape != shape:
-            found, wanted = tuple(fitting[key].shape), tuple(shape)
-            raise ValueError(
-                f"{origin}: {key} is {found} but the model's is {wanted}; "
-                "set the model's sizes as trained"
-            )
-        report["loaded"].append(key)
+    missing = [key for key in own if key not in weights]
+    unused = [key for key in weights if key not in own]
+    check_encoder(origin, missing, unused)
+    fitting = {key: value for key, value in weights.items() if key in own}
+    resized = []
+    for key, value in fitting.items():
+        fitting[key] = resize_weight(key, value, own[key].shape)
+        found, wanted = tuple(fitting[key].shape), tuple(own[key].shape)
+        if found != wanted:
+            remedy = "set the model's sizes as trained"
+            raise ValueError(f"{origin}: {key} is {found} but the model's is {wanted}; {remedy}")
         if fitting[key] is not value:
-            report["resized"].append(key)
-    check_encoder(origin, report)
+            resized.append(key)
     module.load_state_dict(fitting, strict=False)
-    return report
+    return {"loaded": list(fitting), "resized": resized, "missing": missing, "unused": unused}
 
 
-def check_encoder(origin: str, report: dict[str, list[str]]) -> None:
+def check_encoder(origin: str, missing: list[str], unused: list[str]) -> None:
     """Raise a ValueError if the encoders of a source and a model are not the same kind of ViT."""
-    for key in report["unused"]:
+    for key in unused:
         if key.startswith(("encoder.blocks.", "encoder.norm", "encoder.patch_embed")):
-            raise ValueError(
-                f"{origin} has {key}, which the model has not; "
-                "it is of another depth or kind of ViT"
-            )
-    optional = ["encoder.temporal_embed"]
-    if "encoder.cls_token" in report["missing"] and "encoder.pos_embed" in report["missing"]:
-        optional += ["encoder.cls_token", "encoder.pos_embed"]  # VideoMAE has neither
-    absent = []
-    for key in report["missing"]:
-        if key.startswith("encoder.") and key not in optional:
-            absent.append(key)
+            reason = "it is of another depth or kind of ViT"
+            raise ValueError(f"{origin} has {key}, which the model lacks; {reason}")
+    optional = {"encoder.temporal_embed"}
+    if {"encoder.cls_token", "encoder.pos_embed"} <= set(missing):  # VideoMAE has neither
+        optional |= {"encoder.cls_token", "encoder.pos_embed"}
+    absent = [key for key in missing if key.startswith("encoder.") and key not in optional]
     if absent:
-        raise ValueError(
-            f"{origin} lacks {len(absent)} weights of the encoder, {absent[0]} first; "
-            "set the model's depth as trained"
-        )
+        lacking = f"lacks {len(absent)} weights of the encoder, {absent[0]} first"
+        raise ValueError(f"{origin} {lacking}; set the model's depth as trained")
 
 
 def describe(report: dict[str, list[str]]) -> str:
@@ -316,13 +270,20 @@ def describe(report: dict[str, list[str]]) -> str:
     return "\n".join(lines)
 
 
-NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}  # by embed_dim; shapes do not tell
+NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}  # by embed_dim; shapes do not show them
 DECODER_NUM_HEADS = {256: 8, 512: 16}
 ENCODER_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+WIDTHS = {  # ViCMAE's arguments that are the first dimension of a weight
+    "embed_dim": "encoder.patch_embed.proj.weight",
+    "decoder_embed_dim": "decoder.embed.weight",
+    "projector_hidden_dim": "projector.0.weight",
+    "projector_out_dim": "projector.6.weight",
+    "predictor_hidden_dim": "predictor.0.weight",
+}
 
 
 def vit_sizes(weights: dict[str, Tensor]) -> dict[str, int]:
-    """Return the sizes of a model, by ViCMAE's arguments, as far as its weights tell them.
+    """Return the sizes of a model, by ViCMAE's arguments, as far as its weights show them.
 
     Args:
         weights: by our names, as read_checkpoint returns them.
@@ -333,56 +294,35 @@ def vit_sizes(weights: dict[str, Tensor]) -> dict[str, int]:
     patches = weights.get("encoder.patch_embed.proj.weight")  # (D, 3, [t,] p, p)
     if patches is None:
         raise ValueError("the weights have no encoder.patch_embed.proj.weight; give a ViT's")
-    sizes = {"patch_size": patches.shape[-1], "embed_dim": patches.shape[0]}
-    sizes["depth"] = count_blocks(weights, "encoder")
-    if patches.shape[0] in NUM_HEADS:
-        sizes["num_heads"] = NUM_HEADS[patches.shape[0]]
-    grid = square_side(weights.get("encoder.pos_embed"))
-    if grid is not None:
-        sizes["img_size"] = grid * sizes["patch_size"]
+    sizes = {name: weights[key].shape[0] for name, key in WIDTHS.items() if key in weights}
+    sizes["patch_size"] = patches.shape[-1]
+    blocks = [re.match(r"(encoder|decoder)\.blocks\.\d+\.norm1\.weight", key) for key in weights]
+    depths = Counter(match[1] for match in blocks if match)
+    sizes["depth"] = depths["encoder"]
+    if sizes["embed_dim"] in NUM_HEADS:
+        sizes["num_heads"] = NUM_HEADS[sizes["embed_dim"]]
+    if depths["decoder"] and "decoder_embed_dim" in sizes:
+        sizes["decoder_depth"] = depths["decoder"]
+        if sizes["decoder_embed_dim"] in DECODER_NUM_HEADS:
+            sizes["decoder_num_heads"] = DECODER_NUM_HEADS[sizes["decoder_embed_dim"]]
+    else:  # none, or of another kind, as VideoMAE's
+        sizes.pop("decoder_embed_dim", None)
+    if "encoder.pos_embed" in weights and square_side(weights["encoder.pos_embed"]):
+        sizes["img_size"] = square_side(weights["encoder.pos_embed"]) * sizes["patch_size"]
     if patches.ndim == 5:
         sizes["tubelet_size"] = patches.shape[2]
         if "encoder.temporal_embed" in weights:
             steps = weights["encoder.temporal_embed"].shape[1]
             sizes["num_frames"] = steps * sizes["tubelet_size"]
-    return sizes | decoder_sizes(weights) | head_sizes(weights)
-
-
-def count_blocks(weights: dict[str, Tensor], owner: str) -> int:
-    """Return the number of transformer blocks of the encoder or the decoder."""
-    found = [re.match(rf"{owner}\.blocks\.(\d+)\.", key) for key in weights]
-    return len({match[1] for match in found if match})
-
-
-def decoder_sizes(weights: dict[str, Tensor]) -> dict[str, int]:
-    """Return the sizes of a decoder as ours; empty if there is none."""
-    depth = count_blocks(weights, "decoder")
-    if depth == 0 or "decoder.embed.weight" not in weights:  # VideoMAE's has no such layer
-        return {}
-    width = weights["decoder.embed.weight"].shape[0]
-    sizes = {"decoder_embed_dim": width, "decoder_depth": depth}
-    if width in DECODER_NUM_HEADS:
-        sizes["decoder_num_heads"] = DECODER_NUM_HEADS[width]
     return sizes
 
 
-def head_sizes(weights: dict[str, Tensor]) -> dict[str, int]:
-    """Return the sizes of the projector and the predictor, as far as they are there."""
-    sizes = {}
-    if "projector.0.weight" in weights and "projector.6.weight" in weights:
-        sizes["projector_hidden_dim"] = weights["projector.0.weight"].shape[0]
-        sizes["projector_out_dim"] = weights["projector.6.weight"].shape[0]
-    if "predictor.0.weight" in weights:
-        sizes["predictor_hidden_dim"] = weights["predictor.0.weight"].shape[0]
-    return sizes
-
-
-def known_sizes(checkpoint: str, planned: bool = False) -> dict[str, Any]:
-    """Return what a checkpoint's run, or else its weights, tell about the model.
+def known_model(checkpoint: str, planned: bool = False) -> dict[str, Any]:
+    """Return the method and the sizes of a checkpoint's run, or else the sizes of its weights.
 
     Args:
         checkpoint: see read_checkpoint.
-        planned: if the run directory does not exist yet, read yamls/NAME.yaml for it.
+        planned: if the run directory does not exist yet, read yamls/NAME.yaml instead.
 
     Returns:
         `method`: of the run's configuration, None if not given there. `stage`: "pretrain", or
@@ -392,14 +332,27 @@ def known_sizes(checkpoint: str, planned: bool = False) -> dict[str, Any]:
         ValueError: the checkpoint, or the configuration of its run, cannot be read.
     """
     run = find_run(checkpoint)
-    if run is not None and (run / "config.yaml").exists():
-        return sizes_of_config(read_config(run / "config.yaml"))
-    if planned and run is not None and not run.exists():
-        return planned_sizes(run.name)
-    weights = read_checkpoint(checkpoint)
-    is_classifier = any(name.startswith("head.") for name in weights)
-    stage = "finetune" if is_classifier else "pretrain"
-    return {"method": None, "stage": stage, "model": vit_sizes(weights)}
+    file = run / "config.yaml" if run else None
+    is_future = planned and run is not None and not run.exists()
+    if is_future:
+        file = YAMLS / f"{run.name}.yaml"
+        if not file.exists():
+            raise ValueError(f"{run} does not exist, nor does {file}, which would give its sizes")
+    if not (file and file.exists()):
+        weights = read_checkpoint(checkpoint)
+        is_classifier = any(name.startswith("head.") for name in weights)
+        stage = "finetune" if is_classifier else "pretrain"
+        return {"method": None, "stage": stage, "model": vit_sizes(weights)}
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+        model = config.get("model") or {}
+    except (OSError, UnicodeError, YAMLError, OmegaConfBaseException, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if is_future and config.get("pretrained") and find_run(config["pretrained"]):
+        start = known_model(config["pretrained"], planned)["model"]
+        model = {key: value for key, value in start.items() if key in ENCODER_SIZES} | model
+    stage = "finetune" if "eval_data" in config else "pretrain"
+    return {"method": config.get("method"), "stage": stage, "model": model}
 
 
 def find_run(checkpoint: str) -> Path | None:
@@ -410,43 +363,3 @@ def find_run(checkpoint: str) -> Path | None:
     if path.parent.name == "runs" or (path / "config.yaml").exists():
         return path
     return None
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Return the contents of a YAML file of settings.
-
-    Raises:
-        ValueError: it is missing or corrupt.
-    """
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OSError, UnicodeError, YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no settings")
-    return config
-
-
-def sizes_of_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return method, stage and model block of a configuration, see known_sizes."""
-    stage = "finetune" if "eval_data" in config else "pretrain"
-    return {"method": config.get("method"), "stage": stage, "model": config.get("model") or {}}
-
-
-def planned_sizes(name: str) -> dict[str, Any]:
-    """Return what yamls/NAME.yaml tells about the model of a run that has not begun.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    file = YAMLS / f"{name}.yaml"
-    if not file.exists():
-        raise ValueError(f"runs/{name} does not exist, nor does {file}, which would tell its sizes")
-    config = read_config(file)
-    known = sizes_of_config(config)
-    pretrained = config.get("pretrained")
-    if pretrained and find_run(pretrained) is not None:
-        start = known_sizes(pretrained, planned=True)["model"]
-        encoder = {key: value for key, value in start.items() if key in ENCODER_SIZES}
-        known["model"] = encoder | known["model"]
-    return known
