@@ -109,7 +109,10 @@ def choose_method(config: EvalConfig, known: dict[str, Any], weights: dict[str, 
     if known.get("method"):
         return known["method"]
     if known.get("stage") != "finetune":
-        return "vicmae"
+        sizes = known["model"]  # clips are not ViC-MAE's, whatever else the checkpoint holds
+        if sizes.get("num_frames", 1) == 1:
+            return "vicmae"
+        return "videomae" if sizes.get("mask") == "tube" else "st_mae"
     if "neck.running_mean" in weights:
         return "linear_probe"
     return "omnivore" if "head.0.bias" in weights else "classifier"
