@@ -405,8 +405,7 @@ def finetune(config: FinetuneConfig) -> Trainer:
     else:
         optimizer = build_optimizer(net, batch_size, **config.optimizer)
     validation = load_eval(run, size, frames, offsets, **config.eval_data)
-    net.flops_per_sample = flops
-    return build_trainer(run, config, net, optimizer, loader, micro_size, validation)
+    return build_trainer(run, config, net, optimizer, loader, micro_size, validation, flops)
 
 
 def on_meta_device(config: FinetuneConfig, classes: int | list[int]) -> tuple[Classifier, Batch]:

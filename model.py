@@ -378,16 +378,7 @@ def feature_std(features: Tensor) -> Tensor:
     return z.var(dim=0, unbiased=False).sum(dim=-1).mean().sqrt()
 
 
-class CountedModel(ComposerModel):
-    """A ComposerModel that tells SpeedMonitor the operations of a step, which the stage counts."""
-
-    flops_per_sample = 0.0
-
-    def flops_per_batch(self, batch: Batch) -> float:
-        return self.flops_per_sample * len(next(iter(batch.values())))
-
-
-class ViCMAE(CountedModel):
+class ViCMAE(ComposerModel):
     """Encoder, decoder and projector, with the loss that trains them (section 3).
 
     The default values are the official code's, for ViT-B.
@@ -566,7 +557,7 @@ class ViCMAE(CountedModel):
 # Section 4: transfer
 
 
-class Classifier(CountedModel):
+class Classifier(ComposerModel):
     """The encoder on whole images or clips, pooled, with a linear head.
 
     Args:

@@ -91,8 +91,7 @@ def pretrain(config: PretrainConfig) -> Trainer:
     )
     check_data(net, config, views.views, micro_size * dist.get_world_size())
     optimizer = build_optimizer(net, config.data["global_train_batch_size"], **config.optimizer)
-    net.flops_per_sample = flops
-    return build_trainer(run, config, net, optimizer, loader, micro_size)
+    return build_trainer(run, config, net, optimizer, loader, micro_size, flops_per_sample=flops)
 
 
 def on_meta_device(config: PretrainConfig) -> tuple[ViCMAE, Batch]:

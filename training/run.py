@@ -37,7 +37,6 @@ from training.checkpoints import Checkpoints
 from training.config import RunName, build_named
 from training.logs import GlooGradientMean, GradientNorm, JsonLines
 from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS
-from training.speedups import unwrapped
 
 TRAINER_ARGUMENTS = inspect.signature(Trainer).parameters
 TrainerBlock = Annotated[  # Composer's Trainer, without the arguments that build_trainer gives
@@ -210,11 +209,13 @@ def build_trainer(
     loader: DataSpec,
     micro_size: int,
     evaluator: Evaluator | None = None,
+    flops_per_sample: float = 0.0,
 ) -> Trainer:
     """Return Composer's Trainer for the blocks of a config. It resumes from the newest checkpoint.
 
     Args:
         micro_size: samples of a micro-batch on this rank.
+        flops_per_sample: operations of a step per sample, for SpeedMonitor; 0 if not counted.
 
     Raises:
         ValueError: no intact checkpoint although checkpoints exist; settings that Composer, FSDP or
@@ -225,6 +226,8 @@ def build_trainer(
     newest = checkpoints.newest()
     # KNN calls this between batches, so that a stop signal does not wait for the measurement.
     given = {KNN: (checkpoints.save_and_exit_if_stopped,)}
+    if flops_per_sample:  # SpeedMonitor looks for this attribute.
+        model.flops_per_batch = lambda batch: flops_per_sample * len(next(iter(batch.values())))
     own_algorithms = model.algorithms() if hasattr(model, "algorithms") else []
     algorithms = build_named(ALGORITHMS, config.algorithms) + own_algorithms
     try:
@@ -252,6 +255,8 @@ def build_trainer(
         blocks = "trainer, algorithms, callbacks or loggers"
         raise ValueError(f"{blocks}: {type(error).__name__}: {error}") from error
     rename_averages(trainer.state)
+    if flops_per_sample and trainer.state.timestamp.batch == 0:
+        trainer.logger.log_metrics({"flops_per_sample": flops_per_sample})
     if dist.get_global_rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         text = OmegaConf.to_yaml(OmegaConf.create(config.given()))
@@ -278,9 +283,6 @@ def rename_averages(state: State) -> None:
 def fit(trainer: Trainer) -> None:
     """Train. If only the final evaluation was interrupted, run just that."""
     if trainer.state.timestamp < trainer.state.max_duration:
-        model = unwrapped(trainer.state)
-        if trainer.state.timestamp.batch.value == 0 and model.flops_per_sample:
-            trainer.logger.log_metrics({"flops_per_sample": model.flops_per_sample})
         trainer.fit()
         return
     trainer.engine.run_event(Event.FIT_START)
