@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from composer import Trainer
 from composer.utils import dist
+from PIL import Image
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from timm.optim import Lars
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 import methods
 from evaluation.accuracy import load_eval
@@ -56,7 +56,8 @@ class FinetuningViews:
         label_offsets: number of the first class of each stream; all 0 if empty.
         crop_scale, crop_ratio: of RandomResizedCrop.
         flip: probability; 0 if labels have a direction.
-        frame_interval: seconds between two frames, for a part of the clip; None for the whole clip.
+        frame_interval: seconds between two frames, for a part of the clip; None for a random frame
+            of each of `num_frames` equal sections of the clip (source: VideoMAE).
         rand_augment: policy in timm's notation, such as rand-m9-mstd0.5-inc1.
         erasing: probability that a box of a sample becomes noise (timm's RandomErasing, mode
             "pixel").
@@ -107,7 +108,11 @@ class FinetuningViews:
 
     def new_policy(self):
         colour = tuple(round(255 * mean) for mean in MEAN)
-        hints = {"translate_const": int(0.45 * self.img_size), "img_mean": colour}
+        hints = {
+            "translate_const": int(0.45 * self.img_size),
+            "img_mean": colour,  # beyond the edges of a frame
+            "interpolation": Image.Resampling.BICUBIC,
+        }
         try:
             return rand_augment_transform(self.rand_augment, hints)
         except (AssertionError, ValueError) as error:
@@ -119,6 +124,9 @@ class FinetuningViews:
     def draw(self, sample: dict, rng: np.random.Generator) -> dict[str, Any]:
         """Crop, flip and augment a stored sample, in a data worker.
 
+        The policy comes after crop and flip for images (source: timm), before them for clips
+        (source: SlowFast).
+
         Returns:
             `inputs` uint8 (1, T, 3, H, W); `target`; `held_out`, the label if the sample is held
             out, else -1; `key`, which seeds the random numbers of apply.
@@ -128,18 +136,25 @@ class FinetuningViews:
         """
         if sample["label"] < 0:
             raise ValueError("has no label")
-        timestamps = sample["timestamps"]
-        picked = pick_frames(timestamps, self.num_frames, self.frame_interval, rng.random())
+        position = rng.random()
+        if self.frame_interval is None:
+            # A generator of its own, so that T does not change what is drawn after it.
+            position = rng.spawn(1)[0].random(self.num_frames)
+        picked = pick_frames(sample["timestamps"], self.num_frames, self.frame_interval, position)
         frames = {index: decode_frame(sample, index) for index in set(picked)}
+        if self.policy and self.num_frames > 1:
+            seed = int(rng.integers(2**31))
+            frames = {index: self.apply_policy(frame, seed) for index, frame in frames.items()}
         height, width = frames[picked[0]].shape[:2]
         box = draw_crop(rng, height, width, self.crop_scale, self.crop_ratio)
         crops = [crop_and_scale(frames[index], box, self.img_size) for index in picked]
         clip = torch.stack(crops)  # (T, 3, H, W)
         if rng.random() < self.flip:
             clip = clip.flip(3)
-        if self.policy:
-            seed = int(rng.integers(2**31))
-            clip = torch.stack([self.apply_policy(frame, seed) for frame in clip])
+        if self.policy and self.num_frames == 1:
+            image = clip[0].permute(1, 2, 0).numpy()  # (H, W, 3)
+            image = self.apply_policy(image, int(rng.integers(2**31)))
+            clip = torch.from_numpy(image).permute(2, 0, 1)[None]
         is_held_out = zlib.crc32(sample["name"].encode()) < self.held_out * 2**32
         label = sample["label"]
         if self.label_offsets:
@@ -151,11 +166,11 @@ class FinetuningViews:
             "key": int(rng.integers(2**31)),
         }
 
-    def apply_policy(self, frame: Tensor, seed: int) -> Tensor:
-        """Apply the policy to a frame uint8 (3, H, W); timm draws from the global generators."""
+    def apply_policy(self, frame: np.ndarray, seed: int) -> np.ndarray:
+        """Apply the policy to a frame (H, W, 3) uint8; timm draws from the global generators."""
         random.seed(seed)
         np.random.seed(seed)
-        return pil_to_tensor(self.policy(to_pil_image(frame)))
+        return np.array(self.policy(Image.fromarray(frame)))
 
     def apply(self, batch: Batch) -> Batch:
         """Normalise, erase and mix a batch, on the device.

@@ -319,7 +319,7 @@ def pool(tokens: Tensor, kind: PoolKind) -> Tensor:
 class Head(nn.Sequential):
     """Linear layers from each of `widths` to the next, with BatchNorm and ReLU between them.
 
-    The projector is D - hidden - hidden - out. A predictor is out - hidden - out.
+    The projector is D - hidden - hidden - out.
     """
 
     def __init__(self, *widths: int):
@@ -389,8 +389,8 @@ class ViCMAE(ComposerModel):
             S 384/12/6, B 768/12/12, L 1024/24/16, H 1280/32/16 with patch 14.
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder. 512/8/16, S 256/8/8.
         projector_hidden_dim, projector_out_dim: sizes of the contrastive head.
-        predictor_hidden_dim: width of a second head, which predicts the projection of the other
-            view without gradient to it (yamls/paper.yaml). None for no predictor.
+        predictor: add a second head like the projector, which predicts the projection of the other
+            view (yamls/paper.yaml). Without it, the projection itself is the prediction.
         mask_ratio: fraction of the patches of each view that is removed, in (0, 1).
         pool: pooling of the visible tokens before the projector, see pool.
         temperature: of InfoNCE, > 0.
@@ -424,7 +424,7 @@ class ViCMAE(ComposerModel):
         decoder_num_heads: PositiveInt = 16,
         projector_hidden_dim: PositiveInt = 4096,
         projector_out_dim: PositiveInt = 128,
-        predictor_hidden_dim: PositiveInt | None = None,
+        predictor: bool = False,
         mask_ratio: ProperFraction = 0.5,
         pool: PoolKind = "mean",
         temperature: PositiveFloat = 0.1,
@@ -437,9 +437,9 @@ class ViCMAE(ComposerModel):
         clip = (self.num_frames, self.tubelet_size)
         self.encoder = Encoder(img_size, patch_size, embed_dim, depth, num_heads, *clip)
         self.decoder = Decoder(self.encoder, decoder_embed_dim, decoder_depth, decoder_num_heads)
-        hidden, out = projector_hidden_dim, projector_out_dim
-        self.projector = Head(embed_dim, hidden, hidden, out)
-        self.predictor = Head(out, predictor_hidden_dim, out) if predictor_hidden_dim else None
+        widths = (embed_dim, projector_hidden_dim, projector_hidden_dim, projector_out_dim)
+        self.projector = Head(*widths)
+        self.predictor = Head(*widths) if predictor else None
         self.mask_ratio = mask_ratio
         self.pool = pool
         self.temperature = temperature
@@ -498,11 +498,10 @@ class ViCMAE(ComposerModel):
         Deviation: the official projector sees the samples of one GPU. Here features are gathered
         first: BatchNorm spans the global batch, and any number of ranks gives the same result.
         """
-        projections = apply_head(self.projector, all_gather(features))
-        if self.predictor is None:
-            return {"predictions": projections, "targets": projections}
-        predictions = apply_head(self.predictor, projections)
-        return {"predictions": predictions, "targets": projections.detach()}
+        features = all_gather(features)
+        targets = apply_head(self.projector, features)
+        predictions = apply_head(self.predictor, features) if self.predictor else targets
+        return {"predictions": predictions, "targets": targets}
 
     def forward(self, batch: Batch) -> Tensors:
         """Reconstruct all views, and project their pooled visible tokens.

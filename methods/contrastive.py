@@ -261,7 +261,15 @@ class SimSiam(SimCLR):
     """
 
     def __init__(self, *, predictor_hidden_dim: PositiveInt = 512, **simclr):
-        super().__init__(predictor_hidden_dim=predictor_hidden_dim, **simclr)
+        super().__init__(**simclr)
+        out = self.projector[-1].out_features
+        self.predictor = Head(out, predictor_hidden_dim, out)
+
+    def project(self, features: Tensor, batch: Batch) -> Tensors:
+        """Return predictions made from the projections, and the projections without gradient."""
+        projections = apply_head(self.projector, all_gather(features))
+        predictions = apply_head(self.predictor, projections)
+        return {"predictions": predictions, "targets": projections.detach()}
 
     def contrastive_term(self, outputs: Tensors) -> tuple[Tensor, Tensor]:
         predictions, targets = outputs["predictions"], outputs["targets"]

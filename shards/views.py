@@ -139,8 +139,29 @@ def draw_frame_pair(
     return int(pair[0]), int(pair[1])
 
 
+def draw_window(
+    rng: np.random.Generator, timestamps: np.ndarray, clip_seconds: float | None
+) -> tuple[int, int]:
+    """Draw a window of `clip_seconds` -> index of its first frame, number of its frames.
+
+    The number is that of the clip's mean frame rate, and at least 2 if the clip has 2 frames. The
+    window is the entire clip if this is shorter, or if clip_seconds is None.
+    """
+    count = len(timestamps)
+    if clip_seconds is None or count < 3:
+        return 0, count
+    frame_interval = (timestamps[-1] - timestamps[0]) / (count - 1)
+    if frame_interval * count <= clip_seconds:
+        return 0, count
+    frames = max(2, round(clip_seconds / frame_interval))
+    return int(rng.integers(count - frames + 1)), frames
+
+
 def pick_frames(
-    timestamps: np.ndarray, num_frames: int, frame_interval: float | None, position: float
+    timestamps: np.ndarray,
+    num_frames: int,
+    frame_interval: float | None,
+    position: float | np.ndarray,
 ) -> list[int]:
     """Return the indices of the frames that make up a view of a clip.
 
@@ -149,7 +170,7 @@ def pick_frames(
         frame_interval: seconds between two frames of the view; a clip that is too short repeats
             its last frame. None for a frame from each of `num_frames` equal sections of the clip.
         position: of the view in the clip, from 0 (earliest) to 1 (latest). Without an interval, of
-            the frame in its section, in [0, 1).
+            each frame in its section, in [0, 1), or an array with a position for each frame.
     """
     steps = np.arange(num_frames)
     if frame_interval is None:
@@ -173,6 +194,8 @@ class PretrainingViews:
         video, image: how to draw the views of clips and of images.
         views: V, views of a sample.
         frame_gap, sections: for views that are images, see draw_frame_pair.
+        clip_seconds: both frames of such a pair are in a window this long, which is drawn anew in
+            each epoch; None for the entire clip.
         frame_interval: for views that are clips, see pick_frames.
     """
 
@@ -186,6 +209,7 @@ class PretrainingViews:
     views: Literal[1, 2] = 2
     frame_gap: FrameGap = "any"
     sections: Annotated[int, Field(ge=2)] = 2
+    clip_seconds: PositiveFloat | None = None
     frame_interval: PositiveFloat | None = None
 
     def __post_init__(self):
@@ -223,8 +247,9 @@ class PretrainingViews:
     def draw_frames(self, sample: dict, rng: np.random.Generator) -> list[list[int]]:
         """Draw the indices of the frames of each view -> V lists of T indices."""
         if self.num_frames == 1:
-            pair = draw_frame_pair(rng, len(sample["ends"]), self.frame_gap, self.sections)
-            return [[index] for index in pair[: self.views]]
+            first, frames = draw_window(rng, sample["timestamps"], self.clip_seconds)
+            pair = draw_frame_pair(rng, frames, self.frame_gap, self.sections)
+            return [[first + index] for index in pair[: self.views]]
         pick = partial(pick_frames, sample["timestamps"], self.num_frames, self.frame_interval)
         return [pick(position) for position in rng.random(self.views)]
 
@@ -260,6 +285,7 @@ class EvalViews(Dataset):
         img_size: H and W, in pixels.
         num_frames, frame_interval: T and seconds, see pick_frames.
         temporal_views: positions in the clip, evenly spaced from first to last; 1 is the middle.
+            Without frame_interval, offsets in the section of each frame: 0 and 1/2 for 2.
         spatial_views: square crops along the longer side; 1 is the centre.
         crop_pct: side of a crop as a fraction of the shorter side, in (0, 1].
         label_offsets: for each data set, a number added to its labels; () to add nothing.
@@ -309,10 +335,11 @@ class EvalViews(Dataset):
 
     def crop_views(self, sample: dict[str, Any]) -> Tensor:
         """Return the views of a sample -> (V, T, 3, H, W)."""
-        if self.frame_interval and self.temporal_views > 1:
-            positions = np.linspace(0, 1, self.temporal_views)
-        else:
-            positions = (np.arange(self.temporal_views) + 0.5) / self.temporal_views
+        if self.temporal_views == 1:
+            positions = [0.5]
+        else:  # Without an interval, position 1 would be in the next section (source: VideoMAE).
+            includes_last = self.frame_interval is not None
+            positions = np.linspace(0, 1, self.temporal_views, endpoint=includes_last)
         times = sample["timestamps"]
         views = []
         for position in positions:

@@ -17,7 +17,7 @@ from training.weights import LATEST, read_checkpoint
 
 METHODS = {
     "vicmae": ("vicmae", {}),
-    "predictor": ("vicmae", {"predictor_hidden_dim": 24}),
+    "predictor": ("vicmae", {"predictor": True}),
     "simclr": ("simclr", {}),
     "moco_v2": ("moco_v2", {"momentum": 0.9, "queue_size": 24}),
     "masked_moco_v2": ("moco_v2", {"momentum": 0.9, "queue_size": 24, "masked": True}),

@@ -65,10 +65,10 @@ def test_masked_simclr_is_vicmae():
 @pytest.mark.parametrize("method", [MoCoV2, Triplet, SimSiam, VICReg])
 def test_masked_method_replaces_the_contrastive_term_of_vicmae_and_nothing_else(method):
     torch.manual_seed(0)
-    vicmae, batch = ViCMAE(**TINY, predictor_hidden_dim=24), random_batch()
+    vicmae, batch = ViCMAE(**TINY), random_batch()
     torch.manual_seed(0)
     changes = {"queue_size": 8} if method is MoCoV2 else {}
-    net = method(**TINY, predictor_hidden_dim=24, masked=True, **changes)
+    net = method(**TINY, masked=True, **changes)
     expected, found = vicmae.loss(vicmae(batch), batch), net.loss(net(batch), batch)
     assert found.keys() == expected.keys()
     assert torch.equal(found["reconstruction"], expected["reconstruction"])

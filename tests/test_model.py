@@ -397,10 +397,12 @@ def test_projector_normalises_each_view_over_the_batch_by_itself():
         np.testing.assert_allclose(projected, x, rtol=1e-6, atol=1e-8)
 
 
-def test_targets_of_a_predictor_have_no_gradient():
-    net = ViCMAE(**TINY, predictor_hidden_dim=8).train()
+def test_predictor_and_projector_stand_side_by_side_and_both_get_gradients():
+    net = ViCMAE(**TINY, predictor=True).train()
     outputs = net(random_batch(6))
-    assert outputs["predictions"].requires_grad and not outputs["targets"].requires_grad
+    for head, name in ((net.predictor, "predictions"), (net.projector, "targets")):
+        expected = torch.stack([head(view) for view in outputs["features"].unbind(1)], dim=1)
+        assert torch.equal(outputs[name], expected) and outputs[name].requires_grad
 
 
 def unit(x: Tensor) -> np.ndarray:
@@ -526,7 +528,7 @@ def test_nothing_in_a_step_is_random_but_the_noise():
 
 
 def test_every_trained_parameter_is_used_in_the_forward_pass():
-    net, batch = ViCMAE(**TINY, predictor_hidden_dim=8).train(), random_batch()
+    net, batch = ViCMAE(**TINY, predictor=True).train(), random_batch()
     net.loss(net(batch), batch)["total"].backward()
     unused = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
     assert not unused
@@ -556,7 +558,7 @@ def test_vicmae_has_the_arguments_of_the_paper_and_no_others():
     arguments = inspect.signature(ViCMAE).parameters
     encoder = ["img_size", "patch_size", "embed_dim", "depth", "num_heads"]
     decoder = ["decoder_embed_dim", "decoder_depth", "decoder_num_heads"]
-    heads = ["projector_hidden_dim", "projector_out_dim", "predictor_hidden_dim"]
+    heads = ["projector_hidden_dim", "projector_out_dim", "predictor"]
     objective = ["mask_ratio", "pool", "temperature", "weight_recon", "weight_contrast"]
     expected = [*encoder, *decoder, *heads, *objective, "norm_pix_loss", "chunk_size"]
     assert list(arguments) == expected

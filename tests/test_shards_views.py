@@ -18,6 +18,7 @@ from shards.views import (
     crop_and_scale,
     draw_crop,
     draw_frame_pair,
+    draw_window,
     pick_frames,
 )
 
@@ -124,6 +125,26 @@ def test_frame_pairs_keep_the_gap_that_is_asked_for():
     assert {a < 8 for a, _ in distant} == {True, False}
     assert all(a == b for a, b in (draw_frame_pair(rng, 16, 0, 2) for _ in range(500)))
     assert {b - a for a, b in (draw_frame_pair(rng, 16, 4, 2) for _ in range(500))} == {-4, 4}
+
+
+@pytest.mark.parametrize(
+    ("count", "rate", "seconds", "frames"),
+    [
+        (75, 7.5, 2.1, 16),
+        (16, 1.6, 2.1, 3),
+        (16, 0.1, 2.1, 2),
+        (15, 7.5, 2.1, 15),
+        (1, 1.0, 2.1, 1),
+    ],
+)
+def test_window_has_the_frames_of_its_duration_and_reaches_all_of_the_clip(
+    count, rate, seconds, frames
+):
+    rng = np.random.default_rng(0)
+    timestamps = 3.0 + np.arange(count) / rate
+    drawn = {draw_window(rng, timestamps, seconds) for _ in range(1000)}
+    assert {number for _, number in drawn} == {frames}
+    assert {first for first, _ in drawn} == set(range(count - frames + 1))
 
 
 def test_frame_pair_of_a_short_clip_is_as_far_apart_as_possible():

@@ -278,7 +278,6 @@ WIDTHS = {  # ViCMAE's arguments that are the first dimension of a weight
     "decoder_embed_dim": "decoder.embed.weight",
     "projector_hidden_dim": "projector.0.weight",
     "projector_out_dim": "projector.6.weight",
-    "predictor_hidden_dim": "predictor.0.weight",
 }
 
 
