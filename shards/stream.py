@@ -79,13 +79,25 @@ class DeterministicStream(StreamingDataset):
         argument against that: its `epoch_size` decides how often each stream is sampled, too.
 
         Raises:
-            ValueError: an epoch is shorter than a batch.
+            ValueError: an epoch is shorter than a batch, or a stream if batches are not mixed.
         """
-        samples = self.epoch_size * self.repeats
-        if samples < global_batch_size:
+        read = global_batch_size // self.repeats
+        one_stream_per_batch = self.batching_method == "per_stream"
+        samples = (
+            [stream.choose for stream in self.streams]
+            if one_stream_per_batch
+            else [self.epoch_size]
+        )
+        if min(samples) < read:
             batch = f"data.global_train_batch_size={global_batch_size}"
-            raise ValueError(f"{batch}: must be at most the {samples} samples of an epoch")
-        self.epoch_size -= self.epoch_size % (global_batch_size // self.repeats)
+            of = "a stream in an epoch" if one_stream_per_batch else "an epoch"
+            fewest = min(samples) * self.repeats
+            raise ValueError(f"{batch}: must be at most the {fewest} samples of {of}")
+        samples = [number - number % read for number in samples]
+        if one_stream_per_batch:
+            for stream, number in zip(self.streams, samples, strict=True):
+                stream.choose = number
+        self.epoch_size = sum(samples)
         self.length = self.epoch_size // dist.get_world_size()
 
     def __len__(self) -> int:
@@ -264,6 +276,7 @@ def load_stream(
     num_canonical_nodes: PositiveInt = 1,
     epoch_size: PositiveInt | None = None,
     repeats: PositiveInt = 1,
+    one_stream_per_batch: bool = False,
     max_unreadable: UnitInterval = 0.001,
 ) -> tuple[DataSpec, int]:
     """Return this rank's loader of training data, and its samples of a micro-batch.
@@ -281,6 +294,8 @@ def load_stream(
         epoch_size: samples read in an epoch; default all streams once.
         repeats: times to draw views from each sample that is read. Each draw counts as a sample of
             the batch and of the epoch, and the draws are among each other's negatives.
+        one_stream_per_batch: take all samples of a batch from the same stream; batches of the
+            streams come in random order.
         max_unreadable: fraction of the samples that may be unreadable; one sample always may.
     """
     ranks = dist.get_world_size()
@@ -299,6 +314,7 @@ def load_stream(
             shuffle_seed=seed,
             num_canonical_nodes=num_canonical_nodes,
             epoch_size=epoch_size,
+            batching_method="per_stream" if one_stream_per_batch else "random",
         )
     dataset.drop_incomplete_batch(global_train_batch_size)
     loader = DataLoader(

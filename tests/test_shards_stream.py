@@ -31,7 +31,7 @@ def make_loader(demo: Path, num_workers: int = 0, transform=None, **settings):
         settings.pop("seed", 0),
         8,
         settings.pop("run", demo),
-        global_train_batch_size=20,
+        global_train_batch_size=settings.pop("batch_size", 20),
         num_workers=num_workers,
         **settings,
     )
@@ -105,6 +105,21 @@ def test_sample_knows_the_stream_that_it_comes_from(demo):
     for batch in make_loader(demo, 0, draw_number):
         for name, stream in zip(batch["name"], batch["stream"].tolist(), strict=True):
             assert name.endswith("mp4") == (stream == 0)
+
+
+def test_batch_of_one_stream_has_each_sample_of_the_stream_at_most_once(demo):
+    settings = {"batch_size": 25, "one_stream_per_batch": True}  # two streams of 60 samples
+    alone = make_loader(demo, 0, draw_number, **settings)
+    two = make_loader(demo, 2, draw_number, **settings)
+    orders = set()
+    for _ in range(4):
+        batches = list(alone)
+        assert len(batches) == len(alone) == 4
+        assert all(len(set(batch["stream"].tolist())) == 1 for batch in batches)
+        assert len({name for batch in batches for name in batch["name"]}) == 100
+        assert list(map(names_and_draws, batches)) == list(map(names_and_draws, two))
+        orders.add(tuple(int(batch["stream"][0]) for batch in batches))
+    assert len(orders) > 1
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(demo):
