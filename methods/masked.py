@@ -9,7 +9,16 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from model import Batch, Tensors, ViCMAE, feature_std, random_masking
+from model import (
+    Batch,
+    Tensors,
+    ViCMAE,
+    at_least_fp32,
+    feature_std,
+    patchify,
+    random_masking,
+    reconstruction_loss,
+)
 
 
 class MAE(ViCMAE):
@@ -50,7 +59,21 @@ class STMAE(MAE):
         super().__init__(**mae)
 
 
-class OmniMAE(STMAE):
+class ChannelTargets(STMAE):
+    """The base of OmniMAE and VideoMAE, which normalise each channel of a patch by itself."""
+
+    def reconstruction_term(self, outputs: Tensors, batch: Batch) -> Tensor:
+        views = batch["views"].flatten(0, 1)
+        target = patchify(views, self.encoder.patch_size, self.tubelet_size)  # (B * V, N, P)
+        if self.norm_pix_loss:
+            channels = at_least_fp32(target).unflatten(-1, (-1, 3))  # (B * V, N, P / 3, 3)
+            var, mean = torch.var_mean(channels, dim=-2, keepdim=True)
+            target = ((channels - mean) / (var + 1e-6).sqrt()).flatten(-2)
+        pred, scored = outputs["pred"].flatten(0, 1), outputs["scored"].flatten(0, 1)
+        return reconstruction_loss(pred, target, scored, norm_pix_loss=False)
+
+
+class OmniMAE(ChannelTargets):
     """OmniMAE (Girdhar et al. 2023): ST-MAE on clips and images, which are clips without motion."""
 
 
@@ -72,7 +95,7 @@ def tube_masking(noise: Tensor, mask_ratio: float, steps: int) -> tuple[Tensor, 
     return ids_shuffle[:, :K], ids_restore, (ids_restore >= K).float()
 
 
-class VideoMAE(STMAE):
+class VideoMAE(ChannelTargets):
     """VideoMAE (Tong et al. 2022): clips, masked at the same places at all times."""
 
     def masking(self, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
