@@ -45,12 +45,9 @@ def header_of(path: Path) -> list[str]:
 
 def commands_of(path: Path) -> list[list[str]]:
     """Return the commands of a header, each as [script, file.yaml, ..., key=value, ...]."""
-    commands = []
-    for line in header_of(path):
-        command = re.match(r"#   (?:composer(?: -n 8)?|python) ([^#]+)", line)
-        if command:
-            commands.append(command[1].split())
-    return commands
+    header = "\n".join(header_of(path)).replace("\\\n#", "")
+    found = re.findall(r"^#   (?:composer(?: -n 8)?|python) ([^#\n]+)", header, re.MULTILINE)
+    return [command.split() for command in found if not command.startswith("data_prep.py")]
 
 
 every_file = pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -122,7 +122,8 @@ def size_of(path: str) -> tuple[int, int]:
     Raises:
         ValueError: the data set does not exist, and no published one has this name.
     """
-    published = PUBLISHED.get("/".join(path.split("/")[-2:]))
+    data_set, split = path.split("/")[-2:] if "/" in path else ("", path)
+    published = PUBLISHED.get(f"{data_set.split('_')[0]}/{split}")  # k400 for k400_7.5fps
     if published and not Storage(path).has("index.json"):
         return published
     return len(Clips(path)), len(read_classes(path))
