@@ -48,7 +48,7 @@ from shards.inputs import (
 from shards.inspect import show, verify
 from shards.layouts import EXTENSIONS, LAYOUTS, Listing, list_any
 from shards.storage import Storage
-from shards.workers import Report, run_parts
+from shards.workers import Report, exit_on_signals, run_parts
 
 PART_SIZE = 256  # inputs: the most that an interruption costs each worker
 SHARD_BYTES = 1 << 26
@@ -424,6 +424,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_signals()
     try:
         main()
     except (ValueError, OSError, csv.Error) as error:

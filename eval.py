@@ -33,6 +33,7 @@ from methods.supervised import Omnivore
 from model import Classifier, Encoder, ViCMAE
 from shards.format import common_classes, read_classes
 from shards.storage import Storage, write_file
+from shards.workers import exit_on_signals
 from training.config import (
     ConfigError,
     RunName,
@@ -347,6 +348,7 @@ class Embedder(nn.Module):
 
 
 def main() -> None:
+    exit_on_signals()
     with one_line_errors():
         arguments, gpus = split_plan_flag(sys.argv[1:])
         config = EvalConfig(**load_config(arguments, EvalConfig))

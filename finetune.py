@@ -37,6 +37,7 @@ from shards.augment import MEAN, normalise
 from shards.format import common_classes, decode_frame
 from shards.stream import load_stream
 from shards.views import UnitInterval, crop_and_scale, draw_crop, pick_frames
+from shards.workers import exit_on_signals
 from training.config import Choice, load_config, one_line_errors
 from training.cost import flops_per_sample
 from training.optimizer import build_optimizer
@@ -443,6 +444,7 @@ def plan(config: FinetuneConfig, gpus: int) -> str:
 
 
 def main() -> None:
+    exit_on_signals()
     with one_line_errors():
         arguments, gpus = split_plan_flag(sys.argv[1:])
         config = FinetuneConfig(**load_config(arguments, FinetuneConfig))

@@ -29,6 +29,7 @@ from shards.augment import augment_batch
 from shards.format import common_classes
 from shards.stream import load_stream
 from shards.views import PretrainingViews
+from shards.workers import exit_on_signals
 from training.config import Choice, load_config, one_line_errors
 from training.cost import flops_per_sample
 from training.optimizer import build_optimizer
@@ -123,6 +124,7 @@ def report(run: Path, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    exit_on_signals()
     with one_line_errors():
         arguments, gpus = split_plan_flag(sys.argv[1:])
         config = PretrainConfig(**load_config(arguments, PretrainConfig))

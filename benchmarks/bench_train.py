@@ -292,7 +292,7 @@ def measure_waiting(demo: Path, model: dict | None, what: str, steps: int) -> No
     """Measure the fraction of the training loop that is spent waiting for data."""
     arguments = [*data_arguments(demo, steps, 2), f"run_name=waiting{steps}"]
     TimedLoader.waits.clear()
-    with mock.patch.object(shards.stream, "DataLoader", TimedLoader):
+    with mock.patch.object(shards.stream, "Loader", TimedLoader):
         trainer = pretrain.pretrain(configure(*arguments, model=model))
         trainer.fit()
     trainer.close()

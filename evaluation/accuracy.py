@@ -7,10 +7,10 @@ from composer import Evaluator
 from composer.core import DataSpec
 from composer.utils import dist
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
-from torch.utils.data import DataLoader
 
 from shards.augment import normalise
 from shards.format import UNREADABLE
+from shards.loader import Loader
 from shards.views import DataSets, EvalViews, PositiveFraction
 
 
@@ -57,6 +57,6 @@ def load_eval(
         unreadable=run / UNREADABLE,
     )
     sampler = dist.get_sampler(data, drop_last=False, shuffle=False)
-    loader = DataLoader(data, batch_size, sampler=sampler, num_workers=num_workers)
+    loader = Loader(data, batch_size, sampler=sampler, num_workers=num_workers)
     spec = DataSpec(loader, batch_transforms=normalise_views)
     return Evaluator(label="eval", dataloader=spec, metric_names=["top1", "top5"])

@@ -20,13 +20,14 @@ from composer.algorithms import EMA
 from composer.utils import dist
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from evaluation.pictures import draw_neighbours
 from model import Encoder, pool
 from shards.augment import normalise
 from shards.format import UNREADABLE, common_classes
+from shards.loader import Loader
 from shards.storage import write_file
 from shards.views import DataSets, EvalViews, PositiveFraction
 
@@ -53,7 +54,7 @@ def embed(
     # sample may be taken more than once; the surplus is dropped after gathering.
     share = math.ceil(len(data) / ranks)
     numbers = torch.arange(rank, share * ranks, ranks).clamp(max=len(data) - 1)
-    loader = DataLoader(Subset(data, numbers.tolist()), batch_size, num_workers=num_workers)
+    loader = Loader(Subset(data, numbers.tolist()), batch_size, num_workers=num_workers)
     device, training = next(encoder.parameters()).device, encoder.training
     encoder.eval()
     features, labels = [], []

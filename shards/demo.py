@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from shards.workers import ignore_stop_signals
+
 FASHION_MNIST = Path(__file__).parents[1] / "assets" / "fashion_mnist.npz"
 CLASSES = (
     *("T-shirt", "Trouser", "Pullover", "Dress", "Coat"),
@@ -86,7 +88,7 @@ def draw_demo(raw: Path, garments: int, workers: int) -> None:
     temporary = raw.with_name(raw.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     jobs = []
-    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+    with ProcessPoolExecutor(workers, get_context("fork"), ignore_stop_signals) as pool:
         for split_number, split in enumerate(("train", "test")):
             for name, garment, key in garment_files(split, garments):
                 path = temporary / name

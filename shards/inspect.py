@@ -18,6 +18,7 @@ from tqdm import tqdm
 from shards.format import Clips, decode_frame, read_classes, read_json
 from shards.inputs import part_name
 from shards.storage import Storage
+from shards.workers import ignore_stop_signals
 
 CELL = 128  # pixels of the contact sheet for one frame
 CAPTION = 14  # pixels above each row
@@ -92,7 +93,8 @@ def verify(path: str, workers: int = 0) -> list[str]:
     limits = {"classes": len(read_classes(path)), "short_side": report["recipe"]["short_side"]}
     check = functools.partial(check_shard, Storage(path), **limits)
     faults = check_counts(shards, report)
-    with ProcessPoolExecutor(workers or os.cpu_count(), get_context("fork")) as pool:
+    count = workers or os.cpu_count()
+    with ProcessPoolExecutor(count, get_context("fork"), ignore_stop_signals) as pool:
         results = pool.map(check, shards)
         for found in tqdm(results, total=len(shards), desc=path, unit="shard", disable=None):
             faults += found

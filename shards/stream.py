@@ -30,11 +30,12 @@ from filelock import FileLock, Timeout
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
-from torch.utils.data import DataLoader
 
 from shards.format import Clips, decode_frame, read_classes, record_unreadable
+from shards.loader import Loader
 from shards.storage import Storage
 from shards.views import UnitInterval
+from shards.workers import without_stop_signals
 
 # (stored sample, generator) -> training sample
 Transform = Callable[[dict, np.random.Generator], dict]
@@ -303,7 +304,8 @@ def load_stream(
     micro_size = global_micro_batch_size or global_train_batch_size
     check_batch(global_train_batch_size, micro_size, repeats, ranks)
     opened = open_streams(streams, run, patch_size)
-    with one_job_at_a_time():
+    # Signals must not end the tracker of shared memory, a process that starts here.
+    with one_job_at_a_time(), without_stop_signals():
         dataset = DeterministicStream(
             transform,
             run / "unreadable.jsonl",
@@ -317,7 +319,7 @@ def load_stream(
             batching_method="per_stream" if one_stream_per_batch else "random",
         )
     dataset.drop_incomplete_batch(global_train_batch_size)
-    loader = DataLoader(
+    loader = Loader(
         dataset,
         batch_size,
         num_workers=num_workers,

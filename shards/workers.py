@@ -12,21 +12,61 @@ run_parts(work, ["part-000000", "part-000001"], workers=2, bar=tqdm())
 
 import os
 import signal
+import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import Pipe, get_context
+from multiprocessing import Pipe, active_children, get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from time import monotonic
+from types import FrameType
 
 from tqdm import tqdm
 
+STOPPED = 75  # exit code of a program that is to be started again: EX_TEMPFAIL of sysexits.h
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 TIME_LIMIT = 600  # seconds for one input; a decoder that hangs is killed
 
 Report = Callable[[int | None], None]
 Work = Callable[[str, dict[int, str], Report], None]
+
+
+def exit_on_signals(numbers: Iterable[int] = (signal.SIGINT, signal.SIGTERM)) -> None:
+    """Make signals end this program at once, with the exit code STOPPED and one line."""
+    for number in numbers:
+        signal.signal(number, exit_stopped)
+
+
+def exit_stopped(number: int, frame: FrameType | None) -> None:
+    """Kill the workers and exit. What is in progress is lost; what is finished is on disk."""
+    for process in active_children():
+        process.kill()
+    name = signal.Signals(number).name
+    print(f"\nstopped by {name}; run the same command again to continue", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(STOPPED)
+
+
+@contextmanager
+def without_stop_signals() -> Iterator[None]:
+    """Block stop signals until the end of the block, and for good in processes started in it.
+
+    PyTorch's workers install a handler of SIGTERM, so ignoring the signal would not be enough.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_stop_signals() -> None:
+    """Leave stop signals to the main process, which kills its workers."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass
@@ -117,6 +157,7 @@ def run_part(
     work: Work, part: str, bad_inputs: dict[int, str], sender: Connection, receivers: list
 ) -> None:
     """Do the work of a part in its own process, and send what it reports or raises."""
+    ignore_stop_signals()
     # Once nobody else holds the receiving end, sending fails, which shows that the parent is gone.
     for receiver in receivers:
         receiver.close()

@@ -32,6 +32,7 @@ import data_prep  # noqa: E402
 import pretrain  # noqa: E402
 from shards.decode import Recipe  # noqa: E402
 from shards.storage import s3_client  # noqa: E402
+from shards.workers import STOP_SIGNALS  # noqa: E402
 
 torch.set_num_threads(1)  # the models are small: more threads would only compete
 # A StreamingDataset attaches to the shared memory of all others, and keeps each file open until the
@@ -201,7 +202,12 @@ def run_stage(stage, arguments: list[str], folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("sys.argv", [f"{stage.__name__}.py", *arguments])
-        stage.main()
+        handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+        try:
+            stage.main()
+        finally:
+            for number, handler in zip(STOP_SIGNALS, handlers, strict=True):
+                signal.signal(number, handler)
 
 
 def error_of(stage, arguments: list[str], folder: Path) -> str:

@@ -20,7 +20,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Literal
 
 import torch
 from composer import Callback, Event, Logger, State
@@ -30,11 +31,11 @@ from pydantic import PositiveInt
 from torch.distributed.checkpoint import BytesStorageMetadata
 
 from shards.storage import Storage
+from shards.workers import STOPPED, exit_on_signals
 from training.config import Duration
 from training.safe_load import PlainReader, load_plain
 from training.weights import LATEST
 
-STOPPED = 75  # exit code of a run that is to be started again: EX_TEMPFAIL of sysexits.h
 CHECKPOINT = re.compile(r"ep(\d+)-ba(\d+)(\.pt)?")  # a file; without .pt, a folder of FSDP's shards
 
 
@@ -79,9 +80,10 @@ def check_shards(path: Path) -> None:
 class Checkpoints(Callback):
     """Composer's checkpoints, saved so that the newest is always intact.
 
-    Each is written aside, synced and renamed, then copied to the bucket in the background. SIGTERM
-    ends the run with exit code STOPPED, after a checkpoint at the end of the step, or of the
-    evaluation's batch. A loss or a weight that is not finite ends the run without a checkpoint.
+    Each is written aside, synced and renamed, then copied to the bucket in the background. SIGINT
+    and SIGTERM, on any rank, end the run with exit code STOPPED, after a checkpoint at the end of
+    the step, or of the evaluation's batch. A second SIGINT ends it at once. A loss or a weight that
+    is not finite ends the run without a checkpoint.
 
     Args:
         interval: between checkpoints, such as 1ep or 500ba; the last step always has one.
@@ -89,6 +91,8 @@ class Checkpoints(Callback):
         milestone: one checkpoint of every so many epochs is kept for good.
         bucket: s3:// address of copies, in a folder of the run's name, which are pruned alike. A
             run resumes from them if the disk is lost, or if its shards are on several machines.
+        stop_signals: further signals that stop the run like SIGTERM, such as SIGUSR1, with which
+            Slurm can warn of the end of a job (`--signal`).
 
     Raises:
         ValueError: the bucket is not an s3:// address.
@@ -102,6 +106,7 @@ class Checkpoints(Callback):
         keep: PositiveInt = 2,
         milestone: PositiveInt | None = None,
         bucket: str | None = None,
+        stop_signals: list[Literal["SIGUSR1", "SIGUSR2"]] = (),
     ):
         if bucket and not bucket.startswith("s3://"):
             raise ValueError(f"checkpoints.bucket={bucket}: must be an s3:// address")
@@ -111,7 +116,10 @@ class Checkpoints(Callback):
         self.milestone = milestone
         self.bucket = Storage(f"{bucket.rstrip('/')}/{run.name}") if bucket else None
         self.copying = ThreadPoolExecutor(1)
-        self.stop_requested = False
+        self.signals = [signal.SIGINT, signal.SIGTERM]
+        self.signals += [signal.Signals[name] for name in stop_signals]
+        exit_on_signals(self.signals)
+        self.received = None  # the first stop signal
         self.saved_step = -1
         # At each checkpoint, Composer has py-cpuinfo name the processor, and offers no option
         # against it. The two processes of py-cpuinfo wait in a loop of sched_yield: with as many
@@ -302,11 +310,15 @@ class Checkpoints(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self.saved_step = state.timestamp.batch.value
-        self.previous_handler = signal.signal(signal.SIGTERM, self.request_stop)
+        for number in self.signals:
+            signal.signal(number, self.request_stop)
 
-    def request_stop(self, number: int, frame: Any) -> None:
-        """Handle SIGTERM: note it for the end of the step, since ranks stop together."""
-        self.stop_requested = True
+    def request_stop(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal for the end of the step, since ranks stop together."""
+        if number == self.received == signal.SIGINT:
+            print("interrupted twice: exiting without a checkpoint", file=sys.stderr, flush=True)
+            os._exit(128 + signal.SIGINT)
+        self.received = self.received or number
 
     def batch_end(self, state: State, logger: Logger) -> None:
         # There is no loss yet if half precision has skipped the first steps.
@@ -331,7 +343,8 @@ class Checkpoints(Callback):
     def save_if_due_or_stopped(self, state: State, is_due: bool) -> None:
         """Save if a checkpoint is due; if a stop was requested, save in any case, and exit."""
         step = state.timestamp.batch.value
-        stop = self.on_any_rank(state, self.stop_requested)  # signals arrive at different times
+        # Signals arrive at the ranks at different times.
+        stop = self.on_any_rank(state, self.received is not None)
         if not (is_due or stop):
             return
         is_finite = all(weight.isfinite().all() for weight in state.model.parameters())
@@ -342,6 +355,10 @@ class Checkpoints(Callback):
             self.save(state)
         if stop:
             self.copying.shutdown()
+            if dist.get_global_rank() == 0:
+                place = f"epoch {state.timestamp.epoch.value}, step {step}"
+                saved = f"saved in {self.folder / os.readlink(self.folder / LATEST)}"
+                print(f"stopped at {place}; {saved}; run the same command to resume", flush=True)
             sys.exit(STOPPED)
 
     def on_any_rank(self, state: State, flag: bool) -> bool:
@@ -351,5 +368,5 @@ class Checkpoints(Callback):
         return bool(highest.item())
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        signal.signal(signal.SIGTERM, self.previous_handler)
+        exit_on_signals(self.signals)
         self.copying.shutdown()  # waits for the last copy

@@ -33,6 +33,7 @@ from evaluation.pictures import draw_losses
 from evaluation.probes import KNN
 from shards.storage import Storage
 from shards.stream import load_stream
+from shards.workers import exit_on_signals
 from training.checkpoints import Checkpoints
 from training.config import RunName, build_named
 from training.logs import GlooGradientMean, GradientNorm, JsonLines
@@ -118,11 +119,12 @@ def start_run(config: RunConfig) -> Path:
     Raises:
         ValueError: the run directory holds a run with other settings.
     """
-    # Composer's handler of SIGTERM would wait for as long as init_process_group does.
-    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A handler would wait for as long as init_process_group does.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     device = get_device(config.trainer.get("device"))
     dist.initialize_dist(device, config.trainer.get("dist_timeout", 300.0))
-    signal.signal(signal.SIGTERM, handler)
+    exit_on_signals()
     reproducibility.seed_all(config.seed)  # the same initial weights on every rank
     run = Path("runs", config.run_name)
     found = [[], False]
