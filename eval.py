@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +32,7 @@ from finetune import CLASSIFIERS, LinearProbe
 from methods import PRETRAINING
 from methods.supervised import Omnivore
 from model import Classifier, Encoder, ViCMAE
-from shards.format import common_classes, read_classes
+from shards.format import labelled_classes, match_classes, read_classes
 from shards.storage import Storage, write_file
 from shards.workers import exit_on_signals
 from training.config import (
@@ -43,7 +44,7 @@ from training.config import (
     one_line_errors,
 )
 from training.plan import make_plan, size_of, split_plan_flag
-from training.weights import known_model, load_pretrained, read_checkpoint
+from training.weights import class_names_in, known_model, load_pretrained, read_checkpoint
 
 MODELS = PRETRAINING | CLASSIFIERS
 DTYPES = {"amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}
@@ -123,22 +124,49 @@ def count_classes(kind: type[Classifier], config: EvalConfig, weights: dict) -> 
     """Return the number of classes that the head of a checkpoint has, or else the data sets have.
 
     Raises:
-        ValueError: the checkpoint has no head, or the data sets have another number of classes.
+        ValueError: the checkpoint has no head.
     """
     if issubclass(kind, Omnivore):
         return kind.classes_in(weights)
-    named = common_classes(config.accuracy["paths"]) if config.accuracy else None
-    if "head.bias" not in weights:
-        if config.checkpoint or named is None:
-            raise ValueError(f"checkpoint={config.checkpoint}: has no classifier's head")
-        return len(named)
-    count = len(weights["head.bias"])
-    if named is not None and len(named) != count:
-        raise ValueError(
-            f"checkpoint={config.checkpoint}: its head has {count} classes, but "
-            f"{config.accuracy['paths'][0]} has {len(named)}"
-        )
-    return count
+    if "head.bias" in weights:
+        return len(weights["head.bias"])
+    if config.checkpoint or not config.accuracy:
+        raise ValueError(f"checkpoint={config.checkpoint}: has no classifier's head")
+    return len(labelled_classes(config.accuracy["paths"][0]))
+
+
+def match_labels(net: Classifier, config: EvalConfig) -> list[list[int]]:
+    """Return for each data set the numbers of its labels among the classifier's classes, by name.
+
+    Classes of a checkpoint without names are compared by number.
+
+    Raises:
+        ValueError: a data set has classes that the classifier lacks, or another number of classes.
+    """
+    paths, owner = config.accuracy["paths"], f"checkpoint={config.checkpoint}"
+    names, firsts = [net.class_names], [0]
+    if isinstance(net, Omnivore):
+        names, firsts = net.class_names, net.first_classes()
+    counts = [last - first for first, last in pairwise([*firsts, net.num_classes])]
+    labels = []
+    for number, path in enumerate(paths):
+        head = 0
+        if isinstance(net, Omnivore):
+            head = number if net.data_set is None else net.data_set
+        if head >= len(counts):
+            raise ValueError(f"{owner}: has heads for {len(counts)} data sets, not for {path}")
+        if net.class_names:
+            labels.append(match_classes(path, names[head], owner, firsts[head]))
+            continue
+        count = len(labelled_classes(path))
+        if count != counts[head]:
+            raise ValueError(
+                f"{owner}: its head has {counts[head]} classes, but {path} has {count}"
+            )
+        labels.append(list(range(firsts[head], firsts[head] + count)))
+    if not net.class_names and config.checkpoint and dist.get_global_rank() == 0:
+        print(f"{owner}: has no class names; classes are compared by number")
+    return labels
 
 
 def build_model(config: EvalConfig, planned_classes: int | None = None) -> ViCMAE | Classifier:
@@ -173,7 +201,9 @@ def build_model(config: EvalConfig, planned_classes: int | None = None) -> ViCMA
         return kind(**sizes)
     if planned:
         return kind([planned_classes] if issubclass(kind, Omnivore) else planned_classes, **sizes)
-    return kind(count_classes(kind, config, weights), **sizes)
+    net = kind(count_classes(kind, config, weights), **sizes)
+    net.class_names = class_names_in(weights)
+    return net
 
 
 def load_model(config: EvalConfig) -> ViCMAE | Classifier:
@@ -205,10 +235,9 @@ def measure_accuracy(
         top1, top5 and samples_per_second; the confusion matrix, (C, C) counts with true classes as
         rows.
     """
-    data_sets = len(config.accuracy["paths"])
-    offsets = net.label_offsets(data_sets) if isinstance(net, Omnivore) else ()
+    labels = match_labels(net, config)
     size, frames = net.encoder.img_size, net.encoder.num_frames
-    evaluator = load_eval(run, size, frames, offsets, **config.accuracy)
+    evaluator = load_eval(run, size, frames, labels, **config.accuracy)
     evaluator.metric_names.append("confusion")
     device = get_device(config.device)
     precision = config.precision if device.name == "gpu" else "fp32"
@@ -228,17 +257,24 @@ def measure_accuracy(
     return result | {"samples_per_second": samples / seconds}, metrics["confusion"].compute().cpu()
 
 
+def class_labels(net: Classifier, config: EvalConfig) -> list[str]:
+    """Return the name of each class of a classifier: the data's or a number, if it has no names."""
+    names = net.class_names or read_classes(config.accuracy["paths"][0])
+    if names and isinstance(names[0], list):
+        names = [f"{name} ({number})" for number, head in enumerate(names) for name in head]
+    return names if len(names) == net.num_classes else list(map(str, range(net.num_classes)))
+
+
 def report_accuracy(net: Classifier, run: Path, config: EvalConfig) -> dict[str, float]:
     """Measure the accuracy, draw confusion.png and write per_class.json."""
     result, confusion = measure_accuracy(net, run, config)
     if dist.get_global_rank() == 0:
-        names = read_classes(config.accuracy["paths"][0])
-        classes = names if len(names) == len(confusion) else list(map(str, range(len(confusion))))
-        draw_confusion(confusion, classes, run / "confusion.png")
+        classes = class_labels(net, config)
         right, counts = confusion.diag().tolist(), confusion.sum(dim=1).tolist()
         by_class = zip(classes, right, counts, strict=True)
-        accuracy = {name: hits / count for name, hits, count in by_class if count}
+        accuracy = {name: hits / count if count else None for name, hits, count in by_class}
         Storage(str(run)).write_json("per_class.json", accuracy)
+        draw_confusion(confusion, classes, run / "confusion.png")
     return result
 
 
@@ -248,7 +284,7 @@ def export_timm(net: ViCMAE | Classifier, to: str) -> None:
     timm.create_model(name, checkpoint_path=to, ...) loads it. The other arguments are num_classes=0
     for an encoder. For a classifier they are num_classes=C and global_pool="token" if its pool is
     "cls", else global_pool="avg", fc_norm=False. The BatchNorm of a linear probe becomes part of
-    the head.
+    the head. The file's metadata has the class names, as JSON under "class_names".
 
     Raises:
         ValueError: an encoder of clips, which timm does not have.
@@ -266,8 +302,11 @@ def export_timm(net: ViCMAE | Classifier, to: str) -> None:
             bias = bias - weight @ net.neck.running_mean
         state |= {"head.weight": weight, "head.bias": bias}
     state = {name: value.contiguous().cpu() for name, value in state.items()}
+    names = getattr(net, "class_names", [])
+    if names and isinstance(names[0], list):
+        names = names[net.data_set or 0]
     if dist.get_global_rank() == 0:
-        write_file(to, safetensors.torch.save(state))
+        write_file(to, safetensors.torch.save(state, {"class_names": json.dumps(names)}))
 
 
 def probe_and_draw(net: nn.Module, run: Path, config: EvalConfig) -> dict[str, float]:

@@ -12,6 +12,7 @@ import math
 import random
 import sys
 import zlib
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +35,7 @@ from evaluation.accuracy import load_eval
 from methods.supervised import Omnivore
 from model import Batch, Classifier, ProperFraction, all_gather
 from shards.augment import MEAN, normalise
-from shards.format import common_classes, decode_frame
+from shards.format import common_classes, decode_frame, labelled_classes, match_classes
 from shards.stream import load_stream
 from shards.views import UnitInterval, crop_and_scale, draw_crop, pick_frames
 from shards.workers import exit_on_signals
@@ -54,7 +55,8 @@ class FinetuningViews:
     All frames of a clip are treated alike.
 
     Args:
-        label_offsets: number of the first class of each stream; all 0 if empty.
+        labels: for each stream, the number that replaces each of its labels, see match_classes; ()
+            for the labels as they are stored.
         crop_scale, crop_ratio: of RandomResizedCrop.
         flip: probability; 0 if labels have a direction.
         frame_interval: seconds between two frames, for a part of the clip; None for a random frame
@@ -75,7 +77,7 @@ class FinetuningViews:
     img_size: int
     num_frames: int
     num_classes: int
-    label_offsets: tuple[int, ...] = ()
+    labels: Sequence[list[int]] = ()
     _: KW_ONLY
     crop_scale: tuple[UnitInterval, UnitInterval] = (0.08, 1.0)
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
@@ -99,11 +101,6 @@ class FinetuningViews:
             raise ValueError(
                 f"augment.held_out={self.held_out}: augment.mixup and augment.cutmix must be 0, "
                 "since they would mix in the labels of the held-out samples"
-            )
-        if any(self.label_offsets) and self.label_smoothing:
-            raise ValueError(
-                f"augment.label_smoothing={self.label_smoothing}: must be 0 with a head for each "
-                "data set, since it would reach the classes of other data sets"
             )
         self.policy = self.new_policy() if self.rand_augment else None
 
@@ -158,8 +155,8 @@ class FinetuningViews:
             clip = torch.from_numpy(image).permute(2, 0, 1)[None]
         is_held_out = zlib.crc32(sample["name"].encode()) < self.held_out * 2**32
         label = sample["label"]
-        if self.label_offsets:
-            label += self.label_offsets[sample["stream"]]
+        if self.labels:
+            label = self.labels[sample["stream"]][label]
         return {
             "inputs": clip[None],
             "target": label,
@@ -360,6 +357,12 @@ def check_blocks(config: FinetuneConfig) -> None:
         raise ValueError(
             f"method={config.method}: give one of eval_data.paths for each of data.streams"
         )
+    smoothing = config.augment.get("label_smoothing", FinetuningViews.label_smoothing)
+    if config.head_per_data_set and smoothing:
+        raise ValueError(
+            f"augment.label_smoothing={smoothing}: must be 0 with a head for each data set, since "
+            "it would reach the classes of other data sets"
+        )
 
 
 def complete_sizes(config: FinetuneConfig, planned: bool = False) -> FinetuneConfig:
@@ -378,34 +381,56 @@ def complete_sizes(config: FinetuneConfig, planned: bool = False) -> FinetuneCon
     return replace(config, model=model)
 
 
-def count_classes(config: FinetuneConfig) -> int | list[int]:
-    """Return the number of classes; of each data set, if each has a head of its own.
+@dataclass
+class Classes:
+    """The classes of a fine-tuning, and the numbers of the labels of its data sets."""
+
+    names: list  # of all classes; a list for each data set, if each has a head of its own
+    training: list[list[int]]  # for each of data.streams, see match_classes
+    testing: list[list[int]]  # for each of eval_data.paths
+
+    @property
+    def count(self) -> int | list[int]:
+        per_head = isinstance(self.names[0], list)
+        return list(map(len, self.names)) if per_head else len(self.names)
+
+
+def find_classes(config: FinetuneConfig) -> Classes:
+    """Return the classes of the first data set, or of each that has a head of its own.
 
     Raises:
-        ValueError: data sets that are missing, have no labels or differ in their classes.
+        ValueError: data sets that are missing, have no labels, or classes that the first lacks.
     """
     training, testing = config.training_paths, config.eval_data["paths"]
     if not config.head_per_data_set:
-        return len(common_classes(training + testing))
-    return [len(common_classes(list(pair))) for pair in zip(training, testing, strict=True)]
+        names, labels = common_classes(training + testing)
+        return Classes(names, labels[: len(training)], labels[len(training) :])
+    classes, first = Classes([], [], []), 0
+    for path, test_path in zip(training, testing, strict=True):
+        names = labelled_classes(path)
+        classes.names.append(names)
+        classes.training.append(match_classes(path, names, path, first))
+        classes.testing.append(match_classes(test_path, names, path, first))
+        first += len(names)
+    return classes
 
 
 def finetune(config: FinetuneConfig) -> Trainer:
     """Return the Trainer of a fine-tuning run."""
     check_blocks(config)
     config = complete_sizes(config)
-    classes = count_classes(config)
-    flops = flops_per_sample(*on_meta_device(config, classes)) if config.logs_speed else 0.0
+    classes = find_classes(config)
+    on_meta = on_meta_device(config, classes.count)
+    flops = flops_per_sample(*on_meta) if config.logs_speed else 0.0
     run = start_run(config)
-    net = config.new_model(classes)
+    net = config.new_model(classes.count)
+    net.class_names = classes.names
     if config.pretrained and not config.random_weights:
         report = load_pretrained(net, config.pretrained)
         if dist.get_global_rank() == 0:
             print(f"weights of {config.pretrained}:\n{describe(report)}")
     size, frames = net.encoder.img_size, net.encoder.num_frames
-    paths = config.training_paths
-    offsets = net.label_offsets(len(paths)) if config.head_per_data_set else ()
-    views = FinetuningViews(size, frames, net.num_classes, offsets, **config.augment)
+    views = FinetuningViews(size, frames, net.num_classes, classes.training, **config.augment)
     patch_size = net.encoder.patch_size
     loader, micro_size = load_stream(
         views.draw, views.apply, config.seed, patch_size, run, **config.data
@@ -420,7 +445,7 @@ def finetune(config: FinetuneConfig) -> Trainer:
         optimizer = build_lars(net, batch_size, **config.lars)
     else:
         optimizer = build_optimizer(net, batch_size, **config.optimizer)
-    validation = load_eval(run, size, frames, offsets, **config.eval_data)
+    validation = load_eval(run, size, frames, classes.testing, **config.eval_data)
     return build_trainer(run, config, net, optimizer, loader, micro_size, validation, flops)
 
 

@@ -17,6 +17,7 @@ Shapes, here and in every other file:
 A tensor named `mask` is 1 where a patch is removed. A batch is the micro-batch of all ranks.
 """
 
+import json
 import math
 from functools import partial
 from itertools import pairwise
@@ -556,6 +557,11 @@ class ViCMAE(ComposerModel):
 # Section 4: transfer
 
 
+def keep_class_names(module: nn.Module, state: dict, prefix: str, *_) -> None:
+    """Let a classifier load the checkpoints of earlier versions, which lack class names."""
+    state.setdefault(f"{prefix}_extra_state", module.get_extra_state())
+
+
 class Classifier(ComposerModel):
     """The encoder on whole images or clips, pooled, with a linear head.
 
@@ -595,6 +601,15 @@ class Classifier(ComposerModel):
         self.head = self.new_head(num_classes)
         self.num_classes = num_classes
         self.pool = pool
+        self.class_names: list = []  # in the order of the logits; empty if unknown
+        self.register_load_state_dict_pre_hook(keep_class_names)
+
+    def get_extra_state(self) -> Tensor:
+        """Return what a checkpoint holds beside the weights: the class names, as bytes of JSON."""
+        return torch.tensor(list(json.dumps(self.class_names).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.class_names = json.loads(bytes(state.tolist()))
 
     def new_head(self, num_classes: int) -> nn.Linear:
         head = nn.Linear(self.encoder.norm.normalized_shape[0], num_classes)

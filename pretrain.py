@@ -64,7 +64,12 @@ def check_data(net: ViCMAE, config: PretrainConfig, views: int, micro_batch: int
         ValueError: too few views or samples for a contrastive term, or labels that are missing.
     """
     if getattr(net, "needs_labels", False):
-        common_classes([stream["path"] for stream in config.data["streams"]])
+        classes, labels = common_classes([stream["path"] for stream in config.data["streams"]])
+        if any(numbers != list(range(len(classes))) for numbers in labels):
+            raise ValueError(
+                "data.streams: the data sets differ in their classes; "
+                f"method={config.method} needs the same classes in the same order"
+            )
     if net.projector is None:
         return
     name = type(net).__name__

@@ -1,5 +1,6 @@
 """Accuracy of a classifier: the loader of labelled views that fine-tuning and eval.py share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ def load_eval(
     run: Path,
     img_size: int,
     num_frames: int,
-    label_offsets: tuple[int, ...] = (),
+    labels: Sequence[list[int]] = (),
     *,
     paths: DataSets,
     temporal_views: PositiveInt = 1,
@@ -39,7 +40,7 @@ def load_eval(
     removes the padding before it counts.
 
     Args:
-        label_offsets: number of the first class of each data set; all 0 if empty.
+        labels: see EvalViews.
         paths: labelled data sets.
         temporal_views, spatial_views, crop_pct, frame_interval: see EvalViews.
         batch_size: samples on each rank, with all their views.
@@ -53,7 +54,7 @@ def load_eval(
         spatial_views=spatial_views,
         crop_pct=crop_pct,
         frame_interval=frame_interval,
-        label_offsets=label_offsets,
+        labels=labels,
         unreadable=run / UNREADABLE,
     )
     sampler = dist.get_sampler(data, drop_last=False, shuffle=False)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from evaluation.pictures import draw_neighbours
 from model import Encoder, pool
 from shards.augment import normalise
-from shards.format import UNREADABLE, common_classes
+from shards.format import UNREADABLE, common_classes, fingerprint
 from shards.loader import Loader
 from shards.storage import write_file
 from shards.views import DataSets, EvalViews, PositiveFraction
@@ -104,16 +104,22 @@ def knn_accuracy(
     return correct / len(query_labels)
 
 
-def check_classes(owner: str, bank: list[str], queries: list[str]) -> list[str]:
-    """Return the class names of two lists of data sets.
+def match_labels(
+    owner: str, bank: list[str], queries: list[str]
+) -> tuple[list[str], list[list[int]], list[list[int]]]:
+    """Return the class names of a bank, and the labels of bank and queries, see match_classes.
 
     Raises:
-        ValueError: data sets that are missing, have no labels or differ in their classes.
+        ValueError: data sets that are missing or have no labels; queries with classes that the bank
+            lacks, or with the samples of the bank.
     """
-    classes = common_classes(bank)
-    if classes != common_classes(queries):
-        raise ValueError(f"{owner}: {queries[0]} has other classes than {bank[0]}")
-    return classes
+    classes, labels = common_classes(bank + queries)
+    samples = {fingerprint(path)["samples"]: path for path in bank}
+    for path in queries:
+        if same := samples.get(fingerprint(path)["samples"]):
+            found = f"queries={path}: has the same samples as bank={same}"
+            raise ValueError(f"{owner}: {found}, so each would find itself; give other data")
+    return classes, labels[: len(bank)], labels[len(bank) :]
 
 
 class KNN(Callback):
@@ -143,14 +149,14 @@ class KNN(Callback):
         crop_pct: PositiveFraction = 0.875,
         num_workers: NonNegativeInt = 0,
     ):
-        check_classes("callbacks.KNN", bank, queries)
+        _, bank_labels, query_labels = match_labels("callbacks.KNN", bank, queries)
         self.before_batch = before_batch
-        self.bank, self.queries = bank, queries
+        self.bank, self.queries = (bank, bank_labels), (queries, query_labels)
         self.every = every
         self.crop_pct = crop_pct
         self.num_workers = num_workers
 
-    def embed(self, paths: list[str], state: State) -> Labelled:
+    def embed(self, paths: list[str], labels: list[list[int]], state: State) -> Labelled:
         encoder = getattr(state.model, "module", state.model).encoder  # without DDP's wrapper
         report = Path("runs", state.run_name, UNREADABLE)
         data = EvalViews(
@@ -158,6 +164,7 @@ class KNN(Callback):
             encoder.img_size,
             encoder.num_frames,
             crop_pct=self.crop_pct,
+            labels=labels,
             unreadable=report,
         )
         return labelled(*embed(encoder, data, self.num_workers, lambda: self.before_batch(state)))
@@ -166,7 +173,7 @@ class KNN(Callback):
         averages = [one for one in state.algorithms if isinstance(one, EMA) and one.ema_started]
         for ema in averages:
             ema.apply(Event.EVAL_START, state, logger)  # swaps the averages in
-        bank, queries = self.embed(self.bank, state), self.embed(self.queries, state)
+        bank, queries = self.embed(*self.bank, state), self.embed(*self.queries, state)
         for ema in averages:
             ema.apply(Event.EVAL_END, state, logger)
         logger.log_metrics({f"knn/{name}": knn_accuracy(bank, queries)})
@@ -306,11 +313,12 @@ def measure_probe(
     Raises:
         ValueError: data sets that are missing, have no labels or differ in their classes.
     """
-    classes = check_classes("probe", bank, queries)
+    classes, *labels = match_labels("probe", bank, queries)
     sizes = (encoder.img_size, encoder.num_frames)
     views, found = [], []
-    for paths in (bank, queries):
-        data = EvalViews(paths, *sizes, crop_pct=crop_pct, unreadable=run / UNREADABLE)
+    for paths, numbers in zip((bank, queries), labels, strict=True):
+        settings = {"crop_pct": crop_pct, "labels": numbers, "unreadable": run / UNREADABLE}
+        data = EvalViews(paths, *sizes, **settings)
         views.append(data)
         found.append(embed(encoder, data, num_workers))
     learn, test = labelled(*found[0]), labelled(*found[1])

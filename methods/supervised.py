@@ -59,11 +59,9 @@ class Omnivore(Classifier):
             heads.append(len(weights[f"head.{len(heads)}.bias"]))
         return heads
 
-    def label_offsets(self, data_sets: int) -> tuple[int, ...]:
-        """Return the number of the first class of each data set that is read."""
-        counts = [head.out_features for head in self.head]
-        first = [0, *accumulate(counts[:-1])]
-        return (first[self.data_set],) * data_sets if self.data_set is not None else tuple(first)
+    def first_classes(self) -> list[int]:
+        """Return the number of the first class of each head."""
+        return [0, *accumulate(head.out_features for head in self.head[:-1])]
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the cross-entropy within the head of each sample's data set."""

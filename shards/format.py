@@ -9,6 +9,7 @@ frame. The samples lie in MDS shards of mosaicml-streaming, described by `index.
 `classes.json` has the label names in order, and `report.json` what data_prep.py did.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -59,18 +60,45 @@ def read_classes(path: str) -> list[str]:
     return read_json(path, "classes.json")
 
 
-def common_classes(paths: list[str]) -> list[str]:
-    """Return the label names that these data sets share; raise ValueError if they share none."""
+def labelled_classes(path: str) -> list[str]:
+    """Return the label names of a data set; raise ValueError if it has no labels."""
+    classes = read_classes(path)
+    if not classes:
+        raise ValueError(f"{path} has no labels; convert it from one folder per class")
+    return classes
+
+
+def match_classes(path: str, classes: list[str], owner: str, first: int = 0) -> list[int]:
+    """Return for each label of a data set its number by name, first + index into `classes`.
+
+    Raises:
+        ValueError: the data set has no labels, or has classes that `owner` lacks.
+    """
+    numbers = {name: first + number for number, name in enumerate(classes)}
+    names = labelled_classes(path)
+    if unknown := [name for name in names if name not in numbers]:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        listed = ", ".join(map(repr, unknown[:3])) + more
+        raise ValueError(f"{path}: has classes that {owner} lacks: {listed}")
+    return [numbers[name] for name in names]
+
+
+def common_classes(paths: list[str]) -> tuple[list[str], list[list[int]]]:
+    """Return the label names of the first data set, and the labels of each by name.
+
+    See match_classes. The other data sets may lack classes, or have them in another order.
+    """
     if not paths:
         raise ValueError("the list of data sets is empty; name at least one")
-    expected = read_classes(paths[0])
-    for path in paths:
-        classes = read_classes(path)
-        if not classes:
-            raise ValueError(f"{path} has no labels; convert it from one folder per class")
-        if classes != expected:
-            raise ValueError(f"{path} has other classes than {paths[0]}; use data sets that agree")
-    return expected
+    classes = labelled_classes(paths[0])
+    return classes, [match_classes(path, classes, paths[0]) for path in paths]
+
+
+def fingerprint(path: str) -> dict[str, str | list[str]]:
+    """Return the classes of a data set, and a hash of its samples."""
+    shards = [shard["raw_data"] for shard in read_json(path, "index.json")["shards"]]
+    text = json.dumps([[shard["bytes"], shard["hashes"]] for shard in shards])
+    return {"classes": read_classes(path), "samples": hashlib.sha256(text.encode()).hexdigest()}
 
 
 class Clips:

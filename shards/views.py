@@ -7,6 +7,7 @@ augment.py applies the numbers drawn by ViewRecipe to a whole batch on the devic
 
 import bisect
 import math
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -288,7 +289,8 @@ class EvalViews(Dataset):
             Without frame_interval, offsets in the section of each frame: 0 and 1/2 for 2.
         spatial_views: square crops along the longer side; 1 is the centre.
         crop_pct: side of a crop as a fraction of the shorter side, in (0, 1].
-        label_offsets: for each data set, a number added to its labels; () to add nothing.
+        labels: for each data set, the number that replaces each of its labels, see match_classes;
+            () for the labels as they are stored.
         unreadable: file that lists unreadable samples, which become black with the target -1. If
             None, or if more than a fraction `max_unreadable` are unreadable, ValueError is raised.
     """
@@ -300,7 +302,7 @@ class EvalViews(Dataset):
     spatial_views: int = 1
     crop_pct: float = 0.875
     frame_interval: float | None = None
-    label_offsets: tuple[int, ...] = ()
+    labels: Sequence[list[int]] = ()
     unreadable: Path | None = None
     max_unreadable: float = 0.001
 
@@ -329,8 +331,8 @@ class EvalViews(Dataset):
             num_views = self.temporal_views * self.spatial_views
             shape = (num_views, self.num_frames, 3, self.img_size, self.img_size)
             views, label = torch.zeros(shape, dtype=torch.uint8), -1
-        if self.label_offsets and label >= 0:
-            label += self.label_offsets[data_set]
+        if self.labels and label >= 0:
+            label = self.labels[data_set][label]
         return {"inputs": views, "target": torch.tensor(label)}
 
     def crop_views(self, sample: dict[str, Any]) -> Tensor:

@@ -42,9 +42,8 @@ def test_each_head_trains_and_classifies_the_samples_of_its_own_data_set_alone()
     torch.testing.assert_close(probabilities, expected)
 
 
-def test_labels_are_numbered_over_all_data_sets_or_within_the_one_that_is_evaluated():
-    assert Omnivore([4, 3, 5], **ENCODER).label_offsets(3) == (0, 4, 7)
-    assert Omnivore([4, 3, 5], **ENCODER, data_set=1).label_offsets(2) == (4, 4)
+def test_classes_are_numbered_over_all_data_sets():
+    assert Omnivore([4, 3, 5], **ENCODER).first_classes() == [0, 4, 7]
 
 
 def test_data_set_without_a_head_is_an_error():

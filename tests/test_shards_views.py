@@ -264,7 +264,7 @@ def test_eval_crop_covers_the_given_fraction_of_the_shorter_side(demo):
 
 def test_labels_of_each_data_set_are_offset_by_its_number(demo):
     paths = [str(demo / "test_videos"), str(demo / "test_images")]
-    views = EvalViews(paths, 8, label_offsets=(0, 100))
+    views = EvalViews(paths, 8, labels=[range(10), range(100, 110)])
     for number in (0, 59, 60, 119):
         data_set, row = divmod(number, 60)
         stored = Clips(paths[data_set])[row]["label"]
@@ -273,7 +273,7 @@ def test_labels_of_each_data_set_are_offset_by_its_number(demo):
 
 def test_unreadable_sample_is_black_without_a_label_and_too_many_are_an_error(demo, tmp_path):
     path, report = str(demo / "test_images"), tmp_path / "unreadable.jsonl"
-    views = EvalViews([path], 8, unreadable=report, label_offsets=(100,))
+    views = EvalViews([path], 8, unreadable=report, labels=[range(100, 110)])
     corrupt = make_clip(random_frames(1)) | {"frames": b"no JPEG"}
     stored = [views.data[number] for number in range(60)]
     views.data = Samples([corrupt, *stored[1:]])

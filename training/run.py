@@ -31,6 +31,7 @@ from yaml import YAMLError
 
 from evaluation.pictures import draw_losses
 from evaluation.probes import KNN
+from shards.format import fingerprint
 from shards.storage import Storage
 from shards.stream import load_stream
 from shards.workers import exit_on_signals
@@ -68,6 +69,12 @@ class RunConfig:
         """Whether SpeedMonitor logs utilisation, for which a step's operations are counted."""
         return "SpeedMonitor" in (self.callbacks or {})
 
+    @property
+    def data_sets(self) -> list[str]:
+        """The paths of all data sets that the run trains or validates on."""
+        streams = [stream["path"] for stream in self.data["streams"]]
+        return streams + getattr(self, "eval_data", {}).get("paths", [])
+
     def given(self) -> dict[str, Any]:
         """Return the blocks that are not null, as they are stored in config.yaml."""
         return {name: block for name, block in asdict(self).items() if block is not None}
@@ -92,22 +99,46 @@ def fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in FREE_KEYS + OLD_KEYS}
 
 
-def changed_settings(run: Path, config: dict[str, Any]) -> list[str]:
-    """Return the keys of fixed settings whose values differ from the run's config.yaml.
+def read_config(run: Path) -> dict[str, Any]:
+    """Return the content of a run's config.yaml, empty if there is none.
 
     Raises:
         ValueError: config.yaml is corrupt.
     """
     path = run / "config.yaml"
     if not path.exists():
-        return []
+        return {}
     try:
-        before = fixed_settings(OmegaConf.to_container(OmegaConf.load(path)))
-    except (YAMLError, OmegaConfBaseException, AttributeError) as error:
+        return dict(OmegaConf.to_container(OmegaConf.load(path)))
+    except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
         message = "corrupt; if the run directory is the right one, delete this file"
         raise ValueError(f"{path}: {message}") from error
+
+
+def changed_settings(before: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Return the keys of fixed settings whose values differ from an earlier config."""
+    if not before:
+        return []
+    before = fixed_settings(before)
     now = fixed_settings(json.loads(json.dumps(config)))  # lists for tuples, as in the file
     return sorted(key for key in before | now if before.get(key) != now.get(key))
+
+
+def is_finished(run: Path, before: str | None, now: str) -> bool:
+    """Return whether a run is finished. If its duration was raised, it no longer is.
+
+    Args:
+        before, now: trainer.max_duration of the run and of this launch.
+    """
+    result = run / "result.json"
+    if not result.exists():
+        return False
+    old, new = ensure_time(before or now, "ep"), ensure_time(now, "ep")
+    if old.unit == new.unit and new <= old:
+        return True
+    result.unlink()
+    print(f"{run} was finished after {before}, and now trains on to {now}")
+    return False
 
 
 def start_run(config: RunConfig) -> Path:
@@ -129,7 +160,11 @@ def start_run(config: RunConfig) -> Path:
     run = Path("runs", config.run_name)
     found = [[], False]
     if dist.get_global_rank() == 0:
-        found = [changed_settings(run, config.given()), (run / "result.json").exists()]
+        before = read_config(run)
+        changed = changed_settings(before, config.given())
+        duration = before.get("trainer", {}).get("max_duration")
+        finished = not changed and is_finished(run, duration, config.trainer["max_duration"])
+        found = [changed, finished]
     dist.broadcast_object_list(found)  # other machines may have other run directories
     changed, finished = found
     if changed:
@@ -139,10 +174,36 @@ def start_run(config: RunConfig) -> Path:
         )
     if finished:
         if dist.get_global_rank() == 0:
-            remedy = "delete the run directory or choose another run_name to run again"
+            remedy = "raise trainer.max_duration to train on, or choose another run_name"
             print(f"{run} is finished, see {run}/result.json; {remedy}")
         sys.exit(0)
     return run
+
+
+def check_data_sets(run: Path, paths: list[str]) -> None:
+    """Compare the data sets with the record in data_sets.json, and add new ones to it.
+
+    Raises:
+        ValueError: other samples or classes are at a path than when the run was started.
+    """
+    found = [None]
+    if dist.get_global_rank() == 0:
+        record = run / "data_sets.json"
+        before = json.loads(record.read_text()) if record.exists() else {}
+        now = {path: fingerprint(path) for path in paths}
+        changed = [path for path in paths if now[path] != before.get(path, now[path])]
+        if changed:
+            path, kind = changed[0], "samples"
+            names = [", ".join(listed[path]["classes"][:5]) for listed in (now, before)]
+            if names[0] != names[1]:
+                kind = f"classes ({names[0]} instead of {names[1]})"
+            remedy = "restore it, or choose another run_name"
+            found = [f"{path} has other {kind} than when {run} was started; {remedy}"]
+        else:
+            Storage(str(run)).write_json("data_sets.json", before | now)
+    dist.broadcast_object_list(found)
+    if found[0]:
+        raise ValueError(found[0])
 
 
 class BFloat16OnCPU(Callback):
@@ -223,6 +284,7 @@ def build_trainer(
         ValueError: no intact checkpoint although checkpoints exist; settings that Composer, FSDP or
             a named class refuses.
     """
+    check_data_sets(run, config.data_sets)
     settings, callbacks = trainer_settings(config, model)
     checkpoints = Checkpoints(run, **config.checkpoints or {})
     newest = checkpoints.newest()

@@ -8,6 +8,7 @@
 Nothing in a file is executed, see safe_load.
 """
 
+import json
 import math
 import os
 import re
@@ -34,6 +35,9 @@ YAMLS = Path(__file__).parent.parent / "yamls"
 
 # Keys under which a file may hold its weights, outermost first: Composer's are in state.model.
 WRAPPERS = ("state", "model", "module", "model_state", "state_dict")
+
+
+CLASS_NAMES = "_extra_state"  # PyTorch's key of Classifier.get_extra_state
 
 
 def find_timm_file(name: str) -> str:
@@ -174,6 +178,11 @@ def keep_best_head(weights: dict[str, Tensor]) -> None:
     weights["head.weight"], weights["head.bias"] = weight, bias
 
 
+def class_names_in(weights: dict[str, Tensor]) -> list:
+    """Return the class names in a classifier's weights, see Classifier; empty if unknown."""
+    return json.loads(bytes(weights[CLASS_NAMES].tolist())) if CLASS_NAMES in weights else []
+
+
 def square_side(positions: Tensor) -> int:
     """Return the side of the square grid of positions (1, 1 + N, D); 0 if N is no square."""
     count = positions.shape[1] - 1 if positions.ndim == 3 else 0
@@ -223,6 +232,8 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[
     else:
         origin, weights = "the state dict", our_layout(source)
     own = module.state_dict()
+    own.pop(CLASS_NAMES, None)  # The names of the model's own data stay.
+    weights.pop(CLASS_NAMES, None)
     missing = [key for key in own if key not in weights]
     unused = [key for key in weights if key not in own]
     check_encoder(origin, missing, unused)
