@@ -21,6 +21,7 @@ from evaluation.probes import (
     knn_accuracy,
     label_limits,
     linear_accuracy,
+    match_labels,
     measure_probe,
 )
 from model import Encoder
@@ -239,12 +240,36 @@ def test_probe_reports_a_linear_head_for_each_number_of_labels_and_knn_for_each_
     assert result.keys() - linear.keys() == {"knn", "knn_50%"}
 
 
+def test_bank_and_queries_with_the_same_samples_are_refused(demo, tmp_path):
+    path = str(demo / "test_images")
+    copy = str(corrupted_copy(demo / "test_images", tmp_path))
+    match = f"queries={copy}: has the same samples as bank={path}"
+    with pytest.raises(ValueError, match=match):
+        measure_probe(new_encoder(), 0, tmp_path, bank=[path], queries=[copy])
+
+
+def test_labels_of_bank_and_queries_are_matched_by_name(demo, tmp_path):
+    """The queries have their classes in reversed order, and two of them under other numbers."""
+    bank, queries = str(demo / "train_images"), corrupted_copy(demo / "test_images", tmp_path)
+    names = json.loads((queries / "classes.json").read_text())
+    expected = measure_probe(new_encoder(), 0, tmp_path, bank=[bank], queries=[str(queries)])
+    _, _, (straight,) = match_labels("probe", [bank], [str(queries)])
+    (queries / "classes.json").write_text(json.dumps(names[::-1]))
+    _, _, (turned,) = match_labels("probe", [bank], [str(queries)])
+    assert straight == list(range(10)) and turned == straight[::-1]
+    found = measure_probe(new_encoder(), 0, tmp_path, bank=[bank], queries=[str(queries)])
+    assert found["knn"] != expected["knn"]
+
+
 def test_bank_and_queries_with_other_classes_are_refused(demo, tmp_path):
     for name in ("train_images", "test_images"):
         corrupted_copy(demo / name, tmp_path)
     bank, queries = str(tmp_path / "train_images"), str(tmp_path / "test_images")
     (tmp_path / "test_images" / "classes.json").write_text(json.dumps(list("abcdefghij")))
-    with pytest.raises(ValueError, match="test_images has other classes than"):
+    with pytest.raises(
+        ValueError,
+        match=r"test_images: has classes .* lacks: 'a', 'b', 'c' and 7",
+    ):
         measure_probe(new_encoder(), 0, tmp_path, bank=[bank], queries=[queries])
     (tmp_path / "train_images" / "classes.json").write_text("[]")
     with pytest.raises(ValueError, match="train_images has no labels"):

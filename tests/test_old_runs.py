@@ -14,6 +14,7 @@ from conftest import ROOT, read_metrics, read_result, run_stage
 import eval as evaluation
 import finetune
 import pretrain
+from evaluation import probes
 from model import ViCMAE
 from shards.augment import normalise
 from shards.views import EvalViews
@@ -135,7 +136,8 @@ def test_old_classifier_is_evaluated_without_any_size_in_the_command(old, run_na
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
-def test_encoder_of_an_old_run_is_probed_and_its_reconstructions_are_drawn(old):
+def test_encoder_of_an_old_run_is_probed_and_its_reconstructions_are_drawn(old, monkeypatch):
+    monkeypatch.setattr(probes, "fingerprint", lambda path: {"samples": object()})
     probe = {"bank": ["train_images"], "queries": ["train_images"], "k": 1}
     config = evaluation.EvalConfig(
         run_name="new",

@@ -25,7 +25,7 @@ from model import Classifier
 from shards.augment import normalise
 from shards.views import EvalViews
 from training.checkpoints import STOPPED, Checkpoints
-from training.run import changed_settings
+from training.run import changed_settings, read_config
 from training.weights import LATEST, read_checkpoint
 
 
@@ -59,11 +59,27 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def test_finished_run_ends_the_program_without_an_error(uninterrupted, arguments, tmp_path):
     shutil.copytree(uninterrupted / "runs", tmp_path / "runs", symlinks=True)
     before = (tmp_path / "runs" / "run" / "metrics.jsonl").read_text()
-    for change in ("trainer.max_duration=9ep", "callbacks={LRMonitor: {}}"):
+    for change in ("trainer.max_duration=1ep", "callbacks={LRMonitor: {}}"):
         with pytest.raises(SystemExit) as end:
             run_stage(pretrain, [*arguments, "run_name=run", change], tmp_path)
         assert end.value.code == 0
     assert (tmp_path / "runs" / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_finished_run_trains_on_if_its_duration_is_raised(
+    uninterrupted, arguments, tmp_path, capsys
+):
+    shutil.copytree(uninterrupted / "runs", tmp_path / "runs", symlinks=True)
+    longer = [*arguments, "run_name=run", "trainer.max_duration=3ep", "schedule.t_max=3ep"]
+    config = tmp_path / "runs/run/config.yaml"
+    config.write_text(config.read_text().replace("t_max: 2ep", "t_max: 3ep"))
+    run_stage(pretrain, longer, tmp_path)
+    assert "runs/run was finished after 2ep, and now trains on to 3ep" in capsys.readouterr().out
+    assert len(losses(tmp_path, "run")) == 9
+    assert losses(tmp_path, "run")[:6] == losses(uninterrupted, "run")
+    with pytest.raises(SystemExit) as end:
+        run_stage(pretrain, longer, tmp_path)
+    assert end.value.code == 0
 
 
 def test_settings_that_do_not_decide_the_result_may_change(tmp_path):
@@ -71,15 +87,13 @@ def test_settings_that_do_not_decide_the_result_may_change(tmp_path):
     (tmp_path / "config.yaml").write_text(json.dumps(before | {"algorithms": None}))
     free = {"trainer": {"device": "gpu"}, "callbacks": {"KNN": {}}, "make_demo": "data"}
     now = before | free | {"data": {"streams": (), "num_workers": 8}}
-    assert changed_settings(tmp_path, now) == []
-    assert changed_settings(tmp_path, now | {"seed": 1, "algorithms": {"EMA": {}}}) == [
-        "algorithms.EMA",
-        "seed",
-    ]
+    assert changed_settings(read_config(tmp_path), now) == []
+    changed = changed_settings(read_config(tmp_path), now | {"seed": 1, "algorithms": {"EMA": {}}})
+    assert changed == ["algorithms.EMA", "seed"]
     (tmp_path / "config.yaml").write_text("seed: [")
     with pytest.raises(ValueError, match=r"config\.yaml: corrupt"):
-        changed_settings(tmp_path, now)
-    assert changed_settings(tmp_path / "new", now) == []
+        read_config(tmp_path)
+    assert changed_settings(read_config(tmp_path / "new"), now) == []
 
 
 @pytest.mark.parametrize(

@@ -124,14 +124,14 @@ def changed_settings(before: dict[str, Any], config: dict[str, Any]) -> list[str
     return sorted(key for key in before | now if before.get(key) != now.get(key))
 
 
-def is_finished(run: Path, before: str | None, now: str) -> bool:
+def is_finished(run: Path, before: str | None, now: str | None) -> bool:
     """Return whether a run is finished. If its duration was raised, it no longer is.
 
     Args:
         before, now: trainer.max_duration of the run and of this launch.
     """
     result = run / "result.json"
-    if not result.exists():
+    if not (now and result.exists()):
         return False
     old, new = ensure_time(before or now, "ep"), ensure_time(now, "ep")
     if old.unit == new.unit and new <= old:
@@ -163,7 +163,7 @@ def start_run(config: RunConfig) -> Path:
         before = read_config(run)
         changed = changed_settings(before, config.given())
         duration = before.get("trainer", {}).get("max_duration")
-        finished = not changed and is_finished(run, duration, config.trainer["max_duration"])
+        finished = not changed and is_finished(run, duration, config.trainer.get("max_duration"))
         found = [changed, finished]
     dist.broadcast_object_list(found)  # other machines may have other run directories
     changed, finished = found
@@ -180,13 +180,13 @@ def start_run(config: RunConfig) -> Path:
     return run
 
 
-def check_data_sets(run: Path, paths: list[str]) -> None:
-    """Compare the data sets with the record in data_sets.json, and add new ones to it.
+def check_data_sets(run: Path, paths: list[str]) -> dict[str, dict]:
+    """Compare data sets with the run's data_sets.json, and return its new content on rank 0.
 
     Raises:
         ValueError: other samples or classes are at a path than when the run was started.
     """
-    found = [None]
+    found, before, now = [None], {}, {}
     if dist.get_global_rank() == 0:
         record = run / "data_sets.json"
         before = json.loads(record.read_text()) if record.exists() else {}
@@ -199,11 +199,10 @@ def check_data_sets(run: Path, paths: list[str]) -> None:
                 kind = f"classes ({names[0]} instead of {names[1]})"
             remedy = "restore it, or choose another run_name"
             found = [f"{path} has other {kind} than when {run} was started; {remedy}"]
-        else:
-            Storage(str(run)).write_json("data_sets.json", before | now)
     dist.broadcast_object_list(found)
     if found[0]:
         raise ValueError(found[0])
+    return before | now
 
 
 class BFloat16OnCPU(Callback):
@@ -284,7 +283,7 @@ def build_trainer(
         ValueError: no intact checkpoint although checkpoints exist; settings that Composer, FSDP or
             a named class refuses.
     """
-    check_data_sets(run, config.data_sets)
+    data_sets = check_data_sets(run, config.data_sets)
     settings, callbacks = trainer_settings(config, model)
     checkpoints = Checkpoints(run, **config.checkpoints or {})
     newest = checkpoints.newest()
@@ -325,6 +324,7 @@ def build_trainer(
         run.mkdir(parents=True, exist_ok=True)
         text = OmegaConf.to_yaml(OmegaConf.create(config.given()))
         Storage(str(run)).write("config.yaml", text.encode())
+        Storage(str(run)).write_json("data_sets.json", data_sets)
     return trainer
 
 
