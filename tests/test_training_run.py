@@ -67,14 +67,14 @@ def test_finished_run_ends_the_program_without_an_error(uninterrupted, arguments
 
 
 def test_finished_run_trains_on_if_its_duration_is_raised(
-    uninterrupted, arguments, tmp_path, capsys
+    uninterrupted, arguments, tmp_path, capfd
 ):
     shutil.copytree(uninterrupted / "runs", tmp_path / "runs", symlinks=True)
     longer = [*arguments, "run_name=run", "trainer.max_duration=3ep", "schedule.t_max=3ep"]
     config = tmp_path / "runs/run/config.yaml"
     config.write_text(config.read_text().replace("t_max: 2ep", "t_max: 3ep"))
     run_stage(pretrain, longer, tmp_path)
-    assert "runs/run was finished after 2ep, and now trains on to 3ep" in capsys.readouterr().out
+    assert "runs/run was finished after 2ep, and now trains on to 3ep" in capfd.readouterr().out
     assert len(losses(tmp_path, "run")) == 9
     assert losses(tmp_path, "run")[:6] == losses(uninterrupted, "run")
     with pytest.raises(SystemExit) as end:
