@@ -25,18 +25,20 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import simplejpeg
 from PIL import Image
 from tqdm import tqdm
 
 from shards.decode import Recipe, read_image, read_video
 from shards.demo import draw_demo
-from shards.format import COLUMNS, Clips, encode_clip, read_json
+from shards.format import COLUMNS, Clips, encode_clip, read_classes, read_json
 from shards.inputs import (
     Manifest,
     describe_error,
@@ -47,6 +49,7 @@ from shards.inputs import (
 )
 from shards.inspect import show, verify
 from shards.layouts import EXTENSIONS, LAYOUTS, Listing, list_any
+from shards.report import Ignored, check_labels, join_reports, print_summary, printable
 from shards.storage import Storage
 from shards.workers import Report, exit_on_signals, run_parts
 
@@ -80,17 +83,22 @@ def write_part(
     read = read_video if kind == "videos" else read_image
     Image.MAX_IMAGE_PIXELS = None  # read_image has a limit of its own.
     labels = {name: label for label, name in enumerate(job.classes)} | {None: -1}
-    inputs, short, highest = 0, 0, -1
-    skipped = []
+    inputs, short = 0, 0
+    skipped, converted = [], Counter()
+    ignored, unlabelled = Ignored(), None
+    sides = []
     with MDSWriter(out=str(out), columns=COLUMNS, size_limit=SHARD_BYTES, hashes=["xxh64"]) as mds:
-        for number, item in enumerate(read_inputs(job.listing, kind, entries)):
+        for number, item in enumerate(read_inputs(job.listing, kind, entries, ignored)):
             name, class_name, open_input = item
+            name = printable(name)
             report(number)
             inputs += 1
             try:
                 if number in bad_inputs:
                     raise ValueError(bad_inputs[number])
                 label = labels.get(class_name, class_name)  # Samples of tars have a label instead.
+                if isinstance(label, str):
+                    raise ValueError(f"class {label!r}: unknown; list the classes with --classes")
                 if label < -1 or (job.classes and label >= len(job.classes)):
                     raise ValueError(f"label {label}: must be below {len(job.classes)}, or -1")
                 with open_input() as file:
@@ -100,14 +108,26 @@ def write_part(
                     raise
                 skipped.append([name, describe_error(error)])
                 continue
-            highest = max(highest, label)
+            converted[label] += 1
+            if label < 0:
+                unlabelled = unlabelled or name
+            sides.append(min(simplejpeg.decode_jpeg_header(frames[0])[:2]))
             short += len(set(timestamps)) < len(timestamps)
             mds.write(encode_clip(frames, timestamps, label, name))
     index = out / "index.json"
     shards = json.loads(index.read_text())["shards"]
     index.unlink()
-    counts = {"inputs": inputs, "skipped": skipped, "short": short, "highest": highest}
-    return counts | {"shards": shards}
+    return {
+        "inputs": inputs,
+        "skipped": skipped,
+        "ignored": ignored.as_json(),
+        "short": short,
+        "short_sides": [min(sides), max(sides)] if sides else [],
+        "labels": sorted(converted.items()),
+        "highest": max(converted, default=-1),
+        "unlabelled": unlabelled,
+        "shards": shards,
+    }
 
 
 def convert_part(job: Conversion, part: str, bad_inputs: dict[int, str], report: Report) -> None:
@@ -142,6 +162,7 @@ def convert(
     split: str = "train",
     share: tuple[int, int] = (1, 1),
     keep_local: bool = True,
+    classes: list[str] | None = None,
 ) -> dict | None:
     """Convert a source of videos or images into a data set.
 
@@ -154,6 +175,7 @@ def convert(
         list_inputs: lists `split` of a published layout, see LAYOUTS; list_any if None.
         share: (k, n) converts the k-th of n shares of the parts; `merge` then joins them.
         keep_local: whether the local folder keeps what was uploaded.
+        classes: names in the order of the labels; default the source's.
 
     Returns:
         The report, or None if `share` is not (1, 1).
@@ -165,6 +187,7 @@ def convert(
     target = Storage(out)
     folder = local_folder(target)
     listing = list_inputs(source, split) if list_inputs else list_any(source, recipe.kind)
+    listing.classes = classes or listing.classes
     if listing.tars and recipe.per_class:
         raise ValueError("--per-class needs files, but SOURCE holds tars; leave it out")
     part_size = 1 if listing.tars else PART_SIZE
@@ -242,20 +265,15 @@ def merge(out: str, max_skipped: float = 0.01) -> dict:
     parts = read_parts(target, names)
     for stale in folder.glob("part-*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)  # left by killed runs
-    skipped = [entry for part in parts for entry in part["skipped"]]
-    inputs = sum(part["inputs"] for part in parts)
-    report = request | {
-        "inputs": inputs,
-        "samples": inputs - len(skipped),
-        "short": sum(part["short"] for part in parts),  # videos that repeat frames
-        "skipped": skipped,
-    }
+    report = join_reports(request, parts)
     target.write_json("report.json", report)
+    skipped, inputs = report["skipped"], report["inputs"]
     if not report["samples"] or len(skipped) > max_skipped * inputs:
         allowed = f"--max-skipped allows a fraction of {max_skipped:g}"
         some = "; ".join(f"{name} ({reason})" for name, reason in skipped[:3])
         fault = f"{len(skipped)} of {inputs} inputs are undecodable, but {allowed}"
         raise ValueError(f"{fault}: {some}; all are in {target.at('report.json')}")
+    check_labels(report, parts)
     shards = []
     for name, part in zip(names, parts, strict=True):
         for shard in part["shards"]:
@@ -325,6 +343,8 @@ OPTIONS = {  # {argument: settings of add_argument}
     "--frames": dict(type=int, default=16, help="per video, evenly spaced (16; mit: 8)"),
     "--fps": dict(type=float, help="frames per second of video, instead of --frames"),
     "--short-side": dict(type=int, default=256, help="pixels; frames are never enlarged (256)"),
+    "--classes": dict(metavar="FILE", help="class names, one a line (those of SOURCE, sorted)"),
+    "--like": dict(metavar="DATASET", help="take the classes of another data set of data_prep.py"),
     "--quality": dict(type=int, default=90, help="of the JPEG frames, 1-100 (90)"),
     "--per-class": dict(type=int, help="convert only the first so many inputs of each class (all)"),
     "--max-skipped": dict(type=float, default=0.01, help="fraction that may be undecodable (0.01)"),
@@ -337,7 +357,7 @@ OPTIONS = {  # {argument: settings of add_argument}
 }
 CONVERSION = (
     *("source", "out", "--workers", "--max-skipped", "--short-side", "--quality"),
-    *("--per-class", "--part", "--keep-local"),
+    *("--per-class", "--classes", "--like", "--part", "--keep-local"),
 )
 COMMANDS = {  # {command other than a conversion: (description, its arguments)}
     "merge": ("Join the shares of several machines.", ("out", "--max-skipped")),
@@ -390,7 +410,22 @@ def run_conversion(args: argparse.Namespace) -> dict | None:
         split=getattr(args, "split", ""),
         share=args.part,
         keep_local=args.keep_local == "yes",
+        classes=given_classes(args),
     )
+
+
+def given_classes(args: argparse.Namespace) -> list[str] | None:
+    """Return the class names of --classes or --like; None without them."""
+    if args.like:
+        return read_classes(args.like)
+    if not args.classes:
+        return None
+    text = Path(args.classes).read_text("utf-8-sig")
+    names = json.loads(text) if args.classes.endswith(".json") else text.split("\n")
+    names = [name.strip() for name in names if name.strip()]
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"--classes {args.classes}: must name each class once, one a line")
+    return names
 
 
 def run_verify(args: argparse.Namespace) -> None:
@@ -419,11 +454,13 @@ def main(arguments: list[str] | None = None) -> None:
         remedy = f"after all {count}, run: data_prep.py merge {args.out}"
         print(f"{args.out}: share {number} of {count} is done; {remedy}")
         return
-    counts = ", ".join(f"{report[name]} {name}" for name in ("samples", "absent", "short"))
-    print(f"{args.out}: {counts}, {len(report['skipped'])} skipped")
+    print_summary(args.out, report)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(
+        errors="backslashreplace"
+    )  # A name may not suit the terminal's encoding.
     exit_on_signals()
     try:
         main()

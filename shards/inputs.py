@@ -20,12 +20,13 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import BinaryIO
 
 import av
 
-from shards.layouts import EXTENSIONS, Listing
+from shards.layouts import EXTENSIONS, SPLITS, Listing
+from shards.report import LATE_LABEL, Ignored, printable
 from shards.storage import bucket_errors
 
 # Errors of a disk, a bucket or the system, which are no fault of the input.
@@ -33,6 +34,9 @@ SYSTEM_ERRORS = {
     *(errno.EACCES, errno.EPERM, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
 }
+
+
+LABELS = (".cls", ".json")  # members of a tar that may hold labels
 
 
 def is_system_error(error: Exception) -> bool:
@@ -71,7 +75,10 @@ class Manifest:
         number = int(part.removeprefix("part-"))
         with open(self.path, "rb") as file:
             file.seek(self.starts[number])
-            return [json.loads(line) for line in islice(file, self.part_size)]
+            lines = [
+                line.decode("utf-8", "surrogateescape") for line in islice(file, self.part_size)
+            ]
+            return [json.loads(line) for line in lines]
 
 
 def write_manifest(
@@ -84,70 +91,106 @@ def write_manifest(
     taken, absent, listed, starts = Counter(), 0, 0, []
     digest = hashlib.sha256()
     known = set(listing.classes or ())
+    unlisted = set(listing.candidates)
     for entry in listing.inputs:
         if entry is None:
             absent += 1
             continue
         name, class_name = entry[:2]
+        unlisted.discard(name)
         if known and class_name is not None and class_name not in known:
             fault = "which is not in the data set's list of classes"
             raise ValueError(f"{name} is of class {class_name!r}, {fault}")
         if taken and (class_name is None) != (None in taken):
             has, before = ("no class", "one") if class_name is None else ("a class", "none")
             fault = f"has {has}, but inputs before it have {before}"
-            raise ValueError(f"{listing.storage.at(name)} {fault}; move it out of SOURCE")
+            at = printable(listing.storage.at(name))
+            raise ValueError(f"{at} {fault}; move it out of SOURCE")
         taken[class_name] += 1
         if per_class and taken[class_name] > per_class:
             continue
         if listed % part_size == 0:
             starts.append(file.tell())
-        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"
         file.write(line)
         digest.update(line)
         listed += 1
     file.flush()
+    for name in sorted(unlisted):
+        listing.ignored.add(name, "not in the list")
     named = set(listing.truth.values()) or taken.keys() - {None}
-    counts = {"listed": listed, "absent": absent, "classes": listing.classes or sorted(named)}
-    counts["listing"] = digest.hexdigest()
+    named |= set(listing.empty_classes if named else ())
+    if named and named <= SPLITS and not known:
+        folders = ", ".join(sorted(named))
+        remedy = f"give SOURCE {listing.storage.at(sorted(named)[0])}, one after the other"
+        fault = f"SOURCE {listing.storage.root} holds the folders {folders}, which are no classes"
+        raise ValueError(f"{fault}; {remedy}")
+    counts = {
+        "listed": listed,
+        "absent": absent,
+        "classes": listing.classes or sorted(named),
+        "listing": digest.hexdigest(),
+        "ignored": listing.ignored.as_json(),
+    }
     return Manifest(file.name, starts, part_size), counts
 
 
-def read_inputs(listing: Listing, kind: str, entries: list) -> Iterator[tuple]:
+def read_inputs(listing: Listing, kind: str, entries: list, ignored: Ignored) -> Iterator[tuple]:
     """Yield (name, class name or label or None, a function that opens it) for every input.
 
-    If the inputs are tars, their samples are yielded instead. A corrupt tar yields its intact
-    samples, and then an input of its own name that raises ValueError when opened.
+    If the inputs are tars, their samples are yielded instead, and all other members counted as
+    `ignored`. A corrupt tar yields its intact samples, and then an input of its own name that
+    raises ValueError when opened.
     """
     if listing.tars:
         for name, class_name, *span in entries:
-            yield from read_tar(listing, kind, name, class_name, span)
+            yield from read_tar(listing, kind, name, class_name, span, ignored)
         return
     for name, class_name in entries:
         yield name, class_name, functools.partial(listing.storage.open, name)
 
 
 def read_tar(
-    listing: Listing, kind: str, name: str, class_name: str | None, span: list[int]
+    listing: Listing,
+    kind: str,
+    name: str,
+    class_name: str | None,
+    span: list[int],
+    ignored: Ignored,
 ) -> Iterator[tuple]:
-    """Yield the samples of a tar; `span` is its first byte and size if it lies in another tar."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
+    """Yield the samples of a tar; `span` is its first byte and size if it lies in another tar.
 
-    endings = "|".join(ending.removeprefix(".") for ending in EXTENSIONS[kind])
-    wanted = re.compile(rf"(.*\.)?({endings})", re.IGNORECASE)
+    The members of a sample differ in their extensions and stand side by side; a label may also
+    stand earlier. Unlike in webdataset, an extension begins at the last dot.
+    """
+    from webdataset.tariterators import tar_file_expander
+
     size = span[1] if span else math.inf
+    labels = {}  # of members without a picture or video beside them
+    unlabelled = set()
     try:
         with listing.storage.stream(name, *span) as file, bucket_errors(listing.storage.at(name)):
             tar = CheckedTar(file, size)
             files = tar_file_expander([{"url": name, "stream": tar}])
-            for sample in group_by_keys(files, lcase=False):
-                ending = next(filter(wanted.fullmatch, sample), None)
-                if ending is None:
+            files = (file for file in files if "fname" in file)  # without its marks of the end
+            for key, group in groupby(files, lambda file: os.path.splitext(file["fname"])[0]):
+                members = {os.path.splitext(file["fname"])[1]: file["data"] for file in group}
+                media = [ending for ending in members if ending.lower() in EXTENSIONS[kind]]
+                label = read_label(members)
+                others = set(members) - set(media[:1]) - set(LABELS if label is not None else ())
+                for ending in sorted(others):
+                    ignored.add(f"{name}/{key}{ending}", f"extension {ending.lower()}")
+                if not media:
+                    if label is not None and key in unlabelled:
+                        ignored.add(f"{name}/{key}", LATE_LABEL)
+                    labels[key] = label
                     continue
-                key = sample["__key__"]
+                label = labels.pop(key, None) if label is None else label
                 truth = class_name or listing.truth.get(os.path.basename(key))
-                label = truth or int(sample.get("cls", -1))
-                open_input = functools.partial(io.BytesIO, sample[ending])
-                yield f"{name}/{key}.{ending}", label, open_input
+                if truth is None and label is None:
+                    unlabelled.add(key)
+                open_input = functools.partial(io.BytesIO, members[media[0]])
+                yield f"{name}/{key}{media[0]}", label if truth is None else truth, open_input
             tar.check_end()
     except (tarfile.TarError, EOFError, ValueError, FileNotFoundError) as error:
         reason = f"{error}; the samples after it are lost"
@@ -156,6 +199,23 @@ def read_tar(
             raise ValueError(reason)
 
         yield name, None, raise_error
+
+
+def read_label(members: dict[str, bytes]) -> int | str | None:
+    """Return the number or the class name in the .cls or .json member of a sample, if any."""
+    try:
+        text = members[".cls"].decode().strip()
+    except KeyError:
+        try:
+            content = json.loads(members[".json"])
+            found = [content[key] for key in ("label", "class", "cls") if key in content]
+        except (KeyError, ValueError, TypeError):
+            return None
+        text = str(found[0]) if found else ""
+    try:
+        return int(text)
+    except ValueError:
+        return text or None
 
 
 class CheckedTar:

@@ -7,24 +7,49 @@ To add a layout, write a function like list_mit and name it in LAYOUTS.
 """
 
 import csv
+import io
 import json
 import math
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
-from shards.storage import Storage
+from shards.report import Ignored
+from shards.storage import Storage, is_hidden
 
-EXTENSIONS = {
+EXTENSIONS = {  # of files that FFmpeg and Pillow decode
     "videos": (
-        *(".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v"),
-        *(".flv", ".mpg", ".mpeg", ".ts", ".wmv", ".3gp"),
+        *(".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".ts", ".wmv"),
+        *(
+            ".3gp",
+            ".3g2",
+            ".asf",
+            ".divx",
+            ".dv",
+            ".f4v",
+            ".m2ts",
+            ".m2v",
+            ".mjpeg",
+            ".mpe",
+            ".mts",
+        ),
+        *(".mxf", ".ogg", ".ogv", ".qt", ".rm", ".rmvb", ".vob", ".y4m", ".h264", ".264", ".hevc"),
     ),
-    "images": (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
+    "images": (
+        *(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
+        *(".apng", ".avif", ".dib", ".j2k", ".jfif", ".jp2", ".jpe", ".jpf", ".jpx", ".mpo"),
+        *(".pbm", ".pgm", ".pnm", ".ppm", ".qoi", ".sgi", ".tga"),
+    ),
+}
+SYSTEM_NAMES = {"@eaDir", "#recycle", "lost+found", "__MACOSX", "Thumbs.db", "desktop.ini"}
+SPLITS = {  # names of folders that are no classes
+    *("train", "training", "val", "valid", "validation", "test", "testing", "eval"),
+    *("images", "videos", "labels", "annotations"),
 }
 
 # A list of another format raises nearly anything while it is parsed.
@@ -45,6 +70,9 @@ class Listing:
     classes: list[str] | None = None  # in the order of the labels; None to sort the inputs' classes
     tars: bool = False  # whether the inputs are tars of samples, as webdataset reads them
     truth: dict[str, str] = field(default_factory=dict)  # {name of a tar member: class}
+    ignored: Ignored = field(default_factory=Ignored)  # complete once `inputs` are exhausted
+    candidates: Iterable[str] = ()  # files of which the inputs were chosen by a list
+    empty_classes: Iterable[str] = ()  # class folders without any file
 
 
 @contextmanager
@@ -76,22 +104,46 @@ def read_list(
     name = first_existing(storage, names)
     address = storage.at(name)
     with list_errors(address):
-        lines = filter(None, storage.read(name).decode("utf-8-sig").splitlines())
-        rows = csv.DictReader(lines) if columns else csv.reader(lines, delimiter=delimiter)
-        missing = [column for column in columns if column not in (rows.fieldnames or ())]
+        text = storage.read(name).decode("utf-8-sig")
+        header = text.split("\n", 1)[0]
+        if columns:  # Spreadsheets write semicolons or tabs in some languages.
+            delimiter = max(",;\t", key=header.count)
+        # csv finds the ends of lines, since a quoted field may hold line breaks.
+        file = io.StringIO(text, newline="")
+        lines = filter(any, csv.reader(file, delimiter=delimiter, skipinitialspace=bool(columns)))
+        spelling = {column.lower(): column for column in columns} | {"class": "label"}
+        titles = [title.strip().lower() for title in next(lines, [])] if columns else []
+        titles = [spelling.get(title, title) for title in titles]
+        missing = [column for column in columns if column not in titles]
     if missing:
         needed = ", ".join(columns)
         raise ValueError(f"{address} has no column {missing[0]}; its first line must name {needed}")
-    for row in rows:
+    if twice := [title for title, count in Counter(titles).items() if title and count > 1]:
+        raise ValueError(f"{address} has several columns {twice[0]}; leave one")
+    for row in lines:
         with list_errors(f"{address}, {row},"):
-            value = parse(row)
+            if columns and len(row) != len(titles):
+                raise ValueError(f"{len(row)} fields for {len(titles)} columns")
+            value = parse(dict(zip(titles, row, strict=True)) if columns else row)
         yield value
 
 
-def find_files(storage: Storage, kind: str, *folders: str) -> Iterator[str]:
-    """Return the files of a kind in the first of these folders that exists."""
-    names = storage.names(first_existing(storage, folders))
-    return (name for name in names if name.lower().endswith(EXTENSIONS[kind]))
+def find_files(storage: Storage, kind: str, ignored: Ignored, *folders: str) -> Iterator[str]:
+    """Return the files of a kind in the first of these folders that exists; count all others."""
+    folder = first_existing(storage, folders)
+
+    def select() -> Iterator[str]:
+        for name in storage.names(folder, hidden=True):
+            parts = name.split("/")
+            extension = os.path.splitext(name)[1].lower()
+            if is_hidden(name) or not SYSTEM_NAMES.isdisjoint(parts):
+                ignored.add(name, "hidden or system file")
+            elif extension not in EXTENSIONS[kind]:
+                ignored.add(name, f"extension {extension}" if extension else "no extension")
+            else:
+                yield name
+
+    return select()
 
 
 def peek(names: Iterator[str]) -> tuple[str, Iterator[str]]:
@@ -114,21 +166,52 @@ def list_any(source: str, kind: str) -> Listing:
     if source.endswith(".tar"):
         return list_tars(source)
     if source.endswith(".csv"):
-        return list_csv(source)
-    storage = Storage(source)
-    names = find_files(storage, kind, "")
+        return list_csv(source, kind)
+    if source.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")):
+        raise ValueError(f"SOURCE {source} is compressed; unpack it, or give tars as x.tar")
+    storage, ignored = Storage(source), Ignored()
+    names = find_files(storage, kind, ignored, "")
     inputs = ((name, name.split("/")[0] if "/" in name else None) for name in names)
-    return Listing(storage, inputs)
+    empty = [] if storage.remote else empty_folders(source)
+    return Listing(storage, inputs, ignored=ignored, empty_classes=empty)
 
 
-def list_csv(source: str) -> Listing:
+def empty_folders(source: str) -> list[str]:
+    """Return the names of the folders in SOURCE that hold no file at all."""
+    folders = [entry.name for entry in os.scandir(source) if entry.is_dir()]
+    visible = [name for name in folders if not is_hidden(name) and name not in SYSTEM_NAMES]
+    return [
+        name for name in visible if next(Storage(source).names(name, hidden=True), None) is None
+    ]
+
+
+def list_csv(source: str, kind: str) -> Listing:
     """List the files of a .csv list, whose paths are relative to it."""
     root, name = os.path.split(source)
-    storage = Storage(root or ".")
-    rows = read_list(
-        storage, lambda row: (row["path"], row.get("label") or None), name, columns=("path",)
-    )
-    return Listing(storage, (row if storage.has(row[0]) else None for row in rows))
+    storage, ignored = Storage(root or "."), Ignored()
+    labels: dict[str, str | None] = {}
+
+    def find(row: dict[str, str]) -> tuple[str, str | None] | None:
+        path, label = row["path"].strip(), row.get("label", "").strip() or None
+        if "\\" in path and not storage.has(path):
+            path = path.replace("\\", "/")  # from Windows
+        path = os.path.normpath(path)
+        if labels.setdefault(path, label) != label:
+            raise ValueError(f"{path} has the labels {labels[path]} and {label}")
+        return (path, label) if storage.has(path) else None
+
+    def inputs() -> Iterator[tuple | None]:
+        for row in read_list(storage, find, name, columns=("path",)):
+            if row and row[0] in seen:
+                ignored.add(row[0], "listed twice")
+                continue
+            seen.update(row[:1] if row else ())
+            yield row
+
+    seen: set[str] = set()
+    # Files beside the list are counted; other kinds of files are none of its business.
+    candidates = find_files(storage, kind, Ignored(), "")
+    return Listing(storage, inputs(), ignored=ignored, candidates=candidates)
 
 
 def list_tars(source: str) -> Listing:
@@ -151,18 +234,18 @@ def list_kinetics(source: str, split: str) -> Listing:
     The files of SPLIT/ lie side by side or in class folders. Without a .csv list, the class
     folders give the classes.
     """
-    storage = Storage(source)
-    names = find_files(storage, "videos", split, f"videos/{split}")
+    storage, ignored = Storage(source), Ignored()
+    names = find_files(storage, "videos", ignored, split, f"videos/{split}")
     tables = (f"annotations/{split}.csv", f"{split}.csv")
     if not any(map(storage.has, tables)):
         first, names = peek(names)
         if folder_of(first) == split:
             remedy = f"add {tables[0]} for the classes"
             raise ValueError(f"SOURCE {source}: {first} is in no class folder; {remedy}")
-        return Listing(storage, ((name, folder_of(name)) for name in names))
+        return Listing(storage, ((name, folder_of(name)) for name in names), ignored=ignored)
     files = {Path(name).stem: name for name in names}
     if storage.has("replacement"):  # of corrupt files of K400, by the 11 characters of YouTube's id
-        replacements = find_files(storage, "videos", "replacement")
+        replacements = find_files(storage, "videos", Ignored(), "replacement")
         files |= {Path(name).stem[:11]: name for name in replacements}
     used = set()
 
@@ -179,7 +262,9 @@ def list_kinetics(source: str, split: str) -> Listing:
     # K600's list lacks many files that its class folders hold.
     unlisted = (name for name in files.values() if name not in used)
     labelled = ((name, folder_of(name)) for name in unlisted if folder_of(name) in classes)
-    return Listing(storage, chain(listed, labelled), classes or None)
+    candidates = (name for name in files.values() if name.startswith(f"{split}/"))
+    inputs = chain(listed, labelled)
+    return Listing(storage, inputs, classes or None, ignored=ignored, candidates=candidates)
 
 
 def kinetics_classes(storage: Storage) -> list[str]:
@@ -198,10 +283,12 @@ def list_mit(source: str, split: str) -> Listing:
     # A row of the categories reads clapping,0.
     numbered = read_list(storage, lambda row: (int(row[1]), row[0]), "moments_categories.txt")
     classes = [name for _, name in sorted(numbered)]
-    files = set(find_files(storage, "videos", folder))
+    ignored = Ignored()
+    files = set(find_files(storage, "videos", ignored, folder))
     # After file and class, a row has the votes for and against the class.
     rows = read_list(storage, lambda row: (f"{folder}/{row[0]}", row[1]), f"{folder}Set.csv")
-    return Listing(storage, (row if row[0] in files else None for row in rows), classes)
+    inputs = (row if row[0] in files else None for row in rows)
+    return Listing(storage, inputs, classes, ignored=ignored, candidates=files)
 
 
 def list_ssv2(source: str, split: str) -> Listing:
@@ -211,7 +298,8 @@ def list_ssv2(source: str, split: str) -> Listing:
     """
     storage = Storage(source)
     folder = "20bn-something-something-v2"
-    files = set(find_files(storage, "videos", folder))
+    ignored = Ignored()
+    files = set(find_files(storage, "videos", ignored, folder))
     # A template is a class name whose placeholders are in brackets.
     without_brackets = str.maketrans("", "", "[]")
 
@@ -229,7 +317,7 @@ def list_ssv2(source: str, split: str) -> Listing:
     classes = read("labels", lambda numbers: sorted(numbers, key=lambda name: int(numbers[name])))
     part = {"val": "validation"}.get(split, split)
     inputs = read(part, lambda clips: [find(clip) for clip in clips])
-    return Listing(storage, inputs, classes)
+    return Listing(storage, inputs, classes, ignored=ignored)  # The folder holds all splits.
 
 
 def list_in1k(source: str, split: str) -> Listing:
@@ -250,13 +338,14 @@ def list_in1k(source: str, split: str) -> Listing:
         return Listing(storage, tars, tars=True)
     if storage.has(tar):
         return Listing(storage, [(tar, None)], tars=True, truth=read_truth(storage))
-    names = find_files(storage, "images", split, f"ILSVRC/Data/CLS-LOC/{split}")
+    ignored = Ignored()
+    names = find_files(storage, "images", ignored, split, f"ILSVRC/Data/CLS-LOC/{split}")
     first, names = peek(names)
     if folder_of(first) != split:
-        return Listing(storage, ((name, folder_of(name)) for name in names))
+        return Listing(storage, ((name, folder_of(name)) for name in names), ignored=ignored)
     truth = read_truth(storage)
     inputs = ((name, truth.get(Path(name).stem)) for name in names)
-    return Listing(storage, inputs, sorted(set(truth.values())))
+    return Listing(storage, inputs, sorted(set(truth.values())), ignored=ignored)
 
 
 def tar_members(storage: Storage, tar: str) -> Iterator[tuple[str, int, int]]:
@@ -317,7 +406,8 @@ def list_places365(source: str, split: str) -> Listing:
     endings = ("256", "256_standard", "large", "large_standard")
     folders = [f"{stem}_{ending}" for ending in endings]
     folder = next(filter(storage.has, folders), folders[0])
-    files = set(find_files(storage, "images", folder))
+    ignored = Ignored()
+    files = set(find_files(storage, "images", ignored, folder))
 
     def read(name: str, parse: Callable) -> Iterator:
         names = (name, f"filelist_places365-standard/{name}")
@@ -334,7 +424,7 @@ def list_places365(source: str, split: str) -> Listing:
 
     table = "places365_train_standard.txt" if split == "train" else f"places365_{split}.txt"
     classes = [class_names[number] for number in sorted(class_names)]
-    return Listing(storage, read(table, find), classes)
+    return Listing(storage, read(table, find), classes, ignored=ignored, candidates=files)
 
 
 LAYOUTS = {  # {sub-command: (kind, function that lists a split)}

@@ -83,10 +83,14 @@ class Storage:
         bucket, _, key = self.at(name).removeprefix("s3://").partition("/")
         return {"Bucket": bucket, "Key": key}
 
-    def names(self, under: str = "") -> Iterator[str]:
-        """Yield all files in the folder `under` and its subfolders, sorted, except hidden files."""
+    def names(self, under: str = "", hidden: bool = False) -> Iterator[str]:
+        """Yield all files in the folder `under` and its subfolders, sorted, except hidden files.
+
+        Args:
+            hidden: yield hidden files, and hidden folders without what is in them, as well.
+        """
         if self.remote:
-            yield from self._names_in_bucket(under)
+            yield from self._names_in_bucket(under, hidden)
             return
         try:
             entries = list(os.scandir(self.at(under)))
@@ -97,15 +101,16 @@ class Storage:
         # With the slash, folders sort as they do in a bucket.
         entries.sort(key=lambda entry: entry.name + "/" if entry.is_dir() else entry.name)
         for entry in entries:
-            if is_hidden(entry.name):
-                continue
             name = os.path.join(under, entry.name)
-            if entry.is_dir():
-                yield from self.names(name)
-            else:
+            if is_hidden(entry.name):
+                if hidden:
+                    yield name
+            elif not entry.is_dir():
                 yield name
+            elif not (entry.is_symlink() and Path(entry).resolve() in Path(self.at(name)).parents):
+                yield from self.names(name, hidden)  # unless the link leads back upwards
 
-    def _names_in_bucket(self, under: str) -> Iterator[str]:
+    def _names_in_bucket(self, under: str, hidden: bool) -> Iterator[str]:
         bucket, root = self.key("").values()
         prefix = self.key(os.path.join(under, ""))["Key"]
         with bucket_errors(self.at(under)):
@@ -113,7 +118,7 @@ class Storage:
             for page in paginator.paginate(Bucket=bucket, Prefix=prefix):
                 for entry in page.get("Contents", ()):
                     name = entry["Key"][len(root) :].lstrip("/")
-                    if not name.endswith("/") and not is_hidden(name):
+                    if not name.endswith("/") and (hidden or not is_hidden(name)):
                         yield name
 
     def has(self, name: str) -> bool:

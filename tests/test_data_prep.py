@@ -673,7 +673,8 @@ def test_conversion_begun_by_an_earlier_version_is_continued(tmp_path, monkeypat
     report = convert("raw", "shards", Recipe("videos", frames=3), 1, max_skipped=0.5)
     after = files_of(tmp_path / "shards")
     assert all(after[name] == data for name, data in before.items())
-    assert report == json.loads((OLD_SHARDS / "shards" / "report.json").read_text())
+    before = json.loads((OLD_SHARDS / "shards" / "report.json").read_text())
+    assert {name: report[name] for name in before} == before
     assert [name for name, _ in report["skipped"]] == expected["skipped"]
     assert verify("shards", 1) == []
     check_old_samples(tmp_path / "shards", expected)

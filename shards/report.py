@@ -1,0 +1,111 @@
+"""The report of a conversion: what became of each file of a source.
+
+    report = join_reports(request, parts)           # for report.json
+    print_summary("data/mine", report)
+
+Every file is converted, skipped (it cannot be decoded), ignored (for a reason that is named) or
+absent (listed, but not there).
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+LATE_LABEL = "label after its sample"  # of a tar: the reason for which a label is ignored
+
+
+@dataclass
+class Ignored:
+    """The files of a source that are not converted: how many, and the first few, by reason."""
+
+    counts: Counter = field(default_factory=Counter)
+    first: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, name: str, reason: str) -> None:
+        self.counts[reason] += 1
+        names = self.first.setdefault(reason, [])
+        if len(names) < 10:
+            names.append(printable(name))
+
+    def as_json(self) -> dict[str, dict]:
+        """Return {reason: {"count": files, "first": names of up to 10 files}}."""
+        return {
+            reason: {"count": count, "first": self.first[reason]}
+            for reason, count in sorted(self.counts.items())
+        }
+
+
+def printable(name: str) -> str:
+    """Return a name with bytes that are not UTF-8 escaped, as in caf\\xe9."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def join_reports(request: dict, parts: list[dict]) -> dict:
+    """Return the report of a conversion.
+
+    Args:
+        request: the content of request.json.
+        parts: the content of each part.json. Earlier versions of data_prep.py wrote fewer entries.
+    """
+    skipped = [entry for part in parts for entry in part["skipped"]]
+    inputs = sum(part["inputs"] for part in parts)
+    sides = [side for part in parts for side in part.get("short_sides", ())]
+    ignored = [request.get("ignored", {}), *(part.get("ignored", {}) for part in parts)]
+    return request | {
+        "inputs": inputs,
+        "samples": inputs - len(skipped),
+        "short": sum(part["short"] for part in parts),  # videos that repeat frames
+        "short_sides": [min(sides), max(sides)] if sides else None,  # pixels
+        "samples_per_class": count_classes(request["classes"], parts),
+        "ignored": join_ignored(ignored),
+        "skipped": skipped,
+    }
+
+
+def join_ignored(reports: list[dict]) -> dict[str, dict]:
+    """Return the sum of several results of Ignored.as_json."""
+    total = Ignored()
+    for report in reports:
+        for reason, found in report.items():
+            for name in found["first"]:
+                total.add(name, reason)
+            total.counts[reason] += found["count"] - len(found["first"])
+    return total.as_json()
+
+
+def count_classes(classes: list[str], parts: list[dict]) -> dict[str, int] | None:
+    """Return the number of samples of each class; None if parts of earlier versions do not tell."""
+    if not all("labels" in part for part in parts):
+        return None
+    counts = Counter()
+    for part in parts:
+        counts.update(dict(part["labels"]))
+    names = classes or [str(label) for label in range(max(counts, default=-1) + 1)]
+    return {name: counts[label] for label, name in enumerate(names)}
+
+
+def check_labels(report: dict, parts: list[dict]) -> None:
+    """Raise ValueError if a label cannot be assigned, or if only some samples have a label."""
+    if late := report["ignored"].get(LATE_LABEL):
+        found = f"{late['first'][0]} has its label after other samples"
+        raise ValueError(f"{found}; sort the tars by name")
+    unlabelled = [part["unlabelled"] for part in parts if part.get("unlabelled")]
+    if unlabelled and any(part["highest"] >= 0 for part in parts):
+        fault = f"{unlabelled[0]} has no label, but other samples have one"
+        raise ValueError(f"{fault}; give all a label, or leave out those without")
+
+
+def print_summary(out: str, report: dict) -> None:
+    """Print the classes, then how many inputs were converted, absent, skipped and ignored."""
+    counts = report["samples_per_class"] or {}
+    if 0 < len(counts) <= 20:
+        print("classes: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    elif counts:
+        fewest, most = min(counts.values()), max(counts.values())
+        print(f"classes: {len(counts)}, with {fewest} to {most} samples each")
+    line = ", ".join(f"{report[name]} {name}" for name in ("samples", "absent", "short"))
+    line = f"{out}: {line}, {len(report['skipped'])} skipped"
+    ignored = {reason: found["count"] for reason, found in report["ignored"].items()}
+    if ignored:
+        reasons = "; ".join(f"{count} {reason}" for reason, count in ignored.items())
+        line += f", {sum(ignored.values())} ignored ({reasons})"
+    print(line)
