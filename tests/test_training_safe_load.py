@@ -3,8 +3,10 @@
 import os
 import pickle
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint
@@ -193,3 +195,17 @@ def test_plain_values_are_loaded():
     found = load_plain("plain.pt")
     assert torch.equal(found.pop("weights"), content.pop("weights"))
     assert found == content
+
+
+def test_harmless_values_beside_the_weights_are_loaded(tmp_path):
+    content = {"loss": np.float64(0.5), "step": np.int64(3), "path": Path("a/b")}
+    torch.save(content | {"w": torch.ones(2)}, tmp_path / "file.pt")
+    found = load_plain(str(tmp_path / "file.pt"))
+    assert (found["loss"], found["step"], found["path"]) == (0.5, 3, Path("a/b"))
+
+
+def test_type_that_could_execute_code_is_named_with_the_remedy(tmp_path):
+    torch.save({"w": torch.ones(2), "f": Fraction(1, 2)}, tmp_path / "file.pt")
+    match = r"it holds a fractions\.Fraction, which could execute code; save the weights alone"
+    with pytest.raises(pickle.UnpicklingError, match=match):
+        load_plain(str(tmp_path / "file.pt"))

@@ -330,13 +330,92 @@ def test_timms_weights_are_found_in_the_cache_by_name_and_never_downloaded(tmp_p
 # Other sizes and kinds
 
 
-def test_vit_of_another_kind_is_refused_by_its_unknown_weights():
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ({"init_values": 1e-5}, "with layer scale"),
+        ({"reg_tokens": 2}, "with register tokens"),
+        ({"qk_norm": True}, "with norms of queries and keys"),
+        ({"pre_norm": True}, "with a norm before its blocks"),
+        ({"class_token": False, "global_pool": "avg"}, "without CLS token"),
+        ({"in_chans": 4}, "sees 4 channels, this encoder 3"),
+    ],
+)
+def test_vit_of_another_kind_is_named_as_what_it_is(arguments, kind):
     theirs = timm.models.VisionTransformer(
-        32, 8, embed_dim=48, depth=2, num_heads=3, num_classes=0, init_values=1e-5
+        32, 8, embed_dim=48, depth=2, num_heads=3, num_classes=0, **arguments
     )
-    unknown = r"has encoder.blocks.0.ls1.gamma, which the model lacks"
-    with pytest.raises(ValueError, match=unknown):
+    with pytest.raises(ValueError, match=f"the state dict: .*{kind}"):
         load_pretrained(Classifier(4, **ENCODER), theirs.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("keys", "prefix", "place"),
+    [
+        ((), "module._orig_mod.", "module._orig_mod"),
+        (("model",), "_orig_mod.", "model._orig_mod"),
+        (("module",), "", "module"),  # DeepSpeed
+        (("state_dict",), "model.backbone.", "state_dict.model.backbone"),  # Lightning
+        (("teacher",), "backbone.", "teacher.backbone"),  # DINO
+        (("model_ema",), "module.vit.", "model_ema.module.vit"),
+        (("a", "model_state"), "student.encoder.", "a.model_state.student.encoder"),
+    ],
+)
+def test_vit_is_found_in_any_nesting_of_keys_and_prefixes(tmp_path, capsys, keys, prefix, place):
+    net = Encoder(**ENCODER)
+    content = {prefix + key: value for key, value in net.state_dict().items()}
+    for key in reversed(keys):
+        content = {key: content, "epoch": 3}
+    torch.save(content, tmp_path / "file.pth")
+    module = Classifier(4, **ENCODER)
+    report = load_pretrained(module, str(tmp_path / "file.pth"))
+    assert all(torch.equal(module.encoder.state_dict()[k], v) for k, v in net.state_dict().items())
+    assert report["unused"] == []
+    assert f"file.pth: its ViT is at {place}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("taken", "other"),
+    [
+        ("teacher", "student"),
+        ("model_ema", "model"),
+        ("state_dict_ema", "state_dict"),
+        ("model", "momentum"),
+    ],
+)
+def test_averages_and_teachers_are_taken_before_other_vits_of_a_file(tmp_path, taken, other):
+    content = {}
+    for number, key in enumerate((taken, other)):
+        state = Encoder(**ENCODER).state_dict()
+        content[key] = {name: torch.full_like(value, number) for name, value in state.items()}
+    torch.save(content, tmp_path / "file.pth")
+    assert not any(value.any() for value in read_checkpoint(str(tmp_path / "file.pth")).values())
+
+
+def test_head_of_other_classes_is_left_out_and_said(capsys):
+    source, target = Classifier(7, **ENCODER), Classifier(2, **ENCODER)
+    head = target.head.weight.clone()
+    load_pretrained(target, source.state_dict())
+    assert torch.equal(target.head.weight, head)
+    assert torch.equal(target.encoder.pos_embed, source.encoder.pos_embed)
+    assert "its head of other classes is left out" in capsys.readouterr().out
+    source, target = Classifier(2, **ENCODER), Classifier(2, **ENCODER)
+    source.class_names, target.class_names = ["no", "yes"], ["yes", "zebra"]
+    load_pretrained(target, source.state_dict())
+    assert not torch.equal(target.head.weight, source.head.weight)
+    target.class_names = ["no", "yes"]
+    load_pretrained(target, source.state_dict())
+    assert torch.equal(target.head.weight, source.head.weight)
+
+
+def test_file_of_hugging_faces_transformers_is_named_as_such(tmp_path):
+    key = "vit.encoder.layer.0.attention.attention.query.weight"
+    torch.save({key: torch.zeros(2)}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match="has the names of Hugging Face's transformers"):
+        read_checkpoint(str(tmp_path / "file.pth"))
+
+
+def test_deeper_vit_is_refused():
     deeper = Encoder(**ENCODER | {"depth": 3})
     with pytest.raises(ValueError, match=r"has encoder.blocks.2"):
         load_pretrained(Classifier(4, **ENCODER), deeper.state_dict())
@@ -408,19 +487,18 @@ def test_checkpoint_of_a_linear_probe_gives_its_best_head(tmp_path):
 
 @pytest.mark.parametrize("active", [False, True])
 def test_averages_of_ema_replace_the_weights_unless_they_stand_there_already(tmp_path, active):
-    trained, average = torch.zeros(2), torch.ones(2)
+    trained = Encoder(**ENCODER).state_dict()
+    trained = {f"encoder.{key}": torch.zeros_like(value) for key, value in trained.items()}
+    averages = {f"module.{key}": torch.ones_like(value) for key, value in trained.items()}
     ema = {
         "ema_weights_active": active,
-        "ema_model": {
-            "named_parameters_dict": {"module.encoder.blocks.0.x": average},
-            "named_buffers_dict": {},
-        },
+        "ema_model": {"named_parameters_dict": averages, "named_buffers_dict": {}},
     }
-    state = {"model": {"encoder.blocks.0.x": trained}, "algorithms": [("EMA", ema)]}
+    state = {"model": trained, "algorithms": [("EMA", ema)]}
     torch.save({"state": state}, tmp_path / "ema.pt")
     found = read_checkpoint(str(tmp_path / "ema.pt"))
-    assert found.keys() == {"encoder.blocks.0.x"}
-    assert torch.equal(found["encoder.blocks.0.x"], trained if active else average)
+    assert found.keys() == trained.keys()
+    assert all((value == (0.0 if active else 1.0)).all() for value in found.values())
 
 
 def write_run(folder: Path, config: str, state: dict[str, Tensor] | None = None) -> str:

@@ -9,7 +9,9 @@ A file may hold tensors and plain values. Anything else is refused before it is 
 import argparse
 import datetime
 import os
+import pathlib
 import pickle
+import re
 from typing import IO, Any
 
 import numpy as np
@@ -23,9 +25,16 @@ SAFE_CLASSES = [  # plain values that files may hold beside tensors
     datetime.timedelta,
     torch.torch_version.TorchVersion,
     np._core.multiarray._reconstruct,
+    np._core.multiarray.scalar,
+    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),  # NumPy 1
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
     np.ndarray,
     np.dtype,
     np.dtypes.UInt32DType,
+    np.dtypes.Int64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Float64DType,
+    pathlib.PosixPath,
 ]
 
 # All that the .metadata file of a sharded checkpoint may name, by module. Whole names are compared,
@@ -77,6 +86,9 @@ def load_plain(file: str | IO[bytes], mmap: bool = False) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:  # whose message advises to load unsafely
         reason = "it is corrupt, or holds more than tensors and plain values"
+        if name := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            remedy = "save the weights alone, torch.save(model.state_dict(), ...)"
+            reason = f"it holds a {name[1]}, which could execute code; {remedy}"
         raise pickle.UnpicklingError(reason) from error
 
 

@@ -13,11 +13,13 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from composer.utils import dist
 from huggingface_hub import try_to_load_from_cache
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -33,10 +35,25 @@ from training.safe_load import load_plain, read_shards
 LATEST = "latest-rank0.pt"  # in a run's checkpoints/: a link to the newest checkpoint
 YAMLS = Path(__file__).parent.parent / "yamls"
 
-# Keys under which a file may hold its weights, outermost first: Composer's are in state.model.
-WRAPPERS = ("state", "model", "module", "model_state", "state_dict")
+# Of several ViTs in a file, averages and teachers are taken first, and MoCo's moving average last.
+AVERAGES = re.compile(r"ema|teacher|average")
+LAST = re.compile(r"momentum|optimizer")
+OTHER_KINDS = {  # {part of a key: the kind of ViT that has it}
+    "gamma": "layer scale",
+    "ls1.": "layer scale",
+    "reg_token": "register tokens",
+    "register_token": "register tokens",
+    "norm_pre.": "a norm before its blocks, as CLIP has",
+    "q_norm.": "norms of queries and keys",
+    "relative_position": "relative positions",
+    "rel_pos": "relative positions",
+    "rope": "rotary positions",
+    "mlp.w12": "SwiGLU",
+    "attn_pool.": "attention pooling",
+}
 
 
+OWN_PLACES = ("", "model", "encoder", "state.model.encoder")  # ours and the official files'
 CLASS_NAMES = "_extra_state"  # PyTorch's key of Classifier.get_extra_state
 
 
@@ -79,6 +96,11 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is missing, corrupt, unsafe, or holds no ViT.
     """
+    return read_vit(path)[0]
+
+
+def read_vit(path: str) -> tuple[dict[str, Tensor], str]:
+    """Return the weights in a checkpoint, see read_checkpoint, and where they stand in the file."""
     path = find_file(path)
     try:
         if os.path.isdir(path):
@@ -90,27 +112,61 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
     except Exception as error:  # a corrupt file makes the unpickler raise nearly anything
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} is no checkpoint that can be read safely: {reason}") from error
-    weights = unwrap(content)
-    if not any("blocks.0." in key for key in weights):
-        raise ValueError(f"{path} holds no ViT (no key named blocks.0.*)")
-    return our_layout(weights)
+    try:
+        weights, place = find_vit(content)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    return our_layout(weights), place
 
 
-def unwrap(content: Any) -> dict[str, Tensor]:
-    """Return the tensors in the innermost of the dictionaries that a file wraps around them."""
-    averages = {}
-    for key in WRAPPERS:
-        inner = content.get(key) if isinstance(content, dict) else None
-        if isinstance(inner, dict):
-            content = inner
-            averages |= ema_averages(content)
-    if not isinstance(content, dict):
-        return {}
+def find_vit(content: Any) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors beside and in a ViT, without the prefix that they share, and their place.
+
+    The file may wrap the ViT in any dictionaries and prefixes, such as state_dict or `module.`.
+
+    Raises:
+        ValueError: there is no ViT.
+    """
+    found = []
+    for keys, tensors in nested_tensors(content, ()):
+        for key in tensors:
+            prefix, is_vit, _ = key.rpartition("patch_embed.proj.weight")
+            if is_vit and f"{prefix}blocks.0.norm1.weight" in tensors:
+                place = ".".join([*keys, prefix]).rstrip(".")
+                rank = (bool(LAST.search(place)), not AVERAGES.search(place), len(prefix))
+                found.append((rank, place, prefix, tensors))
+    if not found:
+        names = [key for _, tensors in nested_tensors(content, ()) for key in tensors]
+        if any("attention.attention.query" in name for name in names):
+            raise ValueError("has the names of Hugging Face's transformers; give timm's names")
+        raise ValueError("holds no ViT (no patch_embed.proj.weight beside blocks.0.*)")
+    _, place, prefix, tensors = min(found, key=lambda item: item[0])
+    outer = prefix.removesuffix(prefix.rstrip(".").rpartition(".")[2] + ".") if prefix else ""
+    if prefix.endswith("encoder."):  # our own name of the encoder, and VideoMAE's
+        prefix = outer
     weights = {}
-    for key, value in (content | averages).items():
-        if isinstance(key, str) and isinstance(value, Tensor):
-            weights[key] = value
-    return weights
+    for key, value in tensors.items():
+        inner = prefix if key.startswith(prefix) else outer
+        weights[key.removeprefix(inner)] = value
+    return weights, place
+
+
+def nested_tensors(content: Any, keys: tuple[str, ...]) -> Iterator[tuple]:
+    """Yield every dictionary in nested dictionaries that holds tensors: (its keys, its tensors).
+
+    Where Composer's EMA was used, its averages take the place of the weights.
+    """
+    if not isinstance(content, dict) or len(keys) > 5:
+        return
+    if isinstance(content.get("model"), dict) and "algorithms" in content:
+        yield (*keys, "model"), content["model"] | ema_averages(content)
+        return
+    named = {key: value for key, value in content.items() if isinstance(key, str)}
+    tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+    if tensors:
+        yield keys, tensors
+    for key, value in named.items():
+        yield from nested_tensors(value, (*keys, key))
 
 
 def ema_averages(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -122,12 +178,12 @@ def ema_averages(state: dict[str, Any]) -> dict[str, Tensor]:
     if ema.get("ema_weights_active"):
         return {}
     averages = ema.get("ema_model", {})
-    return averages.get("named_parameters_dict", {}) | averages.get("named_buffers_dict", {})
+    named = averages.get("named_parameters_dict", {}) | averages.get("named_buffers_dict", {})
+    return {key.removeprefix("module."): value for key, value in named.items()}
 
 
 def our_name(key: str) -> str:
     """Return our name of a parameter of the official files; our own names stay as they are."""
-    key = key.removeprefix("module.")
     key = re.sub(r"^decoder_(embed|pos_embed|blocks|norm|pred)", r"decoder.\1", key)
     key = re.sub(r"^mask_token", "decoder.mask_token", key)
     key = re.sub(r"^(encoder\.)?fc_norm", r"\1norm", key)  # MAE's, if pooled before the norm
@@ -228,16 +284,20 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[
         ValueError: no checkpoint, or its encoder is incomplete or of another size.
     """
     if isinstance(source, str):
-        origin, weights = source, read_checkpoint(source)
+        origin = source
+        weights, place = read_vit(source)
+        if dist.get_global_rank() == 0 and place not in OWN_PLACES:
+            print(f"{source}: its ViT is at {place}")
     else:
         origin, weights = "the state dict", our_layout(source)
+    leave_out_other_head(origin, weights, module)
     own = module.state_dict()
     own.pop(CLASS_NAMES, None)  # The names of the model's own data stay.
-    weights.pop(CLASS_NAMES, None)
     missing = [key for key in own if key not in weights]
     unused = [key for key in weights if key not in own]
     check_encoder(origin, missing, unused)
     fitting = {key: value for key, value in weights.items() if key in own}
+    check_channels(origin, fitting)
     resized = []
     for key, value in fitting.items():
         fitting[key] = resize_weight(key, value, own[key].shape)
@@ -251,8 +311,33 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[
     return {"loaded": list(fitting), "resized": resized, "missing": missing, "unused": unused}
 
 
+def leave_out_other_head(origin: str, weights: dict[str, Tensor], module: nn.Module) -> None:
+    """Remove a head of other classes than a model's from the weights, and say so."""
+    names = class_names_in(weights)
+    weights.pop(CLASS_NAMES, None)
+    own = module.state_dict()
+    heads = [key for key in weights if key.startswith("head.") and key in own]
+    other = [key for key in heads if weights[key].shape != own[key].shape]
+    expected = getattr(module, "class_names", [])
+    if other or (heads and names and expected and names != expected):
+        for key in heads:
+            del weights[key]
+        if dist.get_global_rank() == 0:
+            print(f"{origin}: its head of other classes is left out; a new head is trained")
+
+
+def check_channels(origin: str, weights: dict[str, Tensor]) -> None:
+    """Raise a ValueError unless a patch embedding is for three colours."""
+    patches = weights.get("encoder.patch_embed.proj.weight")
+    if patches is not None and patches.shape[1] != 3:
+        raise ValueError(f"{origin}: its ViT sees {patches.shape[1]} channels, this encoder 3")
+
+
 def check_encoder(origin: str, missing: list[str], unused: list[str]) -> None:
     """Raise a ValueError if the encoders of a source and a model are not the same kind of ViT."""
+    kinds = [kind for part, kind in OTHER_KINDS.items() for key in unused if part in key]
+    if kinds:
+        raise ValueError(f"{origin}: is a ViT with {kinds[0]}, which this encoder does not have")
     for key in unused:
         if key.startswith(("encoder.blocks.", "encoder.norm", "encoder.patch_embed")):
             reason = "it is of another depth or kind of ViT"
@@ -260,6 +345,8 @@ def check_encoder(origin: str, missing: list[str], unused: list[str]) -> None:
     optional = {"encoder.temporal_embed"}
     if {"encoder.cls_token", "encoder.pos_embed"} <= set(missing):  # VideoMAE has neither
         optional |= {"encoder.cls_token", "encoder.pos_embed"}
+    if "encoder.cls_token" in missing and "encoder.pos_embed" not in missing:
+        raise ValueError(f"{origin}: is a ViT without CLS token, which this encoder has")
     absent = [key for key in missing if key.startswith("encoder.") and key not in optional]
     if absent:
         lacking = f"lacks {len(absent)} weights of the encoder, {absent[0]} first"
