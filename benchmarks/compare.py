@@ -37,7 +37,7 @@ from pretrain import PretrainConfig
 from shards.format import read_json
 from shards.storage import Storage, write_file, write_picture
 from training.config import RunName, load_config, one_line_errors
-from training.run import RunConfig, changed_settings
+from training.run import RunConfig, changed_settings, read_config
 from training.weights import LATEST, load_pretrained
 
 STAGES = {"pretrain.py": PretrainConfig, "finetune.py": FinetuneConfig}
@@ -121,7 +121,7 @@ def train(run_name: str, command: list[str], lock: IO) -> dict[str, float]:
     run = Path("runs", run_name)
     words = [*command, f"run_name={run_name}", "trainer.progress_bar=false"]
     config = config_of(words)
-    changed = changed_settings(run, config.given())
+    changed = changed_settings(read_config(run), config.given())
     stored = run / "config.yaml"
     # A resumed run may change its trainer, but a compared run may not.
     if stored.exists() and OmegaConf.load(stored).trainer != config.trainer:

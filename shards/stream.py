@@ -15,6 +15,7 @@ If sample 12 occurs a second time in that epoch, it counts as sample 1012 there.
 
 import hashlib
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -263,6 +264,26 @@ def frame_size(path: str) -> tuple[int, int]:
     raise ValueError(f"{path}: no sample can be decoded; run data_prep.py verify")
 
 
+def check_shared_memory(dataset: DeterministicStream, batch_size: int, num_workers: int) -> None:
+    """Raise ValueError if the batches that workers prepare do not fit into /dev/shm.
+
+    Without this check, a worker would die of a bus error. A container has 64 MB by default.
+    """
+    folder = Path("/dev/shm")
+    if not (num_workers and folder.exists()):
+        return
+    with suppress(ValueError):  # Whether samples can be read is found out in training.
+        sample = next(dataset.transform_sample(dataset[0], (0, 0, 0)))
+        sizes = [getattr(value, "nbytes", 8) for value in sample.values()]
+        prepared = 2 * num_workers * dist.get_local_world_size()  # batches; 2 is PyTorch's default
+        needed = prepared * batch_size * sum(sizes)
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            problem = f"{prepared} batches need {needed / 1e6:.0f} MB, but it has {free / 1e6:.0f}"
+            remedy = "enlarge it (docker run --shm-size), or lower data.num_workers"
+            raise OSError(f"{folder}: {problem} MB free; {remedy}")
+
+
 def load_stream(
     transform: Transform,
     on_device: Callable[[dict], dict],
@@ -319,6 +340,7 @@ def load_stream(
             batching_method="per_stream" if one_stream_per_batch else "random",
         )
     dataset.drop_incomplete_batch(global_train_batch_size)
+    check_shared_memory(dataset, batch_size, num_workers)
     loader = Loader(
         dataset,
         batch_size,

@@ -111,7 +111,7 @@ def test_method_that_learns_from_labels_needs_data_sets_of_the_same_classes(demo
     streams = f"data.streams=[{{path: {demo}/train_videos}}, {{path: {other}}}]"
     arguments = [base, overlay, *settings, streams]
     (other / "classes.json").write_text(json.dumps([f"class {number}" for number in range(10)]))
-    assert "other has other classes than" in error_of(pretrain, arguments, tmp_path)
+    assert "other: has classes that" in error_of(pretrain, arguments, tmp_path)
     (other / "classes.json").write_text("[]")
     assert "other has no labels" in error_of(pretrain, arguments, tmp_path)
 

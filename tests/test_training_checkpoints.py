@@ -14,16 +14,18 @@ import pytest
 import torch
 from composer.utils import checkpoint as composer_checkpoint
 from composer.utils import dist
+from composer.utils.checkpoint import save_checkpoint
 from conftest import ROOT, run_stage, small
 from test_training_safe_load import Malicious, train_sharded, whole_weights
 
 import pretrain
+import training.checkpoints
 from evaluation.probes import KNN, embed, knn_accuracy
 from model import ViCMAE
 from pretrain import PretrainConfig
 from shards.storage import Storage, s3_client
 from shards.views import EvalViews
-from training.checkpoints import LATEST, STOPPED, Checkpoints, checkpoint_step
+from training.checkpoints import LATEST, STOPPED, Checkpoints, check_checkpoint, checkpoint_step
 from training.config import load_config
 from training.run import start_run
 from training.weights import load_pretrained, read_checkpoint
@@ -182,7 +184,7 @@ def test_checkpoint_that_would_run_code_is_set_aside_and_not_run(
     newest = interrupted / "ep1-ba4.pt"
     torch.save(torch.load(newest, weights_only=False) | {"more": Malicious()}, newest)
     run(tmp_path, *arguments, "run_name=half")
-    reason = f"{newest.name} is corrupt (it is corrupt, or holds more than"
+    reason = f"{newest.name} is corrupt (it holds a posix.system, which could execute code"
     assert reason in capfd.readouterr().out
     assert not Path("was_run").exists()
 
@@ -260,6 +262,8 @@ def test_machines_without_the_run_directory_follow_rank_0_in_refusing_and_in_bei
     assert ends[0] == ends[1]
     assert "other values of model.pool" in ends[0]
     (tmp_path / "machine0" / "runs" / "half" / "result.json").write_text("{}")
+    config = tmp_path / "machine0" / "runs" / "half" / "config.yaml"
+    config.write_text(config.read_text().replace("max_duration: 4ba", "max_duration: 2ep"))
     on_ranks(2, start_on_a_machine, tmp_path, arguments)
     assert [(tmp_path / f"machine{rank}" / "end").read_text() for rank in range(2)] == ["0", "0"]
 
@@ -515,7 +519,8 @@ def test_shards_of_machines_with_a_shared_folder_or_their_own_are_found_on_disks
     for rank in (0, 1):
         (tmp_path / f"machine{rank}").mkdir()
     on_ranks(2, save_and_lose_disks, str(tmp_path), shared)
-    parts = (".metadata", "__0_0.distcp", "__1_0.distcp")
+    shards = ("__0_0.distcp", "__1_0.distcp")
+    parts = (".metadata", *shards, *(f"{shard}.sha256" for shard in shards))
     expected = {f"all/run/ep0-ba{step}/{part}" for step in (2, 3) for part in parts}
     assert names_in(bucket) == expected
 
@@ -586,6 +591,13 @@ def test_fsdp_on_two_ranks_trains_as_one_rank_and_resumes_to_the_bit(
     assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=2e-5) for name in theirs)
     newest = (folder / "runs" / kind / "checkpoints" / LATEST).resolve()
     assert newest.is_dir() == (kind == "sharded")
+    if newest.is_dir():
+        check_checkpoint(newest)
+        data = bytearray((newest / "__1_0.distcp").read_bytes())
+        data[len(data) // 2] ^= 1
+        (newest / "__1_0.distcp").write_bytes(data)
+        with pytest.raises(ValueError, match=r"__1_0\.distcp in it has another checksum"):
+            check_checkpoint(newest)
 
 
 # EMA
@@ -629,3 +641,25 @@ def test_three_kills_leave_no_trace(tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["right"]
+
+
+def test_disk_that_is_full_ends_the_run_with_one_line_and_keeps_the_checkpoint_before(
+    arguments, tmp_path, monkeypatch
+):
+    calls = []
+
+    def fail_at_the_second(state, path: str) -> str:
+        calls.append(path)
+        if len(calls) == 2:
+            raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0")
+        return save_checkpoint(state, path)
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(training.checkpoints, "save_checkpoint", fail_at_the_second)
+    monkeypatch.setattr(training.checkpoints.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, *arguments, "run_name=run", "checkpoints.interval=1ba")
+    expected = "runs/run/checkpoints: disk full: 0.00 GB are free, a checkpoint takes 0.00"
+    assert str(end.value).startswith(expected)
+    assert "run the same command again to resume" in str(end.value)
+    check_checkpoint(tmp_path / "runs/run/checkpoints" / LATEST)

@@ -20,6 +20,7 @@ from training.config import (
     build_named,
     load_config,
     one_line_errors,
+    read_sources,
 )
 
 ProperFraction = Annotated[float, Field(ge=0, lt=1)]
@@ -290,3 +291,8 @@ def test_error_that_a_user_can_mend_ends_the_program_in_one_line(monkeypatch, er
     with pytest.raises(SystemExit) as end, one_line_errors():
         raise error("a\n  b")
     assert end.value.code == "pretrain.py: a b"
+
+
+def test_argument_without_a_value_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"seed=: has no value; for none, give seed=null"):
+        read_sources(["seed="])

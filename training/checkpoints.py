@@ -6,6 +6,8 @@
 docs/fault_tolerance.md lists what can happen to a run, and what follows.
 """
 
+import errno
+import hashlib
 import io
 import math
 import os
@@ -45,7 +47,7 @@ def checkpoint_step(name: str) -> int:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Compare a file with its checksums, or FSDP's shards with their sizes, and unpickle it safely.
+    """Compare a file, or FSDP's shards, with their checksums, and unpickle them safely.
 
     Composer loads with weights_only=False, so unsafe pickles are rejected first.
 
@@ -65,9 +67,21 @@ def check_checkpoint(path: Path) -> None:
         raise ValueError(f"{path} is corrupt ({error})") from error
 
 
+def checksum(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_shards(path: Path) -> None:
-    """Check the sizes of FSDP's shards, and unpickle their plain values safely."""
+    """Check sizes and checksums of FSDP's shards, and unpickle their plain values safely.
+
+    Checkpoints of earlier versions have no checksums.
+    """
     metadata = PlainReader(path).read_metadata()
+    for name in {part.relative_path for part in metadata.storage_data.values()}:
+        expected = path / f"{name}.sha256"
+        if expected.exists() and checksum(path / name) != expected.read_text():
+            raise ValueError(f"{name} in it has another checksum")
     for index, part in metadata.storage_data.items():
         with open(path / part.relative_path, "rb") as file:
             if os.fstat(file.fileno()).st_size < part.offset + part.length:
@@ -244,9 +258,9 @@ class Checkpoints(Callback):
             shutil.rmtree(self.folder / name, ignore_errors=True)
             aside.mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        written = save_checkpoint(state, str(aside / f"{stem}.pt"))  # FSDP's shards: a folder, stem
-        if written:
-            with open(written, "rb") as file:
+        written = self.write(state, aside / f"{stem}.pt")
+        for path in written:
+            with open(path, "rb") as file:
                 os.fsync(file.fileno())
         dist.barrier()
         if dist.get_local_rank() == 0:
@@ -258,13 +272,38 @@ class Checkpoints(Callback):
                 self.point_latest_to(name)
             shutil.rmtree(aside, ignore_errors=True)
         dist.barrier()
-        parts = []
-        if written:
-            parts.append(os.path.relpath(written, aside))
-            if dist.get_global_rank() == 0 and not name.endswith(".pt"):
-                parts.append(f"{name}/.metadata")
+        parts = [os.path.relpath(path, aside) for path in written]
+        if dist.get_global_rank() == 0 and not name.endswith(".pt"):
+            parts.append(f"{name}/.metadata")
         self.copying.submit(self.copy_and_prune, parts)
         self.saved_step = state.timestamp.batch.value
+
+    def write(self, state: State, path: Path) -> list[Path]:
+        """Write a checkpoint, and return the files that this rank wrote.
+
+        FSDP's shards are in a folder, path without .pt; each has its checksum beside it.
+
+        Raises:
+            OSError: the disk is full, which torch.save reports as a RuntimeError.
+        """
+        try:
+            file = save_checkpoint(state, str(path))
+        except RuntimeError as error:
+            free = shutil.disk_usage(self.folder).free
+            wanted = 3 * sum(weight.nbytes for weight in state.model.parameters())
+            if free > wanted:
+                raise
+            message = (
+                f"disk full: {free / 1e9:.2f} GB are free, a checkpoint takes {wanted / 1e9:.2f}"
+            )
+            raise OSError(errno.ENOSPC, message, str(self.folder)) from error
+        if not state.fsdp_sharded_state_dict_enabled:
+            return [Path(file)] if file else []
+        shards = sorted(path.with_suffix("").glob(f"__{dist.get_global_rank()}_*.distcp"))
+        sums = [Path(f"{shard}.sha256") for shard in shards]
+        for shard, sum_file in zip(shards, sums, strict=True):
+            sum_file.write_text(checksum(shard))
+        return shards + sums
 
     def copy_and_prune(self, parts: list[str]) -> None:
         """Copy the files of a checkpoint to the bucket, then delete old ones, in the background.

@@ -176,6 +176,8 @@ def read_sources(arguments: list[str]) -> list[tuple[str, Any]]:
         is_file = argument.endswith((".yaml", ".yml"))
         if not is_file and "=" not in argument:
             raise ValueError(f"{argument}: must be a .yaml file or key=value")
+        if argument.endswith("="):  # such as checkpoint=$UNSET
+            raise ValueError(f"{argument}: has no value; for none, give {argument}null")
         try:
             source = OmegaConf.load(argument) if is_file else OmegaConf.from_dotlist([argument])
         except (OSError, UnicodeError, YAMLError, OmegaConfBaseException) as error:

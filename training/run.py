@@ -8,6 +8,7 @@
 Everything of a run is in its run directory, runs/{run_name}/.
 """
 
+import errno
 import inspect
 import json
 import signal
@@ -345,6 +346,17 @@ def rename_averages(state: State) -> None:
 
 
 def fit(trainer: Trainer) -> None:
+    """Train, and end the program with one line if the disk is full."""
+    try:
+        train(trainer)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        remedy = "free some space, and run the same command again to resume"
+        sys.exit(f"{error.filename or 'a disk'}: {error.strerror}; {remedy}")
+
+
+def train(trainer: Trainer) -> None:
     """Train. If only the final evaluation was interrupted, run just that."""
     if trainer.state.timestamp < trainer.state.max_duration:
         trainer.fit()
