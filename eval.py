@@ -64,6 +64,8 @@ class EvalConfig:
         precision: of the forward passes.
         method, model: the method, and arguments that replace those of the checkpoint.
         accuracy: top-1 and top-5 accuracy of a classifier, see load_eval.
+        average: what is averaged over the views of a sample: their softmax (SlowFast, mae_st) or
+            their logits (the author of ViC-MAE).
         probe: k-NN and linear accuracy of the encoder, see measure_probe.
         reconstructions, attention: data sets of which samples are drawn.
         export: file for the encoder, or the classifier with its head, in timm's names.
@@ -78,6 +80,7 @@ class EvalConfig:
     method: str | None = None
     model: dict[str, Any] | None = None
     accuracy: Annotated[dict, load_eval] | None = None
+    average: Literal["softmax", "logits"] = "softmax"
     probe: Annotated[dict, measure_probe] | None = None
     reconstructions: list[str] | None = None
     attention: list[str] | None = None
@@ -232,13 +235,14 @@ def measure_accuracy(
     """Measure the accuracy of a classifier, its probabilities averaged over all views of a sample.
 
     Returns:
-        top1, top5 and samples_per_second; the confusion matrix, (C, C) counts with true classes as
+        top1, top5, average and samples_per_second; the confusion matrix, (C, C) counts with true classes as
         rows.
     """
     labels = match_labels(net, config)
     size, frames = net.encoder.img_size, net.encoder.num_frames
     evaluator = load_eval(run, size, frames, labels, **config.accuracy)
     evaluator.metric_names.append("confusion")
+    net.average = config.average
     device = get_device(config.device)
     precision = config.precision if device.name == "gpu" else "fp32"
     trainer = Trainer(
@@ -254,7 +258,8 @@ def measure_accuracy(
     metrics = trainer.state.eval_metrics["eval"]
     samples = len(evaluator.dataloader.dataloader.dataset)
     result = {name: float(metrics[name].compute()) for name in ("top1", "top5")}
-    return result | {"samples_per_second": samples / seconds}, metrics["confusion"].compute().cpu()
+    result |= {"average": config.average, "samples_per_second": samples / seconds}
+    return result, metrics["confusion"].compute().cpu()
 
 
 def class_labels(net: Classifier, config: EvalConfig) -> list[str]:

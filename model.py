@@ -602,6 +602,7 @@ class Classifier(ComposerModel):
         self.num_classes = num_classes
         self.pool = pool
         self.class_names: list = []  # in the order of the logits; empty if unknown
+        self.average = "softmax"  # of the views in evaluation: of their "softmax" or "logits"
         self.register_load_state_dict_pre_hook(keep_class_names)
 
     def get_extra_state(self) -> Tensor:
@@ -640,9 +641,11 @@ class Classifier(ComposerModel):
         return F.cross_entropy(outputs.flatten(0, 1).float(), target)
 
     def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> Tensor:
-        """Return class probabilities (B, C): the softmax, averaged over the views."""
-        logits = self(batch) if outputs is None else outputs
-        return logits.float().softmax(dim=-1).mean(dim=1)
+        """Return class probabilities (B, C), averaged over the views, see `average`."""
+        logits = (self(batch) if outputs is None else outputs).float()
+        if self.average == "logits":
+            return logits.mean(dim=1).softmax(dim=-1)
+        return logits.softmax(dim=-1).mean(dim=1)
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
         """Return top1, top5 (top C if C < 5) and confusion for evaluation, nothing for training."""

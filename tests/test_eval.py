@@ -48,9 +48,11 @@ def evaluate_file(folder: Path, **settings) -> dict[str, float]:
         return evaluate(EvalConfig(**config | settings))
 
 
-def probabilities_of(net: Classifier, path: str, *views: int) -> tuple[torch.Tensor, list[int]]:
+def probabilities_of(
+    net: Classifier, path: str, temporal: int = 1, spatial: int = 1, average: str = "softmax"
+) -> tuple[torch.Tensor, list[int]]:
     """Return probabilities (n, C), averaged over the views of a sample, one view at a time."""
-    data, found, labels = EvalViews([path], 32, 1, *views, crop_pct=1.0), [], []
+    data, found, labels = EvalViews([path], 32, 1, temporal, spatial, crop_pct=1.0), [], []
     mean = torch.tensor((0.485, 0.456, 0.406))[:, None, None]
     std = torch.tensor((0.229, 0.224, 0.225))[:, None, None]
     for number in range(len(data)):
@@ -58,7 +60,10 @@ def probabilities_of(net: Classifier, path: str, *views: int) -> tuple[torch.Ten
         inputs = (sample["inputs"] / 255 - mean) / std  # (V, T, 3, H, W)
         with torch.no_grad():
             logits = [net({"inputs": view[None, None]})[0, 0] for view in inputs]
-        found.append(torch.stack([one.softmax(dim=0) for one in logits]).mean(dim=0))
+        if average == "logits":
+            found.append(sum(logits) / len(logits))
+        else:
+            found.append(torch.stack([one.softmax(dim=0) for one in logits]).mean(dim=0))
         labels.append(int(sample["target"]))
     return torch.stack(found), labels
 
@@ -71,12 +76,17 @@ def fraction_in_top(probabilities: torch.Tensor, labels: list[int], k: int) -> f
 # Accuracy
 
 
-def test_accuracy_averages_the_probabilities_of_all_views_of_a_sample(demo, tmp_path):
+@pytest.mark.parametrize("average", ["softmax", "logits"])
+def test_accuracy_averages_the_softmax_or_the_logits_of_all_views_of_a_sample(
+    demo, tmp_path, average
+):
     net = save_classifier(tmp_path / "classifier.pt")
     path = str(demo / "test_videos")
     views = {"temporal_views": 2, "spatial_views": 3, "crop_pct": 1.0}
-    result = evaluate_file(tmp_path, accuracy={"paths": [path], "batch_size": 7, **views})
-    probabilities, labels = probabilities_of(net, path, 2, 3)
+    accuracy = {"paths": [path], "batch_size": 7, **views}
+    result = evaluate_file(tmp_path, accuracy=accuracy, average=average)
+    probabilities, labels = probabilities_of(net, path, 2, 3, average)
+    assert result["average"] == average
     assert result["top1"] == pytest.approx(fraction_in_top(probabilities, labels, 1))
     assert result["top5"] == pytest.approx(fraction_in_top(probabilities, labels, 5))
     assert result["top1"] < result["top5"] < 1
