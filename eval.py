@@ -235,8 +235,8 @@ def measure_accuracy(
     """Measure the accuracy of a classifier, its probabilities averaged over all views of a sample.
 
     Returns:
-        top1, top5, average and samples_per_second; the confusion matrix, (C, C) counts with true classes as
-        rows.
+        top1, top5, average and samples_per_second; the confusion matrix, (C, C) counts with true
+        classes as rows.
     """
     labels = match_labels(net, config)
     size, frames = net.encoder.img_size, net.encoder.num_frames

@@ -35,7 +35,13 @@ from evaluation.accuracy import load_eval
 from methods.supervised import Omnivore
 from model import Batch, Classifier, ProperFraction, all_gather
 from shards.augment import MEAN, normalise
-from shards.format import common_classes, decode_frame, labelled_classes, match_classes
+from shards.format import (
+    common_classes,
+    decode_frame,
+    fingerprint,
+    labelled_classes,
+    match_classes,
+)
 from shards.stream import load_stream
 from shards.views import UnitInterval, crop_and_scale, draw_crop, pick_frames
 from shards.workers import exit_on_signals
@@ -415,6 +421,14 @@ def find_classes(config: FinetuneConfig) -> Classes:
     return classes
 
 
+def say_shared_data(config: FinetuneConfig) -> None:
+    """Print a line if the validation has samples that are trained on."""
+    trained = {fingerprint(path)["samples"] for path in config.training_paths}
+    for path in config.eval_data["paths"]:
+        if fingerprint(path)["samples"] in trained:
+            print(f"{path}: is trained on too, so its accuracy says nothing about other data")
+
+
 def finetune(config: FinetuneConfig) -> Trainer:
     """Return the Trainer of a fine-tuning run."""
     check_blocks(config)
@@ -425,6 +439,8 @@ def finetune(config: FinetuneConfig) -> Trainer:
     run = start_run(config)
     net = config.new_model(classes.count)
     net.class_names = classes.names
+    if dist.get_global_rank() == 0:
+        say_shared_data(config)
     if config.pretrained and not config.random_weights:
         report = load_pretrained(net, config.pretrained)
         if dist.get_global_rank() == 0:

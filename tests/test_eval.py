@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import timm
 import torch
 from conftest import (
@@ -32,10 +33,13 @@ DECODER = {"decoder_embed_dim": 24, "decoder_depth": 1, "decoder_num_heads": 3}
 TINY = SIZES | DECODER | {"projector_hidden_dim": 32, "projector_out_dim": 16}
 
 
-def save_classifier(path: Path, classes: int = 10, num_frames: int = 1) -> Classifier:
+def save_classifier(
+    path: Path, names: list[str] = (), classes: int = 10, num_frames: int = 1
+) -> Classifier:
     """Return a classifier with random weights, which are saved in a file without its sizes."""
     torch.manual_seed(0)
     net = Classifier(classes, **SIZES, num_frames=num_frames, head_init_std=1.0).eval()
+    net.class_names = list(names)
     torch.save(net.state_dict(), path)
     return net
 
@@ -346,3 +350,39 @@ def test_checkpoint_of_clips_without_a_method_is_not_taken_for_an_encoder_of_ima
     config = evaluation.EvalConfig(run_name="run", checkpoint="old.pt")
     known = {"method": None, "stage": "pretrain", "model": sizes}
     assert evaluation.choose_method(config, known, {}) == method
+
+
+# Classes
+
+
+def test_classes_of_a_data_set_are_matched_by_name(demo, tmp_path):
+    names = json.loads((demo / "test_images" / "classes.json").read_text())
+    net = save_classifier(tmp_path / "classifier.pt", names)
+    probabilities, labels = probabilities_of(net, str(demo / "test_images"))
+    path = corrupted_copy(demo / "test_images", tmp_path)
+    (path / "classes.json").write_text(json.dumps(names[::-1]))
+    result = evaluate_file(tmp_path, accuracy={"paths": [str(path)], "crop_pct": 1.0})
+    turned = [9 - label for label in labels]
+    assert result["top1"] == pytest.approx(fraction_in_top(probabilities, turned, 1))
+    assert result["top1"] != pytest.approx(fraction_in_top(probabilities, labels, 1))
+    (path / "classes.json").write_text(json.dumps([*names[:9], "zebra"]))
+    with pytest.raises(ValueError, match=r"test_images: has classes .* lacks: 'zebra'"):
+        evaluate_file(tmp_path, run_name="again", accuracy={"paths": [str(path)]})
+
+
+def test_classes_are_compared_by_number_if_the_checkpoint_has_no_names(demo, tmp_path, capfd):
+    save_classifier(tmp_path / "classifier.pt")
+    path = corrupted_copy(demo / "test_images", tmp_path)
+    (path / "classes.json").write_text(json.dumps(list("abcdefghij")))
+    evaluate_file(tmp_path, accuracy={"paths": [str(path)]})
+    assert "has no class names; classes are compared by number" in capfd.readouterr().out
+    (path / "classes.json").write_text(json.dumps(list("abcdefghijk")))
+    with pytest.raises(ValueError, match=r"its head has 10 classes, but .*test_images has 11"):
+        evaluate_file(tmp_path, run_name="again", accuracy={"paths": [str(path)]})
+
+
+def test_class_names_are_in_the_export(demo, tmp_path):
+    save_classifier(tmp_path / "classifier.pt", list("abcdefghij"))
+    evaluate_file(tmp_path, export=str(tmp_path / "x.safetensors"))
+    with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["class_names"]) == list("abcdefghij")

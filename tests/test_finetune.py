@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import finetune
 from finetune import FinetuningViews, LinearProbe, build_lars
 from shards.stream import load_stream
 from training.checkpoints import STOPPED, Checkpoints
-from training.weights import LATEST, read_checkpoint
+from training.weights import LATEST, class_names_in, read_checkpoint
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 PLAIN = {"erasing": 0.0, "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0}
@@ -491,3 +492,33 @@ def test_two_ranks_fine_tune_as_one(demo, pretrained, tmp_path, on_ranks):
     theirs = read_checkpoint(str(tmp_path / "runs" / "one" / "checkpoints" / LATEST))
     for name in ("head.weight", "head.bias"):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def test_class_names_are_in_the_checkpoint_and_other_data_are_refused(
+    demo, pretrained, tmp_path, capfd
+):
+    data = shutil.copytree(demo / "train_images", tmp_path / "data")
+    names = json.loads((data / "classes.json").read_text())
+    arguments = [
+        LINPROBE_DEMO,
+        *arguments_of(demo, pretrained, "images"),
+        f"data.streams=[{{path: {data}}}]",
+        f"eval_data.paths=[{demo}/train_images]",
+        "run_name=run",
+    ]
+    run_stage(finetune, [*arguments, "trainer.max_duration=1ba"], tmp_path)
+    assert "train_images: is trained on too" in capfd.readouterr().out
+    newest = tmp_path / "runs/run/checkpoints" / LATEST
+    assert class_names_in(read_checkpoint(str(newest))) == names
+    (data / "classes.json").write_text(json.dumps(names[::-1]))
+    with pytest.raises(SystemExit) as end:
+        run_stage(finetune, [*arguments, "trainer.max_duration=2ba"], tmp_path)
+    found, before = ", ".join(names[:-6:-1]), ", ".join(names[:5])
+    expected = f"data has other classes ({found} instead of {before}) than when runs/run was"
+    assert expected in str(end.value)
+    (data / "classes.json").write_text(json.dumps(names))
+    index = json.loads((data / "index.json").read_text())
+    (index["shards"][0]["raw_data"]["hashes"])["xxh64"] = "0" * 16
+    (data / "index.json").write_text(json.dumps(index))
+    with pytest.raises(SystemExit, match="data has other samples than when runs/run was started"):
+        run_stage(finetune, [*arguments, "trainer.max_duration=2ba"], tmp_path)
