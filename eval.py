@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from evaluation.accuracy import load_eval
 from evaluation.pictures import draw_attention, draw_confusion, draw_reconstructions
 from evaluation.probes import measure_probe
-from finetune import CLASSIFIERS, LinearProbe
-from methods import PRETRAINING
+from methods import CLASSIFIERS, PRETRAINING
+from methods.linear_probe import LinearProbe
 from methods.supervised import Omnivore
 from model import Classifier, Encoder, ViCMAE
 from shards.format import labelled_classes, match_classes, read_classes

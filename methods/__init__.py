@@ -5,6 +5,7 @@ A method is a subclass of ViCMAE or Classifier. It may have three more attribute
 """
 
 from methods.contrastive import MoCoV2, SimCLR, SimSiam, Triplet, VICReg
+from methods.linear_probe import LinearProbe
 from methods.masked import MAE, STMAE, OmniMAE, VideoMAE
 from methods.supervised import Omnivore
 from model import Classifier, ViCMAE
@@ -21,4 +22,4 @@ PRETRAINING = {
     "videomae": VideoMAE,
     "omnimae": OmniMAE,
 }
-CLASSIFIERS = {"classifier": Classifier, "omnivore": Omnivore}
+CLASSIFIERS = {"classifier": Classifier, "omnivore": Omnivore, "linear_probe": LinearProbe}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import ENCODER
 
-from finetune import LinearProbe, ProbeHeads
+from methods.linear_probe import LinearProbe, ProbeHeads
 from model import Classifier
 
 
