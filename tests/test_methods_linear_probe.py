@@ -1,4 +1,4 @@
-"""finetune.LinearProbe: frozen encoder, BatchNorm over all ranks, heads with their own rates."""
+"""LinearProbe: frozen encoder, BatchNorm over all ranks, heads with their own rates."""
 
 import pytest
 import torch
