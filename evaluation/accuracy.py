@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from shards.augment import normalise
 from shards.format import UNREADABLE
-from shards.views import DataSets, EvalViews, PositiveFraction
+from shards.views import DataSets, EvalViews, PositiveFraction, check_frames
 
 
 def normalise_views(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -23,6 +23,7 @@ def load_eval(
     run: Path,
     img_size: int,
     num_frames: int,
+    patch_size: int,
     label_offsets: tuple[int, ...] = (),
     *,
     paths: DataSets,
@@ -39,12 +40,14 @@ def load_eval(
     removes the padding before it counts.
 
     Args:
+        patch_size: pixels; a sample of smaller frames counts as unreadable.
         label_offsets: number of the first class of each data set; all 0 if empty.
         paths: labelled data sets.
         temporal_views, spatial_views, crop_pct, frame_interval: see EvalViews.
         batch_size: samples on each rank, with all their views.
         num_workers: data worker processes of each rank.
     """
+    check_frames(paths, num_frames, frame_interval)
     data = EvalViews(
         paths,
         img_size,
@@ -54,6 +57,7 @@ def load_eval(
         crop_pct=crop_pct,
         frame_interval=frame_interval,
         label_offsets=label_offsets,
+        patch_size=patch_size,
         unreadable=run / UNREADABLE,
     )
     sampler = dist.get_sampler(data, drop_last=False, shuffle=False)

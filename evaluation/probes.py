@@ -157,6 +157,7 @@ class KNN(Callback):
             encoder.img_size,
             encoder.num_frames,
             crop_pct=self.crop_pct,
+            patch_size=encoder.patch_size,
             unreadable=report,
         )
         return labelled(*embed(encoder, data, self.num_workers, lambda: self.before_batch(state)))
@@ -309,7 +310,13 @@ def measure_probe(
     sizes = (encoder.img_size, encoder.num_frames)
     views, found = [], []
     for paths in (bank, queries):
-        data = EvalViews(paths, *sizes, crop_pct=crop_pct, unreadable=run / UNREADABLE)
+        data = EvalViews(
+            paths,
+            *sizes,
+            crop_pct=crop_pct,
+            patch_size=encoder.patch_size,
+            unreadable=run / UNREADABLE,
+        )
         views.append(data)
         found.append(embed(encoder, data, num_workers))
     learn, test = labelled(*found[0]), labelled(*found[1])
