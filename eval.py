@@ -240,7 +240,8 @@ def measure_accuracy(
     """
     labels = match_labels(net, config)
     size, frames = net.encoder.img_size, net.encoder.num_frames
-    evaluator = load_eval(run, size, frames, labels, **config.accuracy)
+    patch_size = net.encoder.patch_size
+    evaluator = load_eval(run, size, frames, patch_size, labels, **config.accuracy)
     evaluator.metric_names.append("confusion")
     net.average = config.average
     device = get_device(config.device)
@@ -271,7 +272,7 @@ def class_labels(net: Classifier, config: EvalConfig) -> list[str]:
 
 
 def report_accuracy(net: Classifier, run: Path, config: EvalConfig) -> dict[str, float]:
-    """Measure the accuracy, draw confusion.png and write per_class.json."""
+    """Measure the accuracy, write per_class.json and draw confusion.png."""
     result, confusion = measure_accuracy(net, run, config)
     if dist.get_global_rank() == 0:
         classes = class_labels(net, config)
@@ -314,22 +315,14 @@ def export_timm(net: ViCMAE | Classifier, to: str) -> None:
         write_file(to, safetensors.torch.save(state, {"class_names": json.dumps(names)}))
 
 
-def probe_and_draw(net: nn.Module, run: Path, config: EvalConfig) -> dict[str, float]:
-    """Carry out the measurements of the encoder."""
+def probe(net: nn.Module, run: Path, config: EvalConfig) -> dict[str, float]:
+    """Return k-NN and linear accuracy of the encoder, see measure_probe."""
     kind = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     autocast = contextlib.nullcontext()
     if config.precision in DTYPES:
         autocast = torch.autocast(kind, DTYPES[config.precision])
-    result = {}
-    if config.probe:
-        with autocast:
-            result = measure_probe(net.encoder, config.seed, run, **config.probe)
-    if dist.get_global_rank() == 0:
-        if config.reconstructions:
-            draw_reconstructions(net, config.reconstructions, run / "reconstructions.png")
-        if config.attention:
-            draw_attention(net.encoder, config.attention, run / "attention.png")
-    return result
+    with autocast:
+        return measure_probe(net.encoder, config.seed, run, **config.probe)
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -348,13 +341,18 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     }
     if config.random_weights:
         result["random_weights"] = True
-    result |= probe_and_draw(net, run, config)
+    if config.probe:
+        result |= probe(net, run, config)
     if config.export:
         export_timm(net, config.export)
     if config.accuracy:
         result |= report_accuracy(net, run, config)
     if dist.get_global_rank() == 0:
         Storage(str(run)).write_json("eval.json", result)
+        if config.reconstructions:
+            draw_reconstructions(net, config.reconstructions, run / "reconstructions.png")
+        if config.attention:
+            draw_attention(net.encoder, config.attention, run / "attention.png")
     return result
 
 

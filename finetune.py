@@ -42,7 +42,7 @@ from shards.format import (
     match_classes,
 )
 from shards.stream import load_stream
-from shards.views import UnitInterval, crop_and_scale, draw_crop, pick_frames
+from shards.views import UnitInterval, check_frames, crop_and_scale, draw_crop, pick_frames
 from shards.workers import exit_on_signals
 from training.config import Choice, load_config, one_line_errors
 from training.cost import flops_per_sample
@@ -376,6 +376,7 @@ def finetune(config: FinetuneConfig) -> Trainer:
     loader, micro_size = load_stream(
         views.draw, views.apply, config.seed, patch_size, run, **config.data
     )
+    check_frames(config.training_paths, frames, views.frame_interval)
     if views.mix and micro_size % 2:
         raise ValueError(
             f"data: a micro-batch of {micro_size} on each rank must be even for mixup and cutmix; "
@@ -386,7 +387,7 @@ def finetune(config: FinetuneConfig) -> Trainer:
         optimizer = build_lars(net, batch_size, **config.lars)
     else:
         optimizer = build_optimizer(net, batch_size, **config.optimizer)
-    validation = load_eval(run, size, frames, classes.testing, **config.eval_data)
+    validation = load_eval(run, size, frames, patch_size, classes.testing, **config.eval_data)
     return build_trainer(run, config, net, optimizer, loader, micro_size, validation, flops)
 
 

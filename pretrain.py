@@ -28,7 +28,7 @@ from model import Batch, ViCMAE
 from shards.augment import augment_batch
 from shards.format import common_classes
 from shards.stream import load_stream
-from shards.views import PretrainingViews
+from shards.views import PretrainingViews, check_frames
 from shards.workers import exit_on_signals
 from training.config import Choice, load_config, one_line_errors
 from training.cost import flops_per_sample
@@ -95,6 +95,8 @@ def pretrain(config: PretrainConfig) -> Trainer:
     loader, micro_size = load_stream(
         views, augment_batch, config.seed, patch_size, run, **config.data
     )
+    paths = [stream["path"] for stream in config.data["streams"]]
+    check_frames(paths, net.encoder.num_frames, views.frame_interval)
     check_data(net, config, views.views, micro_size * dist.get_world_size())
     optimizer = build_optimizer(net, config.data["global_train_batch_size"], **config.optimizer)
     return build_trainer(run, config, net, optimizer, loader, micro_size, flops_per_sample=flops)
@@ -139,12 +141,12 @@ def main() -> None:
         trainer = pretrain(config)
     fit(trainer)
     run, net = Path("runs", config.run_name), unwrapped(trainer.state)
+    if dist.get_global_rank() == 0:
+        report(run, finish_run(run, {}))
     if net.decoder is not None:
         paths = [stream["path"] for stream in config.data["streams"]]
         # All ranks take part, since FSDP gathers the weights.
         draw_reconstructions(net, paths, run / "reconstructions.png")
-    if dist.get_global_rank() == 0:
-        report(run, finish_run(run, {}))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from shards.augment import normalise
 from shards.format import UNREADABLE
 from shards.loader import Loader
-from shards.views import DataSets, EvalViews, PositiveFraction
+from shards.views import DataSets, EvalViews, PositiveFraction, check_frames
 
 
 def normalise_views(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -24,6 +24,7 @@ def load_eval(
     run: Path,
     img_size: int,
     num_frames: int,
+    patch_size: int,
     labels: Sequence[list[int]] = (),
     *,
     paths: DataSets,
@@ -40,12 +41,14 @@ def load_eval(
     removes the padding before it counts.
 
     Args:
+        patch_size: pixels; a sample of smaller frames counts as unreadable.
         labels: see EvalViews.
         paths: labelled data sets.
         temporal_views, spatial_views, crop_pct, frame_interval: see EvalViews.
         batch_size: samples on each rank, with all their views.
         num_workers: data worker processes of each rank.
     """
+    check_frames(paths, num_frames, frame_interval, temporal_views)
     data = EvalViews(
         paths,
         img_size,
@@ -55,6 +58,7 @@ def load_eval(
         crop_pct=crop_pct,
         frame_interval=frame_interval,
         labels=labels,
+        patch_size=patch_size,
         unreadable=run / UNREADABLE,
     )
     sampler = dist.get_sampler(data, drop_last=False, shuffle=False)

@@ -1,5 +1,9 @@
 """Pictures of a model: reconstructions, attention, nearest neighbours, confusion, losses."""
 
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -7,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from composer.utils import dist
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import normalize
@@ -19,8 +24,31 @@ from shards.storage import write_picture
 from shards.views import EvalViews
 
 SMALLEST = 96  # pixels of a sample in a picture: smaller samples are enlarged
+LONGEST = 40  # characters of a class name in a picture
 
 
+def draws_safely(draw: Callable[..., None]) -> Callable[..., None]:
+    """Make a function that draws a picture `to` print a line where it would raise an error."""
+
+    @functools.wraps(draw)
+    def draw_or_warn(*args, **keywords) -> None:
+        try:
+            draw(*args, **keywords)
+        except Exception as error:  # a picture must never cost a result
+            to = inspect.signature(draw).bind(*args, **keywords).arguments["to"]
+            reason = " ".join(str(error).split())
+            print(f"{to} could not be drawn: {type(error).__name__}: {reason}")
+
+    return draw_or_warn
+
+
+def shortened(name: str) -> str:
+    """Return a name on one line, cut to LONGEST characters."""
+    line = " ".join(name.split())
+    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+@draws_safely
 def draw_losses(lines: list[dict], to: Path) -> None:
     """Draw every training loss in the lines of a metrics.jsonl against the step."""
     names = sorted({key for line in lines for key in line if key.startswith("loss/train/")})
@@ -32,7 +60,8 @@ def draw_losses(lines: list[dict], to: Path) -> None:
         logged = [line for line in lines if name in line]
         steps, values = [line["step"] for line in logged], [line[name] for line in logged]
         axis.plot(steps, values, linewidth=0.8)
-        axis.set(title=name.removeprefix("loss/train/"), xlabel="step")
+        axis.set_title(name.removeprefix("loss/train/"), parse_math=False)
+        axis.set_xlabel("step")
     write_picture(to, partial(figure.savefig, dpi=120))
 
 
@@ -56,6 +85,7 @@ def pick_samples(paths: list[str], encoder: Encoder, run: Path, count: int) -> T
     return torch.stack(picked)  # (count, T, 3, H, W)
 
 
+@draws_safely
 @torch.no_grad()
 def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int = 8) -> None:
     """Draw `count` samples in four rows: original, masked, predicted, predicted where masked.
@@ -98,6 +128,7 @@ def first_frames(views: Dataset, numbers: Tensor) -> Tensor:
     return torch.stack(frames).float() / 255
 
 
+@draws_safely
 @torch.autocast("cpu", enabled=False)
 def draw_neighbours(
     bank: tuple[Tensor, Tensor],
@@ -131,6 +162,7 @@ def draw_neighbours(
     write_picture(to, partial(save_image, grid))
 
 
+@draws_safely
 def draw_confusion(counts: Tensor, classes: list[str], to: Path) -> None:
     """Draw a confusion matrix (C, C), true classes as rows, each row as fractions of its class."""
     figure = Figure(figsize=(7, 6), layout="constrained")
@@ -140,9 +172,14 @@ def draw_confusion(counts: Tensor, classes: list[str], to: Path) -> None:
     figure.colorbar(picture, label="fraction of the true class")
     axis.set(xlabel="predicted", ylabel="true")
     if len(classes) <= 40:  # more names could not be read
-        axis.set_xticks(range(len(classes)), classes, rotation=90)
-        axis.set_yticks(range(len(classes)), classes)
-    write_picture(to, partial(figure.savefig, dpi=120))
+        names = [shortened(name) for name in classes]
+        fonts = ["DejaVu Sans", *(font for font in get_font_names() if "CJK" in font)]
+        style = {"parse_math": False, "fontfamily": fonts}  # "$" is part of a name
+        axis.set_xticks(range(len(names)), names, rotation=90, **style)
+        axis.set_yticks(range(len(names)), names, **style)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as boxes
+        write_picture(to, partial(figure.savefig, dpi=120))
 
 
 @torch.no_grad()
@@ -159,6 +196,7 @@ def last_attention(encoder: Encoder, images: Tensor) -> Tensor:
     return scores.softmax(dim=-1)
 
 
+@draws_safely
 def draw_attention(encoder: Encoder, paths: list[str], to: Path, count: int = 8) -> None:
     """Draw `count` samples, evenly spaced, above maps of the attention that their patches receive.
 

@@ -165,6 +165,7 @@ class KNN(Callback):
             encoder.num_frames,
             crop_pct=self.crop_pct,
             labels=labels,
+            patch_size=encoder.patch_size,
             unreadable=report,
         )
         return labelled(*embed(encoder, data, self.num_workers, lambda: self.before_batch(state)))
@@ -317,8 +318,14 @@ def measure_probe(
     sizes = (encoder.img_size, encoder.num_frames)
     views, found = [], []
     for paths, numbers in zip((bank, queries), labels, strict=True):
-        settings = {"crop_pct": crop_pct, "labels": numbers, "unreadable": run / UNREADABLE}
-        data = EvalViews(paths, *sizes, **settings)
+        data = EvalViews(
+            paths,
+            *sizes,
+            crop_pct=crop_pct,
+            labels=numbers,
+            patch_size=encoder.patch_size,
+            unreadable=run / UNREADABLE,
+        )
         views.append(data)
         found.append(embed(encoder, data, num_workers))
     learn, test = labelled(*found[0]), labelled(*found[1])

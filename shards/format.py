@@ -43,6 +43,20 @@ def decode_frame(sample: dict, index: int) -> np.ndarray:
     return simplejpeg.decode_jpeg(memoryview(sample["frames"])[begin:end], "RGB")
 
 
+def check_size(sample: dict, smallest: int) -> None:
+    """Raise ValueError if the frames of a sample are smaller than a patch of `smallest` pixels."""
+    first = memoryview(sample["frames"])[: int(sample["ends"][0])]
+    height, width = simplejpeg.decode_jpeg_header(first)[:2]
+    if min(height, width) < smallest:
+        patch = f"model.patch_size={smallest}"
+        raise ValueError(f"frames of {width}x{height} are smaller than {patch}")
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Return up to `wanted` different indices, evenly spaced from 0 to count - 1."""
+    return np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(int)).tolist()
+
+
 def read_json(path: str, name: str) -> list | dict:
     """Return the content of a JSON file of a data set; raise ValueError if missing or corrupt."""
     try:
@@ -109,6 +123,8 @@ class Clips:
 
         self.storage = Storage(path)
         shards = read_json(path, "index.json")["shards"]
+        if not shards:
+            raise ValueError(f"{path} has no samples")
         self.names = [shard["raw_data"]["basename"] for shard in shards]
         self.ends = np.cumsum([shard["samples"] for shard in shards])  # first number after a shard
         self.decode = reader_from_json("", None, shards[0]).decode_sample

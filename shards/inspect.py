@@ -12,10 +12,10 @@ from itertools import pairwise
 from multiprocessing import get_context
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from shards.format import Clips, decode_frame, read_classes, read_json
+from shards.format import Clips, decode_frame, read_classes, read_json, spread
 from shards.inputs import part_name
 from shards.storage import Storage
 from shards.workers import ignore_stop_signals
@@ -34,8 +34,12 @@ def check_sample(sample: dict, classes: int, short_side: int) -> None:
         raise ValueError("timestamps are not ascending")
     if not -1 <= sample["label"] < classes:
         raise ValueError(f"label {sample['label']}: must be in [-1, {classes - 1}]")
+    first = decode_frame(sample, 0).shape
     for index in range(len(ends)):
         height, width = decode_frame(sample, index).shape[:2]
+        if (height, width) != first[:2]:
+            of_first = f"{first[1]}x{first[0]}"
+            raise ValueError(f"frame {index} is {width}x{height}, but frame 0 is {of_first}")
         if min(height, width) > short_side:
             size = f"{width}x{height}"
             raise ValueError(f"frame {index} is {size}: its short side must be <= {short_side}")
@@ -107,17 +111,13 @@ def show(path: str, to: str, samples: int = 12, frames: int = 8) -> None:
     Samples are spread evenly over the data set, and frames evenly over their sample.
     """
     classes = read_classes(path)
-    if samples < 1:
-        raise ValueError(f"--samples {samples}: must be at least 1")
+    for option, value in (("samples", samples), ("frames", frames)):
+        if value < 1:
+            raise ValueError(f"--{option} {value}: must be at least 1")
     clips = Clips(path)
     numbers = spread(len(clips), samples)
     rows = [np.asarray(draw_row(clips[number], classes, frames)) for number in numbers]
     Image.fromarray(np.concatenate(rows)).save(to)
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """Return up to `wanted` different indices, evenly spaced from 0 to count - 1."""
-    return np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(int)).tolist()
 
 
 def draw_row(sample: dict, classes: list[str], frames: int) -> Image.Image:
@@ -125,11 +125,16 @@ def draw_row(sample: dict, classes: list[str], frames: int) -> Image.Image:
     count = len(sample["ends"])
     row = Image.new("RGB", (CELL * frames, CELL + CAPTION), "white")
     for column, index in enumerate(spread(count, frames)):
-        frame = Image.fromarray(decode_frame(sample, index))
-        row.paste(ImageOps.contain(frame, (CELL - 2, CELL - 2)), (column * CELL, CAPTION))
+        try:
+            frame = Image.fromarray(decode_frame(sample, index))
+        except ValueError:
+            frame = Image.new("RGB", (CELL, CELL), "red")  # corrupt, see verify
+        scale = (CELL - 2) / max(frame.size)
+        size = [max(1, round(side * scale)) for side in frame.size]
+        row.paste(frame.resize(size), (column * CELL, CAPTION))
     label = classes[sample["label"]] if sample["label"] >= 0 else "no label"
     times = sample["timestamps"]
     length = f"{count} frames, {times[0]:.2f}-{times[-1]:.2f} s" if count > 1 else "1 frame"
     caption = f"{label}: {sample['name']}, {length}"
-    ImageDraw.Draw(row).text((2, 1), caption, fill="black")
+    ImageDraw.Draw(row).text((2, 1), " ".join(caption.split()), fill="black")
     return row

@@ -32,7 +32,14 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
 
-from shards.format import Clips, decode_frame, read_classes, record_unreadable
+from shards.format import (
+    Clips,
+    check_size,
+    decode_frame,
+    read_classes,
+    record_unreadable,
+    spread,
+)
 from shards.loader import Loader
 from shards.storage import Storage
 from shards.views import UnitInterval
@@ -55,6 +62,7 @@ class DeterministicStream(StreamingDataset):
         transform: called with a stored sample and its generator. The sample has a further entry
             `stream`, the index of its stream. A ValueError declares the sample unreadable; the
             next sample of the data then takes its place.
+        patch_size: pixels; a sample of smaller frames counts as unreadable.
         unreadable, max_unreadable: see record_unreadable and load_stream.
         repeats: times that each sample is transformed after it has been read once.
         settings: of StreamingDataset. Its batch_size counts samples before they are repeated.
@@ -63,6 +71,7 @@ class DeterministicStream(StreamingDataset):
     def __init__(
         self,
         transform: Transform,
+        patch_size: int,
         unreadable: Path,
         max_unreadable: float,
         repeats: int,
@@ -70,6 +79,7 @@ class DeterministicStream(StreamingDataset):
     ):
         super().__init__(shuffle=True, **settings)
         self.transform = transform
+        self.patch_size = patch_size
         self.unreadable = unreadable
         self.max_unreadable = max_unreadable
         self.repeats = repeats
@@ -129,11 +139,14 @@ class DeterministicStream(StreamingDataset):
                 try:
                     if "read_error" in sample:
                         raise ValueError(sample["read_error"])
+                    check_size(sample, self.patch_size)
                     transformed = self.transform(sample, np.random.default_rng((*key, repeat)))
                 except ValueError as error:
                     limit = self.max_unreadable * self.num_samples
                     record_unreadable(self.unreadable, sample["name"], error, limit)
                     replacements += 1
+                    if replacements >= self.num_samples:
+                        raise ValueError(f"no sample can be used, see {self.unreadable}") from error
                     sample = self[(identity + replacements) % self.num_samples]
             yield transformed
 
@@ -248,20 +261,23 @@ def open_streams(streams: list[dict], run: Path, patch_size: int) -> list[Stream
         # A resumed run has the same folder.
         cache = f"{run.name}-{hashlib.sha256(path.encode()).hexdigest()[:16]}"
         opened.append(open_stream(**{"cache": str(Path(gettempdir(), cache)), **stream}))
-        height, width = frame_size(path)
-        if min(height, width) < patch_size:
-            patch = f"model.patch_size={patch_size}"
-            raise ValueError(f"{path}: frames of {width}x{height} are smaller than {patch}")
+        check_samples(path, patch_size)
     return opened
 
 
-def frame_size(path: str) -> tuple[int, int]:
-    """Return height and width of the first frame of a data set that can be decoded."""
+def check_samples(path: str, patch_size: int) -> None:
+    """Raise ValueError if none of 16 samples, evenly spaced, can be trained on."""
     clips = Clips(path)
-    for number in range(len(clips)):
-        with suppress(ValueError, IndexError):
-            return decode_frame(clips[number], 0).shape[:2]
-    raise ValueError(f"{path}: no sample can be decoded; run data_prep.py verify")
+    numbers = spread(len(clips), 16)
+    for number in numbers:
+        try:
+            sample = clips[number]
+            decode_frame(sample, 0)
+            check_size(sample, patch_size)
+            return
+        except (ValueError, IndexError) as error:
+            fault = error
+    raise ValueError(f"{path}: none of {len(numbers)} samples can be trained on: {fault}")
 
 
 def check_shared_memory(dataset: DeterministicStream, batch_size: int, num_workers: int) -> None:
@@ -306,7 +322,7 @@ def load_stream(
     Args:
         transform, on_device: called in the workers on each sample, and on each micro-batch.
         seed: of the order of samples and of their generators.
-        patch_size: pixels; frames must not be smaller.
+        patch_size: pixels; samples with smaller frames are not trained on.
         run: run directory, for the list unreadable.jsonl.
         streams: data sets to mix at random.
         global_train_batch_size: samples of an optimiser step, over all ranks.
@@ -329,6 +345,7 @@ def load_stream(
     with one_job_at_a_time(), without_stop_signals():
         dataset = DeterministicStream(
             transform,
+            patch_size,
             run / "unreadable.jsonl",
             max_unreadable,
             repeats,

@@ -8,6 +8,7 @@ augment.py applies the numbers drawn by ViewRecipe to a whole batch on the devic
 import bisect
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from composer.utils import dist
 from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from shards.augment import PARAMETERS
-from shards.format import Clips, decode_frame, record_unreadable
+from shards.format import Clips, check_size, decode_frame, record_unreadable, spread
 
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
@@ -184,6 +186,76 @@ def pick_frames(
     return (np.searchsorted(timestamps, times, "right") - 1).tolist()
 
 
+def count_distinct(
+    path: str, num_frames: int, frame_interval: float | None
+) -> tuple[list[int], list[int]]:
+    """Return the distinct frames of some views of a data set, and how many they could have.
+
+    Views of 16 samples are counted. A video that is short, or that has fewer frames than are
+    stored, explains repeated frames itself: its timestamps end early, or repeat.
+
+    Args:
+        num_frames, frame_interval: see pick_frames.
+    """
+    clips = Clips(path)
+    distinct, possible = [], []
+    for number in spread(len(clips), 16):
+        try:
+            times = clips[number]["timestamps"]
+        except (ValueError, IndexError):  # counted as unreadable in training
+            continue
+        if len(times) == 1 or len(np.unique(times)) < len(times):
+            continue
+        longest = num_frames
+        if frame_interval:
+            duration = (times[-1] - times[0]) * len(times) / (len(times) - 1)
+            longest = min(num_frames, int(duration / frame_interval))
+        for position in (0.0, 0.25, 0.5, 0.75):
+            distinct.append(len(set(pick_frames(times, num_frames, frame_interval, position))))
+            possible.append(longest)
+    return distinct, possible
+
+
+def stored_frames(path: str) -> int:
+    """Return the most frames that 16 samples of a data set have, 0 if none can be read."""
+    clips, most = Clips(path), 0
+    for number in spread(len(clips), 16):
+        with suppress(ValueError, IndexError):
+            most = max(most, len(clips[number]["ends"]))
+    return most
+
+
+def check_frames(
+    paths: list[str], num_frames: int, frame_interval: float | None, temporal_views: int = 1
+) -> None:
+    """Print a line for each data set whose views repeat more than a quarter of their frames.
+
+    Raises:
+        ValueError: the same, if frame_interval names the rate that the data should have; or all
+            temporal views have the same frames.
+    """
+    if num_frames == 1:
+        return
+    for path in paths:
+        stored = stored_frames(path)
+        if frame_interval is None and temporal_views > 1 and 1 < stored <= num_frames:
+            fault = f"clips of {stored} frames give each of {temporal_views} temporal views"
+            remedy = f"convert with --frames {3 * num_frames}, or give 1 temporal view"
+            raise ValueError(f"{path}: {fault} the same {num_frames} frames; {remedy}")
+        distinct, possible = count_distinct(path, num_frames, frame_interval)
+        if sum(distinct) >= 0.75 * sum(possible):
+            continue
+        rate, remedy = "", f"--frames {num_frames}"
+        if frame_interval:
+            rate, remedy = f" at {1 / frame_interval:.3g} Hz", f"--fps {1 / frame_interval:.3g}"
+        mean = f"{np.mean(distinct):.1f} distinct frames on average"
+        fault = f"{path}: clips of {num_frames} frames{rate} hold {mean}; convert with {remedy}"
+        if frame_interval:
+            raise ValueError(fault)
+        if dist.get_global_rank() == 0:
+            print(fault)
+
+
 @dataclass
 class PretrainingViews:
     """A function of a stored sample and a generator that returns the views of pre-training.
@@ -291,6 +363,7 @@ class EvalViews(Dataset):
         crop_pct: side of a crop as a fraction of the shorter side, in (0, 1].
         labels: for each data set, the number that replaces each of its labels, see match_classes;
             () for the labels as they are stored.
+        patch_size: pixels; a sample of smaller frames counts as unreadable.
         unreadable: file that lists unreadable samples, which become black with the target -1. If
             None, or if more than a fraction `max_unreadable` are unreadable, ValueError is raised.
     """
@@ -303,6 +376,7 @@ class EvalViews(Dataset):
     crop_pct: float = 0.875
     frame_interval: float | None = None
     labels: Sequence[list[int]] = ()
+    patch_size: int = 1
     unreadable: Path | None = None
     max_unreadable: float = 0.001
 
@@ -317,6 +391,7 @@ class EvalViews(Dataset):
         data_set = bisect.bisect_right(self.data.cumulative_sizes, number)
         try:
             sample = self.data[number]
+            check_size(sample, self.patch_size)
             views, label = self.crop_views(sample), sample["label"]
         except (ValueError, IndexError, KeyError, TypeError) as error:  # corrupt frame or shard
             first_number = [0, *self.data.cumulative_sizes][data_set]

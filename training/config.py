@@ -49,6 +49,7 @@ def check_time(value: Any, positive: bool = True) -> Any:
 
 
 Duration = Annotated[str, AfterValidator(check_time)]
+QUOTED = """put the value in double quotes, and in a shell these in single quotes: key='"value"'"""
 RunName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # the name of a folder in runs/
 
 
@@ -178,10 +179,13 @@ def read_sources(arguments: list[str]) -> list[tuple[str, Any]]:
             raise ValueError(f"{argument}: must be a .yaml file or key=value")
         if argument.endswith("="):  # such as checkpoint=$UNSET
             raise ValueError(f"{argument}: has no value; for none, give {argument}null")
+        if not is_file and re.search(r"""=[^'"]*\s#""", argument):
+            raise ValueError(f"{argument}: # begins a comment; {QUOTED}")
         try:
             source = OmegaConf.load(argument) if is_file else OmegaConf.from_dotlist([argument])
         except (OSError, UnicodeError, YAMLError, OmegaConfBaseException) as error:
-            raise ValueError(f"{argument}: {one_line(error)}") from error
+            remedy = "" if is_file else f"; {QUOTED}"
+            raise ValueError(f"{argument}: {one_line(error)}{remedy}") from error
         sources.append((argument, source))
     return sources
 
@@ -262,6 +266,8 @@ def convert_plain(value: Any, hint: Any, path: list) -> Any:
             raise ConfigError(path, "is missing") from error
         reason = wrong["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
         reason = re.sub(r"^\w+ should ", "must ", reason)
+        if wrong["type"] == "string_type" and value is not None:
+            reason = f"is not read as text; {QUOTED}"
         raise ConfigError(path, reason, wrong["input"]) from error
 
 

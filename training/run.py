@@ -368,7 +368,7 @@ def train(trainer: Trainer) -> None:
 
 
 def finish_run(run: Path, extra: dict[str, float]) -> dict[str, float]:
-    """Draw loss.png and write result.json, which marks the run as finished.
+    """Write result.json, which marks the run as finished, and draw loss.png.
 
     Args:
         extra: results that were not logged.
@@ -379,7 +379,7 @@ def finish_run(run: Path, extra: dict[str, float]) -> dict[str, float]:
     log = run / "metrics.jsonl"
     # The log is missing if only the checkpoints of a finished training came back from a bucket.
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    draw_losses(lines, run / "loss.png")
     result = {key: value for line in lines for key, value in line.items()} | extra
     Storage(str(run)).write_json("result.json", result)
+    draw_losses(lines, run / "loss.png")
     return result
