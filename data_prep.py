@@ -223,6 +223,8 @@ def claim_output(target: Storage, folder: Path, request: dict) -> None:
     out = target.root
     if target.has("request.json"):
         earlier = read_json(out, "request.json")
+        # Code that lacked a setting did what is now its default.
+        earlier["recipe"] = asdict(Recipe("videos")) | earlier.get("recipe", {})
         changed = [key for key in ("recipe", "listing") if earlier.get(key) != request[key]]
         if changed:
             fault = f"was begun with another {' and '.join(changed)}"
@@ -346,6 +348,7 @@ OPTIONS = {  # {argument: settings of add_argument}
     "--classes": dict(metavar="FILE", help="class names, one a line (those of SOURCE, sorted)"),
     "--like": dict(metavar="DATASET", help="take the classes of another data set of data_prep.py"),
     "--quality": dict(type=int, default=90, help="of the JPEG frames, 1-100 (90)"),
+    "--background": dict(default="white", help="behind transparent pixels: black, #rrggbb (white)"),
     "--per-class": dict(type=int, help="convert only the first so many inputs of each class (all)"),
     "--max-skipped": dict(type=float, default=0.01, help="fraction that may be undecodable (0.01)"),
     "--workers": dict(type=int, default=0, help="processes (one per core)"),
@@ -357,7 +360,7 @@ OPTIONS = {  # {argument: settings of add_argument}
 }
 CONVERSION = (
     *("source", "out", "--workers", "--max-skipped", "--short-side", "--quality"),
-    *("--per-class", "--classes", "--like", "--part", "--keep-local"),
+    *("--background", "--per-class", "--classes", "--like", "--part", "--keep-local"),
 )
 COMMANDS = {  # {command other than a conversion: (description, its arguments)}
     "merge": ("Join the shares of several machines.", ("out", "--max-skipped")),

@@ -14,12 +14,25 @@ from typing import BinaryIO
 import av
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps
+from av.codec.context import Flags
+from PIL import ExifTags, Image, ImageCms, ImageColor, PngImagePlugin
 
 MAX_PIXELS = 1 << 27  # of an image while it is decoded: 400 MB
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 25  # Pillow refuses a picture with a longer comment.
 # {option: least and greatest value}
 LIMITS = {"frames": (1, 1e6), "fps": (1e-6, 1e3), "short_side": (8, 1e5), "quality": (1, 100)}
 LIMITS["per_class"] = (1, 1e9)
+TURNS = {  # {EXIF orientation: what a viewer does}; others are no orientations
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+CLOCKED = ("mpegts", "mpeg")  # containers whose times jump where files are joined
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders drop alpha.
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,7 @@ class Recipe:
         short_side: in pixels; larger frames are scaled down to it, smaller ones never up.
         quality: of the JPEG files, in [1, 100].
         per_class: keeps the first so many inputs of each class; None for all.
+        background: colour behind transparent pixels: a name or #rrggbb.
     """
 
     kind: str
@@ -41,6 +55,7 @@ class Recipe:
     short_side: int = 256
     quality: int = 90
     per_class: int | None = None
+    background: str = "white"
 
     def __post_init__(self):
         for name, (low, high) in LIMITS.items():
@@ -48,6 +63,11 @@ class Recipe:
             if value is not None and not low <= value <= high:
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option} {value}: must be in [{low:g}, {high:g}]")
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError:
+            wanted = "must be a colour such as white, black or #rrggbb"
+            raise ValueError(f"--background {self.background}: {wanted}") from None
 
 
 def open_video(file: BinaryIO) -> av.container.InputContainer:
@@ -62,7 +82,18 @@ def open_video(file: BinaryIO) -> av.container.InputContainer:
     if stream is None or stream.codec_context is None:
         raise ValueError("no decoder for its codec")
     stream.codec_context.thread_count = 1
+    stream.codec_context.flags |= Flags.unaligned  # else a left crop is rounded to 32 bytes
     return container
+
+
+def open_decoder(stream: av.VideoStream) -> av.VideoCodecContext:
+    """Return the decoder of a stream, and for VP8 and VP9 with alpha a decoder that keeps it."""
+    name = ALPHA_DECODERS.get(stream.codec_context.name)
+    if stream.metadata.get("alpha_mode") != "1" or name is None:
+        return stream.codec_context
+    decoder = av.CodecContext.create(name, "r")
+    decoder.thread_count = 1
+    return decoder
 
 
 def time_of(packet: av.Packet | av.VideoFrame, is_avi: bool) -> int | None:
@@ -70,40 +101,60 @@ def time_of(packet: av.Packet | av.VideoFrame, is_avi: bool) -> int | None:
     return packet.dts if is_avi or packet.pts is None else packet.pts
 
 
-def scan_video(container: av.container.InputContainer) -> tuple[np.ndarray, float]:
+def scan_video(
+    container: av.container.InputContainer,
+) -> tuple[np.ndarray | None, float]:
     """Read the packets of a video -> times of its frames, median seconds between two frames.
 
-    The times are of the frames that a player shows, ascending, in the stream's unit.
+    The times are of the frames that a player shows, ascending, in the stream's unit. They are None
+    if the packets have no times, or times that jump, as in files that were joined.
     """
     stream = container.streams.best("video")
     is_avi = container.format.name == "avi"
-    shown = []
-    packets, end = 0, 0.0
+    shown, decoded = [], []
+    first_key = None  # Frames before it refer to frames that the file lacks.
+    end = 0.0
     for packet in container.demux():
         time = time_of(packet, is_avi)
         if time is None:
             continue
         if packet.stream is stream:
-            packets += 1
+            if packet.is_keyframe and first_key is None:
+                first_key = time
+            if packet.dts is not None:
+                decoded.append(packet.dts)
             if not packet.is_discard:  # An edit list hides frames that other frames need.
                 shown.append(time)
         end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
-    if not shown:
-        raise ValueError("no frames")
+    gap = float(1 / (stream.average_rate or stream.guessed_rate or 25))
+    steps = np.diff(decoded) * float(stream.time_base)
+    longest = 10.0 if container.format.name in CLOCKED else np.inf  # seconds, as in ffmpeg
+    if not shown or (steps < 0).any() or (steps > longest).any():
+        return None, gap
     times = np.unique(shown)
+    if first_key is not None and times[-1] >= first_key:
+        times = times[times >= first_key]
     if len(times) > 1:
         gap = float(np.median(np.diff(times)) * stream.time_base)
-    else:
-        gap = float(1 / (stream.average_rate or 1))
-    claimed_packets = stream.frames  # 0 if unknown
-    claimed_end = (container.duration or 0) / av.time_base
-    truncated = packets < claimed_packets
-    if not claimed_packets:
-        truncated = end + gap < 0.98 * claimed_end  # The last packets may lack a duration.
-    if truncated:
-        of_all = f" of {claimed_packets}" if claimed_packets else ""
-        raise ValueError(f"truncated: {packets}{of_all} frames, {end:.2f} of {claimed_end:.2f} s")
+    check_length(container, times, end, gap)
     return times, gap
+
+
+def check_length(
+    container: av.container.InputContainer, times: np.ndarray, end: float, gap: float
+) -> None:
+    """Raise ValueError if a video ends before the time that its container claims.
+
+    The number of frames that an AVI or an edited mp4 claims includes frames that are not stored.
+    """
+    stream = container.streams.best("video")
+    claimed = (container.duration or 0) / av.time_base
+    if stream.duration:
+        claimed = float(stream.duration * stream.time_base)
+        begin = 0 if container.format.name == "avi" else min(stream.start_time or 0, times[0])
+        end = float((times[-1] - begin) * stream.time_base) + gap
+    if end + gap < 0.98 * claimed:  # The last packets may be empty or lack a duration.
+        raise ValueError(f"truncated: {len(times)} frames, {end:.2f} of {claimed:.2f} s")
 
 
 def read_video(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]]:
@@ -115,6 +166,9 @@ def read_video(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]
     with open_video(file) as container:
         times, gap = scan_video(container)
         unit = float(container.streams.best("video").time_base)
+        in_order = times is None or container.format.name == "avi"
+    if times is None:
+        times, unit = np.arange(count_frames(file)), gap
     seconds = times * unit
     duration = seconds[-1] - seconds[0] + gap
     if recipe.fps:
@@ -123,35 +177,55 @@ def read_video(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]
         wanted = (np.arange(recipe.frames) + 0.5) * duration / recipe.frames
     # Containers round times to 1 ms, so a frame may seem to begin just after its wanted time.
     on_screen = np.searchsorted(seconds, seconds[0] + wanted + 0.02 * gap, "right") - 1
-    frames = decode_frames(file, times, set(times[on_screen].tolist()), recipe)
-    return [frames[time] for time in times[on_screen].tolist()], seconds[on_screen].tolist()
+    wanted_times = times[on_screen].tolist()
+    frames = decode_frames(file, times, set(wanted_times), in_order, recipe)
+    return [frames[time] for time in wanted_times], seconds[on_screen].tolist()
+
+
+def count_frames(file: BinaryIO) -> int:
+    """Return the number of frames of a video, by decoding all; raise ValueError if it has none."""
+    with open_video(file) as container:
+        count = sum(1 for _ in container.decode(container.streams.best("video")))
+    if not count:
+        raise ValueError("no frames")
+    return count
 
 
 def decode_frames(
-    file: BinaryIO, times: np.ndarray, wanted: set[int], recipe: Recipe
+    file: BinaryIO, times: np.ndarray, wanted: set[int], in_order: bool, recipe: Recipe
 ) -> dict[int, bytes]:
     """Decode the frames at the wanted times -> {time in the stream's unit: JPEG file}.
 
-    The decoder may skip a frame that is not wanted and to which no other frame refers. `times`
-    has all frames that a player shows, ascending.
+    The decoder may skip a frame that is not wanted and to which no other frame refers.
+
+    Args:
+        times: of all frames that a player shows, ascending.
+        in_order: the n-th frame has the n-th time, since the container stores no display times.
     """
     missing = set(wanted)
     frames = {}
+    matrix, size = None, None
     with open_video(file) as container:  # opened again, since not every format can be rewound
-        is_avi = container.format.name == "avi"
         remaining_times = iter(times.tolist())
         stream = container.streams.best("video")
+        decoder = open_decoder(stream)
         for packet in container.demux(stream):
-            time = time_of(packet, is_avi)
-            needed = is_avi or time is None or time in missing or packet.is_keyframe
-            stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
-            for frame in packet.decode():
-                time = time_of(frame, is_avi)
-                if is_avi:  # The n-th frame shown has the n-th time.
+            time = time_of(packet, in_order)
+            needed = in_order or time is None or time in missing or packet.is_keyframe
+            decoder.skip_frame = "DEFAULT" if needed else "NONREF"
+            for frame in decoder.decode(packet):
+                own_matrix = frame.side_data.get("DISPLAYMATRIX")
+                # An orientation in the stream holds until the next key frame.
+                if own_matrix or frame.key_frame:
+                    matrix = bytes(own_matrix) if own_matrix else None
+                time = time_of(frame, in_order)
+                if in_order:
                     time = next(remaining_times, None)
                 if time in missing:
                     missing.remove(time)
-                    frames[time] = encode_video_frame(frame, recipe)
+                    pixels = to_pixels(frame, matrix, size, recipe)
+                    size = pixels.shape[:2]
+                    frames[time] = encode_jpeg(pixels, recipe)
             if not missing:
                 return frames
     raise ValueError(f"{len(missing)} of {len(wanted)} wanted frames could not be decoded")
@@ -163,27 +237,53 @@ def encode_jpeg(pixels: np.ndarray, recipe: Recipe) -> bytes:
     return simplejpeg.encode_jpeg(pixels, recipe.quality, colorsubsampling="420")
 
 
-def encode_video_frame(frame: av.VideoFrame, recipe: Recipe) -> bytes:
-    """Encode a decoded video frame, scaled to the short side and upright, as a JPEG file."""
-    scale = min(1.0, recipe.short_side / min(frame.width, frame.height))
-    width = max(1, round(frame.width * scale))
-    height = max(1, round(frame.height * scale))
-    # One thread, because PyAV would start more for each frame.
-    pixels = frame.to_ndarray(
-        format="rgb24", width=width, height=height, interpolation="BICUBIC", threads=1
-    )  # (H, W, 3)
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+def to_pixels(
+    frame: av.VideoFrame, matrix: bytes | None, size: tuple[int, int] | None, recipe: Recipe
+) -> np.ndarray:
+    """Return a decoded video frame, upright and scaled -> (H, W, 3) uint8.
+
+    Args:
+        matrix: its display matrix, as in FFmpeg.
+        size: height and width of the result; None scales to the short side.
+    """
+    a, b, c, d = 1, 0, 0, 1
     if matrix:
         # Phones store an upright picture on its side, to be shown at x' = ax + cy, y' = bx + dy.
-        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
-        if abs(b) > abs(a):
-            pixels = pixels.swapaxes(0, 1)
-            a, d = c, b
-        if d < 0:
-            pixels = pixels[::-1]
-        if a < 0:
-            pixels = pixels[:, ::-1]
-    return encode_jpeg(pixels, recipe)
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    on_its_side = abs(b) > abs(a)
+    if size is None:
+        scale = min(1.0, recipe.short_side / min(frame.width, frame.height))
+        width = max(1, round(frame.width * scale))
+        height = max(1, round(frame.height * scale))
+    else:
+        width, height = size if on_its_side else size[::-1]
+    # An image with a palette may have transparent colours.
+    alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+    # One thread, because PyAV would start more for each frame.
+    pixels = frame.to_ndarray(
+        format="rgba" if alpha else "rgb24",
+        width=width,
+        height=height,
+        interpolation="BICUBIC",
+        threads=1,
+    )  # (H, W, 3 or 4)
+    if alpha:
+        pixels = np.asarray(on_background(Image.fromarray(pixels), recipe))
+    if on_its_side:
+        pixels = pixels.swapaxes(0, 1)
+        a, d = c, b
+    if d < 0:
+        pixels = pixels[::-1]
+    if a < 0:
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def on_background(image: Image.Image, recipe: Recipe) -> Image.Image:
+    """Return an RGB image, in which the background shows through transparent pixels."""
+    image = image.convert("RGBA")
+    background = Image.new("RGBA", image.size, ImageColor.getrgb(recipe.background)[:3])
+    return Image.alpha_composite(background, image).convert("RGB")
 
 
 def read_image(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]]:
@@ -203,12 +303,14 @@ def read_image(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]
         if image.mode in ("I", "F"):
             raise ValueError("32 bits per pixel, of unknown range")
         image.load()
-        if fits and is_plain_jpeg(image, data):
+        orientation = read_orientation(image)
+        if fits and orientation not in TURNS and is_plain_jpeg(image, data):
             return [data], [0.0]
-        image = ImageOps.exif_transpose(image)
+        if orientation in TURNS:
+            image = image.transpose(TURNS[orientation])
         if image.mode.startswith("I;16"):  # Pillow would clip it instead of scaling.
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image.convert("RGB")
+        image = on_background(image, recipe) if image.has_transparency_data else to_rgb(image)
         scale = recipe.short_side / min(image.size)
         if scale < 1:
             size = [max(1, round(side * scale)) for side in image.size]
@@ -216,11 +318,25 @@ def read_image(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]
         return [encode_jpeg(np.asarray(image), recipe)], [0.0]
 
 
+def read_orientation(image: Image.Image) -> object:
+    """Return the EXIF orientation of an image; 1, which is upright, if the tags are broken."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Broken tags make Pillow raise nearly anything.
+        return 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an opaque image of any mode to RGB."""
+    if image.mode != "LAB":
+        return image.convert("RGB")
+    lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+
+
 def is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
-    """Return whether an image is an upright RGB or grey JPEG that can be decoded in training."""
+    """Return whether an image is an RGB or grey JPEG that can be decoded in training."""
     if image.format != "JPEG" or image.mode not in ("RGB", "L"):
-        return False
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         return False
     try:
         simplejpeg.decode_jpeg(data, "RGB")  # is stricter than Pillow

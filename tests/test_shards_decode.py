@@ -34,6 +34,7 @@ from shards.decode import Recipe, read_image, read_video
 from shards.format import decode_frame
 from shards.inspect import verify
 
+ODD = Path(__file__).parent / "data" / "odd_inputs"
 CORNERS = np.array(  # red and green above blue and yellow
     [[(220, 30, 30), (30, 200, 40)], [(40, 60, 220), (230, 220, 40)]], np.uint8
 )
@@ -212,9 +213,6 @@ PLAIN = {  # {file of 12 frames at 10 Hz: arguments of write_video}
     "odd_size.mp4": {"size": (51, 37), "layout": "yuv444p"},
     "odd_size.webm": {"codec": "libvpx-vp9", "size": (51, 37)},
     "odd_size.mkv": {"codec": "ffv1", "size": (51, 37)},
-    "alpha.webm": {"codec": "libvpx-vp9", "layout": "yuva420p", "alpha": True},
-    "alpha.mov": {"codec": "qtrle", "layout": "argb", "alpha": True},
-    "alpha_png.mov": {"codec": "png", "layout": "rgba", "alpha": True},
     "10_bit_hevc.mp4": {"codec": "libx265", "layout": "yuv420p10le", **QUIET},
     "10_bit_h264.mp4": {"layout": "yuv420p10le"},
     "10_bit_prores.mov": {"codec": "prores_ks", "layout": "yuv422p10le"},
@@ -230,6 +228,15 @@ PLAIN = {  # {file of 12 frames at 10 Hz: arguments of write_video}
     "mp4_named.avi": {},
     "latin_title.avi": {"codec": "mpeg4", "title": TITLE},
     "latin_title.mp4": {"title": TITLE},
+}
+ALPHA = {  # {file: codec, layout}
+    "alpha_vp8.webm": ("libvpx", "yuva420p"),
+    "alpha_vp9.webm": ("libvpx-vp9", "yuva420p"),
+    "alpha_animation.mov": ("qtrle", "argb"),
+    "alpha_png.mov": ("png", "rgba"),
+    "alpha_prores.mov": ("prores_ks", "yuva444p10le"),
+    "alpha_ffv1.mkv": ("ffv1", "bgra"),
+    "alpha_huffyuv.avi": ("huffyuv", "bgra"),
 }
 TURNED = {  # {file: (display matrix, what a player does to the stored picture)}
     "turned_90.mp4": ((0, 1, -1, 0), lambda picture: np.rot90(picture, -1)),
@@ -281,6 +288,9 @@ def write_videos(folder: Path) -> None:
         made.rename(folder / name)
         if "title" in arguments:
             patch_title(folder / name)
+    for name, (codec, layout) in ALPHA.items():
+        options = {"auto-alt-ref": "0"} if codec == "libvpx" else None
+        write_video(folder / name, codec, layout, alpha=True, options=options)
     for name, (matrix, _) in TURNED.items():
         write_video(folder / name)
         patch_matrix(folder / name, *matrix)
@@ -353,7 +363,9 @@ def assert_outcome(found: SimpleNamespace, kept: set[str], skipped: dict[str, st
 
 def test_every_video_of_the_zoo_is_kept_or_skipped_for_its_reason(videos):
     edited = {"grey.mkv", "edit_begins_late.mp4", "edit_ends_early.mp4"}
-    assert_outcome(videos, {*PLAIN, *TURNED, *INTERLACED, *UNEVEN, *FEW, *edited}, BAD_VIDEOS)
+    assert_outcome(
+        videos, {*PLAIN, *ALPHA, *TURNED, *INTERLACED, *UNEVEN, *FEW, *edited}, BAD_VIDEOS
+    )
     assert videos.report["short"] == len(FEW)
 
 
@@ -369,6 +381,14 @@ def test_video_keeps_its_colours_size_frames_and_times(videos, name):
     # AVI stores no display times, and PyAV guesses them.
     times = np.arange(12) / rate if name.endswith("avi") else times_of(videos.source / name)
     assert sample["timestamps"] == pytest.approx([times[i] for i in (1, 4, 7, 10)], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ALPHA)
+def test_video_with_alpha_is_stored_on_white(videos, name):
+    for picture, number in zip(frames_of(videos.samples[name]), (1, 4, 7, 10), strict=True):
+        assert picture[:16].min() >= 250
+        assert np.abs(corners(picture)[1] - CORNERS[1]).max() <= 8
+        assert (picture[28:32, 28:36].mean() - 20) / 18 == pytest.approx(number, abs=0.45)
 
 
 def test_colour_standards_differ_by_more_than_the_tolerance():
@@ -465,6 +485,83 @@ def test_real_clip_gives_the_frames_and_times_of_a_full_decode(tmp_path, path):
     assert not kept
 
 
+def read(path: Path, **settings) -> tuple[list[np.ndarray], list[float]]:
+    """Return the stored frames of a video as pixels, and their times."""
+    with path.open("rb") as file:
+        frames, times = read_video(file, Recipe("videos", **settings))
+    return [simplejpeg.decode_jpeg(frame) for frame in frames], times
+
+
+@pytest.mark.parametrize("path", sorted(ODD.glob("*.avi")), ids=lambda path: path.stem)
+def test_avi_with_empty_chunks_is_kept(path):
+    pictures, times = read(path, frames=4)
+    assert [picture.shape for picture in pictures] == [(64, 96, 3)] * 4
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize("name", ["mpeg4.avi", "h264.mkv", "h264.flv"])
+def test_video_cut_in_the_middle_is_refused(tmp_path, videos, name):
+    data = (videos.source / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) * 6 // 10])
+    with pytest.raises((ValueError, av.FFmpegError), match=r"truncated: |Invalid data"):
+        read(tmp_path / name)
+
+
+def test_frames_of_a_clip_have_the_size_of_its_first_frame():
+    pictures, _ = read(ODD / "h264_rotate.ts", short_side=90)
+    assert {picture.shape for picture in pictures} == {(90, 160, 3)}
+
+
+def test_orientation_in_the_stream_turns_the_frames_until_the_next_key_frame():
+    pictures, _ = read(ODD / "sei90.mp4", frames=12)
+    assert {picture.shape for picture in pictures} == {(160, 96, 3)}
+
+
+@pytest.mark.parametrize("left", [2, 6, 30])
+def test_left_crop_of_h264_is_applied_exactly(tmp_path, left):
+    crop = {"x264-params": f"crop-rect={left},0,2,0", "crf": "4"}
+    write_video(tmp_path / "a.mp4", options=crop, size=(128, 64))
+    pictures, _ = read(tmp_path / "a.mp4", frames=1)
+    shown = draw(6, (128, 64))[:, left:-2]
+    assert pictures[0].shape == shown.shape
+    assert np.abs(pictures[0].astype(int) - shown).mean() <= 4
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_stream_without_container_has_times_by_its_frame_rate(tmp_path, codec):
+    suffix = {"libx264": "h264", "libx265": "hevc"}[codec]
+    quiet = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    write_video(tmp_path / f"a.{suffix}", codec, options={"bf": "2", **quiet}, rate=25)
+    (tmp_path / f"a.{suffix}").rename(tmp_path / "a.mp4")
+    pictures, times = read(tmp_path / "a.mp4", frames=4)
+    assert [number_of(picture) for picture in pictures] == pytest.approx([1, 4, 7, 10], abs=0.45)
+    assert times == pytest.approx([0.04, 0.16, 0.28, 0.4])
+
+
+def test_joined_videos_give_the_frames_of_both(tmp_path, videos):
+    data = (videos.source / "h264.ts").read_bytes()
+    (tmp_path / "a.ts").write_bytes(data + data)
+    pictures, times = read(tmp_path / "a.ts", frames=8)
+    numbers = [1, 4, 7, 10, 1, 4, 7, 10]
+    assert [number_of(picture) for picture in pictures] == pytest.approx(numbers, abs=0.45)
+    assert times == sorted(times)
+
+
+def test_video_that_lacks_its_first_key_frame_begins_with_the_next(tmp_path):
+    write_video(tmp_path / "a.ts", options={"g": "6", "bf": "0"})
+    data = (tmp_path / "a.ts").read_bytes()
+    (tmp_path / "a.ts").write_bytes(data[: 188 * 3] + data[188 * 9 :])
+    pictures, _ = read(tmp_path / "a.ts", frames=4)
+    assert [round(number_of(picture)) for picture in pictures] == [5, 7, 9, 11]
+
+
+def test_edit_list_that_ends_long_before_the_video_is_no_truncation(tmp_path):
+    write_video(tmp_path / "a.mp4", frames=13, options={"g": "3", "bf": "0"})
+    patch_edit(tmp_path / "a.mp4", 0, 4)
+    pictures, _ = read(tmp_path / "a.mp4", frames=4)
+    assert [number_of(picture) for picture in pictures] == pytest.approx([0, 1, 2, 3], abs=0.45)
+
+
 def oriented(number: int) -> np.ndarray:
     """Return CORNERS as an EXIF orientation shows them."""
     turned = np.rot90(CORNERS, {3: 2, 4: 2, 5: -1, 6: -1, 7: 1, 8: 1}.get(number, 0))
@@ -510,9 +607,6 @@ COLOURED = {
 SAVED = {  # {file: (mode, arguments of Pillow's save)}
     "png_named.JPEG": ("RGB", {"format": "PNG"}),
     "palette.png": ("P", {}),
-    "palette_transparent.png": ("P", {"transparency": 0}),
-    "alpha.png": ("RGBA", {}),
-    "alpha.webp": ("RGBA", {"lossless": True}),
     "plain.bmp": ("RGB", {}),
     "plain.gif": ("P", {}),
     "plain.tif": ("RGB", {}),
@@ -522,6 +616,16 @@ SAVED = {  # {file: (mode, arguments of Pillow's save)}
     ),
 }
 GREY = {"grey.jpg", "grey.png", "grey_alpha.png"}
+TRANSPARENT = {  # {file: (mode, arguments of Pillow's save)}; the left half of each is transparent
+    "alpha.png": ("RGBA", {}),
+    "alpha.webp": ("RGBA", {"lossless": True}),
+    "alpha.tif": ("RGBA", {}),
+    "premultiplied.tif": ("RGBA", {"tiffinfo": {338: 1}}),
+    "grey_and_alpha.png": ("LA", {}),
+    "colour_key.png": ("RGB", {"transparency": (1, 2, 3)}),
+    "palette.gif": ("P", {"transparency": 0}),
+    "palette_key.png": ("P", {"transparency": 0}),
+}
 DEEP = {"16_bit.png": (60, 40), "16_bit.tif": (60, 40), "16_bit_large.png": (480, 320)}
 UNTOUCHED = {
     "grey.jpg",
@@ -544,6 +648,19 @@ BAD_IMAGES = {
 }
 
 
+def half_transparent(mode: str) -> Image.Image:
+    """Draw a picture of grey 90, 60x40, whose left half is transparent: index 0 or a colour key."""
+    if mode == "P":
+        image = Image.new("P", (60, 40), 0)
+        image.putpalette([1, 2, 3, 90, 90, 90])
+        image.paste(1, (30, 0, 60, 40))
+        return image
+    hidden = (1, 2, 3) if mode == "RGB" else (1, 2, 3, 0)
+    image = Image.new("RGB" if mode == "RGB" else "RGBA", (60, 40), hidden)
+    image.paste((90, 90, 90), (30, 0, 60, 40))
+    return image.convert(mode)
+
+
 def write_images(folder: Path) -> None:
     for name, make in COLOURED.items():
         (folder / name).write_bytes(make())
@@ -557,6 +674,8 @@ def write_images(folder: Path) -> None:
         if mode == "RGBA":
             picture.putalpha(128)
         picture.save(folder / name, **options)
+    for name, (mode, options) in TRANSPARENT.items():
+        half_transparent(mode).save(folder / name, **options)
     for name in GREY:
         Image.fromarray(draw(size=(60, 40))).convert("LA" if "alpha" in name else "L").save(
             folder / name
@@ -585,7 +704,9 @@ def images(tmp_path_factory) -> SimpleNamespace:
 
 def test_every_image_of_the_zoo_is_kept_or_skipped_for_its_reason(images):
     turned = {f"exif_{number}.jpg" for number in range(1, 9)}
-    assert_outcome(images, {*COLOURED, *SAVED, *GREY, *DEEP, *turned, "large.png"}, BAD_IMAGES)
+    assert_outcome(
+        images, {*COLOURED, *SAVED, *GREY, *TRANSPARENT, *DEEP, *turned, "large.png"}, BAD_IMAGES
+    )
     assert images.report["short"] == 0
 
 
@@ -594,6 +715,55 @@ def test_image_keeps_its_colours(images, name):
     (picture,) = frames_of(images.samples[name])
     assert picture.shape == (40, 60, 3) and np.abs(corners(picture) - CORNERS).max() <= 8
     assert images.samples[name]["timestamps"].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("name", TRANSPARENT)
+@pytest.mark.parametrize(
+    ("background", "colour"), [("white", 255), ("black", 0), ("#204060", (32, 64, 96))]
+)
+def test_image_with_alpha_is_stored_on_the_background(images, name, background, colour):
+    with (images.source / name).open("rb") as file:
+        (data,), _ = read_image(file, Recipe("images", background=background))
+    picture = simplejpeg.decode_jpeg(data).astype(int)
+    assert np.abs(picture[:, :20] - colour).max() <= 4
+    assert np.abs(picture[:, 40:] - 90).max() <= 4
+
+
+def test_background_that_is_no_colour_is_refused():
+    with pytest.raises(ValueError, match="--background blanc: must be a colour"):
+        Recipe("images", background="blanc")
+
+
+def test_lab_image_keeps_its_colours(tmp_path):
+    Image.frombytes("LAB", (60, 40), bytes([128, 0, 0] * 2400)).save(tmp_path / "a.tif")
+    with (tmp_path / "a.tif").open("rb") as file:
+        (data,), _ = read_image(file, Recipe("images"))
+    assert np.abs(simplejpeg.decode_jpeg(data).astype(int) - 119).max() <= 4  # L* = 50
+
+
+@pytest.mark.parametrize("path", sorted(ODD.glob("*.jpg")), ids=lambda path: path.stem)
+def test_image_with_a_broken_exif_tag_is_kept(path):
+    with path.open("rb") as file:
+        (data,), _ = read_image(file, Recipe("images"))
+    assert simplejpeg.decode_jpeg_header(data)[:2] == (60, 40)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_image_with_an_orientation_that_does_not_exist_is_kept_byte_for_byte(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    given = jpeg(exif=exif)
+    assert read_image(io.BytesIO(given), Recipe("images"))[0] == [given]
+
+
+def test_png_with_a_long_comment_or_a_broken_profile_is_kept():
+    buffer = io.BytesIO()
+    Image.fromarray(draw()).save(buffer, "PNG")
+    header, rest = buffer.getvalue()[:33], buffer.getvalue()[33:]
+    comment = png_chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(3 << 20)))
+    profile = png_chunk(b"iCCP", b"icc\0\0this is not compressed")
+    (data,), _ = read_image(io.BytesIO(header + comment + profile + rest), Recipe("images"))
+    assert np.abs(corners(simplejpeg.decode_jpeg(data)) - CORNERS).max() <= 8
 
 
 @pytest.mark.parametrize("number", range(1, 9))
