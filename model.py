@@ -610,7 +610,8 @@ class Classifier(ComposerModel):
         return torch.tensor(list(json.dumps(self.class_names).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.class_names = json.loads(bytes(state.tolist()))
+        if isinstance(state, Tensor):  # FSDP passes a placeholder if a checkpoint has no names
+            self.class_names = json.loads(bytes(state.tolist()))
 
     def new_head(self, num_classes: int) -> nn.Linear:
         head = nn.Linear(self.encoder.norm.normalized_shape[0], num_classes)

@@ -84,6 +84,7 @@ class RunConfig:
 # Blocks and keys that may change when a run resumes.
 FREE = ("trainer", "callbacks", "loggers", "checkpoints", "make_demo")
 FREE_KEYS = ("data.num_workers",)
+IGNORED_IN_SHARDS = ["state/callbacks", "state/model/_extra_state"]
 OLD_KEYS = ("allow_changes", "data.make_demo")  # in the config.yaml of earlier versions
 
 
@@ -299,8 +300,9 @@ def build_trainer(
             **settings,
             run_name=run.name,
             load_path=str(newest) if newest else None,
-            # In sharded checkpoints, Composer looks for the state of every callback of this start.
-            load_ignore_keys=["state/callbacks"] if newest and newest.is_dir() else None,
+            # In sharded checkpoints, Composer looks for the state of every callback of this start,
+            # and for the class names, which earlier versions did not save.
+            load_ignore_keys=IGNORED_IN_SHARDS if newest and newest.is_dir() else None,
             seed=config.seed,
             model=model,
             optimizers=optimizer,
