@@ -177,8 +177,8 @@ def read_sources(arguments: list[str]) -> list[tuple[str, Any]]:
         is_file = argument.endswith((".yaml", ".yml"))
         if not is_file and "=" not in argument:
             raise ValueError(f"{argument}: must be a .yaml file or key=value")
-        if not is_file and re.search(r"""=[^'"]*\s#""", argument):
-            raise ValueError(f"{argument}: # begins a comment; {QUOTED}")
+        if not is_file and re.search(r"""=(\s*&|[^'"]*\s#)""", argument):
+            raise ValueError(f"{argument}: # begins a comment, & an anchor; {QUOTED}")
         try:
             source = OmegaConf.load(argument) if is_file else OmegaConf.from_dotlist([argument])
         except (OSError, UnicodeError, YAMLError, OmegaConfBaseException) as error:
