@@ -339,8 +339,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         "checkpoint": config.checkpoint,
         "seed": config.seed,
     }
-    if config.random_weights:
+    if config.random_weights or not config.checkpoint:
         result["random_weights"] = True
+        print("the weights are random")
     if config.probe:
         result |= probe(net, run, config)
     if config.export:

@@ -37,9 +37,9 @@ from shards.augment import MEAN, normalise
 from shards.format import (
     common_classes,
     decode_frame,
-    fingerprint,
     labelled_classes,
     match_classes,
+    shared_shards,
 )
 from shards.stream import load_stream
 from shards.views import UnitInterval, check_frames, crop_and_scale, draw_crop, pick_frames
@@ -348,10 +348,10 @@ def find_classes(config: FinetuneConfig) -> Classes:
 
 def say_shared_data(config: FinetuneConfig) -> None:
     """Print a line if the validation has samples that are trained on."""
-    trained = {fingerprint(path)["samples"] for path in config.training_paths}
-    for path in config.eval_data["paths"]:
-        if fingerprint(path)["samples"] in trained:
-            print(f"{path}: is trained on too, so its accuracy says nothing about other data")
+    shared = shared_shards(config.eval_data["paths"], config.training_paths)
+    for path, count in shared.items():
+        fault = "so the accuracy says nothing about other data"
+        print(f"{path}: {count} of its shards are trained on too, {fault}")
 
 
 def finetune(config: FinetuneConfig) -> Trainer:

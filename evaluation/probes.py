@@ -26,7 +26,7 @@ from tqdm import tqdm
 from evaluation.pictures import draw_neighbours
 from model import Encoder, pool
 from shards.augment import normalise
-from shards.format import UNREADABLE, common_classes, fingerprint
+from shards.format import UNREADABLE, common_classes, shared_shards
 from shards.loader import Loader
 from shards.storage import write_file
 from shards.views import DataSets, EvalViews, PositiveFraction
@@ -114,11 +114,9 @@ def match_labels(
             lacks, or with the samples of the bank.
     """
     classes, labels = common_classes(bank + queries)
-    samples = {fingerprint(path)["samples"]: path for path in bank}
-    for path in queries:
-        if same := samples.get(fingerprint(path)["samples"]):
-            found = f"queries={path}: has the same samples as bank={same}"
-            raise ValueError(f"{owner}: {found}, so each would find itself; give other data")
+    for path, count in shared_shards(queries, bank).items():
+        found = f"queries={path}: {count} of its shards are in the bank too"
+        raise ValueError(f"{owner}: {found}, whose samples would find themselves; give other data")
     return classes, labels[: len(bank)], labels[len(bank) :]
 
 

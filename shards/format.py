@@ -79,6 +79,8 @@ def labelled_classes(path: str) -> list[str]:
     classes = read_classes(path)
     if not classes:
         raise ValueError(f"{path} has no labels; convert it from one folder per class")
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"{path}/classes.json names a class twice; make it with data_prep.py")
     return classes
 
 
@@ -108,11 +110,23 @@ def common_classes(paths: list[str]) -> tuple[list[str], list[list[int]]]:
     return classes, [match_classes(path, classes, paths[0]) for path in paths]
 
 
+def shard_hashes(path: str) -> list[str]:
+    """Return a hash of the samples in each shard of a data set."""
+    shards = [shard["raw_data"] for shard in read_json(path, "index.json")["shards"]]
+    return [json.dumps([shard["bytes"], shard.get("hashes", {})]) for shard in shards]
+
+
 def fingerprint(path: str) -> dict[str, str | list[str]]:
     """Return the classes of a data set, and a hash of its samples."""
-    shards = [shard["raw_data"] for shard in read_json(path, "index.json")["shards"]]
-    text = json.dumps([[shard["bytes"], shard["hashes"]] for shard in shards])
+    text = "".join(shard_hashes(path))
     return {"classes": read_classes(path), "samples": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def shared_shards(paths: list[str], others: list[str]) -> dict[str, int]:
+    """Return {path: number of its shards that other data sets have too}, without zeros."""
+    known = {shard for path in others for shard in shard_hashes(path)}
+    counts = {path: sum(shard in known for shard in shard_hashes(path)) for path in paths}
+    return {path: count for path, count in counts.items() if count}
 
 
 class Clips:

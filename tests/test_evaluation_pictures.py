@@ -212,3 +212,30 @@ def test_confusion_matrix_is_drawn_as_fractions_of_each_true_class(tmp_path):
     draw_confusion(counts, ["shoe", "bag"], tmp_path / "c.png")
     picture = decode_image(str(tmp_path / "c.png"), ImageReadMode.RGB)
     assert picture.shape == (3, 6 * 120, 7 * 120)
+
+
+@pytest.mark.parametrize("name", ["$10 bill", "$1_2_3$", "猫", "🐈", "قط", "a\nb", "x" * 300])
+def test_any_class_name_is_drawn_quietly(tmp_path, capsys, recwarn, name):
+    draw_confusion(torch.eye(2), [name, "bag"], tmp_path / "c.png")
+    assert decode_image(str(tmp_path / "c.png"), ImageReadMode.RGB).shape == (3, 720, 840)
+    assert capsys.readouterr() == ("", "")
+    assert not [warning for warning in recwarn if warning.category is not DeprecationWarning]
+
+
+def test_losses_that_are_not_finite_are_left_out(tmp_path, capsys):
+    values = [1.0, math.nan, math.inf, -math.inf]
+    lines = [{"step": step, "loss/train/$x$": value} for step, value in enumerate(values)]
+    draw_losses(lines, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").exists() and capsys.readouterr().out == ""
+
+
+def test_picture_that_cannot_be_drawn_or_written_costs_a_line(tmp_path, capsys):
+    lines = [{"step": 1, "loss/train/total": 1.0}]
+    draw_losses(lines, to=tmp_path / "nowhere" / "loss.png")
+    draw_confusion(torch.ones(2), ["one", "two"], tmp_path / "c.png")
+    draw_attention(None, ["nowhere"], tmp_path / "a.png")
+    printed = capsys.readouterr().out.splitlines()
+    names = ["nowhere/loss.png", "c.png", "a.png"]
+    for line, name in zip(printed, names, strict=True):
+        assert line.startswith(f"{tmp_path / name} could not be drawn: ")
+    assert "No such file" in printed[0]

@@ -137,7 +137,7 @@ def test_old_classifier_is_evaluated_without_any_size_in_the_command(old, run_na
 
 
 def test_encoder_of_an_old_run_is_probed_and_its_reconstructions_are_drawn(old, monkeypatch):
-    monkeypatch.setattr(probes, "fingerprint", lambda path: {"samples": object()})
+    monkeypatch.setattr(probes, "shared_shards", lambda queries, bank: {})
     probe = {"bank": ["train_images"], "queries": ["train_images"], "k": 1}
     config = evaluation.EvalConfig(
         run_name="new",

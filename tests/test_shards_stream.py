@@ -11,9 +11,12 @@ import pytest
 import torch
 from composer.utils import dist
 from conftest import corrupted_copy
+from PIL import Image
 
+import data_prep
 import shards.stream
 from shards.augment import augment_batch
+from shards.decode import Recipe
 from shards.format import Clips
 from shards.stream import DeterministicStream, count_earlier, load_stream
 from shards.views import PretrainingViews
@@ -244,6 +247,39 @@ def test_unreadable_sample_gives_way_to_the_next_and_is_listed(demo, tmp_path):
         drawn |= {draw: name for name, draw in names_and_draws(batch)}
     replaced = np.random.default_rng((0, 0, 60 + 7, 0)).random()  # the videos come first
     assert len(drawn) == 120 and drawn[replaced] == images[8]["name"]
+
+
+def folder_of_stills(folder: Path, sides: list[int]) -> str:
+    """Convert square pictures of these sides, in the order of their names."""
+    (folder / "raw").mkdir()
+    for number, side in enumerate(sides):
+        pixels = np.full((side, side, 3), 10 * number, np.uint8)
+        Image.fromarray(pixels).save(folder / "raw" / f"{number:02}.png")
+    data_prep.convert(str(folder / "raw"), str(folder / "set"), Recipe("images"), 1)
+    return str(folder / "set")
+
+
+@pytest.mark.parametrize("place", [0, 3, 11])
+def test_sample_smaller_than_a_patch_is_skipped_wherever_it_stands(tmp_path, place):
+    sides = [32] * 12
+    sides[place] = 7
+    path = folder_of_stills(tmp_path, sides)
+    loader = make_loader(tmp_path, 0, draw_number, streams=[{"path": path}], batch_size=4)
+    drawn = [name for batch in loader for name in batch["name"]]
+    small = f"{place:02}.png"
+    assert len(drawn) == 12 and set(drawn) == set(names_in(Path(path))) - {small}
+    ((name, reason),) = map(json.loads, (tmp_path / "unreadable.jsonl").read_text().splitlines())
+    assert (name, reason) == (small, "frames of 7x7 are smaller than model.patch_size=8")
+
+
+def test_data_whose_samples_cannot_be_used_at_all_end_the_run(demo, tmp_path):
+    def refuse(sample: dict, rng: np.random.Generator) -> dict:
+        raise ValueError("has no label")
+
+    streams = [{"path": str(demo / "train_images")}]
+    loader = make_loader(tmp_path, 0, refuse, streams=streams, run=tmp_path, max_unreadable=1)
+    with pytest.raises(ValueError, match=r"no sample can be used, see .*unreadable\.jsonl"):
+        next(iter(loader))
 
 
 def test_too_many_unreadable_samples_end_the_run(demo, tmp_path):

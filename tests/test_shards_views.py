@@ -1,20 +1,24 @@
 """Which frames, crops and numbers are drawn for the views of a sample."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import simplejpeg
 import torch
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
+from streaming import MDSWriter
 from torchvision.transforms import RandomResizedCrop
 
 from shards import views as views_module
 from shards.augment import PARAMETERS
-from shards.format import Clips, encode_clip
+from shards.format import COLUMNS, Clips, encode_clip
 from shards.views import (
     EvalViews,
     PretrainingViews,
     ViewRecipe,
+    check_frames,
     crop_and_scale,
     draw_crop,
     draw_frame_pair,
@@ -299,3 +303,49 @@ def test_generator_of_a_sample_draws_what_it_drew_for_earlier_checkpoints():
     grey, blur_sigma, solarise = 0.0, 1.8210588, 0.0
     expected = [flip, *jitter, grey, blur_sigma, solarise]
     assert ViewRecipe().draw(rng, 0).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def write_clips(path: Path, clips: list[np.ndarray]) -> str:
+    """Write clips with these timestamps as a data set, without data_prep.py."""
+    jpeg = simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))
+    with MDSWriter(out=str(path), columns=COLUMNS) as writer:
+        for times in clips:
+            writer.write(encode_clip([jpeg] * len(times), list(times), 0, "clip"))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("times", "frame_interval", "repeats"),
+    [
+        (np.arange(16) * 10 / 16, 1 / 7.5, True),  # 16 frames of 10 s
+        (np.arange(75) / 7.5, 1 / 7.5, False),
+        (np.floor(np.arange(75) / 7.5 * 25) / 25, 1 / 7.5, False),  # --fps 7.5 of 25 Hz
+        (np.floor(np.arange(75) / 7.5 * 10) / 10, 1 / 7.5, False),  # and of 10 Hz
+        (np.arange(8) / 7.5, 1 / 7.5, False),  # a short video
+        (np.floor(np.arange(75) / 7.5 * 5) / 5, 1 / 7.5, False),  # a slow video
+        (np.zeros(1), 1 / 7.5, False),  # a still
+        (np.arange(8.0), None, True),
+        (np.arange(16.0), None, False),
+        (np.arange(16) // 2 * 1.0, None, False),  # --frames 16 of a video of 8 frames
+    ],
+)
+def test_frames_that_are_repeated_are_said_or_refused(
+    tmp_path, capsys, times, frame_interval, repeats
+):
+    path = write_clips(tmp_path / "set", [times] * 3)
+    if repeats and frame_interval:
+        expected = rf"{path}: clips of 16 frames at 7.5 Hz hold 4\.\d distinct frames on average; "
+        with pytest.raises(ValueError, match=expected + "convert with --fps 7.5$"):
+            check_frames([path], 16, frame_interval)
+        return
+    check_frames([path], 16, frame_interval)
+    mean = "hold 8.0 distinct frames on average; convert with --frames 16"
+    assert capsys.readouterr().out == (f"{path}: clips of 16 frames {mean}\n" if repeats else "")
+
+
+def test_evaluated_sample_smaller_than_a_patch_is_counted(tmp_path):
+    path = write_clips(tmp_path / "set", [np.zeros(1)] * 3)
+    assert EvalViews([path], 32, patch_size=16)[1]["target"] == 0
+    views = EvalViews([path], 32, patch_size=17, unreadable=tmp_path / "list.jsonl")
+    assert views[1]["target"] == -1
+    assert "frames of 16x16 are smaller than model.patch_size=17" in views.unreadable.read_text()

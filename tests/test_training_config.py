@@ -70,6 +70,7 @@ def save(folder: str, *, interval: Duration = "1ep") -> None: ...
 class Run:
     run_name: RunName
     seed: int
+    checkpoint: str | None = None
     trainer: Annotated[dict, Trainer, "model", "seed"] = field(default_factory=dict)
     schedule: Annotated[dict, CosineAnnealingWithWarmupScheduler] | None = None
     checkpoints: Annotated[dict, save] | None = None
@@ -296,3 +297,68 @@ def test_error_that_a_user_can_mend_ends_the_program_in_one_line(monkeypatch, er
 def test_argument_without_a_value_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"seed=: has no value; for none, give seed=null"):
         read_sources(["seed="])
+
+
+@pytest.mark.parametrize("value", ["20240115", "1e3", "007", "on", "[x]", "a: b"])
+def test_value_that_is_not_read_as_text_is_answered_with_how_to_quote_it(write, value):
+    expected = """put the value in double quotes, and in a shell these in single quotes"""
+    error = error_of("a.yaml", f"run_name={value}")
+    assert error.startswith(f"run_name={value}: is not read as text; {expected}")
+    write("b.yaml", f"run_name: {value}\n" if value != "a: b" else "run_name: {a: b}\n")
+    assert expected in error_of("a.yaml", "b.yaml")
+    if value.isalnum():
+        assert load_config(["a.yaml", f'run_name="{value}"'], Training)["run_name"] == value
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "runs/a=b",
+        "a b",
+        "a, b",
+        "a[0]",
+        "C:\\x\\y",
+        "a/~b",
+        "a#b",
+        '"a #b"',
+        '"[x].pt"',
+        "2024-01-15",
+    ],
+)
+def test_path_in_an_argument_is_taken_as_it_is_written(write, path):
+    config = load_config(["a.yaml", f"checkpoint={path}"], Training)
+    assert config["checkpoint"] == path.strip('"')
+    config = load_config(["a.yaml", f"data.streams=[{{path: '{path}'}}]"], Training)
+    assert config["data"]["streams"][0]["path"] == path
+
+
+@pytest.mark.parametrize(
+    "value", ["a #b", "[x].pt", "{x}.pt", "*x", "&x y", "!x y", "@x", "%x", "'x"]
+)
+def test_argument_that_yaml_reads_otherwise_is_answered_with_how_to_quote_it(write, value):
+    error = error_of("a.yaml", f"checkpoint={value}")
+    assert error.startswith(f"checkpoint={value}: ") and "double quotes" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("seed: 1\nseed: 2\n", "found duplicate key seed"),
+        ("data:\n\tworkers: 1\n", "found character that cannot start any token"),
+        ("seed: ${oc.env:NO_SUCH_VARIABLE}\n", "'NO_SUCH_VARIABLE' not found"),
+        ("seed: *nowhere\n", "found undefined alias"),
+        ("seed: 1\n---\nseed: 2\n", "expected a single document"),
+    ],
+)
+def test_fault_of_a_file_is_explained_in_one_line(write, text, reason):
+    write("b.yaml", text)
+    error = error_of("a.yaml", "b.yaml")
+    assert "b.yaml" in error and reason in error and "\n" not in error
+
+
+def test_numbers_of_a_file_are_read_as_written_and_anchors_and_empty_files_work(write):
+    write("empty.yaml", "")
+    write("b.yaml", "model: &sizes {mask_ratio: 5e-1}\nschedule: {t_warmup: 1ba, alpha_f: 1e-3}\n")
+    config = load_config(["a.yaml", "empty.yaml", "b.yaml"], Training)
+    assert (config["model"]["mask_ratio"], config["schedule"]["alpha_f"]) == (0.5, 0.001)
+    assert error_of("empty.yaml").startswith("empty.yaml: ")

@@ -179,8 +179,8 @@ def read_sources(arguments: list[str]) -> list[tuple[str, Any]]:
             raise ValueError(f"{argument}: must be a .yaml file or key=value")
         if argument.endswith("="):  # such as checkpoint=$UNSET
             raise ValueError(f"{argument}: has no value; for none, give {argument}null")
-        if not is_file and re.search(r"""=[^'"]*\s#""", argument):
-            raise ValueError(f"{argument}: # begins a comment; {QUOTED}")
+        if not is_file and re.search(r"""=(\s*&|[^'"]*\s#)""", argument):
+            raise ValueError(f"{argument}: # begins a comment, & an anchor; {QUOTED}")
         try:
             source = OmegaConf.load(argument) if is_file else OmegaConf.from_dotlist([argument])
         except (OSError, UnicodeError, YAMLError, OmegaConfBaseException) as error:
@@ -251,6 +251,8 @@ def convert_named(block: dict, named: Named, path: list, config: dict[str, Any])
 
 def convert_plain(value: Any, hint: Any, path: list) -> Any:
     """Return a value that is not a block, converted by pydantic; errors are put in our words."""
+    if value == "":
+        raise ConfigError(path, "is empty; give null for none", value)
     if Time in typing.get_args(hint):
         hint = Annotated[hint, AfterValidator(functools.partial(check_time, positive=False))]
     try:

@@ -1,0 +1,62 @@
+"""The contact sheet and the check of a finished data set."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+from streaming import MDSWriter
+
+from shards.format import COLUMNS, encode_clip
+from shards.inspect import CAPTION, CELL, check_sample, show
+
+
+def jpeg(height: int, width: int) -> bytes:
+    return simplejpeg.encode_jpeg(np.full((height, width, 3), 90, np.uint8))
+
+
+def write_set(path: Path, samples: list[dict]) -> str:
+    with MDSWriter(out=str(path), columns=COLUMNS) as writer:
+        for sample in samples:
+            writer.write(sample)
+    (path / "classes.json").write_text('["$a"]')
+    return str(path)
+
+
+def test_contact_sheet_shows_thin_small_and_corrupt_samples_under_any_name(tmp_path):
+    samples = [
+        encode_clip([jpeg(1, 500)], [0.0], 0, "thin"),
+        encode_clip([jpeg(500, 1)], [0.0], 0, "two\nlines"),
+        encode_clip([jpeg(1, 1)], [0.0], -1, "猫 🐈"),
+        encode_clip([jpeg(20, 30)] * 3, [0.0, 1.0, 2.0], 0, "x" * 300),
+        encode_clip([b"corrupt"], [0.0], 0, "corrupt"),
+    ]
+    show(write_set(tmp_path / "set", samples), str(tmp_path / "sheet.png"))
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+    assert sheet.shape == (5 * (CELL + CAPTION), 8 * CELL, 3)
+    rows = sheet.reshape(5, CELL + CAPTION, 8 * CELL, 3)[:, CAPTION:]
+    grey = (abs(rows[..., :3] - 90) < 3).all(axis=3).sum(axis=(1, 2))
+    side = CELL - 2
+    assert grey.tolist() == [side, side, side**2, 3 * side * 84, 0]
+    assert (rows[4, :side, :side] == [255, 0, 0]).all()
+
+
+@pytest.mark.parametrize("option", ["samples", "frames"])
+def test_contact_sheet_without_a_row_or_column_is_refused(tmp_path, option):
+    path = write_set(tmp_path / "set", [encode_clip([jpeg(9, 9)], [0.0], 0, "x")])
+    with pytest.raises(ValueError, match=f"--{option} 0: must be at least 1"):
+        show(path, str(tmp_path / "sheet.png"), **{option: 0})
+
+
+def test_data_set_without_samples_is_named(tmp_path):
+    (tmp_path / "index.json").write_text('{"version": 2, "shards": []}')
+    (tmp_path / "classes.json").write_text("[]")
+    with pytest.raises(ValueError, match="has no samples"):
+        show(str(tmp_path), str(tmp_path / "sheet.png"))
+
+
+def test_clip_whose_frames_differ_in_size_is_a_fault():
+    sample = encode_clip([jpeg(20, 30), jpeg(30, 20)], [0.0, 1.0], 0, "x")
+    with pytest.raises(ValueError, match="frame 1 is 20x30, but frame 0 is 30x20"):
+        check_sample(sample, 1, 64)
