@@ -676,3 +676,15 @@ def test_groups_for_layer_decay_begin_with_the_embedding_and_hold_each_block():
     assert groups["encoder.blocks.0.attn.qkv.weight"] == 1
     assert groups["encoder.blocks.1.mlp.fc1.bias"] == 2
     assert groups["head.weight"] > 2
+
+
+def test_classifier_loads_checkpoints_without_class_names_and_keeps_its_own():
+    net = Classifier(2, **ENCODER)
+    state = {key: value for key, value in net.state_dict().items() if key != "_extra_state"}
+    net.class_names = ["no", "yes"]
+    net.load_state_dict(state)
+    net.set_extra_state(object())  # FSDP's placeholder for a value that a checkpoint lacks
+    assert net.class_names == ["no", "yes"]
+    other = Classifier(2, **ENCODER)
+    other.load_state_dict(net.state_dict())
+    assert other.class_names == ["no", "yes"]

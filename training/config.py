@@ -174,7 +174,7 @@ def read_sources(arguments: list[str]) -> list[tuple[str, Any]]:
         raise ValueError("give at least one file of yamls/; key=value after it changes a value")
     sources = []
     for argument in arguments:
-        is_file = argument.endswith((".yaml", ".yml"))
+        is_file = argument.endswith((".yaml", ".yml")) and "=" not in argument
         if not is_file and "=" not in argument:
             raise ValueError(f"{argument}: must be a .yaml file or key=value")
         if argument.endswith("="):  # such as checkpoint=$UNSET
