@@ -96,7 +96,9 @@ def write_manifest(
         if entry is None:
             absent += 1
             continue
-        name, class_name = entry[:2]
+        name, class_name, *span = entry
+        if class_name is not None:
+            class_name = printable(class_name)
         unlisted.discard(name)
         if known and class_name is not None and class_name not in known:
             fault = "which is not in the data set's list of classes"
@@ -111,7 +113,12 @@ def write_manifest(
             continue
         if listed % part_size == 0:
             starts.append(file.tell())
-        line = json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"
+        line = (
+            json.dumps([name, class_name, *span], ensure_ascii=False).encode(
+                "utf-8", "surrogateescape"
+            )
+            + b"\n"
+        )
         file.write(line)
         digest.update(line)
         listed += 1
