@@ -18,7 +18,8 @@ from evaluation import probes
 from model import ViCMAE
 from shards.augment import normalise
 from shards.views import EvalViews
-from training.weights import known_model, load_pretrained, read_checkpoint
+from training.sizes import known_model
+from training.weights import load_pretrained, read_checkpoint
 
 OLD_RUNS = ROOT / "tests" / "data" / "old_runs"
 ENCODER = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}

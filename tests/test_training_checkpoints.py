@@ -184,7 +184,7 @@ def test_checkpoint_that_would_run_code_is_set_aside_and_not_run(
     newest = interrupted / "ep1-ba4.pt"
     torch.save(torch.load(newest, weights_only=False) | {"more": Malicious()}, newest)
     run(tmp_path, *arguments, "run_name=half")
-    reason = f"{newest.name} is corrupt (it holds a posix.system, which could execute code"
+    reason = f"{newest.name} is corrupt (it holds a posix.system, which is no plain value"
     assert reason in capfd.readouterr().out
     assert not Path("was_run").exists()
 

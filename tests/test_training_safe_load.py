@@ -183,7 +183,7 @@ def test_malicious_object_among_the_shards_is_refused_and_not_run():
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut"])
 def test_file_that_is_no_checkpoint_is_named(content):
     Path("weights.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"weights.pt is no checkpoint"):
+    with pytest.raises(ValueError, match=r"weights\.pt is (no checkpoint|empty|truncated)"):
         read_checkpoint("weights.pt")
     with pytest.raises(ValueError, match=r"nowhere.pt does not exist"):
         read_checkpoint("nowhere.pt")
@@ -206,6 +206,6 @@ def test_harmless_values_beside_the_weights_are_loaded(tmp_path):
 
 def test_type_that_could_execute_code_is_named_with_the_remedy(tmp_path):
     torch.save({"w": torch.ones(2), "f": Fraction(1, 2)}, tmp_path / "file.pt")
-    match = r"it holds a fractions\.Fraction, which could execute code; save the weights alone"
+    match = r"it holds a fractions\.Fraction, which is no plain value; save the weights alone"
     with pytest.raises(pickle.UnpicklingError, match=match):
         load_plain(str(tmp_path / "file.pt"))

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -14,15 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import Classifier, Encoder, ViCMAE
+from training import sizes
 from training import weights as weights_module
+from training.sizes import known_model, vit_sizes
 from training.weights import (
     LATEST,
     describe,
-    known_model,
+    find_vit,
     load_pretrained,
     our_layout,
     read_checkpoint,
-    vit_sizes,
 )
 
 DATA = Path(__file__).parent / "data" / "published_weights"
@@ -359,6 +362,7 @@ def test_vit_of_another_kind_is_named_as_what_it_is(arguments, kind):
         (("teacher",), "backbone.", "teacher.backbone"),  # DINO
         (("model_ema",), "module.vit.", "model_ema.module.vit"),
         (("a", "model_state"), "student.encoder.", "a.model_state.student.encoder"),
+        (("state_dict",), "module.base_encoder.", "state_dict.module.base_encoder"),  # MoCo v3
     ],
 )
 def test_vit_is_found_in_any_nesting_of_keys_and_prefixes(tmp_path, capsys, keys, prefix, place):
@@ -381,6 +385,11 @@ def test_vit_is_found_in_any_nesting_of_keys_and_prefixes(tmp_path, capsys, keys
         ("model_ema", "model"),
         ("state_dict_ema", "state_dict"),
         ("model", "momentum"),
+        ("model", "schema"),
+        ("encoder", "predictor"),
+        ("target_encoder", "encoder"),  # JEPA
+        ("visual", "text"),
+        ("module", "fp32"),
     ],
 )
 def test_averages_and_teachers_are_taken_before_other_vits_of_a_file(tmp_path, taken, other):
@@ -569,7 +578,7 @@ def test_known_sizes_of_a_corrupt_configuration_are_an_error_that_names_it(tmp_p
 
 
 def test_sizes_of_a_planned_run_come_from_its_yaml_and_the_runs_before_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights_module, "YAMLS", tmp_path)
+    monkeypatch.setattr(sizes, "YAMLS", tmp_path)
     (tmp_path / "big.yaml").write_text("model: {depth: 3, decoder_depth: 1, img_size: 32}")
     second = "pretrained: runs/big/checkpoints/latest-rank0.pt\nmodel: {img_size: 64, pool: cls}\n"
     (tmp_path / "tuned.yaml").write_text(f"eval_data: {{}}\n{second}")
@@ -581,3 +590,62 @@ def test_sizes_of_a_planned_run_come_from_its_yaml_and_the_runs_before_it(tmp_pa
         known_model("runs/other", planned=True)
     with pytest.raises(ValueError, match=r"runs/tuned/.* does not exist"):
         known_model("runs/tuned/checkpoints/latest-rank0.pt")
+
+
+def test_wrappers_inside_blocks_are_removed():
+    state = Encoder(**ENCODER).state_dict()
+    wrapped = {re.sub(r"(blocks.1.)", r"\1_orig_mod.", key): v for key, v in state.items()}
+    found, _ = find_vit({"model": wrapped})
+    assert found.keys() == state.keys()
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "file.pth is empty"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "is a pointer of Git LFS; run git lfs pull",
+        ),
+        (b"<!DOCTYPE html>", "is a web page"),
+        (b"PK" + bytes(80), "is truncated or corrupt"),
+    ],
+)
+def test_file_that_is_no_checkpoint_is_named_as_what_it_is(tmp_path, content, complaint):
+    (tmp_path / "file.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=complaint):
+        read_checkpoint(str(tmp_path / "file.pth"))
+
+
+def test_flipped_bit_in_a_file_is_found(tmp_path):
+    torch.save(Encoder(**ENCODER).state_dict(), tmp_path / "file.pth")
+    data = bytearray((tmp_path / "file.pth").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "file.pth").write_bytes(data)
+    with pytest.raises(ValueError, match="in it has another checksum"):
+        read_checkpoint(str(tmp_path / "file.pth"))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda value: value.to(torch.int8), "has the type torch.int8; give unquantised weights"),
+        (lambda value: value * math.nan, "is not finite"),
+    ],
+)
+def test_weights_that_are_no_finite_numbers_are_refused(change, complaint):
+    state = Encoder(**ENCODER).state_dict()
+    state["blocks.1.attn.qkv.weight"] = change(state["blocks.1.attn.qkv.weight"])
+    with pytest.raises(ValueError, match=f"encoder.blocks.1.attn.qkv.weight {complaint}"):
+        load_pretrained(Classifier(4, **ENCODER), state)
+
+
+def test_names_that_resemble_another_kind_of_vit_do_no_harm():
+    state = Encoder(**ENCODER).state_dict() | {
+        "europe.weight": torch.ones(2),
+        "aux.gamma": torch.ones(1),
+    }
+    assert load_pretrained(Classifier(4, **ENCODER), state)["unused"] == [
+        "europe.weight",
+        "aux.gamma",
+    ]

@@ -30,10 +30,9 @@ SAFE_CLASSES = [  # plain values that files may hold beside tensors
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
     np.ndarray,
     np.dtype,
-    np.dtypes.UInt32DType,
-    np.dtypes.Int64DType,
-    np.dtypes.Float32DType,
-    np.dtypes.Float64DType,
+    *(np.dtypes.BoolDType, np.dtypes.Float16DType, np.dtypes.Float32DType, np.dtypes.Float64DType),
+    *(np.dtypes.Int8DType, np.dtypes.Int16DType, np.dtypes.Int32DType, np.dtypes.Int64DType),
+    *(np.dtypes.UInt8DType, np.dtypes.UInt16DType, np.dtypes.UInt32DType, np.dtypes.UInt64DType),
     pathlib.PosixPath,
 ]
 
@@ -86,9 +85,9 @@ def load_plain(file: str | IO[bytes], mmap: bool = False) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:  # whose message advises to load unsafely
         reason = "it is corrupt, or holds more than tensors and plain values"
-        if name := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        if name := re.search(r"(?:GLOBAL|got <class ')\s*([\w.]+)", str(error)):
             remedy = "save the weights alone, torch.save(model.state_dict(), ...)"
-            reason = f"it holds a {name[1]}, which could execute code; {remedy}"
+            reason = f"it holds a {name[1]}, which is no plain value; {remedy}"
         raise pickle.UnpicklingError(reason) from error
 
 

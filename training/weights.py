@@ -3,7 +3,6 @@
     weights = read_checkpoint("runs/vitl")                          # a run directory, or any file
     report = load_pretrained(model, "vicmae_vitl.pth")              # official files, by our names
     print(describe(report))                                         # how many weights were loaded
-    known_model("runs/vitl/checkpoints/latest-rank0.pt")["model"]   # {"img_size": 224, ...}
 
 Nothing in a file is executed, see safe_load.
 """
@@ -12,47 +11,42 @@ import json
 import math
 import os
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from composer.utils import dist
 from huggingface_hub import try_to_load_from_cache
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
-from yaml import YAMLError
 
 from training.safe_load import load_plain, read_shards
 
 # Composer's name for a link to the newest checkpoint, which is a folder if sharded.
 LATEST = "latest-rank0.pt"  # in a run's checkpoints/: a link to the newest checkpoint
-YAMLS = Path(__file__).parent.parent / "yamls"
 
-# Of several ViTs in a file, averages and teachers are taken first, and MoCo's moving average last.
-AVERAGES = re.compile(r"ema|teacher|average")
-LAST = re.compile(r"momentum|optimizer")
-OTHER_KINDS = {  # {part of a key: the kind of ViT that has it}
-    "gamma": "layer scale",
-    "ls1.": "layer scale",
-    "reg_token": "register tokens",
-    "register_token": "register tokens",
-    "norm_pre.": "a norm before its blocks, as CLIP has",
-    "q_norm.": "norms of queries and keys",
-    "relative_position": "relative positions",
-    "rel_pos": "relative positions",
-    "rope": "rotary positions",
-    "mlp.w12": "SwiGLU",
-    "attn_pool.": "attention pooling",
+# Of several ViTs in a file, averages and teachers are taken first, and these others last.
+AVERAGES = re.compile(r"(^|[._])(ema|teacher|target|averaged?)([._]|$)")
+LAST = re.compile(r"(^|[._])(momentum|optimizer|predictor|decoder|text|fp32)([._]|$)")
+WRAPPED_BLOCK = re.compile(
+    r"(blocks\.\d+\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\."
+)
+BLOCK = r"encoder\.blocks\.\d+\."
+OTHER_KINDS = {  # {keys of our layout: the kind of ViT that has them}
+    BLOCK + r"(ls\d\.gamma|gamma_\d)": "layer scale",
+    r"(encoder\.)?(reg_token|register_token)": "register tokens",
+    r"encoder\.norm_pre\.": "a norm before its blocks, as CLIP has",
+    BLOCK + r"attn\.q_norm\.": "norms of queries and keys",
+    BLOCK + r"attn\.(relative_position|rel_pos)|(encoder\.)?rel_pos": "relative positions",
+    BLOCK + r"attn\.rope|(encoder\.)?rope": "rotary positions",
+    BLOCK + r"mlp\.(w12|w1|fc1_g)\.": "SwiGLU",
+    r"(encoder\.)?attn_pool\.": "attention pooling",
 }
-
-
 OWN_PLACES = ("", "model", "encoder", "state.model.encoder")  # ours and the official files'
 CLASS_NAMES = "_extra_state"  # PyTorch's key of Classifier.get_extra_state
 
@@ -102,6 +96,7 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
 def read_vit(path: str) -> tuple[dict[str, Tensor], str]:
     """Return the weights in a checkpoint, see read_checkpoint, and where they stand in the file."""
     path = find_file(path)
+    check_file(path)
     try:
         if os.path.isdir(path):
             content = read_shards(path)
@@ -111,12 +106,39 @@ def read_vit(path: str) -> tuple[dict[str, Tensor], str]:
             content = load_plain(path)
     except Exception as error:  # a corrupt file makes the unpickler raise nearly anything
         reason = str(error).strip().split("\n")[0]
+        if "weights_only" in reason:  # torch's advice to load unsafely
+            reason = "it is no file of torch.save with tensors, such as TorchScript"
         raise ValueError(f"{path} is no checkpoint that can be read safely: {reason}") from error
     try:
         weights, place = find_vit(content)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
     return our_layout(weights), place
+
+
+def check_file(path: str) -> None:
+    """Raise a ValueError if a file is no checkpoint by its first bytes, or is corrupt."""
+    if os.path.isdir(path):
+        return
+    with open(path, "rb") as file:
+        start = file.read(64)
+    kinds = {
+        b"version https://git-lfs": "a pointer of Git LFS; run git lfs pull",
+        b"<": "a web page",
+    }
+    for beginning, kind in kinds.items():
+        if start.startswith(beginning):
+            raise ValueError(f"{path} is {kind}")
+    if not start:
+        raise ValueError(f"{path} is empty")
+    if start.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as file:
+                corrupt = file.testzip()
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} is truncated or corrupt ({error})") from error
+        if corrupt:
+            raise ValueError(f"{path} is corrupt: {corrupt} in it has another checksum")
 
 
 def find_vit(content: Any) -> tuple[dict[str, Tensor], str]:
@@ -139,10 +161,12 @@ def find_vit(content: Any) -> tuple[dict[str, Tensor], str]:
         names = [key for _, tensors in nested_tensors(content, ()) for key in tensors]
         if any("attention.attention.query" in name for name in names):
             raise ValueError("has the names of Hugging Face's transformers; give timm's names")
-        raise ValueError("holds no ViT (no patch_embed.proj.weight beside blocks.0.*)")
+        listed = f"its tensors are {', '.join(names[:3])} ..." if names else "it has no tensors"
+        raise ValueError(f"holds no ViT (no patch_embed.proj.weight beside blocks.0.*); {listed}")
     _, place, prefix, tensors = min(found, key=lambda item: item[0])
-    outer = prefix.removesuffix(prefix.rstrip(".").rpartition(".")[2] + ".") if prefix else ""
-    if prefix.endswith("encoder."):  # our own name of the encoder, and VideoMAE's
+    last_word = prefix.rstrip(".").rpartition(".")[2]
+    outer = prefix.removesuffix(last_word + ".") if prefix else ""
+    if last_word == "encoder":  # our own name of the encoder, and VideoMAE's
         prefix = outer
     weights = {}
     for key, value in tensors.items():
@@ -162,7 +186,11 @@ def nested_tensors(content: Any, keys: tuple[str, ...]) -> Iterator[tuple]:
         yield (*keys, "model"), content["model"] | ema_averages(content)
         return
     named = {key: value for key, value in content.items() if isinstance(key, str)}
-    tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+    tensors = {
+        WRAPPED_BLOCK.sub(r"\1", key): value
+        for key, value in named.items()
+        if isinstance(value, Tensor)
+    }
     if tensors:
         yield keys, tensors
     for key, value in named.items():
@@ -297,13 +325,16 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[
     unused = [key for key in weights if key not in own]
     check_encoder(origin, missing, unused)
     fitting = {key: value for key, value in weights.items() if key in own}
-    check_channels(origin, fitting)
+    check_values(origin, {key: value for key, value in fitting.items() if "encoder." in key})
     resized = []
     for key, value in fitting.items():
         fitting[key] = resize_weight(key, value, own[key].shape)
         found, wanted = tuple(fitting[key].shape), tuple(own[key].shape)
         if found != wanted:
-            remedy = "set the model's sizes as trained"
+            of_sizes = ("cls_token", "pos_embed", "patch_embed.proj.weight")
+            remedy = "it is of another kind"
+            if key.endswith(of_sizes):
+                remedy = "set the model's sizes as trained"
             raise ValueError(f"{origin}: {key} is {found} but the model's is {wanted}; {remedy}")
         if fitting[key] is not value:
             resized.append(key)
@@ -323,11 +354,18 @@ def leave_out_other_head(origin: str, weights: dict[str, Tensor], module: nn.Mod
         for key in heads:
             del weights[key]
         if dist.get_global_rank() == 0:
-            print(f"{origin}: its head of other classes is left out; a new head is trained")
+            print(f"{origin}: its head of other classes is left out")
 
 
-def check_channels(origin: str, weights: dict[str, Tensor]) -> None:
-    """Raise a ValueError unless a patch embedding is for three colours."""
+def check_values(origin: str, weights: dict[str, Tensor]) -> None:
+    """Raise a ValueError unless weights are finite numbers, for three colours."""
+    for key, value in weights.items():
+        if not value.is_floating_point():
+            raise ValueError(
+                f"{origin}: {key} has the type {value.dtype}; give unquantised weights"
+            )
+        if not (value.is_meta or value.isfinite().all()):
+            raise ValueError(f"{origin}: {key} is not finite")
     patches = weights.get("encoder.patch_embed.proj.weight")
     if patches is not None and patches.shape[1] != 3:
         raise ValueError(f"{origin}: its ViT sees {patches.shape[1]} channels, this encoder 3")
@@ -335,7 +373,7 @@ def check_channels(origin: str, weights: dict[str, Tensor]) -> None:
 
 def check_encoder(origin: str, missing: list[str], unused: list[str]) -> None:
     """Raise a ValueError if the encoders of a source and a model are not the same kind of ViT."""
-    kinds = [kind for part, kind in OTHER_KINDS.items() for key in unused if part in key]
+    kinds = [kind for key, kind in OTHER_KINDS.items() if any(re.match(key, one) for one in unused)]
     if kinds:
         raise ValueError(f"{origin}: is a ViT with {kinds[0]}, which this encoder does not have")
     for key in unused:
@@ -349,8 +387,11 @@ def check_encoder(origin: str, missing: list[str], unused: list[str]) -> None:
         raise ValueError(f"{origin}: is a ViT without CLS token, which this encoder has")
     absent = [key for key in missing if key.startswith("encoder.") and key not in optional]
     if absent:
+        remedy = "it is of another kind"
+        if all(key.startswith("encoder.blocks.") for key in absent):
+            remedy = "set the model's depth as trained"
         lacking = f"lacks {len(absent)} weights of the encoder, {absent[0]} first"
-        raise ValueError(f"{origin} {lacking}; set the model's depth as trained")
+        raise ValueError(f"{origin} {lacking}; {remedy}")
 
 
 def describe(report: dict[str, list[str]]) -> str:
@@ -366,97 +407,3 @@ def describe(report: dict[str, list[str]]) -> str:
         cells = [f"{counts[fate] or '':>9}" for fate in report]
         lines.append(f"{part:28}" + "".join(cells))
     return "\n".join(lines)
-
-
-NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}  # by embed_dim; shapes do not show them
-DECODER_NUM_HEADS = {256: 8, 512: 16}
-ENCODER_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
-WIDTHS = {  # ViCMAE's arguments that are the first dimension of a weight
-    "embed_dim": "encoder.patch_embed.proj.weight",
-    "decoder_embed_dim": "decoder.embed.weight",
-    "projector_hidden_dim": "projector.0.weight",
-    "projector_out_dim": "projector.6.weight",
-}
-
-
-def vit_sizes(weights: dict[str, Tensor]) -> dict[str, int]:
-    """Return the sizes of a model, by ViCMAE's arguments, as far as its weights show them.
-
-    Args:
-        weights: by our names, as read_checkpoint returns them.
-
-    Raises:
-        ValueError: there is no patch embedding.
-    """
-    patches = weights.get("encoder.patch_embed.proj.weight")  # (D, 3, [t,] p, p)
-    if patches is None:
-        raise ValueError("the weights have no encoder.patch_embed.proj.weight; give a ViT's")
-    sizes = {name: weights[key].shape[0] for name, key in WIDTHS.items() if key in weights}
-    sizes["patch_size"] = patches.shape[-1]
-    blocks = [re.match(r"(encoder|decoder)\.blocks\.\d+\.norm1\.weight", key) for key in weights]
-    depths = Counter(match[1] for match in blocks if match)
-    sizes["depth"] = depths["encoder"]
-    if sizes["embed_dim"] in NUM_HEADS:
-        sizes["num_heads"] = NUM_HEADS[sizes["embed_dim"]]
-    if depths["decoder"] and "decoder_embed_dim" in sizes:
-        sizes["decoder_depth"] = depths["decoder"]
-        if sizes["decoder_embed_dim"] in DECODER_NUM_HEADS:
-            sizes["decoder_num_heads"] = DECODER_NUM_HEADS[sizes["decoder_embed_dim"]]
-    else:  # none, or of another kind, as VideoMAE's
-        sizes.pop("decoder_embed_dim", None)
-    if "encoder.pos_embed" in weights and square_side(weights["encoder.pos_embed"]):
-        sizes["img_size"] = square_side(weights["encoder.pos_embed"]) * sizes["patch_size"]
-    if patches.ndim == 5:
-        sizes["tubelet_size"] = patches.shape[2]
-        if "encoder.temporal_embed" in weights:
-            steps = weights["encoder.temporal_embed"].shape[1]
-            sizes["num_frames"] = steps * sizes["tubelet_size"]
-    return sizes
-
-
-def known_model(checkpoint: str, planned: bool = False) -> dict[str, Any]:
-    """Return the method and the sizes of a checkpoint's run, or else the sizes of its weights.
-
-    Args:
-        checkpoint: see read_checkpoint.
-        planned: if the run directory does not exist yet, read yamls/NAME.yaml instead.
-
-    Returns:
-        `method`: of the run's configuration, None if not given there. `stage`: "pretrain", or
-        "finetune" for a classifier. `model`: the `model` block, or vit_sizes of the weights.
-
-    Raises:
-        ValueError: the checkpoint, or the configuration of its run, cannot be read.
-    """
-    run = find_run(checkpoint)
-    file = run / "config.yaml" if run else None
-    is_future = planned and run is not None and not run.exists()
-    if is_future:
-        file = YAMLS / f"{run.name}.yaml"
-        if not file.exists():
-            raise ValueError(f"{run} does not exist, nor does {file}, which would give its sizes")
-    if not (file and file.exists()):
-        weights = read_checkpoint(checkpoint)
-        is_classifier = any(name.startswith("head.") for name in weights)
-        stage = "finetune" if is_classifier else "pretrain"
-        return {"method": None, "stage": stage, "model": vit_sizes(weights)}
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
-        model = config.get("model") or {}
-    except (OSError, UnicodeError, YAMLError, OmegaConfBaseException, AttributeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    if is_future and config.get("pretrained") and find_run(config["pretrained"]):
-        start = known_model(config["pretrained"], planned)["model"]
-        model = {key: value for key, value in start.items() if key in ENCODER_SIZES} | model
-    stage = "finetune" if "eval_data" in config else "pretrain"
-    return {"method": config.get("method"), "stage": stage, "model": model}
-
-
-def find_run(checkpoint: str) -> Path | None:
-    """Return the run directory runs/NAME of a checkpoint; None if the path shows none."""
-    path = Path(checkpoint)
-    if path.parent.name == "checkpoints":
-        return path.parent.parent
-    if path.parent.name == "runs" or (path / "config.yaml").exists():
-        return path
-    return None

@@ -1,0 +1,110 @@
+"""Find method and sizes of a model from its checkpoint, so that no YAML file repeats them.
+
+known_model("runs/vitl/checkpoints/latest-rank0.pt")["model"]   # {"img_size": 224, ...}
+"""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+from yaml import YAMLError
+
+from training.weights import read_checkpoint, square_side
+
+YAMLS = Path(__file__).parent.parent / "yamls"
+NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}  # by embed_dim; shapes do not show them
+DECODER_NUM_HEADS = {256: 8, 512: 16}
+ENCODER_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+WIDTHS = {  # ViCMAE's arguments that are the first dimension of a weight
+    "embed_dim": "encoder.patch_embed.proj.weight",
+    "decoder_embed_dim": "decoder.embed.weight",
+    "projector_hidden_dim": "projector.0.weight",
+    "projector_out_dim": "projector.6.weight",
+}
+
+
+def vit_sizes(weights: dict[str, Tensor]) -> dict[str, int]:
+    """Return the sizes of a model, by ViCMAE's arguments, as far as its weights show them.
+
+    Args:
+        weights: by our names, as read_checkpoint returns them.
+
+    Raises:
+        ValueError: there is no patch embedding.
+    """
+    patches = weights.get("encoder.patch_embed.proj.weight")  # (D, 3, [t,] p, p)
+    if patches is None:
+        raise ValueError("the weights have no encoder.patch_embed.proj.weight; give a ViT's")
+    sizes = {name: weights[key].shape[0] for name, key in WIDTHS.items() if key in weights}
+    sizes["patch_size"] = patches.shape[-1]
+    blocks = [re.match(r"(encoder|decoder)\.blocks\.\d+\.norm1\.weight", key) for key in weights]
+    depths = Counter(match[1] for match in blocks if match)
+    sizes["depth"] = depths["encoder"]
+    if sizes["embed_dim"] in NUM_HEADS:
+        sizes["num_heads"] = NUM_HEADS[sizes["embed_dim"]]
+    if depths["decoder"] and "decoder_embed_dim" in sizes:
+        sizes["decoder_depth"] = depths["decoder"]
+        if sizes["decoder_embed_dim"] in DECODER_NUM_HEADS:
+            sizes["decoder_num_heads"] = DECODER_NUM_HEADS[sizes["decoder_embed_dim"]]
+    else:  # none, or of another kind, as VideoMAE's
+        sizes.pop("decoder_embed_dim", None)
+    if "encoder.pos_embed" in weights and square_side(weights["encoder.pos_embed"]):
+        sizes["img_size"] = square_side(weights["encoder.pos_embed"]) * sizes["patch_size"]
+    if patches.ndim == 5:
+        sizes["tubelet_size"] = patches.shape[2]
+        if "encoder.temporal_embed" in weights:
+            steps = weights["encoder.temporal_embed"].shape[1]
+            sizes["num_frames"] = steps * sizes["tubelet_size"]
+    return sizes
+
+
+def known_model(checkpoint: str, planned: bool = False) -> dict[str, Any]:
+    """Return the method and the sizes of a checkpoint's run, or else the sizes of its weights.
+
+    Args:
+        checkpoint: see read_checkpoint.
+        planned: if the run directory does not exist yet, read yamls/NAME.yaml instead.
+
+    Returns:
+        `method`: of the run's configuration, None if not given there. `stage`: "pretrain", or
+        "finetune" for a classifier. `model`: the `model` block, or vit_sizes of the weights.
+
+    Raises:
+        ValueError: the checkpoint, or the configuration of its run, cannot be read.
+    """
+    run = find_run(checkpoint)
+    file = run / "config.yaml" if run else None
+    is_future = planned and run is not None and not run.exists()
+    if is_future:
+        file = YAMLS / f"{run.name}.yaml"
+        if not file.exists():
+            raise ValueError(f"{run} does not exist, nor does {file}, which would give its sizes")
+    if not (file and file.exists()):
+        weights = read_checkpoint(checkpoint)
+        is_classifier = any(name.startswith("head.") for name in weights)
+        stage = "finetune" if is_classifier else "pretrain"
+        return {"method": None, "stage": stage, "model": vit_sizes(weights)}
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+        model = config.get("model") or {}
+    except (OSError, UnicodeError, YAMLError, OmegaConfBaseException, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if is_future and config.get("pretrained") and find_run(config["pretrained"]):
+        start = known_model(config["pretrained"], planned)["model"]
+        model = {key: value for key, value in start.items() if key in ENCODER_SIZES} | model
+    stage = "finetune" if "eval_data" in config else "pretrain"
+    return {"method": config.get("method"), "stage": stage, "model": model}
+
+
+def find_run(checkpoint: str) -> Path | None:
+    """Return the run directory runs/NAME of a checkpoint; None if the path shows none."""
+    path = Path(checkpoint)
+    if path.parent.name == "checkpoints":
+        return path.parent.parent
+    if path.parent.name == "runs" or (path / "config.yaml").exists():
+        return path
+    return None
