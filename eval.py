@@ -44,7 +44,8 @@ from training.config import (
     one_line_errors,
 )
 from training.plan import make_plan, size_of, split_plan_flag
-from training.weights import class_names_in, known_model, load_pretrained, read_checkpoint
+from training.sizes import known_model
+from training.weights import class_names_in, load_pretrained, read_checkpoint
 
 MODELS = PRETRAINING | CLASSIFIERS
 DTYPES = {"amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}

@@ -49,8 +49,9 @@ from training.cost import flops_per_sample
 from training.optimizer import build_optimizer
 from training.plan import size_of, split_plan_flag, training_plan
 from training.run import RunConfig, build_trainer, finish_run, fit, start_run
+from training.sizes import ENCODER_SIZES, known_model
 from training.speedups import unwrapped
-from training.weights import ENCODER_SIZES, describe, known_model, load_pretrained
+from training.weights import describe, load_pretrained
 
 
 @dataclass
