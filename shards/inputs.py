@@ -75,10 +75,8 @@ class Manifest:
         number = int(part.removeprefix("part-"))
         with open(self.path, "rb") as file:
             file.seek(self.starts[number])
-            lines = [
-                line.decode("utf-8", "surrogateescape") for line in islice(file, self.part_size)
-            ]
-            return [json.loads(line) for line in lines]
+            lines = islice(file, self.part_size)
+            return [json.loads(line.decode("utf-8", "surrogateescape")) for line in lines]
 
 
 def write_manifest(
@@ -110,15 +108,12 @@ def write_manifest(
             raise ValueError(f"{at} {fault}; move it out of SOURCE")
         taken[class_name] += 1
         if per_class and taken[class_name] > per_class:
+            listing.ignored.add(name, "beyond --per-class")
             continue
         if listed % part_size == 0:
             starts.append(file.tell())
-        line = (
-            json.dumps([name, class_name, *span], ensure_ascii=False).encode(
-                "utf-8", "surrogateescape"
-            )
-            + b"\n"
-        )
+        text = json.dumps([name, class_name, *span], ensure_ascii=False) + "\n"
+        line = text.encode("utf-8", "surrogateescape")
         file.write(line)
         digest.update(line)
         listed += 1
@@ -128,10 +123,10 @@ def write_manifest(
     named = set(listing.truth.values()) or taken.keys() - {None}
     named |= set(listing.empty_classes if named else ())
     if named and named <= SPLITS and not known:
-        folders = ", ".join(sorted(named))
-        remedy = f"give SOURCE {listing.storage.at(sorted(named)[0])}, one after the other"
-        fault = f"SOURCE {listing.storage.root} holds the folders {folders}, which are no classes"
-        raise ValueError(f"{fault}; {remedy}")
+        folders = sorted(named)
+        fault = f"holds the folders {', '.join(folders)}, which are no classes"
+        remedy = f"give each as SOURCE, {listing.storage.at(folders[0])} first"
+        raise ValueError(f"SOURCE {listing.storage.root} {fault}; {remedy}")
     counts = {
         "listed": listed,
         "absent": absent,

@@ -104,7 +104,7 @@ def read_list(
     name = first_existing(storage, names)
     address = storage.at(name)
     with list_errors(address):
-        text = storage.read(name).decode("utf-8-sig")
+        text = storage.read(name).decode("utf-8-sig").lstrip("\r\n")
         header = text.split("\n", 1)[0]
         if columns:  # Spreadsheets write semicolons or tabs in some languages.
             delimiter = max(",;\t", key=header.count)
@@ -191,25 +191,23 @@ def list_csv(source: str, kind: str) -> Listing:
     storage, ignored = Storage(root or "."), Ignored()
     labels: dict[str, str | None] = {}
 
-    def find(row: dict[str, str]) -> tuple[str, str | None] | None:
-        path, label = row["path"].strip(), row.get("label", "").strip() or None
+    def parse(row: dict[str, str]) -> tuple[str, str | None]:
+        path, label = row["path"].strip(), row.get("label", "").strip()
         if "\\" in path and not storage.has(path):
             path = path.replace("\\", "/")  # from Windows
-        path = os.path.normpath(path)
-        if labels.setdefault(path, label) != label:
-            raise ValueError(f"{path} has the labels {labels[path]} and {label}")
-        return (path, label) if storage.has(path) else None
+        return os.path.normpath(path), label or None
 
     def inputs() -> Iterator[tuple | None]:
-        for row in read_list(storage, find, name, columns=("path",)):
-            if row and row[0] in seen:
-                ignored.add(row[0], "listed twice")
-                continue
-            seen.update(row[:1] if row else ())
-            yield row
+        for path, label in read_list(storage, parse, name, columns=("path",)):
+            if path not in labels:
+                labels[path] = label
+                yield (path, label) if storage.has(path) else None
+            elif labels[path] == label:
+                ignored.add(path, "listed twice")
+            else:
+                raise ValueError(f"{source}: {path} has the labels {labels[path]} and {label}")
 
-    seen: set[str] = set()
-    # Files beside the list are counted; other kinds of files are none of its business.
+    # Of the files beside the list, those of this kind are counted.
     candidates = find_files(storage, kind, Ignored(), "")
     return Listing(storage, inputs(), ignored=ignored, candidates=candidates)
 

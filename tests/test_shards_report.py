@@ -160,7 +160,9 @@ def test_empty_class_folder_is_a_class(tmp_path):
 
 def test_folders_of_splits_are_no_classes(tmp_path):
     source = lay(tmp_path / "in", pictures("train/a/1.jpg", "val/a/2.jpg"))
-    assert_rejected("images", source, "holds the folders train, val, which are no classes; give")
+    assert_rejected(
+        "images", source, "holds the folders train, val, which are no classes; give each"
+    )
     found = run(lay(tmp_path / "ok", pictures("test/1.jpg", "a/2.jpg")), tmp_path / "out")
     assert found == {"test/1.jpg": "test", "a/2.jpg": "a"}
 
