@@ -314,16 +314,11 @@ def measure_probe(
     """
     classes, *labels = match_labels("probe", bank, queries)
     sizes = (encoder.img_size, encoder.num_frames)
+    settings = {"crop_pct": crop_pct, "patch_size": encoder.patch_size}
+    settings["unreadable"] = run / UNREADABLE
     views, found = [], []
     for paths, numbers in zip((bank, queries), labels, strict=True):
-        data = EvalViews(
-            paths,
-            *sizes,
-            crop_pct=crop_pct,
-            labels=numbers,
-            patch_size=encoder.patch_size,
-            unreadable=run / UNREADABLE,
-        )
+        data = EvalViews(paths, *sizes, labels=numbers, **settings)
         views.append(data)
         found.append(embed(encoder, data, num_workers))
     learn, test = labelled(*found[0]), labelled(*found[1])

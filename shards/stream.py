@@ -227,7 +227,9 @@ def one_job_at_a_time() -> Iterator[None]:
             lock.acquire(timeout=60)
     dist.barrier()
     try:
-        yield
+        # Signals must not end the tracker of shared memory, a process that starts here.
+        with without_stop_signals():
+            yield
     finally:
         lock.release()  # does nothing on other ranks
 
@@ -341,8 +343,7 @@ def load_stream(
     micro_size = global_micro_batch_size or global_train_batch_size
     check_batch(global_train_batch_size, micro_size, repeats, ranks)
     opened = open_streams(streams, run, patch_size)
-    # Signals must not end the tracker of shared memory, a process that starts here.
-    with one_job_at_a_time(), without_stop_signals():
+    with one_job_at_a_time():
         dataset = DeterministicStream(
             transform,
             patch_size,
@@ -358,12 +359,6 @@ def load_stream(
         )
     dataset.drop_incomplete_batch(global_train_batch_size)
     check_shared_memory(dataset, batch_size, num_workers)
-    loader = Loader(
-        dataset,
-        batch_size,
-        num_workers=num_workers,
-        drop_last=True,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0,
-    )
+    settings = {"pin_memory": torch.cuda.is_available(), "persistent_workers": num_workers > 0}
+    loader = Loader(dataset, batch_size, num_workers=num_workers, drop_last=True, **settings)
     return DataSpec(loader, microbatch_transforms=on_device), micro_size // ranks

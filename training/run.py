@@ -282,8 +282,7 @@ def build_trainer(
         flops_per_sample: operations of a step per sample, for SpeedMonitor; 0 if not counted.
 
     Raises:
-        ValueError: no intact checkpoint although checkpoints exist; settings that Composer, FSDP or
-            a named class refuses.
+        ValueError: no intact checkpoint although there are some; settings that are refused.
     """
     data_sets = check_data_sets(run, config.data_sets)
     settings, callbacks = trainer_settings(config, model)
@@ -324,11 +323,16 @@ def build_trainer(
     if flops_per_sample and trainer.state.timestamp.batch == 0:
         trainer.logger.log_metrics({"flops_per_sample": flops_per_sample})
     if dist.get_global_rank() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        text = OmegaConf.to_yaml(OmegaConf.create(config.given()))
-        Storage(str(run)).write("config.yaml", text.encode())
-        Storage(str(run)).write_json("data_sets.json", data_sets)
+        write_settings(run, config, data_sets)
     return trainer
+
+
+def write_settings(run: Path, config: RunConfig, data_sets: dict[str, dict]) -> None:
+    """Write config.yaml and data_sets.json, with which the next launch is compared."""
+    run.mkdir(parents=True, exist_ok=True)
+    text = OmegaConf.to_yaml(OmegaConf.create(config.given()))
+    Storage(str(run)).write("config.yaml", text.encode())
+    Storage(str(run)).write_json("data_sets.json", data_sets)
 
 
 def rename_averages(state: State) -> None:
