@@ -197,6 +197,7 @@ def convert(
             number = f"none of the {counts['absent']}" if counts["absent"] else "no"
             wanted = f"{recipe.kind} ({' '.join(EXTENSIONS[recipe.kind])})"
             raise ValueError(f"SOURCE {source} holds {number} {wanted}; give tars as x.tar")
+        source = printable(source)
         request = {"source": source, "recipe": asdict(recipe), "parts": len(manifest.starts)}
         claim_output(target, folder, request | counts)
         job = Conversion(listing, counts["classes"], recipe, manifest, target, folder, keep_local)
@@ -225,7 +226,8 @@ def claim_output(target: Storage, folder: Path, request: dict) -> None:
         earlier = read_json(out, "request.json")
         # Code that lacked a setting did what is now its default.
         earlier["recipe"] = asdict(Recipe("videos")) | earlier.get("recipe", {})
-        changed = [key for key in ("recipe", "listing") if earlier.get(key) != request[key]]
+        settings = ("recipe", "listing", "classes")
+        changed = [key for key in settings if earlier.get(key) != request[key]]
         if changed:
             fault = f"was begun with another {' and '.join(changed)}"
             raise ValueError(f"OUT {out} {fault}; delete it or choose another OUT")
@@ -425,7 +427,7 @@ def given_classes(args: argparse.Namespace) -> list[str] | None:
         return None
     text = Path(args.classes).read_text("utf-8-sig")
     names = json.loads(text) if args.classes.endswith(".json") else text.split("\n")
-    names = [name.strip() for name in names if name.strip()]
+    names = [name.strip() for name in map(str, names) if name.strip()]
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"--classes {args.classes}: must name each class once, one a line")
     return names

@@ -75,8 +75,7 @@ class Manifest:
         number = int(part.removeprefix("part-"))
         with open(self.path, "rb") as file:
             file.seek(self.starts[number])
-            lines = islice(file, self.part_size)
-            return [json.loads(line.decode("utf-8", "surrogateescape")) for line in lines]
+            return [json.loads(line) for line in islice(file, self.part_size)]
 
 
 def write_manifest(
@@ -112,16 +111,16 @@ def write_manifest(
             continue
         if listed % part_size == 0:
             starts.append(file.tell())
-        text = json.dumps([name, class_name, *span], ensure_ascii=False) + "\n"
-        line = text.encode("utf-8", "surrogateescape")
-        file.write(line)
-        digest.update(line)
+        entry = [name, class_name, *span]
+        file.write(json.dumps(entry).encode() + b"\n")  # ASCII keeps names that are not UTF-8.
+        text = json.dumps(entry, ensure_ascii=False) + "\n"
+        digest.update(text.encode("utf-8", "surrogateescape"))
         listed += 1
     file.flush()
     for name in sorted(unlisted):
         listing.ignored.add(name, "not in the list")
     named = set(listing.truth.values()) or taken.keys() - {None}
-    named |= set(listing.empty_classes if named else ())
+    named |= set(map(printable, listing.empty_classes if named else ()))
     if named and named <= SPLITS and not known:
         folders = sorted(named)
         fault = f"holds the folders {', '.join(folders)}, which are no classes"
