@@ -17,6 +17,7 @@ from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 from conftest import ROOT, run_stage, small
 from test_training_safe_load import Malicious, train_sharded, whole_weights
+from torch.distributed.checkpoint.api import CheckpointException
 
 import pretrain
 import training.checkpoints
@@ -643,15 +644,22 @@ def test_three_kills_leave_no_trace(tmp_path):
     assert json.loads(result.stdout.splitlines()[-1])["right"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0"),
+        CheckpointException("write", {}),  # of sharded checkpoints; no subclass of Exception
+    ],
+)
 def test_disk_that_is_full_ends_the_run_with_one_line_and_keeps_the_checkpoint_before(
-    arguments, tmp_path, monkeypatch
+    arguments, tmp_path, monkeypatch, error
 ):
     calls = []
 
     def fail_at_the_second(state, path: str) -> str:
         calls.append(path)
         if len(calls) == 2:
-            raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0")
+            raise error
         return save_checkpoint(state, path)
 
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)

@@ -73,8 +73,14 @@ def test_finished_run_trains_on_if_its_duration_is_raised(
     longer = [*arguments, "run_name=run", "trainer.max_duration=3ep", "schedule.t_max=3ep"]
     config = tmp_path / "runs/run/config.yaml"
     config.write_text(config.read_text().replace("t_max: 2ep", "t_max: 3ep"))
+    index = tmp_path / "runs/run/data_sets.json"  # a launch that is refused keeps the result
+    record = index.read_text()
+    index.write_text(record.replace('"samples": "', '"samples": "x'))
+    assert "other samples than" in error_of(pretrain, longer, tmp_path)
+    assert (tmp_path / "runs/run/result.json").exists()
+    index.write_text(record)
     run_stage(pretrain, longer, tmp_path)
-    assert "runs/run was finished after 2ep, and now trains on to 3ep" in capfd.readouterr().out
+    assert "runs/run was finished, and now trains on to 3ep" in capfd.readouterr().out
     assert len(losses(tmp_path, "run")) == 9
     assert losses(tmp_path, "run")[:6] == losses(uninterrupted, "run")
     with pytest.raises(SystemExit) as end:

@@ -31,6 +31,7 @@ from composer.utils import collect_env, create_interval_scheduler, dist
 from composer.utils.checkpoint import save_checkpoint
 from pydantic import PositiveInt
 from torch.distributed.checkpoint import BytesStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
 
 from shards.storage import Storage
 from shards.workers import STOPPED, exit_on_signals
@@ -284,11 +285,11 @@ class Checkpoints(Callback):
         FSDP's shards are in a folder, path without .pt; each has its checksum beside it.
 
         Raises:
-            OSError: the disk is full, which torch.save reports as a RuntimeError.
+            OSError: the disk is full, which torch reports as another exception.
         """
         try:
             file = save_checkpoint(state, str(path))
-        except RuntimeError as error:
+        except (RuntimeError, CheckpointException) as error:
             free = shutil.disk_usage(self.folder).free
             wanted = 3 * sum(weight.nbytes for weight in state.model.parameters())
             if free > wanted:

@@ -127,20 +127,15 @@ def changed_settings(before: dict[str, Any], config: dict[str, Any]) -> list[str
 
 
 def is_finished(run: Path, before: str | None, now: str | None) -> bool:
-    """Return whether a run is finished. If its duration was raised, it no longer is.
+    """Return whether a run has a result, and its duration was not raised since.
 
     Args:
         before, now: trainer.max_duration of the run and of this launch.
     """
-    result = run / "result.json"
-    if not (now and result.exists()):
+    if not (now and (run / "result.json").exists()):
         return False
     old, new = ensure_time(before or now, "ep"), ensure_time(now, "ep")
-    if old.unit == new.unit and new <= old:
-        return True
-    result.unlink()
-    print(f"{run} was finished after {before}, and now trains on to {now}")
-    return False
+    return old.unit == new.unit and new <= old
 
 
 def start_run(config: RunConfig) -> Path:
@@ -328,8 +323,15 @@ def build_trainer(
 
 
 def write_settings(run: Path, config: RunConfig, data_sets: dict[str, dict]) -> None:
-    """Write config.yaml and data_sets.json, with which the next launch is compared."""
+    """Write config.yaml and data_sets.json, with which the next launch is compared.
+
+    If the duration of a finished run was raised, its result is deleted: it is no longer finished.
+    """
     run.mkdir(parents=True, exist_ok=True)
+    result = run / "result.json"
+    if result.exists():
+        result.unlink()
+        print(f"{run} was finished, and now trains on to {config.trainer['max_duration']}")
     text = OmegaConf.to_yaml(OmegaConf.create(config.given()))
     Storage(str(run)).write("config.yaml", text.encode())
     Storage(str(run)).write_json("data_sets.json", data_sets)
