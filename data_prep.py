@@ -421,6 +421,8 @@ def run_conversion(args: argparse.Namespace) -> dict | None:
 
 def given_classes(args: argparse.Namespace) -> list[str] | None:
     """Return the class names of --classes or --like; None without them."""
+    if args.like and args.classes:
+        raise ValueError("give --classes or --like, not both")
     if args.like:
         return read_classes(args.like)
     if not args.classes:

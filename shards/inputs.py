@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 import av
 
-from shards.layouts import EXTENSIONS, SPLITS, Listing
+from shards.layouts import EXTENSIONS, Listing, are_splits
 from shards.report import LATE_LABEL, Ignored, printable
 from shards.storage import bucket_errors
 
@@ -121,9 +121,9 @@ def write_manifest(
         listing.ignored.add(name, "not in the list")
     named = set(listing.truth.values()) or taken.keys() - {None}
     named |= set(map(printable, listing.empty_classes if named else ()))
-    if named and named <= SPLITS and not known:
+    if are_splits(named) and not known:
         folders = sorted(named)
-        fault = f"holds the folders {', '.join(folders)}, which are no classes"
+        fault = f"holds the folders {', '.join(folders[:5])}, which are no classes"
         remedy = f"give each as SOURCE, {listing.storage.at(folders[0])} first"
         raise ValueError(f"SOURCE {listing.storage.root} {fault}; {remedy}")
     counts = {

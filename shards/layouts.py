@@ -47,10 +47,9 @@ EXTENSIONS = {  # of files that FFmpeg and Pillow decode
     ),
 }
 SYSTEM_NAMES = {"@eaDir", "#recycle", "lost+found", "__MACOSX", "Thumbs.db", "desktop.ini"}
-SPLITS = {  # names of folders that are no classes
-    *("train", "training", "val", "valid", "validation", "test", "testing", "eval"),
-    *("images", "videos", "labels", "annotations"),
-}
+TRAIN_SPLITS = {"train", "training"}
+OTHER_SPLITS = {"val", "valid", "validation", "test", "testing", "eval"}
+NO_CLASSES = TRAIN_SPLITS | OTHER_SPLITS | {"images", "videos", "labels", "annotations"}
 
 # A list of another format raises nearly anything while it is parsed.
 LIST_ERRORS = (ValueError, TypeError, LookupError, AttributeError, FileNotFoundError, csv.Error)
@@ -126,6 +125,13 @@ def read_list(
                 raise ValueError(f"{len(row)} fields for {len(titles)} columns")
             value = parse(dict(zip(titles, row, strict=True)) if columns else row)
         yield value
+
+
+def are_splits(folders: Iterable[str]) -> bool:
+    """Return whether folders are splits of a data set, such as train and val, and no classes."""
+    names = {folder.lower() for folder in folders}
+    has_splits = bool(names & TRAIN_SPLITS and names & OTHER_SPLITS)
+    return has_splits or bool(names and names <= NO_CLASSES)
 
 
 def find_files(storage: Storage, kind: str, ignored: Ignored, *folders: str) -> Iterator[str]:
@@ -207,8 +213,7 @@ def list_csv(source: str, kind: str) -> Listing:
             else:
                 raise ValueError(f"{source}: {path} has the labels {labels[path]} and {label}")
 
-    # Of the files beside the list, those of this kind are counted.
-    candidates = find_files(storage, kind, Ignored(), "")
+    candidates = find_files(storage, kind, ignored, "")
     return Listing(storage, inputs(), ignored=ignored, candidates=candidates)
 
 
@@ -315,7 +320,8 @@ def list_ssv2(source: str, split: str) -> Listing:
     classes = read("labels", lambda numbers: sorted(numbers, key=lambda name: int(numbers[name])))
     part = {"val": "validation"}.get(split, split)
     inputs = read(part, lambda clips: [find(clip) for clip in clips])
-    return Listing(storage, inputs, classes, ignored=ignored)  # The folder holds all splits.
+    # The folder holds all splits, so that the clips of the others count as not listed.
+    return Listing(storage, inputs, classes, ignored=ignored, candidates=files)
 
 
 def list_in1k(source: str, split: str) -> Listing:

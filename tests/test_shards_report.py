@@ -51,7 +51,10 @@ def test_files_that_a_list_does_not_name_are_counted(tmp_path):
     source = lay(tmp_path / "in", pictures("1.jpg", "2.jpg"), {"list.csv": "path\n1.jpg\n3.jpg\n"})
     report = convert(str(source / "list.csv"), str(tmp_path / "out"), Recipe("images"), 1)
     assert report["absent"] == 1
-    assert report["ignored"] == {"not in the list": {"count": 1, "first": ["2.jpg"]}}
+    assert report["ignored"] == {
+        "extension .csv": {"count": 1, "first": ["list.csv"]},
+        "not in the list": {"count": 1, "first": ["2.jpg"]},
+    }
     clips = videos("train/AAAAAAAAAA1_000000_000010.mp4", "train/AAAAAAAAAA2_000000_000010.mp4")
     table = "label,youtube_id,time_start,time_end,split\nx,AAAAAAAAAA1,0,10,train\n"
     source = lay(tmp_path / "k400", clips, {"annotations/train.csv": table})
@@ -158,11 +161,14 @@ def test_empty_class_folder_is_a_class(tmp_path):
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["a", "b", "c"]
 
 
-def test_folders_of_splits_are_no_classes(tmp_path):
-    source = lay(tmp_path / "in", pictures("train/a/1.jpg", "val/a/2.jpg"))
-    assert_rejected(
-        "images", source, "holds the folders train, val, which are no classes; give each"
-    )
+@pytest.mark.parametrize("folders", [("Train", "Val"), ("test", "train", "x"), ("images",)])
+def test_folders_of_splits_are_no_classes(tmp_path, folders):
+    source = lay(tmp_path / "in", pictures(*(f"{folder}/a/1.jpg" for folder in folders)))
+    complaint = f"holds the folders {', '.join(folders)}, which are no classes; give each"
+    assert_rejected("images", source, complaint)
+
+
+def test_class_may_have_the_name_of_a_split(tmp_path):
     found = run(lay(tmp_path / "ok", pictures("test/1.jpg", "a/2.jpg")), tmp_path / "out")
     assert found == {"test/1.jpg": "test", "a/2.jpg": "a"}
 
