@@ -56,7 +56,9 @@ def count_reductions(rank: int, folder: str, arguments: list[str]) -> None:
     """Check that a step of two micro-batches reduces gradients as often as a step of one."""
     whole = "data.global_micro_batch_size=40"
     counts = {}
-    with mock.patch.object(dist, "reduce_scatter_tensor", wraps=dist.reduce_scatter_tensor) as calls:
+    with mock.patch.object(
+        dist, "reduce_scatter_tensor", wraps=dist.reduce_scatter_tensor
+    ) as calls:
         for name, changes in {"one": [whole], "two": [], "each": []}.items():
             if name == "each":
                 OneReduction.before_backward = lambda self, state, logger: None

@@ -1,8 +1,8 @@
 """FSDP2: its settings in a YAML file, and its reduction of gradients.
 
-    trainer:
-      parallelism_config:
-        fsdp: {}          # all defaults
+trainer:
+  parallelism_config:
+    fsdp: {}          # all defaults
 """
 
 from collections.abc import Collection
