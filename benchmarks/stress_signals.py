@@ -4,9 +4,9 @@
     uv run python benchmarks/stress_signals.py --all      # every combination: hours
 
 A case is a stage, the phase that is interrupted, a signal, the processes that get it, the number
-of data workers and the number of ranks. By default, cases are drawn until each pair of values has
-occurred. Every run is launched as users do, by Composer's launcher. Its ranks write a file and
-pause once they are in the phase; then the signal is sent. Prints a line of JSON for each case.
+of data workers and the number of ranks. By default, cases are drawn until each triple of values
+has occurred. Every run is launched as users do, by Composer's launcher. Its ranks write a file and
+pause once they are in the phase, until the signal is sent. Prints a line of JSON for each case.
 
 A run must end with exit code 75 and one line that says where it was saved and how to resume, or
 with 130 after a second SIGINT. Before training, and in eval.py, nothing is saved. Every checkpoint
@@ -35,7 +35,7 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-PAUSE = 3.0  # seconds that a rank stays in the phase
+GAP = 0.5  # seconds after a signal in which processes receive it
 LIMIT = 40.0  # seconds from the signal to the end of all processes
 LAUNCHED = 120.0  # seconds from the launch to the phase
 SAVED = re.compile(r"stopped at epoch \d+, step (\d+); saved in (\S+); run the same command to res")
@@ -76,8 +76,8 @@ class Case:
             return False
         if self.signal == "SIGINT twice" and (self.phase == "start" or self.stage == "eval"):
             return False  # The first one ends the run.
-        if self.signal == "SIGINT twice" and self.target == "launcher":
-            return False  # The launcher kills the ranks at the second one.
+        if self.signal == "SIGINT twice" and self.target in ("launcher", "rank"):
+            return False  # It comes from a terminal, to all.
         if self.signal == "SIGUSR1" and (self.target == "launcher" or self.phase == "start"):
             return False  # The launcher ignores it, as do runs that have not read their settings.
         return not (self.target == "rank" and self.ranks == 1)
@@ -93,34 +93,33 @@ def all_cases() -> list[Case]:
 
 
 def covering_cases(seed: int) -> list[Case]:
-    """Return cases in which each pair of values occurs that occurs in any case."""
+    """Return cases in which all three values occur together that occur together in any case."""
 
-    def pairs(case: Case) -> set:
-        return set(itertools.combinations(dataclasses.asdict(case).items(), 2))
+    def triples(case: Case) -> set:
+        return set(itertools.combinations(dataclasses.asdict(case).items(), 3))
 
     pool = all_cases()
     np.random.default_rng(seed).shuffle(pool)
-    missing = set().union(*map(pairs, pool))
+    missing = set().union(*map(triples, pool))
     chosen = []
     while missing:
-        chosen.append(max(pool, key=lambda case: len(pairs(case) & missing)))
-        missing -= pairs(chosen[-1])
+        chosen.append(max(pool, key=lambda case: len(triples(case) & missing)))
+        missing -= triples(chosen[-1])
     return chosen
 
 
 def pausing(function: Callable, folder: Path, is_phase: Callable[..., bool]) -> Callable:
     """Return a function that first pauses, if its arguments are of the phase.
 
-    Each rank pauses in all of its processes until PAUSE seconds after the file `paused.RANK` was
-    made.
+    Each rank writes a file `paused.RANK`, and waits for the file `sent`.
     """
 
     def paused(*arguments, **keywords):
-        marker = folder / f"paused.{os.environ.get('RANK', 0)}"
         if is_phase(*arguments):
-            with contextlib.suppress(FileExistsError):
-                marker.touch(exist_ok=False)
-            time.sleep(max(0.0, marker.stat().st_mtime + PAUSE - time.time()))
+            (folder / f"paused.{os.environ.get('RANK', 0)}").touch()
+            begin = time.monotonic()
+            while not (folder / "sent").exists() and time.monotonic() - begin < LIMIT:
+                time.sleep(0.02)
         return function(*arguments, **keywords)
 
     return paused
@@ -130,7 +129,7 @@ def run_paused(stage: str, phase: str, folder: Path) -> None:
     """Call a stage's main in this process, which pauses in a phase.
 
     Args:
-        folder: for the file that is written at the pause.
+        folder: for the files of pausing.
     """
     from composer.utils import reproducibility
 
@@ -139,21 +138,21 @@ def run_paused(stage: str, phase: str, folder: Path) -> None:
     from shards.views import EvalViews
     from training.checkpoints import Checkpoints
 
-    def always(*_) -> bool:
-        return True
-
     main = importlib.import_module(stage).main
+    owner, name = DeterministicStream, "__iter__"
     if phase == "start":  # Every stage seeds once its ranks are connected.
-        reproducibility.seed_all = pausing(reproducibility.seed_all, folder, always)
+        owner, name = reproducibility, "seed_all"
     elif phase == "write":
-        Checkpoints.write = pausing(Checkpoints.write, folder, always)
+        owner, name = Checkpoints, "write"
     elif phase == "measure" and stage == "pretrain":
-        KNN.measure = pausing(KNN.measure, folder, lambda _, name, *__: name == "trained")
+        owner, name = KNN, "measure"
     elif phase == "measure" or stage == "eval":
-        EvalViews.__getitem__ = pausing(EvalViews.__getitem__, folder, always)
-    else:
-        read = DeterministicStream.__iter__
-        DeterministicStream.__iter__ = pausing(read, folder, always)
+        owner, name = EvalViews, "__getitem__"
+
+    def is_phase(*arguments) -> bool:  # The first k-NN comes before training.
+        return owner is not KNN or arguments[1] == "trained"
+
+    setattr(owner, name, pausing(getattr(owner, name), folder, is_phase))
     main()
 
 
@@ -164,15 +163,16 @@ def processes_of(case: Case, launcher: psutil.Process) -> list[int]:
     return targets.get(case.target, ranks)
 
 
-def send(case: Case, processes: list[int]) -> None:
-    """Send the signal, or both of them, half a second apart."""
+def send(case: Case, processes: list[int], folder: Path) -> None:
+    """Send the signal, or both of them; then let the ranks leave the phase."""
     name, _, twice = case.signal.partition(" ")
-    for number in range(2 if twice else 1):
-        time.sleep(0.5 * number)
+    for _ in range(2 if twice else 1):
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 kill = os.killpg if process < 0 else os.kill
                 kill(abs(process), signal.Signals[name])
+        time.sleep(GAP)
+    (folder / "sent").touch()
 
 
 def rank_tracebacks(text: str) -> int:
@@ -209,6 +209,39 @@ def faults_of(case: Case, code: int, text: str, folder: Path) -> Iterator[str]:
             yield str(error)
 
 
+def small_run(folder: Path, stage: str, workers: int) -> list[str]:
+    """Return the arguments of a small run, whose data and weights are in a folder."""
+    demo, yamls = folder / "demo", ROOT / "yamls"
+    knn = f"bank: [{demo}/train_images], queries: [{demo}/test_images], num_workers: {workers}"
+    training = ["trainer.max_duration=2ep", f"data.num_workers={workers}"]
+    training += ["checkpoints={interval: 1ba, stop_signals: [SIGUSR1]}"]
+    if stage == "pretrain":
+        streams = f"[{{path: {demo}/train_videos}}, {{path: {demo}/train_images}}]"
+        training += ["make_demo=null", "data.global_train_batch_size=40"]
+        return [
+            f"{yamls}/demo.yaml",
+            *training,
+            f"data.streams={streams}",
+            f"callbacks.KNN={{{knn}}}",
+        ]
+    if stage == "finetune":
+        return [
+            f"{yamls}/finetune_demo.yaml",
+            *training,
+            f"pretrained={folder}/runs/pretrain",
+            "model.num_frames=1",
+            "data.global_train_batch_size=20",
+            f"data.streams=[{{path: {demo}/train_images}}]",
+            f"eval_data={{paths: [{demo}/test_images], num_workers: {workers}}}",
+            "trainer.eval_interval=1ep",
+        ]
+    return [
+        f"checkpoint={folder}/runs/finetune",
+        "device=cpu",
+        f"accuracy={{paths: [{demo}/test_images], num_workers: {workers}}}",
+    ]
+
+
 class Signals:
     """Runs in `folder`, each of which is interrupted as a case says."""
 
@@ -219,41 +252,9 @@ class Signals:
         self.output = ""
         data_prep.make_demo(str(folder / "demo"), workers=2, garments=12)
         for stage in ("pretrain", "finetune"):
-            code = self.launch(stage, 1, [*self.arguments(stage, 0), f"run_name={stage}"]).wait()
+            code = self.launch(stage, 1, [*small_run(folder, stage, 0), f"run_name={stage}"]).wait()
             if code:
                 sys.exit((folder / "out.txt").read_text())
-
-    def arguments(self, stage: str, workers: int) -> list[str]:
-        """Return the arguments of a small run of a stage."""
-        demo, yamls = self.folder / "demo", ROOT / "yamls"
-        knn = f"bank: [{demo}/train_images], queries: [{demo}/test_images], num_workers: {workers}"
-        training = ["trainer.max_duration=2ep", f"data.num_workers={workers}"]
-        training += ["checkpoints={interval: 1ba, stop_signals: [SIGUSR1]}"]
-        if stage == "pretrain":
-            streams = f"[{{path: {demo}/train_videos}}, {{path: {demo}/train_images}}]"
-            training += ["make_demo=null", "data.global_train_batch_size=40"]
-            return [
-                f"{yamls}/demo.yaml",
-                *training,
-                f"data.streams={streams}",
-                f"callbacks.KNN={{{knn}}}",
-            ]
-        if stage == "finetune":
-            return [
-                f"{yamls}/finetune_demo.yaml",
-                *training,
-                f"pretrained={self.folder}/runs/pretrain",
-                "model.num_frames=1",
-                "data.global_train_batch_size=20",
-                f"data.streams=[{{path: {demo}/train_images}}]",
-                f"eval_data={{paths: [{demo}/test_images], num_workers: {workers}}}",
-                "trainer.eval_interval=1ep",
-            ]
-        return [
-            f"checkpoint={self.folder}/runs/finetune",
-            "device=cpu",
-            f"accuracy={{paths: [{demo}/test_images], num_workers: {workers}}}",
-        ]
 
     def launch(
         self, stage: str, ranks: int, arguments: list[str], phase: str = ""
@@ -275,9 +276,9 @@ class Signals:
 
     def run(self, case: Case, name: str) -> dict:
         """Launch a case, signal it, and return how it ended."""
-        for marker in self.folder.glob("paused.*"):
-            marker.unlink()
-        arguments = [*self.arguments(case.stage, case.workers), f"run_name={name}"]
+        for marker in (*self.folder.glob("paused.*"), self.folder / "sent"):
+            marker.unlink(missing_ok=True)
+        arguments = [*small_run(self.folder, case.stage, case.workers), f"run_name={name}"]
         process = self.launch(case.stage, case.ranks, arguments, case.phase)
         begin, faults = time.monotonic(), []
         try:
@@ -288,7 +289,7 @@ class Signals:
                 time.sleep(0.05)
             begin = time.monotonic()
             if not faults:
-                send(case, processes_of(case, psutil.Process(process.pid)))
+                send(case, processes_of(case, psutil.Process(process.pid)), self.folder)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(LIMIT)
             seconds = round(time.monotonic() - begin, 1)
@@ -310,8 +311,8 @@ class Signals:
 
 
 def group_is_left(group: int) -> bool:
-    """Return whether processes of a group outlive it by more than 5 seconds."""
-    for _ in range(50):
+    """Return whether processes of a group outlive it by more than 20 seconds."""
+    for _ in range(200):
         try:
             os.killpg(group, 0)
         except ProcessLookupError:

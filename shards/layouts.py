@@ -77,6 +77,8 @@ def list_errors(address: str) -> Iterator[None]:
     """Raise whatever goes wrong in reading a list as a ValueError that names the list."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{address} is not UTF-8; save the list as UTF-8") from error
     except LIST_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{address} is not as it is published ({reason})") from error
@@ -100,11 +102,8 @@ def read_list(
     """
     name = first_existing(storage, names)
     address = storage.at(name)
-    try:
-        text = storage.read(name).decode("utf-8-sig").lstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{address} is not UTF-8; save the list as UTF-8") from error
     with list_errors(address):
+        text = storage.read(name).decode("utf-8-sig").lstrip("\r\n")
         header = text.split("\n", 1)[0]
         if columns:  # Spreadsheets write semicolons or tabs in some languages.
             delimiter = max(",;\t", key=header.count)
