@@ -397,5 +397,5 @@ def test_data_sets_of_an_evaluation_are_recorded_and_compared(demo, tmp_path):
     record = json.loads((tmp_path / "runs/run/data_sets.json").read_text())
     assert record.keys() == {f"{demo}/train_images", str(data)}
     (data / "classes.json").write_text((demo / "test_images/classes.json").read_text()[:-3] + 'x"]')
-    with pytest.raises(ValueError, match="queries has other classes"):
+    with pytest.raises(ValueError, match=r"queries has other classes \(\w+x instead of \w+\)"):
         evaluate_file(tmp_path, probe=probe)

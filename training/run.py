@@ -14,6 +14,7 @@ import json
 import signal
 import sys
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -200,9 +201,11 @@ def check_data_sets(run: Path, paths: list[str]) -> dict[str, dict]:
         changed = [path for path in paths if now[path] != before.get(path, now[path])]
         if changed:
             path, kind = changed[0], "samples"
-            names = [", ".join(listed[path]["classes"][:5]) for listed in (now, before)]
+            names = [listed[path]["classes"] for listed in (now, before)]
             if names[0] != names[1]:
-                kind = f"classes ({names[0]} instead of {names[1]})"
+                pairs = [pair for pair in zip_longest(*names, fillvalue="none") if len({*pair}) > 1]
+                new, old = (", ".join(listed[:5]) for listed in zip(*pairs, strict=True))
+                kind = f"classes ({new} instead of {old})"
             remedy = "restore it, or choose another run_name"
             found = [f"{path} has other {kind} than when {run} was started; {remedy}"]
     dist.broadcast_object_list(found)
