@@ -33,7 +33,7 @@ from shards.workers import exit_on_signals
 from training.config import Choice, load_config, one_line_errors
 from training.cost import flops_per_sample
 from training.optimizer import build_optimizer
-from training.plan import split_plan_flag, training_plan
+from training.plan import Machine, split_plan_flags, training_plans, training_report
 from training.run import RunConfig, build_trainer, finish_run, fit, start_run
 from training.speedups import unwrapped
 
@@ -117,9 +117,13 @@ def on_meta_device(config: PretrainConfig) -> tuple[ViCMAE, Batch]:
     return net, batch
 
 
-def plan(config: PretrainConfig, gpus: int) -> str:
+def plan(config: PretrainConfig, machine: Machine) -> str:
     """Return the cost of a pre-training, computed without data; speed-up algorithms are ignored."""
-    return str(training_plan(*on_meta_device(config), config.given(), gpus))
+    net, sample = on_meta_device(config)
+    plans = training_plans(net, sample, config.given(), machine)
+    data, views = config.data, sample["views"].numel()  # bytes, before they become floats
+    share = data["global_train_batch_size"] / machine.gpus
+    return training_report(plans, 2 * data.get("num_workers", 8) * share * views)
 
 
 def report(run: Path, result: dict[str, Any]) -> None:
@@ -133,10 +137,10 @@ def report(run: Path, result: dict[str, Any]) -> None:
 def main() -> None:
     exit_on_signals()
     with one_line_errors():
-        arguments, gpus = split_plan_flag(sys.argv[1:])
+        arguments, machine = split_plan_flags(sys.argv[1:])
         config = PretrainConfig(**load_config(arguments, PretrainConfig))
-        if gpus:
-            print(plan(config, gpus))
+        if machine:
+            print(plan(config, machine))
             return
         trainer = pretrain(config)
     fit(trainer)
