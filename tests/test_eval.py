@@ -22,10 +22,11 @@ from conftest import (
 import eval as evaluation
 import finetune
 import pretrain
-from eval import EvalConfig, evaluate, export_timm
+from eval import EvalConfig, evaluate
 from finetune import LinearProbe
 from model import Classifier, ViCMAE
 from shards.views import EvalViews
+from training.export import export
 from training.weights import load_pretrained
 
 YAML = str(ROOT / "yamls" / "eval_demo.yaml")
@@ -239,7 +240,7 @@ def timm_vit(**settings) -> torch.nn.Module:
 def test_exported_encoder_has_the_same_features_in_timm_and_back_here(tmp_path):
     torch.manual_seed(0)
     net, file = ViCMAE(**TINY).eval(), str(tmp_path / "encoder.safetensors")
-    export_timm(net, file)
+    export(net, file)
     theirs = timm_vit(num_classes=0)
     timm.models.load_checkpoint(theirs, file)
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
