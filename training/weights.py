@@ -95,9 +95,9 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
 
     Args:
         path: a run directory, or its name; a checkpoint of Composer (a file, or a folder of FSDP's
-            shards); an official file of ViC-MAE, MAE, ST-MAE or VideoMAE; a bare state dict; as
-            .pt, .pth or .safetensors; a file or folder of a ViT of transformers. Or the name of timm's weights,
-            or of a repository of Hugging Face, which must be in its cache.
+            shards); an official file of ViC-MAE, MAE, ST-MAE or VideoMAE; a file or folder of a ViT
+            of transformers; a bare state dict; as .pt, .pth or .safetensors. Or the name of timm's
+            weights, or of a repository of Hugging Face, which must be in its cache.
 
     Raises:
         ValueError: the file is missing, corrupt, unsafe, or holds no ViT.
