@@ -482,7 +482,8 @@ def main() -> None:
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     print(json.dumps(machine | {"threads": torch.get_num_threads()}), flush=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        work, demo = Path(folder), Path(folder, "demo")
+        work = Path(folder)
+        demo = work / "data" / "demo"  # where yamls/demo.yaml expects it
         (work / "runs").mkdir()
         data_prep.make_demo(str(demo), workers=2, garments=12)
         for batch in (4, BATCH, 32):
