@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from composer.utils import dist
 from conftest import ROOT, run_stage, small
 from omegaconf import OmegaConf
 from torch.autograd import DeviceType
@@ -33,16 +34,16 @@ from benchmarks import (
     bench_train,
     stress_resume,
 )
-from benchmarks.gpu_step import WINDOW, idle_share, read_trace
+from benchmarks.gpu_step import WINDOW, Case, Meter, idle_share, measure_ours, read_trace
 from pretrain import PretrainConfig
 from training.config import load_config
 
 STAGES = {"pretrain.py": pretrain, "finetune.py": finetune, "eval.py": evaluation}
 
 
-def lines_of(capsys) -> list[dict]:
+def lines_of(capfd) -> list[dict]:
     """Return the lines of JSON that were printed."""
-    printed = capsys.readouterr().out.splitlines()
+    printed = capfd.readouterr().out.splitlines()
     return [json.loads(line) for line in printed if line.startswith("{")]
 
 
@@ -155,9 +156,9 @@ def warm(monkeypatch) -> None:
 # bench_gpu.py
 
 
-def test_bench_gpu_measures_every_case_with_the_trainer(capsys, monkeypatch):
+def test_bench_gpu_measures_every_case_with_the_trainer(capfd, monkeypatch):
     assert run_main(bench_gpu, monkeypatch, "--tiny") == 0
-    machine, *lines = lines_of(capsys)
+    machine, *lines = lines_of(capfd)
     assert machine["loop"] == "Trainer"
     assert not any("error" in line for line in lines)
     steps = [line for line in lines if line["what"] == "step"]
@@ -182,15 +183,23 @@ def test_bench_gpu_needs_none_of_the_libraries_of_a_trainer():
     code = f"""
 import runpy, sys
 sys.modules.update(dict.fromkeys({absent}))  # None makes an import fail
-sys.argv[1:] = ["--tiny", "--only", "step"]
+sys.argv[1:] = ["--tiny", "--only", "augmentation"]
 runpy.run_path("{ROOT}/benchmarks/bench_gpu.py", run_name="__main__")
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    machine, *lines = map(json.loads, result.stdout.splitlines())
+    machine, line = map(json.loads, result.stdout.splitlines())
     assert machine["loop"] == "torch alone"
-    assert len(lines) == 8
-    assert all(line["pairs_per_second"] > 0 for line in lines)
+    assert line["milliseconds"] > 0
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_loop_of_torch_alone_runs_compiled_and_checkpointed_with_and_without_fsdp(fsdp):
+    dist.initialize_dist("cpu")
+    meter = Meter(warm_up=1, timed=1, traced=1)
+    measure_ours(Case("tiny", 8, compiled=True, checkpointing=True, fsdp=fsdp), meter)
+    assert meter.done == 3 and meter.seconds > 0
+    assert meter.trace["items"] >= 0
 
 
 def test_case_that_fails_has_a_line_and_does_not_end_the_others(monkeypatch):
@@ -240,20 +249,20 @@ def test_trace_counts_waits_within_its_window_and_no_copies_or_annotations():
 # The other benchmarks
 
 
-def test_bench_algorithms_compares_an_algorithm_with_none(small_demo, capsys, monkeypatch):
+def test_bench_algorithms_compares_an_algorithm_with_none(small_demo, capfd, monkeypatch):
     monkeypatch.setattr(bench_algorithms, "DEMO", str(small_demo))
     monkeypatch.setattr(bench_algorithms, "subprocess", SimpleNamespace(run=run_here))
     assert (
         run_main(bench_algorithms, monkeypatch, *["--epochs", "1", "--seeds", "1", "--only", "EMA"])
         == 0
     )
-    summary = {line["algorithm"]: line for line in lines_of(capsys) if "time" in line}
+    summary = {line["algorithm"]: line for line in lines_of(capfd) if "time" in line}
     assert summary.keys() == {"none", "EMA"}
     assert summary["none"]["time"] == 1
     assert all(0 <= line["knn"] <= 1 for line in summary.values())
 
 
-def test_bench_demo_prints_the_table(small_demo, tmp_path, capsys, monkeypatch):
+def test_bench_demo_prints_the_table(small_demo, tmp_path, capfd, monkeypatch):
     (tmp_path / "yamls").symlink_to(ROOT / "yamls")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench_demo, "SEEDS", 1)
@@ -267,20 +276,20 @@ def test_bench_demo_prints_the_table(small_demo, tmp_path, capsys, monkeypatch):
         lambda script, *words: run_here(["", script, *words, *overrides.get(script, [])]),
     )
     assert run_main(bench_demo, monkeypatch) == 0
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    table = [line for line in capfd.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 4
     assert table[0].count("|") == table[-1].count("|") == 7
     assert table[-1].startswith("| ViC-MAE | ")
 
 
-def test_bench_data_compares_reading_decoding_and_converting(capsys, monkeypatch):
+def test_bench_data_compares_reading_decoding_and_converting(capfd, monkeypatch):
     tiny = {"SIZE": 32, "PATCHES": 4, "BATCH": 4, "IMAGES": 16, "TURNS": 1, "FEW_TURNS": 1}
     tiny |= {"KINETICS_SECONDS": 1, "MIT_SECONDS": 1, "FILMS": 12}
     for name, value in tiny.items():
         monkeypatch.setattr(bench_data, name, value)
     monkeypatch.setattr(data_prep, "PART_SIZE", 4)
     assert run_main(bench_data, monkeypatch) == 0
-    lines = {line["what"]: line for line in lines_of(capsys)}
+    lines = {line["what"]: line for line in lines_of(capfd)}
     expected = ["pairs of 224 crops of a 341x256 JPEG, 1 workers", "convert, 2 workers"]
     expected += ["ImageNet, 500x375", "prefetch_factor 8"]
     expected += ["fine-tuning clips of 16 frames, 2 workers, to the cpu"]
@@ -289,7 +298,7 @@ def test_bench_data_compares_reading_decoding_and_converting(capsys, monkeypatch
 
 
 def test_bench_train_measures_steps_waits_kills_ranks_and_memory(
-    small_demo, warm, capsys, monkeypatch
+    small_demo, warm, capfd, monkeypatch
 ):
     tiny = {"TURNS": 1, "BACKEND": "eager", "MODEL": None, "STEPS": 4, "INTERVAL": 2}
     for name, value in (tiny | {"KILLED_AFTER": 3}).items():
@@ -299,20 +308,20 @@ def test_bench_train_measures_steps_waits_kills_ranks_and_memory(
     model = {"embed_dim": 96, "depth": 2, "num_heads": 3}
     model |= {"decoder_embed_dim": 48, "decoder_depth": 1, "decoder_num_heads": 3}
     replacements = {
-        "compare_steps": lambda what, config: steps(what, configure()),
+        "compare_steps": lambda what, _: steps(what, configure()) if "4 pairs" in what else None,
         "measure_trainer": partial(bench_train.measure_trainer, steps=4),
         "measure_waiting": lambda demo, model, what, count: waiting(
             demo, None, what, count // 20 * 2
         ),
         "measure_kill": partial(bench_train.measure_kill, turns=1),
-        "compare_ranks": partial(bench_train.compare_ranks, turns=1, steps=3),
+        "compare_ranks": partial(bench_train.compare_ranks, turns=1, steps=4),
         "models_of_memory": lambda: {"small": model},
         "measure_memory": partial(bench_train.measure_memory, few=1, many=3),
     }
     for name, value in replacements.items():
         monkeypatch.setattr(bench_train, name, value)
     assert run_main(bench_train, monkeypatch) == 0
-    machine, *lines = lines_of(capsys)
+    machine, *lines = lines_of(capfd)
     assert machine["threads"] == 1
     text = " ".join(line["what"] for line in lines)
     for what in ("plain implementation", "overhead", "waiting", "lost by a kill", "2 ranks"):
@@ -323,9 +332,9 @@ def test_bench_train_measures_steps_waits_kills_ranks_and_memory(
     assert len(memory) == 4
 
 
-def test_stress_resume_interrupts_runs_that_end_as_they_must(small_demo, warm, capsys, monkeypatch):
+def test_stress_resume_interrupts_runs_that_end_as_they_must(small_demo, warm, capfd, monkeypatch):
     code = run_main(stress_resume, monkeypatch, *["--kills", "1", "--epochs", "2", "--seed", "1"])
-    lines = lines_of(capsys)
+    lines = lines_of(capfd)
     assert code == 0, lines
     assert {line["run"] for line in lines if "run" in line} == {"whole1", "whole2", "run0"}
     verdict = next(line for line in lines if "weights" in line)
