@@ -316,7 +316,7 @@ def test_bench_train_measures_steps_waits_kills_ranks_and_memory(
         "measure_kill": partial(bench_train.measure_kill, turns=1),
         "compare_ranks": partial(bench_train.compare_ranks, turns=1, steps=4),
         "models_of_memory": lambda: {"small": model},
-        "measure_memory": partial(bench_train.measure_memory, few=1, many=3),
+        "measure_memory": partial(bench_train.measure_memory, few=2, many=4),
     }
     for name, value in replacements.items():
         monkeypatch.setattr(bench_train, name, value)
