@@ -45,7 +45,7 @@ class Stage:
         unit: str | None,
         inner: Annotated[dict, block, "names"] | None = None,
         many: list[Annotated[dict, block]] = (),
-        chosen: Annotated[dict, Choice("kind", {"x": Other, "z": block}, "x")],
+        chosen: Annotated[dict, Choice("kind", {"x": Other}, "x")],
         named: Annotated[dict, Named((Other,), object)],
         switch: bool = True,
     ):
@@ -65,7 +65,7 @@ def test_help_has_every_key_with_type_default_and_first_sentence():
         "  many:                                      Make a block",
         "    width: int                               of it, in pixels",
         "    names: list[str] = ('a',)                of what follows",
-        "  chosen:                                    arguments of the kind, one of x, z; here of x",
+        "  chosen:                                    arguments of the kind, one of x; here of x",
         "    size: float or null = null",
         "  named:                                     arguments by the name of a class",
         "    Other:                                   Does something else",
