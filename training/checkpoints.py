@@ -99,6 +99,10 @@ def check_shards(path: Path) -> None:
                 load_plain(io.BytesIO(file.read(part.length)))
 
 
+def on_several_machines() -> bool:
+    return dist.get_world_size() > dist.get_local_world_size()
+
+
 def appears(path: Path, seconds: float = 5.0) -> bool:
     """Return whether a file is there, or appears in time: NFS may show new files late."""
     deadline = time.monotonic() + seconds
@@ -177,7 +181,7 @@ class Checkpoints(Callback):
         Raises:
             ValueError: checkpoints are sharded, and their parts would lie on several disks.
         """
-        if self.bucket or dist.get_world_size() == dist.get_local_world_size():
+        if self.bucket or not on_several_machines():
             return
         name = [f".shared-{uuid.uuid4().hex}"]
         dist.broadcast_object_list(name, group=self.group)
@@ -237,11 +241,12 @@ class Checkpoints(Callback):
         local = {path.name for path in self.folder.glob("ep*") if CHECKPOINT.fullmatch(path.name)}
         remote = set()
         if self.bucket:
-            folders = {name.split("/")[0] for name in self.bucket.names()}
-            remote = {name for name in folders if CHECKPOINT.fullmatch(name)}
+            remote = {name for name in self.copies.complete() if CHECKPOINT.fullmatch(name)}
         problems = []
         for name in sorted(local | remote, key=checkpoint_step, reverse=True):
             if self.obtain(name, name in local, name in remote, problems):
+                if self.bucket and name not in remote and on_several_machines():
+                    self.copies.send(name)  # A kill has cut off the copying.
                 self.point_latest_to(name)
                 print("; ".join([*problems, f"resuming from {self.folder / name}"]), flush=True)
                 return name

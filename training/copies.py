@@ -7,6 +7,7 @@
 A sharded checkpoint counts as complete once it has its .metadata, which is therefore copied last.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -131,6 +132,19 @@ class Copies:
     def report(self, error: OSError) -> None:
         kept = f"what is in {self.folder} is intact, and the run continues"
         print(f"checkpoints.bucket: {error}; {kept}", flush=True)
+
+    def complete(self) -> set[str]:
+        """Return the names of the files, and of the complete folders, in the bucket."""
+        files = set(self.bucket.names(hidden=True))
+        folders = {file.removesuffix(f"/{METADATA}") for file in files if file.endswith(METADATA)}
+        return folders | {file for file in files if "/" not in file}
+
+    def send(self, name: str) -> None:
+        """Copy a whole checkpoint from this disk to the bucket."""
+        path = self.folder / name
+        files = [path] if path.is_file() else list(path.iterdir())
+        for file in sorted(files, key=lambda file: file.name == METADATA):
+            self.bucket.upload(file, os.path.relpath(file, self.folder))
 
     def fetch(self, name: str) -> None:
         """Download a checkpoint from the bucket into the folder.
