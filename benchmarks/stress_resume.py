@@ -268,6 +268,7 @@ class NodesStress:
         samples.mkdir(parents=True)
         os.environ["SAMPLES"] = str(samples)
         arguments = [*self.arguments, f"run_name={name}", "checkpoints.bucket=s3://bkt/runs"]
+        arguments.append("trainer.dist_timeout=40")  # for a node that is lost before the ranks join
         right, losses, count = True, {}, 2
         while not self.is_finished(name):
             seconds = None
@@ -318,6 +319,7 @@ class NodesStress:
         """Kill nodes until there were enough kills; stop at a run that failed."""
         arguments = [*self.reference.arguments, "run_name=whole1"]
         print(json.dumps({"run": "whole1"} | launch(self.folder, arguments, 1, None)), flush=True)
+        os.environ["SAMPLES"] = str(self.folder)  # not read
         whole = self.launch([*self.arguments, "run_name=whole2"], 2, None)
         print(json.dumps({"run": "whole2"} | whole), flush=True)
         self.duration = whole["seconds"]

@@ -34,8 +34,8 @@ INTERVAL = 5.0  # seconds between two signs of life
 LIMIT = 40.0  # seconds without a sign of life after which a rank is lost
 PATIENCE = timedelta(hours=12)
 CONNECTION_LOST = re.compile(
-    r"gloo/transport|[Cc]onnection (was )?(closed|reset|refused)|ncclRemoteError|[Tt]imed out|"
-    r"Broken pipe|remote process exited"
+    r"gloo/transport|[Cc]onnection (was likely )?(closed|reset|refused)|ncclRemoteError|"
+    r"[Tt]imed out|Broken pipe|remote process exited"
 )
 
 
@@ -47,6 +47,10 @@ def new_group() -> ProcessGroup | None:
     if dist.get_world_size() == 1:
         return None
     return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def is_connection_lost(error: BaseException) -> bool:
@@ -155,8 +159,7 @@ class PeerWatch:
         if is_connection_lost(error):
             with suppress(RuntimeError):
                 self.end_if_failed()
-            text = " ".join(str(error).split())
-            self.end_lost(f"the connection to another rank is lost ({text[:200]})")
+            self.end_lost(f"the connection to another rank is lost ({one_line(error)})")
         traceback.print_exception(kind, error, place)
 
     def say_farewell(self) -> None:

@@ -43,7 +43,7 @@ from training.checkpoints import Checkpoints
 from training.config import RunName, build_named
 from training.copies import CopyingUnfinished
 from training.logs import GlooGradientMean, GradientNorm, JsonLines
-from training.peers import is_connection_lost, peer_watch
+from training.peers import is_connection_lost, one_line, peer_watch
 from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS
 from training.spot import SpotNotice
 
@@ -198,7 +198,7 @@ def join_ranks(device: str | None, timeout: float) -> None:
     except RuntimeError as error:
         if not is_connection_lost(error):
             raise
-        problem = f"other ranks have not come within trainer.dist_timeout={timeout:g} seconds"
+        problem = f"the other ranks have not joined ({one_line(error)})"
         print(f"{problem}; run the same command again", file=sys.stderr, flush=True)
         os._exit(STOPPED)
 
