@@ -27,6 +27,9 @@ def one_job_at_a_time() -> Iterator[None]:
     """Make other jobs on this machine wait while a StreamingDataset is constructed.
 
     Otherwise two jobs could take the same names in shared memory, which are the first free ones.
+
+    Raises:
+        OSError: another node of the same run has the same /dev/shm, and so takes the same names.
     """
     lock = FileLock(Path(gettempdir(), f"streams-{os.getuid()}.lock"))
     if dist.get_local_rank() == 0:
@@ -38,6 +41,9 @@ def one_job_at_a_time() -> Iterator[None]:
         # Signals must not end the tracker of shared memory, a process that starts here.
         with without_stop_signals():
             yield
+    except FileExistsError as error:
+        problem = f"{SHARED_MEMORY}{error.filename}: used by another node of this run"
+        raise OSError(f"{problem}; give each node (container, pod) its own /dev/shm") from error
     finally:
         lock.release()  # does nothing on other ranks
 

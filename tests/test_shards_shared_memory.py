@@ -58,6 +58,12 @@ def test_a_launch_after_a_kill_can_use_the_same_cache_and_leaves_nothing_behind(
         assert f"{number:06}_locals" not in files_of(number)
 
 
+def test_two_nodes_of_a_run_with_the_same_shared_memory_are_refused_with_the_remedy():
+    expected = "/dev/shm/000252_locals: used by another node of this run; give each node .* its own"
+    with pytest.raises(OSError, match=expected), one_job_at_a_time():
+        raise FileExistsError(17, "File exists", "/000252_locals")  # as Streaming does
+
+
 def test_the_shared_memory_of_a_living_process_is_not_removed(remote, tmp_path):
     dataset = open_dataset(remote, str(tmp_path / "cache"))
     before = files_of(dataset._shm_prefix_int)
