@@ -76,7 +76,7 @@ class PeerWatch:
         self.store = None
         self.left = threading.Event()
         self.beats = {}  # {rank: (its last number, when that was first seen)}
-        self.heard = monotonic()  # when the store answered last
+        self.heard = 0.0  # when the store answered last
 
     def start(self) -> None:
         """Watch from now on. Does nothing for a single rank, or without MASTER_ADDR."""
@@ -92,6 +92,7 @@ class PeerWatch:
         dist.barrier()  # Now every rank has a number.
         sys.excepthook = self.end_by_exception
         atexit.register(self.say_farewell)
+        self.heard = monotonic()
         for target in (self.look, self.end_without_answer):
             threading.Thread(target=target, daemon=True).start()
 
