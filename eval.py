@@ -43,7 +43,7 @@ from training.config import (
     load_config,
     one_line_errors,
 )
-from training.plan import make_plan, size_of, split_plan_flag
+from training.plan import Machine, forward_plan, size_of, split_plan_flags
 from training.sizes import known_model
 from training.weights import class_names_in, load_pretrained, read_checkpoint
 
@@ -358,7 +358,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     return result
 
 
-def plan(config: EvalConfig, gpus: int) -> str:
+def plan(config: EvalConfig, machine: Machine) -> str:
     """Return the cost of an evaluation, computed without data; linear heads are not counted.
 
     Raises:
@@ -376,7 +376,7 @@ def plan(config: EvalConfig, gpus: int) -> str:
         batch = {"inputs": torch.empty(1, views, frames, 3, size, size)}
     samples = sum(size_of(path)[0] for path in paths)
     at_once = block.get("batch_size", 256)
-    return str(make_plan(encoder, batch, samples, at_once, config.precision, gpus))
+    return str(forward_plan(encoder, batch, samples, at_once, config.precision, machine))
 
 
 class Embedder(nn.Module):
@@ -394,10 +394,10 @@ class Embedder(nn.Module):
 def main() -> None:
     exit_on_signals()
     with one_line_errors():
-        arguments, gpus = split_plan_flag(sys.argv[1:])
+        arguments, machine = split_plan_flags(sys.argv[1:])
         config = EvalConfig(**load_config(arguments, EvalConfig))
-        if gpus:
-            print(plan(config, gpus))
+        if machine:
+            print(plan(config, machine))
             return
         result = evaluate(config)
     if dist.get_global_rank() == 0:

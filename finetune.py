@@ -47,7 +47,7 @@ from shards.workers import exit_on_signals
 from training.config import Choice, load_config, one_line_errors
 from training.cost import flops_per_sample
 from training.optimizer import build_optimizer
-from training.plan import size_of, split_plan_flag, training_plan
+from training.plan import Machine, size_of, split_plan_flags, training_plans
 from training.run import RunConfig, build_trainer, finish_run, fit, start_run
 from training.sizes import ENCODER_SIZES, known_model
 from training.speedups import unwrapped
@@ -402,22 +402,22 @@ def on_meta_device(config: FinetuneConfig, classes: int | list[int]) -> tuple[Cl
     return net, {"inputs": inputs, "target": label, "held_out": label}
 
 
-def plan(config: FinetuneConfig, gpus: int) -> str:
+def plan(config: FinetuneConfig, machine: Machine) -> str:
     """Return the cost of a training without its evaluations, computed without data or weights."""
     check_blocks(config)
     config = complete_sizes(config, planned=True)
     classes = [size_of(path)[1] for path in config.training_paths]
     net, batch = on_meta_device(config, classes if config.head_per_data_set else classes[0])
-    return str(training_plan(net, batch, config.given(), gpus))
+    return str(training_plans(net, batch, config.given(), machine)[0])
 
 
 def main() -> None:
     exit_on_signals()
     with one_line_errors():
-        arguments, gpus = split_plan_flag(sys.argv[1:])
+        arguments, machine = split_plan_flags(sys.argv[1:])
         config = FinetuneConfig(**load_config(arguments, FinetuneConfig))
-        if gpus:
-            print(plan(config, gpus))
+        if machine:
+            print(plan(config, machine))
             return
         trainer = finetune(config)
     fit(trainer)

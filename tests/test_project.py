@@ -14,7 +14,7 @@ from eval import EvalConfig
 from finetune import FinetuneConfig
 from pretrain import PretrainConfig
 from training.config import load_config
-from training.plan import split_plan_flag
+from training.plan import split_plan_flags
 
 STAGES = {"data_prep.py", "model.py", "pretrain.py", "finetune.py", "eval.py"}
 WINGS = {"shards", "training", "evaluation", "methods"}
@@ -97,7 +97,7 @@ def test_every_command_that_is_shown_is_one_that_its_script_takes(page, command,
     monkeypatch.chdir(ROOT)
     script, arguments = stage_of(shlex.split(command))
     if script in CONFIGS:
-        arguments, _ = split_plan_flag(arguments)
+        arguments, _ = split_plan_flags(arguments)
         if arguments != ["--help"]:
             load_config(arguments, CONFIGS[script])
     elif script == "data_prep.py":

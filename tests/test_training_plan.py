@@ -7,7 +7,18 @@ from conftest import ROOT
 from torch import Tensor, nn
 
 import pretrain
-from training.plan import make_plan, size_of, split_plan_flag, training_plan, training_samples
+from training.plan import (
+    GPUS,
+    Gpu,
+    Machine,
+    forward_plan,
+    layout_of,
+    size_of,
+    split_plan_flags,
+    training_plans,
+    training_report,
+    training_samples,
+)
 
 
 class ViT(nn.Module):
@@ -35,43 +46,88 @@ DATA = {"streams": [{"path": "data/in1k/train"}], "global_train_batch_size": 102
 TRAINER = {"max_duration": "100ep"}
 
 
+A100 = Machine(8, GPUS["a100"])
+
+
 def test_plan_of_a_known_run_has_its_published_numbers():
     """ViT-B of 86.6 M weights and 17.6 GMACs; 100 epochs of 1251 steps of 1024 images; 8 GPUs."""
-    plan = training_plan(*on_meta(), {"data": DATA, "trainer": TRAINER}, gpus=8)
+    plan = training_plans(*on_meta(), {"data": DATA, "trainer": TRAINER}, A100)[0]
     flops = 3 * 2 * 17.6e9  # the backward pass takes twice the forward pass
     assert plan.weights == plan.trained == 86_567_656
-    assert plan.flops == pytest.approx(flops, rel=0.01)
+    assert plan.cost.flops == pytest.approx(flops, rel=0.01)
     assert plan.samples == 100 * 1251 * 1024
     assert plan.at_once == 128
-    assert plan.state == 16 * 86_567_656
+    assert plan.lasting == (16 + 4) * 86_567_656  # the last 4: DDP's buckets
     printed = str(plan)
     for line in (
         "weights     86.57 M, of them trained 86.57 M",
         "samples     128,102,400",
-        "1.39 GB of weights and optimizer state on each of 8 GPUs",
-        "GB for 128 samples at a time",
-        "cost        30 GPU-hours at 40% of 312 TFLOPS (A100, half precision)",
+        "on each of 8 GPUs with DDP: 1.73 of weights, gradients and optimizer",
+        "of a step of 128 samples",
+        "cost        30 GPU-hours, 0.16 days, at 40% of 312 TFLOPS (A100, half precision)",
     ):
         assert line in printed
     hours = plan.samples * flops / (0.4 * 312e12) / 3600
     assert hours == pytest.approx(30, rel=0.02)
 
 
-def test_plan_shares_the_state_with_fsdp_and_saves_activations_by_checkpointing():
-    net, sample = on_meta(depth=4)
-    plain = make_plan(net, sample, 1000, 16, "amp_bf16", 8)
-    sharded = make_plan(net, sample, 1000, 16, "amp_bf16", 8, {"activation_checkpointing": True})
-    assert sharded.state == plain.state // 8
-    assert sharded.activations < plain.activations / 2
-    assert sharded.flops == plain.flops
+def fsdp(**settings) -> dict:
+    return TRAINER | {"parallelism_config": {"fsdp": settings}}
+
+
+def test_fsdp_shares_the_state_and_adds_gathered_weights_and_accumulated_gradients():
+    net, _ = on_meta(depth=4)
+    weights = sum(parameter.numel() for parameter in net.parameters())
+    block = sum(parameter.numel() for parameter in net.net.blocks[0].parameters())
+    shared = 16 * weights / 8
+    assert layout_of(fsdp()).bytes_of(net, 8, 1) == shared + 4 * 4 * block
+    assert layout_of(fsdp()).bytes_of(net, 8, 4) == shared + 2 * 4 * block + 4 * weights
+    kept = layout_of(fsdp(reshard_after_forward=False))
+    assert kept.bytes_of(net, 8, 4) == shared + 2 * 4 * weights
+    assert layout_of(TRAINER).bytes_of(net, 1, 4) == 16 * weights
+
+
+def test_activation_checkpointing_saves_memory_and_computes_the_blocks_again():
+    net, sample = on_meta(depth=12)
+    config = {"data": DATA, "trainer": fsdp(activation_checkpointing=True)}
+    saving, plain, *_ = training_plans(net, sample, config, A100)
+    assert saving.cost.peak < plain.cost.peak / 2
+    assert saving.cost.flops == plain.cost.flops
+    assert plain.cost.recomputed == 0
+    tokens, width = 197, 768
+    # qkv 3, projection 1, first layer of the MLP 4; the output of the last layer is not needed.
+    block = 8 * tokens * width**2 + 2 * tokens**2 * width
+    assert saving.cost.recomputed == pytest.approx(12 * 2 * block, rel=0.001)
+    assert saving.speed == pytest.approx(
+        plain.speed * saving.cost.flops / (saving.cost.flops + 24 * block)
+    )
+
+
+def test_plan_names_the_fastest_layout_that_fits():
+    net, sample = on_meta()
+    config = {"data": DATA, "trainer": TRAINER}
+    tiny = Gpu("tiny", 3e9, 1e12, 1e12)  # 2 GB of them are CUDA's
+    plans = training_plans(net, sample, config, Machine(8, tiny))
+    assert not any(plan.fits for plan in plans)
+    assert "fastest     no layout fits; lower the micro-batch" in training_report(plans, 1e9)
+    # Enough for the step of a batch without recomputation, and for all but a GB of DDP's state.
+    peak = plans[0].cost.peak
+    small = Gpu("small", (2e9 + peak + 1e9) / 0.95, 1e12, 1e12)
+    plans = training_plans(net, sample, config, Machine(8, small))
+    assert str(plans[-1].layout) == "FSDP without resharding"
+    report = training_report(plans, 1e9)
+    assert "does not fit" in report
+    assert "fastest     FSDP without resharding, " in report
+    assert "1 GB of /dev/shm" in report
+    assert "checkpoint  1.04 GB: 2 s to write and 3 s to upload" in report  # 12 bytes a weight
 
 
 def test_plan_of_an_evaluation_has_no_gradients():
     net, sample = on_meta(frozen=True)
-    plan = make_plan(net, sample, 50_000, 64, "fp32", 1)
+    plan = forward_plan(net, sample, 50_000, 64, "fp32", Machine(1, GPUS["a100"]))
     assert plan.trained == 0
-    assert plan.state == 4 * 86_567_656
-    assert plan.flops == pytest.approx(2 * 17.6e9, rel=0.003)
+    assert plan.lasting == 4 * 86_567_656
+    assert plan.cost.flops == pytest.approx(2 * 17.6e9, rel=0.003)
     assert "of 19.5 TFLOPS (A100, fp32)" in str(plan)
 
 
@@ -99,16 +155,26 @@ def test_published_size_is_known_by_the_end_of_the_path():
     assert size_of("elsewhere/k400/val") == (20_000, 400)
 
 
-def test_plan_flag_is_split_from_the_other_arguments():
-    assert split_plan_flag(["a.yaml", "seed=1"]) == (["a.yaml", "seed=1"], None)
-    assert split_plan_flag(["a.yaml", "--plan", "seed=1"]) == (["a.yaml", "seed=1"], 8)
-    assert split_plan_flag(["--plan=64", "a.yaml"]) == (["a.yaml"], 64)
+def test_plan_flags_are_split_from_the_other_arguments():
+    assert split_plan_flags(["a.yaml", "seed=1"]) == (["a.yaml", "seed=1"], None)
+    assert split_plan_flags(["a.yaml", "--plan", "seed=1"]) == (["a.yaml", "seed=1"], A100)
+    others, machine = split_plan_flags(["--plan=64", "a.yaml", "--gpu=h200"])
+    assert (others, machine.gpus, machine.gpu.memory) == (["a.yaml"], 64, 141e9)
 
 
-@pytest.mark.parametrize("flag", ["--plan=0", "--plan=", "--plan=x", "--plans"])
-def test_plan_flag_without_a_number_of_gpus_is_refused(flag):
-    with pytest.raises(ValueError, match=f"{flag}: give a number of GPUs"):
-        split_plan_flag(["a.yaml", flag])
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--plan=0"], "--plan=0: must be a number of GPUs"),
+        (["--plan="], "--plan=: must be a number of GPUs"),
+        (["--plan=x"], "--plan=x: must be a number of GPUs"),
+        (["--plan", "--gpu=k80"], "--gpu=k80: must be one of a100, a100-40, h100, h200, l40s"),
+        (["--gpu=h100"], "--gpu: give --plan too"),
+    ],
+)
+def test_plan_flags_with_other_values_are_refused(flags, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        split_plan_flags(["a.yaml", *flags])
 
 
 def test_plan_of_unknown_data_is_refused_in_one_line(monkeypatch):

@@ -58,22 +58,32 @@ def run_step(net: nn.Module, batch: dict[str, Tensor]) -> None:
     total.backward()
 
 
-def flops_per_sample(net: nn.Module, sample: dict[str, Tensor]) -> float:
+def checkpoint_blocks(net: nn.Module) -> None:
+    """Let transformer blocks keep only their inputs, as FSDP's activation_checkpointing does."""
+    wrap = partial(checkpoint_wrapper, preserve_rng_state=False)  # nothing random here
+    apply_activation_checkpointing(net, wrap, lambda part: isinstance(part, Block))
+
+
+def flops_per_sample(
+    net: nn.Module, sample: dict[str, Tensor], checkpointing: bool = False, chunked: bool = False
+) -> float:
     """Return the floating-point operations of a sample's step, 2 for a multiply-add of matrices.
 
-    Activations that are computed a second time to save memory are counted once. Call it before a
-    process group exists: fake tensors cannot be gathered over ranks.
+    Call it before a process group exists: fake tensors cannot be gathered over ranks.
 
     Args:
         net: the model, on any device; it is not changed.
         sample: a batch of one sample, on any device. Only its shapes are used.
+        checkpointing, chunked: count what blocks, or ViCMAE's chunks, compute a second time.
     """
     count = 2  # BatchNorm needs two samples
     net = copy.deepcopy(net).to("meta")
     # The counter does not know the fused attention of a CPU; the plain one is two products.
     with fake_tensors(), sdpa_kernel(SDPBackend.MATH):
         net.to_empty(device="cpu")
-        net.chunk_size = None  # ViCMAE computes its chunks twice
+        net.chunk_size = 1 if chunked else None
+        if checkpointing:
+            checkpoint_blocks(net)
         with FlopCounterMode(display=False) as counter:
             run_step(net, fake_batch(sample, count))
     return counter.get_total_flops() / count
@@ -135,8 +145,7 @@ def peak_bytes(
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(drop_gradient)
         if checkpointing:
-            wrap = partial(checkpoint_wrapper, preserve_rng_state=False)  # nothing random here
-            apply_activation_checkpointing(net, wrap, lambda part: isinstance(part, Block))
+            checkpoint_blocks(net)
         memory = PeakMemory([*net.parameters(), *net.buffers()])
         # Autocast's cache would hold every copy to the end, even those of checkpointed blocks.
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False)

@@ -10,6 +10,8 @@ from composer.loggers import LoggerDestination
 from composer.utils import dist
 from torch.distributed.tensor import DTensor
 
+from training.fsdp import gradients_of
+
 
 class JsonLines(LoggerDestination):
     """Writes a JSON line at the end of each step, epoch and evaluation: all that it has logged."""
@@ -42,22 +44,6 @@ class JsonLines(LoggerDestination):
         self.line = {}
 
     epoch_end = eval_end = fit_end = batch_end
-
-
-def gradients_of(state: State) -> list[torch.Tensor]:
-    return [weight.grad for weight in state.model.parameters() if weight.grad is not None]
-
-
-class GlooGradientMean(Algorithm):
-    """Divides the gradients by the number of ranks: on gloo, FSDP2's mean over ranks is a sum."""
-
-    def match(self, event: Event, state: State) -> bool:
-        if event != Event.AFTER_TRAIN_BATCH or not state.fsdp_enabled:
-            return False
-        return torch.distributed.get_backend() == "gloo"
-
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        torch._foreach_div_(gradients_of(state), dist.get_world_size())
 
 
 class GradientNorm(Algorithm):

@@ -1,26 +1,58 @@
 """Compute the operations, memory and GPU-hours of a run from its configuration alone.
 
-    python pretrain.py yamls/vitl.yaml --plan=64        # on 64 GPUs; on 8 without a number
+    python pretrain.py yamls/vitl.yaml --plan=64 --gpu=h100    # default: 8 GPUs, a100
 
 pretrain.py, finetune.py and eval.py take --plan, which needs neither data nor GPUs.
 
     with torch.device("meta"):
         net = ViCMAE(**config["model"])
         sample = {"views": torch.empty(1, 2, 3, 224, 224), "noise": torch.empty(1, 2, 196)}
-    print(training_plan(net, sample, config, gpus=8))
+    print(training_plans(net, sample, config, Machine(8, GPUS["h100"]))[0])
 """
 
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from composer.core import ensure_time
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from shards.format import Clips, read_classes
 from shards.storage import Storage
 from training.cost import flops_per_sample, peak_bytes
+from training.fsdp import fsdp_settings
+
+
+class Gpu(NamedTuple):
+    """A GPU's data sheet: bytes of memory, and dense operations per second."""
+
+    name: str
+    memory: float
+    half: float  # in 16-bit floating point
+    full: float  # in fp32, without TF32
+
+
+class Machine(NamedTuple):
+    """The GPUs of a plan."""
+
+    gpus: int
+    gpu: Gpu
+
+
+GPUS = {  # NVIDIA's data sheets
+    "a100": Gpu("A100", 80e9, 312e12, 19.5e12),
+    "a100-40": Gpu("A100 40 GB", 40e9, 312e12, 19.5e12),
+    "h100": Gpu("H100", 80e9, 989e12, 67e12),
+    "h200": Gpu("H200", 141e9, 989e12, 67e12),
+    "l40s": Gpu("L40S", 48e9, 362e12, 91.6e12),
+}
+UTILISATION = 0.4  # assumed fraction of the peak
+OVERHEAD = 2e9  # bytes of CUDA's context and of NCCL's and cuBLAS's buffers, assumed
+USABLE = 0.95  # fraction of the memory that the allocator can fill, assumed
+PAIRS_PER_CORE = 690  # pairs of images a second, 224 pixels; measured on a virtual machine
+WRITE_SPEED, UPLOAD_SPEED = 1e9, 0.5e9  # bytes per second of a machine, assumed
 
 PUBLISHED = {  # samples and classes of published data sets, by the last two parts of their paths
     "in1k/train": (1_281_167, 1000),
@@ -41,79 +73,214 @@ PUBLISHED = {  # samples and classes of published data sets, by the last two par
     "demo/test_videos": (500, 10),
     "demo/test_images": (500, 10),
 }
-HALF_PEAK = 312e12  # operations per second of an A100 in half precision
-FULL_PEAK = 19.5e12  # and in fp32
-UTILISATION = 0.4  # assumed fraction of the peak
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the weights of a model are spread over GPUs."""
+
+    fsdp: bool = False  # or DDP
+    reshard: bool = True  # FSDP frees the weights of a block after its forward pass
+    checkpointing: bool = False  # blocks keep only their inputs
+
+    def __str__(self) -> str:
+        parts = ["FSDP" if self.fsdp else "DDP"]
+        if not self.reshard:
+            parts.append("without resharding")
+        if self.checkpointing:
+            parts.append("with activation checkpointing")
+        return " ".join(parts)
+
+    def bytes_of(self, net: nn.Module, gpus: int, micro_batches: int) -> float:
+        """Return the bytes on each GPU that last for a whole step.
+
+        They are weights, gradients, AdamW's two moments, all in fp32, and what DDP or FSDP add:
+        DDP's buckets of gradients; FSDP's gathered weights, and the gradients of all weights until
+        the last micro-batch.
+        """
+        weights, trained = count_weights(net)
+        state = 4 * weights + 12 * trained
+        if not self.fsdp:
+            return state + 4 * trained * (gpus > 1)
+        block_sizes = [count_weights(part)[0] for part in net.modules() if isinstance(part, Block)]
+        two_blocks = 2 * 4 * max(block_sizes, default=0)  # the second is fetched ahead
+        gathered = two_blocks if self.reshard else 4 * weights
+        gradients = 4 * trained if micro_batches > 1 else two_blocks
+        return state / gpus + gathered + gradients
+
+
+FASTEST_FIRST = (Layout(), Layout(True, False), Layout(True), Layout(True, checkpointing=True))
+
+
+def layout_of(trainer: dict[str, Any]) -> Layout:
+    """Return the layout that a block `trainer` asks for."""
+    fsdp = fsdp_settings(trainer)
+    if fsdp is None:
+        return Layout()
+    reshard = bool(fsdp.get("reshard_after_forward", True))
+    return Layout(True, reshard, bool(fsdp.get("activation_checkpointing")))
+
+
+def count_weights(net: nn.Module) -> tuple[int, int]:
+    """Return the numbers of all parameters and of the trained parameters."""
+    parameters = list(net.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return tuple(sum(one.numel() for one in group) for group in (parameters, trained))
+
+
+class StepCost(NamedTuple):
+    """What the step of a micro-batch takes on a GPU."""
+
+    flops: float  # operations of a sample
+    recomputed: float  # operations that are done a second time, to save memory
+    peak: float  # bytes at the peak, beside weights and gradients
+
+
+def step_cost(
+    net: nn.Module, sample: dict[str, Tensor], at_once: int, half: bool, checkpointing: bool
+) -> StepCost:
+    """Return the cost of a step of `at_once` samples, see flops_per_sample and peak_bytes."""
+    flops = executed = flops_per_sample(net, sample)
+    chunked = (getattr(net, "chunk_size", None) or math.inf) < at_once
+    if chunked or checkpointing:
+        executed = flops_per_sample(net, sample, checkpointing, chunked)
+    peak = peak_bytes(net, sample, at_once, half, checkpointing)
+    return StepCost(flops, executed - flops, peak)
 
 
 @dataclass
 class Plan:
-    """The numbers of a run, printed in five lines."""
+    """The numbers of a run, printed in lines."""
 
+    machine: Machine
     weights: int  # parameters
     trained: int  # parameters that are trained
-    flops: float  # operations of a sample's step
     samples: int  # of the whole run
-    at_once: int  # samples of a step on each GPU
-    state: int  # bytes of weights and optimizer state on each GPU
-    activations: int  # bytes of a step on each GPU
+    at_once: int  # samples of a micro-batch on each GPU
     half: bool  # whether it computes in half precision, or in fp32
-    gpus: int
+    cost: StepCost
+    layout: Layout
+    lasting: float  # bytes on each GPU for a whole step, see Layout.bytes_of
+
+    @property
+    def memory(self) -> float:
+        """The bytes on each GPU."""
+        return self.lasting + self.cost.peak + OVERHEAD
+
+    @property
+    def fits(self) -> bool:
+        return self.memory <= USABLE * self.machine.gpu.memory
+
+    @property
+    def speed(self) -> float:
+        """Samples per second of a GPU, at the assumed utilisation."""
+        gpu = self.machine.gpu
+        peak = gpu.half if self.half else gpu.full
+        return UTILISATION * peak / (self.cost.flops + self.cost.recomputed)
 
     def __str__(self) -> str:
-        peak, unit = (HALF_PEAK, "half precision") if self.half else (FULL_PEAK, "fp32")
-        hours = self.samples * self.flops / (UTILISATION * peak) / 3600
-        decimals = max(0, 1 - math.floor(math.log10(hours)))  # two digits at least
-        state = f"{self.state / 1e9:.3g} GB of weights and optimizer state"
-        activations = f"{self.activations / 1e9:.3g} GB for {self.at_once} samples at a time"
-        speed = f"{UTILISATION:.0%} of {peak / 1e12:g} TFLOPS (A100, {unit})"
+        gpus, gpu = self.machine
+        peak, unit = (gpu.half, "half precision") if self.half else (gpu.full, "fp32")
+        gpu_hours = self.samples / self.speed / 3600
+        again = f", {self.cost.recomputed / 1e9:.4g} of them again, to save memory"
+        parts = f"{self.lasting / 1e9:.3g} of weights, gradients and optimizer"
+        parts += f", {self.cost.peak / 1e9:.3g} of a step of {self.at_once} samples"
+        fits = "fits" if self.fits else "does not fit"
         return (
             f"weights     {self.weights / 1e6:.4g} M, of them trained {self.trained / 1e6:.4g} M\n"
-            f"a sample    {self.flops / 1e9:.4g} GFLOP\n"
+            f"a sample    {(self.cost.flops + self.cost.recomputed) / 1e9:.4g} GFLOP"
+            f"{again if self.cost.recomputed else ''}\n"
             f"samples     {self.samples:,}\n"
-            f"memory      {state} on each of {self.gpus} GPUs, and {activations}\n"
-            f"cost        {hours:,.{decimals}f} GPU-hours at {speed}"
+            f"memory      {self.memory / 1e9:.3g} GB on each of {gpus} GPUs with {self.layout}: "
+            f"{parts}, {OVERHEAD / 1e9:g} of CUDA (assumed); {fits} in {gpu.memory / 1e9:g} GB\n"
+            f"cost        {digits(gpu_hours)} GPU-hours, {digits(gpu_hours / gpus / 24)} days, at "
+            f"{UTILISATION:.0%} of {peak / 1e12:g} TFLOPS ({gpu.name}, {unit})"
         )
 
 
-def make_plan(
+def digits(value: float) -> str:
+    """Return a positive number with two digits at least."""
+    return f"{value:,.{max(0, 1 - math.floor(math.log10(value)))}f}"
+
+
+def forward_plan(
     net: nn.Module,
     sample: dict[str, Tensor],
     samples: int,
     at_once: int,
     precision: str | None,
-    gpus: int,
-    fsdp: dict[str, Any] | None = None,
+    machine: Machine,
 ) -> Plan:
-    """Return the plan of a run; of an evaluation if the model has no trained parameters.
+    """Return the plan of an evaluation, whose model has no trained parameters.
 
     Args:
         net, sample: the model and a batch of one sample, on the meta device.
-        samples, at_once, gpus: see Plan.
+        samples, at_once, machine: see Plan.
         precision: Composer's; None is half precision on GPUs.
-        fsdp: the settings of FSDP, if it is used.
     """
     half = precision != "fp32"
-    weights = sum(parameter.numel() for parameter in net.parameters())
-    trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
-    state = 4 * weights + 12 * trained  # in fp32: weights; gradients and AdamW's two moments
-    flops = flops_per_sample(net, sample)
-    if fsdp:
-        state //= gpus
-    checkpointing = bool(fsdp and fsdp.get("activation_checkpointing"))
-    activations = peak_bytes(net, sample, at_once, half, checkpointing)
-    return Plan(weights, trained, flops, samples, at_once, state, activations, half, gpus)
+    cost = step_cost(net, sample, at_once, half, checkpointing=False)
+    weights, trained = count_weights(net)
+    lasting = Layout().bytes_of(net, machine.gpus, 1)
+    return Plan(machine, weights, trained, samples, at_once, half, cost, Layout(), lasting)
 
 
-def training_plan(
-    net: nn.Module, sample: dict[str, Tensor], config: dict[str, Any], gpus: int
-) -> Plan:
-    """Return the plan of a training, without its evaluations and augmentation; see make_plan."""
+def training_plans(
+    net: nn.Module, sample: dict[str, Tensor], config: dict[str, Any], machine: Machine
+) -> list[Plan]:
+    """Return the plans of a training: for its own layout, then for others up to one that fits.
+
+    The others begin with the fastest.
+
+    They count neither evaluations nor the augmentation on the device.
+
+    Args:
+        net, sample: the model and a batch of one sample, on the meta device.
+        config: the blocks of the run.
+    """
     data, trainer = config["data"], config["trainer"]
-    batch = data.get("global_micro_batch_size") or data["global_train_batch_size"]
+    batch = data["global_train_batch_size"]
+    micro_batch = data.get("global_micro_batch_size") or batch
+    at_once = max(1, micro_batch // machine.gpus)
     samples = training_samples(data, trainer["max_duration"])
-    fsdp = (trainer.get("parallelism_config") or {}).get("fsdp")
-    return make_plan(net, sample, samples, batch // gpus, trainer.get("precision"), gpus, fsdp)
+    half = trainer.get("precision") != "fp32"
+    weights, trained = count_weights(net)
+    costs, plans = {}, []
+    for layout in (layout_of(trainer), *FASTEST_FIRST):
+        again = layout.checkpointing
+        if again not in costs:
+            costs[again] = step_cost(net, sample, at_once, half, again)
+        lasting = layout.bytes_of(net, machine.gpus, batch // micro_batch)
+        counts = (weights, trained, samples, at_once, half)
+        plans.append(Plan(machine, *counts, costs[again], layout, lasting))
+        if len(plans) > 1 and plans[-1].fits:
+            break
+    return plans
+
+
+def training_report(plans: list[Plan], batch_bytes: float) -> str:
+    """Return the plan of a training, and what it asks of memory, cores and disks.
+
+    Args:
+        plans: see training_plans.
+        batch_bytes: bytes that the workers of each GPU prepare ahead, in shared memory.
+    """
+    plan, best = plans[0], plans[-1]
+    fastest = "no layout fits; lower the micro-batch, or set model.chunk_size"
+    if best.fits:
+        fastest = f"{best.layout}, {best.memory / 1e9:.3g} GB: {best.speed:,.0f} samples a second "
+        fastest += f"and GPU; as set {plan.speed:,.0f}"
+    cores = digits(plan.speed / PAIRS_PER_CORE)
+    size = 4 * plan.weights + 8 * plan.trained
+    written, uploaded = math.ceil(size / WRITE_SPEED), math.ceil(size / UPLOAD_SPEED)
+    return (
+        f"{plan}\n"
+        f"fastest     {fastest}\n"
+        f"loader      {cores} cores for each GPU, at {PAIRS_PER_CORE} pairs of images a second "
+        f"and core; {batch_bytes / 1e9:.3g} GB of /dev/shm for each GPU\n"
+        f"checkpoint  {size / 1e9:.3g} GB: {written} s to write and {uploaded} s to upload by one "
+        "machine, at 1 and 0.5 GB/s (assumed); a spot instance has 30 s (GCP, Azure) or 120 s (AWS)"
+    )
 
 
 def size_of(path: str) -> tuple[int, int]:
@@ -129,20 +296,32 @@ def size_of(path: str) -> tuple[int, int]:
     return len(Clips(path)), len(read_classes(path))
 
 
-def split_plan_flag(arguments: list[str]) -> tuple[list[str], int | None]:
-    """Return the other arguments, and the number of --plan=GPUS: 8 for --plan, None without it.
+def split_plan_flags(arguments: list[str]) -> tuple[list[str], Machine | None]:
+    """Return the other arguments, and the machine of --plan=GPUS and --gpu=NAME.
+
+    Without values, they are 8 and a100. The machine is None without --plan.
 
     Raises:
-        ValueError: the number is not a positive integer.
+        ValueError: not a positive number, or an unknown GPU.
     """
-    flags = [argument for argument in arguments if argument.startswith("--plan")]
-    if not flags:
-        return arguments, None
-    match = re.fullmatch(r"--plan(?:=([1-9]\d*))?", flags[0])
-    if not match:
-        raise ValueError(f"{flags[0]}: give a number of GPUs, as in --plan=8")
-    others = [argument for argument in arguments if argument not in flags]
-    return others, int(match[1] or 8)
+    others, gpus, name = [], None, "a100"
+    for argument in arguments:
+        flag, _, value = argument.partition("=")
+        if flag == "--plan":
+            gpus = value if "=" in argument else "8"
+        elif flag == "--gpu":
+            name = value
+        else:
+            others.append(argument)
+    if name not in GPUS:
+        raise ValueError(f"--gpu={name}: must be one of {', '.join(GPUS)}")
+    if gpus is None:
+        if len(others) < len(arguments):
+            raise ValueError("--gpu: give --plan too")
+        return others, None
+    if not re.fullmatch(r"[1-9]\d*", gpus):
+        raise ValueError(f"--plan={gpus}: must be a number of GPUs, as in --plan=8")
+    return others, Machine(int(gpus), GPUS[name])
 
 
 def training_samples(data: dict[str, Any], max_duration: str) -> int:

@@ -32,7 +32,7 @@ from composer.loggers import (
 
 from evaluation.probes import KNN
 from training.config import Named
-from training.speedups import ContrastRamp, PartialDecoding, ProgressiveResizing
+from training.speedups import ContrastRamp, FreezeEncoder, PartialDecoding, ProgressiveResizing
 from training.spot import SpotNotice
 
 ALGORITHMS = Named(
@@ -40,6 +40,7 @@ ALGORITHMS = Named(
         ChannelsLast,
         ContrastRamp,
         EMA,
+        FreezeEncoder,
         GradientClipping,
         LowPrecisionLayerNorm,
         PartialDecoding,

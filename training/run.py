@@ -27,7 +27,6 @@ from composer.core import DataSpec, ensure_time
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.trainer.trainer import get_device
 from composer.utils import dist, reproducibility
-from composer.utils.parallelism import FSDP2Config
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
@@ -42,7 +41,8 @@ from shards.workers import STOPPED, exit_on_signals
 from training.checkpoints import Checkpoints
 from training.config import RunName, build_named
 from training.copies import CopyingUnfinished
-from training.logs import GlooGradientMean, GradientNorm, JsonLines
+from training.fsdp import GlooGradientMean, OneReduction, fsdp_config
+from training.logs import GradientNorm, JsonLines
 from training.peers import is_connection_lost, one_line, peer_watch
 from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS
 from training.spot import SpotNotice
@@ -244,29 +244,6 @@ class BFloat16OnCPU(Callback):
     eval_after_forward = after_forward
 
 
-def fsdp_config(config: RunConfig, model: nn.Module) -> FSDP2Config | None:
-    """Return the FSDP2 settings of trainer.parallelism_config, None without FSDP.
-
-    Raises:
-        ValueError: unknown keys, or a combination that FSDP does not support.
-    """
-    parallelism = config.trainer.get("parallelism_config") or {}
-    if unknown := parallelism.keys() - {"fsdp"}:
-        raise ValueError(f"trainer.parallelism_config.{min(unknown)}: unknown key; use fsdp")
-    if not parallelism.get("fsdp"):
-        return None
-    key = "trainer.parallelism_config.fsdp"
-    if "EMA" in (config.algorithms or {}):
-        # Composer keeps each rank's share of the averages, but writes only rank 0's.
-        raise ValueError(f"algorithms.EMA: cannot resume with {key}; remove one of them")
-    if not getattr(model, "supports_fsdp", True):
-        raise ValueError(f"method {type(model).__name__}: does not work with {key}; remove it")
-    try:
-        return FSDP2Config(**parallelism["fsdp"])
-    except TypeError as error:
-        raise ValueError(f"{key}: {error}") from error
-
-
 def trainer_settings(config: RunConfig, model: nn.Module) -> tuple[dict[str, Any], list[Callback]]:
     """Return the block `trainer` for Composer, and the callbacks that it needs.
 
@@ -277,8 +254,9 @@ def trainer_settings(config: RunConfig, model: nn.Module) -> tuple[dict[str, Any
     max_duration = settings.get("max_duration")
     if not max_duration or ensure_time(max_duration, "ep").value == 0:
         raise ValueError("trainer.max_duration: missing; give a duration such as 800ep")
-    if fsdp := fsdp_config(config, model):
+    if fsdp := fsdp_config(config.trainer, config.algorithms or {}, model):
         settings["parallelism_config"] = {"fsdp": fsdp}
+        callbacks.append(OneReduction())
     on_cpu = get_device(settings.get("device")).name == "cpu"
     if on_cpu and settings.get("precision") == "amp_bf16":
         settings["precision"] = "fp32"  # Composer refuses amp_bf16 on the CPU
