@@ -521,7 +521,8 @@ def test_shards_of_machines_with_a_shared_folder_or_their_own_are_found_on_disks
         (tmp_path / f"machine{rank}").mkdir()
     on_ranks(2, save_and_lose_disks, str(tmp_path), shared)
     shards = ("__0_0.distcp", "__1_0.distcp")
-    parts = (".metadata", *shards, *(f"{shard}.sha256" for shard in shards))
+    files = (".metadata", *shards)
+    parts = (*files, *(f"{file}.sha256" for file in files))
     expected = {f"all/run/ep0-ba{step}/{part}" for step in (2, 3) for part in parts}
     assert names_in(bucket) == expected
 
