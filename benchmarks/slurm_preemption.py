@@ -1,10 +1,10 @@
-"""Interrupt jobs of cluster/slurm.sbatch under a Slurm of two nodes on this machine.
+"""Interrupt the jobs of cluster/*.sbatch under a Slurm of two nodes on this machine.
 
     sudo apt-get install slurm-wlm munge
     sudo .venv/bin/python benchmarks/slurm_preemption.py        # 2 CPU cores, 8 minutes
 
 Starts munged, slurmctld and two slurmd with a configuration in a temporary folder, and submits the
-file as users do, with a small run of one rank on each node. Each job meets one interruption:
+files as users do, with a small run of one rank on each node. Each job meets one interruption:
 
     whole      none
     warned     the early signal, SIGUSR1, of `scancel --signal`
@@ -12,9 +12,10 @@ file as users do, with a small run of one rank on each node. Each job meets one 
     preempted  `scontrol requeue`: SIGTERM, and SIGKILL 10 s later
     node       a node is lost: its slurmd and all its processes are killed
     cancelled  `scancel`: it must not come back
+    parts      `scontrol requeue` of one of two tasks of data_prep.sbatch, which are then merged
 
-Prints a line of JSON for each job. All runs but the last must finish with the losses and weights of
-the first, to the bit.
+Prints a line of JSON for each job. A run that is not cancelled must finish with the losses and
+weights of the first, to the bit; the parts must have the bytes of a conversion by one process.
 """
 
 import argparse
@@ -35,6 +36,7 @@ import data_prep
 from benchmarks.stress_resume import ROOT, losses_of, same_weights, small_run
 
 NODES = ("n0", "n1")
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 LIMIT = 400  # seconds for a job, with all its restarts
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "unshare")
 CONFIGURATION = """
@@ -152,6 +154,12 @@ def ask(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
+def shown(number: str) -> dict[str, str]:
+    """Return what Slurm tells of a job: JobState, Restarts, ExitCode, ..."""
+    words = ask("scontrol", "show", "job", "--oneliner", number).split()
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
 class Job:
     """A job of cluster/slurm.sbatch with the run of its name."""
 
@@ -166,11 +174,6 @@ class Job:
         if not self.number:
             sys.exit("sbatch refused the job")
 
-    def shown(self) -> dict[str, str]:
-        """Return what Slurm tells of the job: JobState, Restarts, ExitCode, ..."""
-        words = ask("scontrol", "show", "job", "--oneliner", self.number).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
-
     def step(self) -> int:
         """Return the newest step in the log of the run."""
         log = self.run / "metrics.jsonl"
@@ -181,10 +184,11 @@ class Job:
 
     def wait_for_end(self) -> dict:
         """Wait until the job is out of the queue, and return how it ended."""
-        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        wait_for(lambda: self.shown().get("JobState") in ends, f"the end of {self.run.name}")
-        shown = self.shown()
-        return {"state": shown["JobState"], "restarts": int(shown["Restarts"])}
+        wait_for(lambda: self.state() in ENDS, f"the end of {self.run.name}")
+        return {"state": self.state(), "restarts": int(shown(self.number)["Restarts"])}
+
+    def state(self) -> str | None:
+        return shown(self.number).get("JobState")
 
     def resumed_from(self) -> list[str]:
         """Return the checkpoints from which the run has resumed."""
@@ -204,12 +208,14 @@ class Preemption:
         self.arguments = [word for word in arguments if "SampleLog" not in word]
 
     def submit(self, name: str, *options: str) -> Job:
-        return Job(self.folder, name, self.arguments, *options)
+        # A lost node leaves no time for a checkpoint.
+        more = ["checkpoints.interval=2ba"] if name == "node" else []
+        return Job(self.folder, name, [*self.arguments, *more], *options)
 
     def interrupted(self, name: str) -> Job:
         """Submit a job, and interrupt it once at step 5."""
-        # Slurm looks at the times once a minute, so the warning comes up to a minute early.
-        options = ("--time=2", "--signal=USR1@60") if name == "time" else ()
+        # Slurm looks at the times every 30 s, so the signal comes 35 to 65 s after the start.
+        options = ("--time=2", "--signal=USR1@55") if name == "time" else ()
         job = self.submit(name, *options)
         if name in ("whole", "time"):
             return job
@@ -222,7 +228,7 @@ class Preemption:
             ask("scancel", job.number)
         elif name == "node":
             self.slurm.lose_node("n1")
-            wait_for(lambda: job.shown()["JobState"] != "RUNNING", "the loss of the node")
+            wait_for(lambda: job.state() != "RUNNING", "the loss of the node")
             self.slurm.start_node("n1")
         return job
 
@@ -250,14 +256,45 @@ class Preemption:
             print(job.output.read_text()[-6000:], file=sys.stderr)
         return right
 
+    def parts_end_as_they_must(self) -> bool:
+        """Convert with an array of two tasks, one of them preempted, and merge; print the outcome.
+
+        Returns:
+            Whether the shards have the bytes of a conversion by one process.
+        """
+        raw, one, two = (self.folder / name for name in ("raw", "one", "two"))
+        for number in range(10):  # 600 inputs, since a part has 256
+            (raw / str(number)).mkdir(parents=True)
+            for image in (self.folder / "demo" / "raw" / "train" / "images").rglob("*.jpg"):
+                os.link(image, raw / str(number) / f"{image.parent.name}-{image.name}")
+        data_prep.main(["images", str(raw), str(one), "--workers=1"])
+        (self.folder / "data_prep.py").symlink_to(ROOT / "data_prep.py")
+        options = (f"--chdir={self.folder}", "--parsable", "--cpus-per-task=1", "--mem-per-cpu=500")
+        script = str(ROOT / "cluster" / "data_prep.sbatch")
+        array = ask("sbatch", *options, "--array=1-2", script, "images", str(raw), str(two))
+        tasks = [f"{array}_{number}" for number in (1, 2)]
+        wait_for(lambda: shown(tasks[0]).get("JobState") == "RUNNING", "the first part")
+        ask("scontrol", "requeue", tasks[0])
+        after = f"--dependency=afterok:{array}"
+        merging = ask("sbatch", *options, after, script, "merge", str(two))
+        wait_for(lambda: shown(merging).get("JobState") in ENDS, "the merging")
+        restarts = [int(shown(task)["Restarts"]) for task in tasks]
+        files = [path.relative_to(one) for path in sorted(one.rglob("*.mds"))]
+        same = all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
+        same &= (one / "index.json").read_bytes() == (two / "index.json").read_bytes()
+        result = {"job": "parts", "state": shown(merging)["JobState"], "restarts": restarts}
+        right = result["state"] == "COMPLETED" and same and restarts == [1, 0] and len(files) > 2
+        print(json.dumps(result | {"same_bytes": same, "right": right}), flush=True)
+        return right
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ["whole", "warned", "time", "preempted", "node", "cancelled"]
+    names = ["whole", "warned", "time", "preempted", "node", "cancelled", "parts"]
     parser.add_argument("--jobs", nargs="+", choices=names, default=names)
-    parser.add_argument("--epochs", type=int, default=16, help="of each run, of three steps")
+    parser.add_argument("--epochs", type=int, default=48, help="of each run, of three steps")
     parser.add_argument("--folder", help="where to leave everything; default a temporary folder")
     options = parser.parse_args()
     missing = [name for name in PROGRAMS if not shutil.which(name)]
@@ -269,7 +306,9 @@ def main() -> None:
     preemption = Preemption(folder.resolve(), options.epochs)
     try:
         preemption.slurm.start()
-        right = [preemption.ends_as_it_must(name) for name in options.jobs]
+        right = [preemption.ends_as_it_must(name) for name in options.jobs if name != "parts"]
+        if "parts" in options.jobs:
+            right.append(preemption.parts_end_as_they_must())
     finally:
         preemption.slurm.stop()
         if not options.folder:
