@@ -46,6 +46,7 @@ SlurmctldPort={port}
 AuthType=auth/munge
 # A job queues again once its credential has expired: by default after 120 s.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
+FirstJobId={first}
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
@@ -84,7 +85,8 @@ class Slurm:
         self.processes = {}  # {name: process}
         names = ("port", *NODES)
         ports = dict(zip(names, free_ports(len(names)), strict=True))
-        text = CONFIGURATION.format(folder=folder, host=socket.gethostname(), **ports)
+        host, first = socket.gethostname(), os.getpid()  # a job's number decides about its port
+        text = CONFIGURATION.format(folder=folder, host=host, first=first, **ports)
         (folder / "slurm.conf").write_text(text)
         # Streaming's locks are in TMPDIR, and its names in /dev/shm: each node has its own.
         prolog = folder / "prolog.sh"
