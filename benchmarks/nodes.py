@@ -57,6 +57,7 @@ class Node:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.output = folder.with_suffix(".txt")  # of the last launch
         self.process = None
         self.replace()
 
@@ -74,7 +75,7 @@ class Node:
         launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
         command = [*launcher, str(ROOT / "pretrain.py"), *arguments]
         places = {"TMPDIR": str(self.folder / "tmp"), "NODE_SHM": str(self.folder / "shm")}
-        with (self.folder.parent / f"{self.folder.name}.txt").open("a") as out:
+        with self.output.open("w") as out:
             self.process = subprocess.Popen(
                 [*UNSHARE, "sh", "-c", mount, "sh", *command],
                 cwd=self.folder / "work",
