@@ -1,7 +1,7 @@
 """Interrupt the jobs of cluster/*.sbatch under a Slurm of two nodes on this machine.
 
     sudo apt-get install slurm-wlm munge
-    sudo .venv/bin/python benchmarks/slurm_preemption.py        # 2 CPU cores, 8 minutes
+    sudo .venv/bin/python benchmarks/slurm_preemption.py        # 2 CPU cores, 15 minutes
 
 Starts munged, slurmctld and two slurmd with a configuration in a temporary folder, and submits the
 files as users do, with a small run of one rank on each node. Each job meets one interruption:
@@ -303,6 +303,7 @@ def main() -> None:
     if missing or os.geteuid():
         remedy = "run as root, after apt-get install slurm-wlm munge"
         sys.exit(f"slurm_preemption.py needs root, {', '.join(PROGRAMS)}; {remedy}")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # runs `finally`
     folder = Path(options.folder or tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     preemption = Preemption(folder.resolve(), options.epochs)

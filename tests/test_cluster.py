@@ -28,7 +28,7 @@ FILES = sorted(CLUSTER.iterdir())
 CONFIGS = {"pretrain.py": PretrainConfig, "finetune.py": FinetuneConfig}
 PLAIN_OPTIONS = {  # of sbatch, which the files may set
     *("job-name", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task"),
-    *("mem-per-cpu", "exclusive", "time", "signal", "requeue", "open-mode", "output"),
+    *("mem", "mem-per-cpu", "exclusive", "time", "signal", "requeue", "open-mode", "output"),
 }
 STUB_SRUN = """#!/bin/bash
 printf '%s\\n' "$@" > srun.txt
