@@ -233,8 +233,8 @@ def check_bash(text: str) -> None:
 
 
 def last_words(script: str, variables: dict[str, str]) -> list[str]:
-    """Return the arguments from the stage on that a script gives to composer."""
-    command = re.search(r"exec composer .*", script, re.S)[0].replace("\\\n", " ")
+    """Return the arguments from the stage on that a script gives to the launcher."""
+    command = re.search(r"exec python -m training.launch .*", script, re.S)[0].replace("\\\n", " ")
     for name, value in variables.items():
         command = command.replace(f"${name}", value)
     words = shlex.split(command)
@@ -304,7 +304,7 @@ def test_skypilot_jobs_start_stages_with_arguments_that_they_take(monkeypatch):
     check_bash(task["run"])
     stage = last_words(task["run"], task["envs"])
     check_stage(stage)
-    assert stage[-1] == f"checkpoints.bucket={task['envs']['CHECKPOINTS']}"
+    assert stage[-2] == f"checkpoints.bucket={task['envs']['CHECKPOINTS']}"
     task = yaml.safe_load((CLUSTER / "data_prep.skypilot.yaml").read_text())
     check_bash(task["run"])
     command = task["run"].strip()
