@@ -27,6 +27,7 @@ from methods import PRETRAINING
 from model import Batch, ViCMAE
 from shards.augment import augment_batch
 from shards.format import common_classes
+from shards.loader import prefetch
 from shards.stream import load_stream
 from shards.views import PretrainingViews, check_frames
 from shards.workers import exit_on_signals
@@ -122,8 +123,11 @@ def plan(config: PretrainConfig, machine: Machine) -> str:
     net, sample = on_meta_device(config)
     plans = training_plans(net, sample, config.given(), machine)
     data, views = config.data, sample["views"].numel()  # bytes, before they become floats
-    share = data["global_train_batch_size"] / machine.gpus
-    return training_report(plans, 2 * data.get("num_workers", 8) * share * views)
+    batch = data["global_train_batch_size"]
+    micro_batch = data.get("global_micro_batch_size") or batch
+    workers = data.get("num_workers", 4)
+    ahead = prefetch(batch // micro_batch, workers, data.get("prefetch_factor")) if workers else 0
+    return training_report(plans, workers * ahead * micro_batch / machine.gpus * views)
 
 
 def report(run: Path, result: dict[str, Any]) -> None:
