@@ -44,6 +44,7 @@ from training.config import (
     one_line_errors,
 )
 from training.plan import Machine, forward_plan, size_of, split_plan_flags
+from training.run import check_data_sets
 from training.sizes import known_model
 from training.weights import class_names_in, load_pretrained, read_checkpoint
 
@@ -86,6 +87,13 @@ class EvalConfig:
     reconstructions: list[str] | None = None
     attention: list[str] | None = None
     export: str | None = None
+
+    @property
+    def data_sets(self) -> list[str]:
+        """The paths of all data sets that are measured on."""
+        probe, accuracy = self.probe or {}, self.accuracy or {}
+        paths = [*accuracy.get("paths", ()), *probe.get("bank", ()), *probe.get("queries", ())]
+        return [*paths, *(self.reconstructions or ()), *(self.attention or ())]
 
 
 def check_request(config: EvalConfig) -> None:
@@ -333,7 +341,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     dist.initialize_dist(device)
     reproducibility.seed_all(config.seed)
     run = Path("runs", config.run_name)
-    run.mkdir(parents=True, exist_ok=True)
+    data_sets = check_data_sets(run, config.data_sets)
+    if dist.get_global_rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        Storage(str(run)).write_json("data_sets.json", data_sets)
     net = device.module_to_device(load_model(config))
     result: dict[str, Any] = {
         "run_name": config.run_name,

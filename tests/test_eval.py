@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -386,3 +387,15 @@ def test_class_names_are_in_the_export(demo, tmp_path):
     evaluate_file(tmp_path, export=str(tmp_path / "x.safetensors"))
     with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert json.loads(file.metadata()["class_names"]) == list("abcdefghij")
+
+
+def test_data_sets_of_an_evaluation_are_recorded_and_compared(demo, tmp_path):
+    data = shutil.copytree(demo / "test_images", tmp_path / "queries")
+    save_classifier(tmp_path / "classifier.pt")
+    probe = {"bank": [f"{demo}/train_images"], "queries": [str(data)]}
+    evaluate_file(tmp_path, probe=probe)
+    record = json.loads((tmp_path / "runs/run/data_sets.json").read_text())
+    assert record.keys() == {f"{demo}/train_images", str(data)}
+    (data / "classes.json").write_text((demo / "test_images/classes.json").read_text()[:-3] + 'x"]')
+    with pytest.raises(ValueError, match=r"queries has other classes \(\w+x instead of \w+\)"):
+        evaluate_file(tmp_path, probe=probe)

@@ -13,12 +13,17 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from yaml import YAMLError
 
+from training.huggingface import read_num_heads
 from training.weights import read_checkpoint, square_side
 
 YAMLS = Path(__file__).parent.parent / "yamls"
 NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}  # by embed_dim; shapes do not show them
 DECODER_NUM_HEADS = {256: 8, 512: 16}
 ENCODER_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+HEAD_SIZES = (
+    *("decoder_embed_dim", "decoder_depth", "decoder_num_heads"),
+    *("projector_hidden_dim", "projector_out_dim"),
+)
 WIDTHS = {  # ViCMAE's arguments that are the first dimension of a weight
     "embed_dim": "encoder.patch_embed.proj.weight",
     "decoder_embed_dim": "decoder.embed.weight",
@@ -85,9 +90,11 @@ def known_model(checkpoint: str, planned: bool = False) -> dict[str, Any]:
             raise ValueError(f"{run} does not exist, nor does {file}, which would give its sizes")
     if not (file and file.exists()):
         weights = read_checkpoint(checkpoint)
+        heads = read_num_heads(checkpoint)
         is_classifier = any(name.startswith("head.") for name in weights)
         stage = "finetune" if is_classifier else "pretrain"
-        return {"method": None, "stage": stage, "model": vit_sizes(weights)}
+        sizes = vit_sizes(weights) | ({"num_heads": heads} if heads else {})
+        return {"method": None, "stage": stage, "model": sizes}
     try:
         config = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
         model = config.get("model") or {}
