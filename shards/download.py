@@ -41,10 +41,11 @@ class Download:
 
         A resumed run has the same folder. Two runs, or other samples at the same address, do not.
         """
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         content = f"{path} {fingerprint(path)['samples']}"
         name = f"{run.name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-        return str(Path(self.cache or Path(home, "vicmae"), name))
+        if self.cache:
+            return str(Path(self.cache, name))
+        return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vicmae", name))
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of StreamingDataset."""
