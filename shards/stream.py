@@ -14,19 +14,16 @@ If sample 12 occurs a second time in that epoch, it counts as sample 1012 there.
 """
 
 import math
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Annotated, Any
 
 import numpy as np
 from composer.core import DataSpec
 from composer.utils import dist
-from filelock import FileLock, Timeout
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
@@ -41,9 +38,9 @@ from shards.format import (
     spread,
 )
 from shards.loader import StepLoader, prefetch, samples_in, split_step
+from shards.shared_memory import claim, one_job_at_a_time
 from shards.storage import Storage
 from shards.views import UnitInterval
-from shards.workers import without_stop_signals
 
 # (stored sample, generator) -> training sample
 Transform = Callable[[dict, np.random.Generator], dict]
@@ -216,25 +213,6 @@ def open_stream(
     return Stream(local=path, proportion=proportion)
 
 
-@contextmanager
-def one_job_at_a_time() -> Iterator[None]:
-    """Make other jobs on this machine wait while a StreamingDataset is constructed.
-
-    Otherwise two jobs could take the same names in shared memory, which are the first free ones.
-    """
-    lock = FileLock(Path(gettempdir(), f"streams-{os.getuid()}.lock"))
-    if dist.get_local_rank() == 0:
-        with suppress(Timeout):  # Start anyway after 60 s.
-            lock.acquire(timeout=60)
-    dist.barrier()
-    try:
-        # Signals must not end the tracker of shared memory, a process that starts here.
-        with without_stop_signals():
-            yield
-    finally:
-        lock.release()  # does nothing on other ranks
-
-
 def check_batch(batch_size: int, micro_size: int | None, repeats: int, ranks: int) -> None:
     """Raise ValueError, with the nearest sizes that work, for sizes that do not divide.
 
@@ -394,6 +372,7 @@ def load_stream(
             batching_method="per_stream" if one_stream_per_batch else "random",
             **downloads.settings(),
         )
+        dataset.owner = claim(dataset)
     dataset.drop_incomplete_batch(global_train_batch_size)
     if num_workers:
         ahead = loaded * prefetch(micro_batches, num_workers, prefetch_factor)

@@ -32,6 +32,38 @@ TIMM_NAMES = {  # {a pattern in transformers' name of a ViT's weight: its place 
 }
 
 
+TRANSFORMERS_NAMES = {  # {a pattern in timm's name: its place in transformers' name}
+    r"^(?=cls_token)": "embeddings.",
+    r"^pos_embed": "embeddings.position_embeddings",
+    r"^patch_embed\.proj": "embeddings.patch_embeddings.projection",
+    r"^blocks\.": "encoder.layer.",
+    r"^norm\.": "layernorm.",
+    r"^decoder\.(?!mask_token)": "decoder.decoder_",
+    r"^decoder\.decoder_blocks\.": "decoder.decoder_layers.",
+    r"\.attn\.proj": ".attention.output.dense",
+    r"\.attn\.": ".attention.attention.",
+    r"\.mlp\.fc1": ".intermediate.dense",
+    r"\.mlp\.fc2": ".output.dense",
+    r"\.norm1": ".layernorm_before",
+    r"\.norm2": ".layernorm_after",
+    r"^head": "classifier",
+}
+
+
+def transformers_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a ViT by transformers' names, given timm's, and ours for a decoder."""
+    renamed = {}
+    for name, value in weights.items():
+        for pattern, place in TRANSFORMERS_NAMES.items():
+            name = re.sub(pattern, place, name)
+        if "attention.qkv" in name:
+            for part, share in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                renamed[name.replace("qkv", part)] = share.clone()
+        else:
+            renamed[name] = value
+    return renamed
+
+
 def timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return weights by timm's names, if they have transformers' names of a ViT; else unchanged."""
     prefixes = [key.removesuffix(PATCHES) for key in weights if key.endswith(PATCHES)]

@@ -57,6 +57,9 @@ def find_file(path: str) -> str:
     newest = os.path.join(path, "checkpoints", LATEST)
     if os.path.exists(newest):
         return newest
+    in_runs = os.path.join("runs", newest)
+    if not os.path.exists(path) and os.path.exists(in_runs):
+        return in_runs
     if not os.path.exists(path):
         return find_in_cache(path)
     if not os.path.isdir(path) or os.path.exists(os.path.join(path, ".metadata")):
@@ -91,10 +94,10 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
     Where Composer's EMA was used, its averages are returned in place of the weights.
 
     Args:
-        path: a run directory; a checkpoint of Composer (a file, or a folder of FSDP's shards); an
-            official file of ViC-MAE, MAE, ST-MAE or VideoMAE; a bare state dict; as .pt, .pth or
-            .safetensors; a file or folder of a ViT of transformers. Or the name of timm's weights,
-            or of a repository of Hugging Face, which must be in its cache.
+        path: a run directory, or its name; a checkpoint of Composer (a file, or a folder of FSDP's
+            shards); an official file of ViC-MAE, MAE, ST-MAE or VideoMAE; a file or folder of a ViT
+            of transformers; a bare state dict; as .pt, .pth or .safetensors. Or the name of timm's
+            weights, or of a repository of Hugging Face, which must be in its cache.
 
     Raises:
         ValueError: the file is missing, corrupt, unsafe, or holds no ViT.
