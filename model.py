@@ -405,8 +405,8 @@ class ViCMAE(ComposerModel):
         temperature: of InfoNCE, > 0.
         weight_recon, weight_contrast: weights of the two terms of the total loss.
         norm_pix_loss: normalise the target of a patch by its own mean and variance.
-        chunk_size: pairs that pass through encoder and decoder at a time; the backward pass
-            recomputes their activations. InfoNCE still sees the whole batch. None for all at once.
+        chunk_size: pairs that pass through encoder and decoder at a time if a rank has more; the
+            backward pass recomputes their activations. InfoNCE still sees the whole batch.
 
     Attributes:
         num_frames, tubelet_size: 1: views are images. Subclasses that learn from clips set them.
@@ -526,7 +526,7 @@ class ViCMAE(ComposerModel):
         """
         B, V = batch["views"].shape[:2]
         views, noise = self.flatten_views(batch)
-        if self.chunk_size and self.training:
+        if self.training and self.chunk_size and self.chunk_size < B:
             outputs = self.reconstruct_in_chunks(views, noise, self.chunk_size * V)
         else:
             outputs = self.reconstruct(views, noise)

@@ -33,6 +33,7 @@ from shards.augment import augment_batch
 from shards.decode import Recipe
 from shards.format import Clips, common_classes
 from shards.layouts import EXTENSIONS
+from shards.loader import prefetch
 from shards.report import print_summary
 from shards.storage import Storage
 from shards.stream import load_stream
@@ -220,8 +221,11 @@ def plan(config: PretrainConfig, machine: Machine) -> str:
     net, sample = on_meta_device(config)
     plans = training_plans(net, sample, config.given(), machine)
     data, views = config.data, sample["views"].numel()  # bytes, before they become floats
-    share = data["global_train_batch_size"] / machine.gpus
-    return training_report(plans, 2 * data.get("num_workers", 8) * share * views)
+    batch = data["global_train_batch_size"]
+    micro_batch = data.get("global_micro_batch_size") or batch
+    workers = data.get("num_workers", 4)
+    ahead = prefetch(batch // micro_batch, workers, data.get("prefetch_factor")) if workers else 0
+    return training_report(plans, workers * ahead * micro_batch / machine.gpus * views)
 
 
 def report(run: Path, result: dict[str, Any]) -> None:

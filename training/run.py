@@ -36,6 +36,7 @@ from yaml import YAMLError
 from evaluation.pictures import draw_losses
 from evaluation.probes import KNN
 from shards.format import fingerprint
+from shards.loader import samples_in
 from shards.storage import Storage
 from shards.stream import load_stream
 from shards.workers import STOPPED, exit_on_signals
@@ -92,7 +93,7 @@ class RunConfig:
 
 # Blocks and keys that may change when a run resumes.
 FREE = ("trainer", "callbacks", "loggers", "checkpoints", "make_demo")
-FREE_KEYS = ("data.num_workers",)
+FREE_KEYS = ("data.num_workers", "data.prefetch_factor", "data.download", "model.chunk_size")
 IGNORED_IN_SHARDS = ["state/callbacks", "state/model/_extra_state"]
 OLD_KEYS = ("allow_changes", "data.make_demo")  # in the config.yaml of earlier versions
 
@@ -304,7 +305,7 @@ def build_trainer(
     # KNN calls this between batches, so that a stop signal does not wait for the measurement.
     given = {KNN: (checkpoints.save_and_exit_if_stopped,), SpotNotice: (checkpoints.request_stop,)}
     if flops_per_sample:  # SpeedMonitor looks for this attribute.
-        model.flops_per_batch = lambda batch: flops_per_sample * len(next(iter(batch.values())))
+        model.flops_per_batch = lambda batch: flops_per_sample * samples_in(batch)
     own_algorithms = model.algorithms() if hasattr(model, "algorithms") else []
     algorithms = build_named(ALGORITHMS, config.algorithms) + own_algorithms
     try:
