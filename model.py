@@ -506,7 +506,7 @@ class ViCMAE(ComposerModel):
             predictions and targets, (B of all ranks, V, out); without a predictor, the same.
 
         Deviation: the official projector sees the samples of one GPU. Here features are gathered
-        first: BatchNorm spans the global batch, and any number of ranks gives the same result.
+        first: BatchNorm spans the global batch, and the number of ranks changes no result.
         """
         features = all_gather(features)
         targets = apply_head(self.projector, features)
