@@ -171,8 +171,7 @@ def check_data(net: ViCMAE, config: PretrainConfig, views: int, micro_batch: int
 
 
 def pretrain(config: PretrainConfig) -> Trainer:
-    """Return the Trainer of a pre-training run."""
-    config = train_on_raw(take_sizes(config))
+    """Return the Trainer of a pre-training run, for a config of train_on_raw and take_sizes."""
     flops = flops_per_sample(*on_meta_device(config)) if config.logs_speed else 0.0
     run = start_run(config)
     if config.make_demo and dist.get_local_rank() == 0:
@@ -247,6 +246,7 @@ def main() -> None:
         if machine:
             print(plan(config, machine))
             return
+        config = train_on_raw(take_sizes(config))
         trainer = pretrain(config)
     fit(trainer)
     run, net = Path("runs", config.run_name), unwrapped(trainer.state)
