@@ -54,7 +54,9 @@ def embed(
     # sample may be taken more than once; the surplus is dropped after gathering.
     share = math.ceil(len(data) / ranks)
     numbers = torch.arange(rank, share * ranks, ranks).clamp(max=len(data) - 1)
-    loader = Loader(Subset(data, numbers.tolist()), batch_size, num_workers=num_workers)
+    subset = Subset(data, numbers.tolist())
+    settings = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
+    loader = Loader(subset, batch_size, data.sample_bytes, **settings)
     device, training = next(encoder.parameters()).device, encoder.training
     encoder.eval()
     features, labels = [], []

@@ -15,7 +15,6 @@ If sample 12 occurs a second time in that epoch, it counts as sample 1012 there.
 
 import hashlib
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -282,24 +281,12 @@ def check_samples(path: str, patch_size: int) -> None:
     raise ValueError(f"{path}: none of {len(numbers)} samples can be trained on: {fault}")
 
 
-def check_shared_memory(dataset: DeterministicStream, batch_size: int, num_workers: int) -> None:
-    """Raise ValueError if the batches that workers prepare do not fit into /dev/shm.
-
-    Without this check, a worker would die of a bus error. A container has 64 MB by default.
-    """
-    folder = Path("/dev/shm")
-    if not (num_workers and folder.exists()):
-        return
+def sample_bytes(dataset: DeterministicStream) -> int:
+    """Return the bytes of a transformed sample, or 0 if the first one cannot be read."""
     with suppress(ValueError):  # Whether samples can be read is found out in training.
         sample = next(dataset.transform_sample(dataset[0], (0, 0, 0)))
-        sizes = [getattr(value, "nbytes", 8) for value in sample.values()]
-        prepared = 2 * num_workers * dist.get_local_world_size()  # batches; 2 is PyTorch's default
-        needed = prepared * batch_size * sum(sizes)
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            problem = f"{prepared} batches need {needed / 1e6:.0f} MB, but it has {free / 1e6:.0f}"
-            remedy = "enlarge it (docker run --shm-size), or lower data.num_workers"
-            raise OSError(f"{folder}: {problem} MB free; {remedy}")
+        return sum(getattr(value, "nbytes", 8) for value in sample.values())
+    return 0
 
 
 def load_stream(
@@ -358,7 +345,7 @@ def load_stream(
             batching_method="per_stream" if one_stream_per_batch else "random",
         )
     dataset.drop_incomplete_batch(global_train_batch_size)
-    check_shared_memory(dataset, batch_size, num_workers)
     settings = {"pin_memory": torch.cuda.is_available(), "persistent_workers": num_workers > 0}
-    loader = Loader(dataset, batch_size, num_workers=num_workers, drop_last=True, **settings)
+    settings |= {"num_workers": num_workers, "drop_last": True}
+    loader = Loader(dataset, batch_size, sample_bytes(dataset), **settings)
     return DataSpec(loader, microbatch_transforms=on_device), micro_size // ranks
