@@ -44,6 +44,7 @@ from training.config import (
     one_line_errors,
 )
 from training.plan import Machine, forward_plan, size_of, split_plan_flags
+from training.precision import forbid_tf32
 from training.sizes import known_model
 from training.weights import class_names_in, load_pretrained, read_checkpoint
 
@@ -254,6 +255,7 @@ def measure_accuracy(
         precision=precision,
         seed=config.seed,
     )
+    forbid_tf32()
     begin = time.monotonic()
     trainer.eval()
     seconds = time.monotonic() - begin
@@ -331,6 +333,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     check_request(config)
     device = get_device(config.device)
     dist.initialize_dist(device)
+    forbid_tf32()
     reproducibility.seed_all(config.seed)
     run = Path("runs", config.run_name)
     run.mkdir(parents=True, exist_ok=True)

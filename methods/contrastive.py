@@ -194,21 +194,19 @@ def triplet_loss(
     own = -1 - torch.arange(B, device=p.device)  # a label of its own for a sample without one
     identity = own if labels is None else torch.where(labels < 0, own, labels)
     identity = identity.repeat(len(p) // B)  # (V * B,)
-    distance = 2 - 2 * p @ p.T  # (V * B, V * B), of unit vectors
+    distance = 2 - 2 * p @ p.T  # (V * B, V * B), of unit vectors; rows are anchors
     alike = identity[:, None] == identity
     itself = torch.eye(len(p), dtype=torch.bool, device=p.device)
     positive = alike & ~itself & ~alike.all(dim=1)
-    anchor, other = positive.nonzero(as_tuple=True)  # (pairs,)
-    to_positive = distance[anchor, other]
-    with torch.no_grad():  # the choice of the negative has no gradient
-        negatives = distance.masked_fill(alike, float("-inf"))[anchor]  # (pairs, V * B)
-        beyond = negatives.masked_fill(negatives <= to_positive[:, None], float("inf"))
-        none_beyond = beyond.amin(dim=1).isinf()
-        chosen = torch.where(none_beyond, negatives.argmax(dim=1), beyond.argmin(dim=1))
-    to_negative = distance[anchor, chosen]
-    count = max(1, len(anchor))
-    loss = F.relu(to_positive - to_negative + margin).sum() / count
-    return loss, (to_positive < to_negative).sum() / count
+    # For all pairs of an anchor and another row, whether positive or not: a choice of the pairs
+    # would make the host wait for a GPU.
+    nearest = distance.detach().masked_fill(alike, float("inf")).sort(dim=1)
+    beyond = torch.searchsorted(nearest.values, distance.detach(), right=True)  # (V * B, V * B)
+    last = (~alike).sum(dim=1, keepdim=True) - 1  # the furthest negative
+    to_negative = distance.gather(1, nearest.indices.gather(1, beyond.minimum(last).clamp(min=0)))
+    count = positive.sum().clamp(min=1)
+    loss = (F.relu(distance - to_negative + margin) * positive).sum() / count
+    return loss, ((distance < to_negative) & positive).sum() / count
 
 
 class Triplet(SimCLR):
@@ -287,7 +285,8 @@ def vicreg_loss(
     first, second = at_least_fp32(predictions).unbind(1)  # (B, out)
     loss = invariance * F.mse_loss(first, second)
     for view in (first, second):
-        matrix = view.T.cov()  # (out, out)
+        centred = view - view.mean(dim=0)
+        matrix = centred.T @ centred / (len(view) - 1)  # (out, out); Tensor.cov waits for a GPU
         deviation = (matrix.diag() + 1e-4).sqrt()
         off_diagonal = matrix - matrix.diag().diag()
         loss = loss + variance * F.relu(1 - deviation).mean() / 2

@@ -40,6 +40,7 @@ from training.config import RunName, build_named
 from training.fsdp import GlooGradientMean, OneReduction, fsdp_config
 from training.logs import GradientNorm, JsonLines
 from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS
+from training.precision import forbid_tf32
 
 TRAINER_ARGUMENTS = inspect.signature(Trainer).parameters
 TrainerBlock = Annotated[  # Composer's Trainer, without the arguments that build_trainer gives
@@ -292,6 +293,7 @@ def build_trainer(
     except Exception as error:  # Composer and the named classes raise nearly anything
         blocks = "trainer, algorithms, callbacks or loggers"
         raise ValueError(f"{blocks}: {type(error).__name__}: {error}") from error
+    forbid_tf32()
     rename_averages(trainer.state)
     if flops_per_sample and trainer.state.timestamp.batch == 0:
         trainer.logger.log_metrics({"flops_per_sample": flops_per_sample})
