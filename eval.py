@@ -332,7 +332,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Load a checkpoint and carry out the measurements that a config asks for."""
     check_request(config)
     device = get_device(config.device)
-    dist.initialize_dist(device)
+    dist.initialize_dist(device, timeout=3600.0)  # seconds; linear heads are fitted on rank 0
     forbid_tf32()
     reproducibility.seed_all(config.seed)
     run = Path("runs", config.run_name)
