@@ -1,14 +1,21 @@
-"""A step on the meta device: a value that the host reads, or a tensor left on the CPU, raises."""
+"""What the host reads from the device in a step: on the meta device, every read raises."""
 
+import os
+import traceback
+from collections import Counter
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from composer import Event
+from conftest import ROOT, run_stage, small
 from tiny_models import CLIPS, ENCODER, TINY
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import pretrain
 from finetune import FinetuningViews
 from methods import CLASSIFIERS, PRETRAINING
 from methods.linear_probe import LinearProbe
@@ -79,3 +86,37 @@ def test_step_of_fine_tuning_reads_no_value_and_leaves_no_tensor_on_the_host(kin
             "held_out": torch.empty(4, dtype=torch.long),
         }
     take_step(net.to("meta"), views.apply(batch | {"key": ["1", "2", "3", "4"]}))
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values that the host reads from tensors, by the file that reads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.files = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), keywords=None):
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            names = [frame.filename for frame in traceback.extract_stack()]
+            outside = [name for name in names if f"{os.sep}torch{os.sep}" not in name]
+            self.files[outside[-2]] += 1  # the last is this file
+        return operation(*args, **(keywords or {}))
+
+
+def reads_of_a_run(demo: Path, folder: Path, steps: int) -> Counter:
+    arguments = [*small(demo), "callbacks=null", f"trainer.max_duration={steps}ba"]
+    with Reads() as reads:
+        run_stage(pretrain, [*arguments, "data.num_workers=0"], folder)
+    return reads.files
+
+
+def test_a_step_of_a_run_reads_one_value_beside_those_that_composer_reads(demo, tmp_path):
+    counts = []
+    for steps in (1, 2):
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        counts.append(reads_of_a_run(demo, folder, steps))
+    readers = counts[1] - counts[0]  # of the second step
+    ours = {Path(name).name: count for name, count in readers.items() if name.startswith(str(ROOT))}
+    assert ours == {"logs.py": 1}  # the norm of the gradient
+    assert readers.total() <= 12  # Composer's losses, times and sizes
