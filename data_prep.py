@@ -36,7 +36,7 @@ import simplejpeg
 from PIL import Image
 from tqdm import tqdm
 
-from shards.decode import Recipe, read_image, read_video
+from shards.decode import Recipe, has_second_film, read_image, read_video
 from shards.demo import draw_demo
 from shards.format import COLUMNS, Clips, encode_clip, read_classes, read_json
 from shards.inputs import (
@@ -86,7 +86,7 @@ def write_part(
     inputs, short = 0, 0
     skipped, converted = [], Counter()
     ignored, unlabelled = Ignored(), None
-    sides = []
+    sides, joined = [], []
     with MDSWriter(out=str(out), columns=COLUMNS, size_limit=SHARD_BYTES, hashes=["xxh64"]) as mds:
         for number, item in enumerate(read_inputs(job.listing, kind, entries, ignored)):
             name, class_name, open_input = item
@@ -103,6 +103,8 @@ def write_part(
                     raise ValueError(f"label {label}: must be below {len(job.classes)}, or -1")
                 with open_input() as file:
                     frames, timestamps = read(file, job.recipe)
+                    if kind == "videos" and has_second_film(file):
+                        joined.append(name)
             except Exception as error:  # Corrupt files make the libraries raise nearly anything.
                 if is_system_error(error):
                     raise
@@ -122,6 +124,7 @@ def write_part(
         "skipped": skipped,
         "ignored": ignored.as_json(),
         "short": short,
+        "joined": joined,
         "short_sides": [min(sides), max(sides)] if sides else [],
         "labels": sorted(converted.items()),
         "highest": max(converted, default=-1),

@@ -1,12 +1,15 @@
-"""Measure a model: accuracy with many views, k-NN and linear probe; draw pictures; export to timm.
+"""Measure a model: accuracy with many views, k-NN and linear probe; draw pictures; export.
 
     python eval.py yamls/eval_demo.yaml                         # probes and pictures of runs/demo
     python eval.py yamls/eval_demo.yaml random_weights=true run_name=random
     python eval.py yamls/eval_demo.yaml export=encoder.safetensors
+    python eval.py checkpoint=runs/mine predict=[a.mp4,photos/,clips/*.webm]
+    python eval.py checkpoint=runs/mine embed=[photos/] patches=true
     composer -n 8 eval.py yamls/eval_k400_vitl.yaml             # accuracy of a classifier
 
 The fields of EvalConfig are the keys of its YAML files: each block that is given is a measurement.
 The last line printed is the result as JSON, which is also in runs/{run_name}/eval.json.
+From Python, load_encoder("runs/mine") returns the encoder alone.
 """
 
 import contextlib
@@ -18,7 +21,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import safetensors.torch
 import torch
 from composer import Trainer
 from composer.trainer.trainer import get_device
@@ -26,14 +28,14 @@ from composer.utils import dist, reproducibility
 from torch import Tensor, nn
 
 from evaluation.accuracy import load_eval
+from evaluation.files import FileViews, embed_files, find_media, predict_files
 from evaluation.pictures import draw_attention, draw_confusion, draw_reconstructions
 from evaluation.probes import measure_probe
 from methods import CLASSIFIERS, PRETRAINING
-from methods.linear_probe import LinearProbe
 from methods.supervised import Omnivore
 from model import Classifier, Encoder, ViCMAE
 from shards.format import labelled_classes, match_classes, read_classes
-from shards.storage import Storage, write_file
+from shards.storage import Storage
 from shards.workers import exit_on_signals
 from training.config import (
     ConfigError,
@@ -43,9 +45,11 @@ from training.config import (
     load_config,
     one_line_errors,
 )
+from training.export import check_export, export
 from training.plan import Machine, forward_plan, size_of, split_plan_flags
 from training.precision import forbid_tf32
-from training.sizes import known_model
+from training.run import check_data_sets
+from training.sizes import find_run, known_model
 from training.weights import class_names_in, load_pretrained, read_checkpoint
 
 MODELS = PRETRAINING | CLASSIFIERS
@@ -57,9 +61,10 @@ class EvalConfig:
     """The keys of an evaluation's YAML files.
 
     Args:
-        run_name: of the run directory.
-        checkpoint: of pretrain.py or finetune.py, an official file or the name of timm's weights;
-            null for none. Method and sizes come from it, unless `method` and `model` give them.
+        run_name: of the run directory; by default, the name of the checkpoint's run and _eval.
+        checkpoint: run, run directory or file of pretrain.py or finetune.py, an official file or
+            the name of timm's weights; null for none. Method and sizes come from it, unless
+            `method` and `model` give them.
         random_weights: take only the sizes of `checkpoint`, for the baseline of random weights.
         seed: of random weights and of the choice of labelled samples.
         device: Composer's, such as cpu or gpu; the best that there is if null.
@@ -70,11 +75,16 @@ class EvalConfig:
             their logits (the author of ViC-MAE).
         probe: k-NN and linear accuracy of the encoder, see measure_probe.
         reconstructions, attention: data sets of which samples are drawn.
-        export: file for the encoder, or the classifier with its head, in timm's names.
+        predict, embed: videos, images, folders or patterns: predictions.csv of a classifier, and
+            features.npz of an encoder. They are cropped as in the evaluation of the checkpoint's
+            run, if it has one.
+        patches: embed all patches, not their mean.
+        export: where to write the encoder, or the classifier with its head: FILE.safetensors (in
+            timm's names), FILE.onnx, timm:FOLDER, transformers:FOLDER or vit_mae:FOLDER.
     """
 
-    run_name: RunName
     checkpoint: str | None
+    run_name: RunName | None = None
     random_weights: bool = False
     seed: int = 0
     device: str | None = None
@@ -86,7 +96,22 @@ class EvalConfig:
     probe: Annotated[dict, measure_probe] | None = None
     reconstructions: list[str] | None = None
     attention: list[str] | None = None
+    predict: list[str] | None = None
+    embed: list[str] | None = None
+    patches: bool = False
     export: str | None = None
+
+    def __post_init__(self):
+        if self.run_name is None:
+            run = self.checkpoint and find_run(self.checkpoint)
+            self.run_name = f"{run.name if run else 'files'}_eval"
+
+    @property
+    def data_sets(self) -> list[str]:
+        """The paths of all data sets that are measured on."""
+        probe, accuracy = self.probe or {}, self.accuracy or {}
+        paths = [*accuracy.get("paths", ()), *probe.get("bank", ()), *probe.get("queries", ())]
+        return [*paths, *(self.reconstructions or ()), *(self.attention or ())]
 
 
 def check_request(config: EvalConfig) -> None:
@@ -96,15 +121,18 @@ def check_request(config: EvalConfig) -> None:
         ValueError: they do not.
     """
     pictures = (config.reconstructions or []) + (config.attention or [])
-    if not (config.accuracy or config.probe or pictures or config.export):
-        blocks = "accuracy, probe, reconstructions, attention or export"
+    files = (config.predict or []) + (config.embed or [])
+    if not (config.accuracy or config.probe or pictures or files or config.export):
+        blocks = "accuracy, probe, reconstructions, attention, predict, embed or export"
         raise ValueError(f"no measurement: give a block {blocks}")
+    find_media(files)
     if config.random_weights and not config.checkpoint:
         raise ValueError("random_weights: needs a checkpoint, whose sizes it takes")
     features = (config.probe or {}).get("features")
-    for name, path in (("export", config.export), ("probe.features", features)):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{name}={path}: its folder does not exist")
+    if features and not Path(features).absolute().parent.is_dir():
+        raise ValueError(f"probe.features={features}: its folder does not exist")
+    if config.export:
+        check_export(config.export)
     for path in pictures + (config.accuracy or {}).get("paths", []):
         read_classes(path)
 
@@ -287,35 +315,34 @@ def report_accuracy(net: Classifier, run: Path, config: EvalConfig) -> dict[str,
     return result
 
 
-def export_timm(net: ViCMAE | Classifier, to: str) -> None:
-    """Write an encoder, or a classifier with its head, as a .safetensors file in timm's names.
-
-    timm.create_model(name, checkpoint_path=to, ...) loads it. The other arguments are num_classes=0
-    for an encoder. For a classifier they are num_classes=C and global_pool="token" if its pool is
-    "cls", else global_pool="avg", fc_norm=False. The BatchNorm of a linear probe becomes part of
-    the head. The file's metadata has the class names, as JSON under "class_names".
+def read_files(net: ViCMAE | Classifier, run: Path, config: EvalConfig) -> dict[str, int]:
+    """Predict and embed media files, see predict_files and embed_files.
 
     Raises:
-        ValueError: an encoder of clips, which timm does not have.
+        ValueError: predictions without a classifier, or without a single head.
     """
-    if net.encoder.num_frames > 1:
-        raise ValueError("export: timm has no ViT for clips; export an encoder of images")
-    state = net.encoder.state_dict()
-    if isinstance(net, Classifier):
-        head = net.head
-        if not isinstance(head, nn.Linear):  # a head for each data set
-            head = head[net.data_set or 0]
-        weight, bias = head.weight.detach(), head.bias.detach()
-        if isinstance(net, LinearProbe):
-            weight = weight / (net.neck.running_var + net.neck.eps).sqrt()
-            bias = bias - weight @ net.neck.running_mean
-        state |= {"head.weight": weight, "head.bias": bias}
-    state = {name: value.contiguous().cpu() for name, value in state.items()}
-    names = getattr(net, "class_names", [])
-    if names and isinstance(names[0], list):
-        names = names[net.data_set or 0]
-    if dist.get_global_rank() == 0:
-        write_file(to, safetensors.torch.save(state, {"class_names": json.dumps(names)}))
+    encoder, result = net.encoder, {}
+    crops = known_model(config.checkpoint)["views"] if config.checkpoint else {}
+    settings = crops | {"patch_size": encoder.patch_size}
+    sizes = (encoder.img_size, encoder.num_frames)
+    if config.predict:
+        if not isinstance(net, Classifier) or isinstance(net, Omnivore):
+            raise ValueError(f"predict: {type(net).__name__} is no classifier with one head")
+        classes = net.class_names or list(map(str, range(net.num_classes)))
+        views = FileViews(find_media(config.predict), *sizes, **settings)
+        result |= predict_files(net, views, classes, run)
+    if config.embed:
+        views = FileViews(find_media(config.embed), *sizes, **settings)
+        result |= embed_files(encoder, views, run, config.patches)
+    return result
+
+
+def load_encoder(checkpoint: str) -> Encoder:
+    """Return the encoder of a checkpoint, in evaluation mode, on the CPU.
+
+    It takes normalised images (B, 3, H, W), see shards.augment.normalise, and returns tokens.
+    """
+    return load_model(EvalConfig(checkpoint=checkpoint)).encoder
 
 
 def probe(net: nn.Module, run: Path, config: EvalConfig) -> dict[str, float]:
@@ -336,7 +363,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     forbid_tf32()
     reproducibility.seed_all(config.seed)
     run = Path("runs", config.run_name)
-    run.mkdir(parents=True, exist_ok=True)
+    data_sets = check_data_sets(run, config.data_sets)
+    if dist.get_global_rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        Storage(str(run)).write_json("data_sets.json", data_sets)
     net = device.module_to_device(load_model(config))
     result: dict[str, Any] = {
         "run_name": config.run_name,
@@ -348,11 +378,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         print("the weights are random")
     if config.probe:
         result |= probe(net, run, config)
-    if config.export:
-        export_timm(net, config.export)
+    if config.export and dist.get_global_rank() == 0:
+        export(net, config.export)
     if config.accuracy:
         result |= report_accuracy(net, run, config)
     if dist.get_global_rank() == 0:
+        result |= read_files(net, run, config)
         Storage(str(run)).write_json("eval.json", result)
         if config.reconstructions:
             draw_reconstructions(net, config.reconstructions, run / "reconstructions.png")

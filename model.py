@@ -379,6 +379,14 @@ def feature_std(features: Tensor) -> Tensor:
     return z.var(dim=0, unbiased=False).sum(dim=-1).mean().sqrt()
 
 
+def layer_groups(model: nn.Module, coarse: bool = False) -> dict[str, str]:
+    """Return timm's groups for layer decay: embedding and positions, then blocks, then the rest."""
+    return {
+        "stem": r"encoder\.(?:cls_token|pos_embed|temporal_embed|patch_embed)",
+        "blocks": r"encoder\.blocks\.(\d+)",
+    }
+
+
 class ViCMAE(ComposerModel):
     """Encoder, decoder and projector, with the loss that trains them (section 3).
 
@@ -411,6 +419,7 @@ class ViCMAE(ComposerModel):
 
     num_frames = 1
     tubelet_size = 1
+    group_matcher = layer_groups
 
     def __init__(
         self,
@@ -576,6 +585,8 @@ class Classifier(ComposerModel):
         head_init_std: standard deviation of the head's initial weights.
     """
 
+    group_matcher = layer_groups
+
     def __init__(
         self,
         num_classes: int,
@@ -618,13 +629,6 @@ class Classifier(ComposerModel):
         nn.init.trunc_normal_(head.weight, std=self.head_init_std)
         nn.init.zeros_(head.bias)
         return head
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Return timm's groups for layer decay: embedding and positions first, then the blocks."""
-        return {
-            "stem": r"encoder\.(?:cls_token|pos_embed|temporal_embed|patch_embed)",
-            "blocks": r"encoder\.blocks\.(\d+)",
-        }
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (B, V, C) of `inputs` (B, V, T, 3, H, W), normalised; T = 1 for images."""

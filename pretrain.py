@@ -13,7 +13,7 @@ metrics.jsonl, result.json, loss.png, reconstructions.png.
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,12 +30,16 @@ from shards.format import common_classes
 from shards.stream import load_stream
 from shards.views import PretrainingViews, check_frames
 from shards.workers import exit_on_signals
-from training.config import Choice, load_config, one_line_errors
+from training.config import Choice, keywords_of, load_config, one_line_errors
 from training.cost import flops_per_sample
 from training.optimizer import build_optimizer
 from training.plan import Machine, split_plan_flags, training_plans, training_report
 from training.run import RunConfig, build_trainer, finish_run, fit, start_run
+from training.sizes import ENCODER_SIZES, HEAD_SIZES, known_model
 from training.speedups import unwrapped
+from training.weights import describe, load_pretrained
+
+HEADS = ("decoder", "projector", "predictor")  # parts that may begin at random
 
 
 @dataclass(kw_only=True)
@@ -45,6 +49,8 @@ class PretrainConfig(RunConfig):
     Args:
         method: a method of methods.PRETRAINING.
         make_demo: folder in which the demonstration's data are made if they are missing.
+        pretrained: weights to begin with, see read_checkpoint. The sizes of the model come from
+            them, except img_size. What they lack, such as a projector, begins at random.
     """
 
     augment: Annotated[dict, PretrainingViews]
@@ -52,9 +58,29 @@ class PretrainConfig(RunConfig):
     optimizer: Annotated[dict, build_optimizer]
     method: str | None = None
     make_demo: str | None = None
+    pretrained: str | None = None
+
+    @property
+    def kind(self) -> type[ViCMAE]:
+        return PRETRAINING[self.method or "vicmae"]
 
     def new_model(self) -> ViCMAE:
-        return PRETRAINING[self.method or "vicmae"](**self.model)
+        return self.kind(**self.model)
+
+
+def take_sizes(config: PretrainConfig, planned: bool = False) -> PretrainConfig:
+    """Return a config whose block `model` has the sizes of `pretrained`, except img_size."""
+    if not config.pretrained:
+        return config
+    known = known_model(config.pretrained, planned)["model"]
+    names = {*ENCODER_SIZES, *HEAD_SIZES} & keywords_of(config.kind).keys() - {"img_size"}
+    sizes = {name: known[name] for name in names if name in known}
+    changed = [name for name in sorted(sizes) if config.model.get(name, sizes[name]) != sizes[name]]
+    if changed and dist.get_global_rank() == 0:
+        listed = ", ".join(f"model.{name}={sizes[name]}" for name in changed)
+        print(f"sizes of {config.pretrained}: {listed}")
+    img_size = {"img_size": known["img_size"]} if "img_size" in known else {}
+    return replace(config, model=img_size | config.model | sizes)
 
 
 def check_data(net: ViCMAE, config: PretrainConfig, views: int, micro_batch: int) -> None:
@@ -83,12 +109,17 @@ def check_data(net: ViCMAE, config: PretrainConfig, views: int, micro_batch: int
 
 def pretrain(config: PretrainConfig) -> Trainer:
     """Return the Trainer of a pre-training run."""
+    config = take_sizes(config)
     flops = flops_per_sample(*on_meta_device(config)) if config.logs_speed else 0.0
     run = start_run(config)
     if config.make_demo and dist.get_local_rank() == 0:
         data_prep.make_demo(config.make_demo)
     dist.barrier()
     net = config.new_model()
+    if config.pretrained:
+        table = describe(load_pretrained(net, config.pretrained, HEADS))
+        if dist.get_global_rank() == 0:
+            print(f"weights of {config.pretrained}:\n{table}")
     sizes = (net.encoder.img_size, net.encoder.num_patches, net.encoder.num_frames)
     views = PretrainingViews(*sizes, **config.augment)
     patch_size = net.encoder.patch_size
@@ -119,6 +150,7 @@ def on_meta_device(config: PretrainConfig) -> tuple[ViCMAE, Batch]:
 
 def plan(config: PretrainConfig, machine: Machine) -> str:
     """Return the cost of a pre-training, computed without data; speed-up algorithms are ignored."""
+    config = take_sizes(config, planned=True)
     net, sample = on_meta_device(config)
     plans = training_plans(net, sample, config.given(), machine)
     data, views = config.data, sample["views"].numel()  # bytes, before they become floats

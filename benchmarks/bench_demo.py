@@ -77,7 +77,8 @@ def measure(encoder: str, seed: int) -> dict[str, float]:
 def mean_and_deviation(accuracies: list[float]) -> str:
     """Return them in %."""
     values = [100 * accuracy for accuracy in accuracies]
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
 
 
 def main() -> None:

@@ -33,7 +33,6 @@ import torch
 from composer import Callback, Logger, State, Trainer
 from composer.core import DataSpec
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data_prep
@@ -43,6 +42,7 @@ from benchmarks.plain_vicmae import PlainViCMAE
 from model import Batch, ViCMAE
 from pretrain import PretrainConfig
 from shards.augment import augment_batch
+from shards.loader import Loader
 from shards.views import ViewRecipe
 from training.config import load_config
 from training.optimizer import build_optimizer
@@ -51,6 +51,7 @@ from training.run import build_trainer
 ROOT = Path(__file__).parent.parent
 BATCH = 16  # pairs
 TURNS = 7
+BACKEND = "inductor"  # of torch.compile
 # With 64 pairs, a rank's part of a step takes 0.7 s, far more than the costs that do not shrink
 # with the number of ranks.
 RANKS_BATCH = 64
@@ -70,7 +71,7 @@ INTERVAL = 8  # steps between its checkpoints
 KILLED_AFTER = STEPS // 2 + INTERVAL // 2  # steps: half an interval after a checkpoint
 
 
-def take_turns(contenders: dict[str, Callable[[], int]], turns: int = TURNS) -> dict:
+def take_turns(contenders: dict[str, Callable[[], int]], turns: int) -> dict:
     """Return {contender: seconds per item in each turn}.
 
     Args:
@@ -149,7 +150,7 @@ def compare_steps(what: str, config: PretrainConfig) -> None:
     for precision in ours:
         mine = copy.deepcopy(net)
         if "compiled" in precision:
-            mine.forward = torch.compile(mine.forward)
+            mine.forward = torch.compile(mine.forward, backend=BACKEND)
         if "bf16" in precision:
             mine.forward = bfloat16(mine.forward)  # as build_trainer does
         optimizer = build_optimizer(mine, size, **config.optimizer)
@@ -167,7 +168,7 @@ def compare_steps(what: str, config: PretrainConfig) -> None:
         lr = optimizer.param_groups[0]["lr"]
         adamw = torch.optim.AdamW(other.parameters(), lr=lr, weight_decay=0.05)
         contenders[f"plain, {name}"] = partial(step, partial(other, **batch), adamw, 2)
-    seconds = take_turns(contenders)
+    seconds = take_turns(contenders, TURNS)
     for name, precision in product(plain, ours):
         more = {"batch": size, "seconds": round(statistics.median(seconds[precision]), 3)}
         value = ratio(seconds[f"plain, {name}"], seconds[precision])
@@ -264,8 +265,8 @@ def measure_trainer(work: Path, steps: int = 40) -> None:
     report("overhead of the Trainer", overhead, "bare step", counted, **more)
 
 
-class TimedLoader(DataLoader):
-    """A DataLoader that keeps begin and end of every wait for a batch."""
+class TimedLoader(Loader):
+    """A Loader that keeps begin and end of every wait for a batch."""
 
     waits: list[tuple[float, float]] = []  # noqa: RUF012  # of the run that is being measured
 
@@ -442,23 +443,27 @@ def peak_kilobytes(model: dict, chunk_size: int | None, decode_ratio: float, pai
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def measure_memory(few: int = 4, many: int = 8) -> None:
+def models_of_memory() -> dict[str, dict]:
+    """Return the arguments of the models whose memory is measured."""
+    vit_s = load_config([str(ROOT / "yamls" / "vits.yaml")], PretrainConfig)["model"]
+    small = {"embed_dim": 192, "depth": 6, "num_heads": 3}
+    small |= {"decoder_embed_dim": 128, "decoder_depth": 4, "decoder_num_heads": 4}
+    return {"D 192, depth 6, decoder 128 x 4": small, "ViT-S (yamls/vits.yaml)": vit_s}
+
+
+def measure_memory(models: dict[str, dict], few: int = 4, many: int = 8) -> None:
     """Measure the memory of a pair: the difference between two batches, divided.
 
     Weights, gradients and libraries are in both batches. With chunks, what remains is what a pair
     has outside of them: its views and predictions, and the targets and errors of the loss.
     """
-    vit_s = load_config([str(ROOT / "yamls" / "vits.yaml")], PretrainConfig)["model"]
-    small = {"embed_dim": 192, "depth": 6, "num_heads": 3}
-    small |= {"decoder_embed_dim": 128, "decoder_depth": 4, "decoder_num_heads": 4}
-    sizes = {"D 192, depth 6, decoder 128 x 4": small, "ViT-S (yamls/vits.yaml)": vit_s}
     options = {  # {name: (chunk_size, decode_ratio)}
         "plain": (None, 1.0),
         "chunk_size=2": (2, 1.0),
         "PartialDecoding 0.5": (None, 0.5),
         "both": (2, 0.5),
     }
-    for size, model in sizes.items():
+    for size, model in models.items():
         rows = [(model, *option, pairs) for option in options.values() for pairs in (few, many)]
         peaks = in_processes(peak_kilobytes, *zip(*rows, strict=True), at_once=2)
         megabytes = [peak * 1024 / 1e6 for peak in peaks]
@@ -477,7 +482,8 @@ def main() -> None:
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     print(json.dumps(machine | {"threads": torch.get_num_threads()}), flush=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        work, demo = Path(folder), Path(folder, "demo")
+        work = Path(folder)
+        demo = work / "data" / "demo"  # where yamls/demo.yaml expects it
         (work / "runs").mkdir()
         data_prep.make_demo(str(demo), workers=2, garments=12)
         for batch in (4, BATCH, 32):
@@ -489,7 +495,7 @@ def main() -> None:
         measure_waiting(demo, None, "the demonstration's model", 160)
         measure_kill(demo, work)
         compare_ranks(work)
-        measure_memory()
+        measure_memory(models_of_memory())
 
 
 if __name__ == "__main__":

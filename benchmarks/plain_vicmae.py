@@ -1,4 +1,4 @@
-"""ViC-MAE in plain torch, to which bench_train.py compares the step of model.py."""
+"""ViC-MAE in plain torch, to which bench_train.py and bench_gpu.py compare model.py."""
 
 import torch
 import torch.nn.functional as F
@@ -114,8 +114,9 @@ class PlainViCMAE(nn.Module):
         loss1, projections1 = self.one_view(views[:, 1].contiguous(), noise[:, 1])
         z = F.normalize(torch.cat([projections0, projections1]), dim=-1)  # (2B, out)
         similar = z @ z.T / self.temperature
-        similar = similar.masked_fill(torch.eye(len(z), dtype=torch.bool), float("-inf"))
-        partner = torch.arange(len(z)).roll(len(views))
+        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        similar = similar.masked_fill(itself, float("-inf"))
+        partner = torch.arange(len(z), device=z.device).roll(len(views))
         weight_recon, weight_contrast = self.weights
         contrastive = F.cross_entropy(similar, partner)
         return weight_recon * (loss0 + loss1) / 2 + weight_contrast * contrastive

@@ -128,7 +128,9 @@ class MomentumStep(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         model = self.model
-        model.momentum.update(model.encoder, model.projector, model.momentum_share)
+        # The first average is the weights themselves, which may have been loaded after __init__.
+        kept = model.momentum_share if state.timestamp.batch.value else 0.0
+        model.momentum.update(model.encoder, model.projector, kept)
 
 
 class MoCoV2(SimCLR):

@@ -8,6 +8,7 @@ frame is on screen at each wanted time. The second pass decodes only what these 
 """
 
 import io
+import re
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -32,6 +33,23 @@ TURNS = {  # {EXIF orientation: what a viewer does}; others are no orientations
     8: Image.Transpose.ROTATE_90,
 }
 CLOCKED = ("mpegts", "mpeg")  # containers whose times jump where files are joined
+# Beginnings of flv and asf, and the kinds of boxes that an mp4 or mov consists of.
+JOINED = (
+    re.compile(rb"FLV\x01.\0\0\0\t\0\0\0", re.DOTALL),
+    re.compile(b"0&\xb2u\x8ef\xcf\x11\xa6\xd9"),
+)
+TOP_BOXES = (
+    b"ftyp",
+    b"moov",
+    b"mdat",
+    b"free",
+    b"skip",
+    b"wide",
+    b"uuid",
+    b"moof",
+    b"mfra",
+    b"sidx",
+)
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders drop alpha.
 
 
@@ -68,6 +86,31 @@ class Recipe:
         except ValueError:
             wanted = "must be a colour such as white, black or #rrggbb"
             raise ValueError(f"--background {self.background}: {wanted}") from None
+
+
+def has_second_film(file: BinaryIO) -> bool:
+    """Return whether another film is joined to a film in mp4, flv or asf: FFmpeg reads the first.
+
+    In other containers, FFmpeg reads both.
+    """
+    file.seek(0)
+    start = file.read(16)
+    for beginning in JOINED:
+        if beginning.match(start):
+            file.seek(0)
+            return len(beginning.findall(file.read())) > 1
+    films, begin = 0, 0
+    while start[4:8] in TOP_BOXES:
+        films += start[4:8] == b"moov"
+        size = int.from_bytes(start[:4])
+        if size == 1:
+            size = int.from_bytes(start[8:])
+        if size < 8:  # The box reaches to the end of the file.
+            break
+        begin += size
+        file.seek(begin)
+        start = file.read(16)
+    return films > 1
 
 
 def open_video(file: BinaryIO) -> av.container.InputContainer:

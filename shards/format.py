@@ -59,9 +59,14 @@ def spread(count: int, wanted: int) -> list[int]:
 
 def read_json(path: str, name: str) -> list | dict:
     """Return the content of a JSON file of a data set; raise ValueError if missing or corrupt."""
+    storage = Storage(path)
     try:
-        return json.loads(Storage(path).read(name))
-    except FileNotFoundError:
+        return json.loads(storage.read(name))
+    except FileNotFoundError as error:
+        if storage.has("request.json"):
+            ended = "failed" if storage.has("report.json") else "was interrupted"
+            remedy = "run the same command again to finish it"
+            raise ValueError(f"{path}: the conversion {ended}; {remedy}") from error
         fault = f"{path} is not a complete data set: {name} is missing"
     except json.JSONDecodeError as error:
         fault = f"{path}/{name} is corrupt ({error})"

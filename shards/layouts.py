@@ -19,31 +19,29 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
+from PIL import Image
+
 from shards.report import Ignored
 from shards.storage import Storage, is_hidden
 
+# FFmpeg names no extensions for many of its demuxers, such as mpegts and asf.
+VIDEO_EXTENSIONS = (
+    ".264 .265 .266 .3g2 .3gp .3gpp .amv .asf .avc .avi .avs2 .avs3 .cavs .dav .dif .divx .dnxhd "
+    ".drc .dv .dvr-ms .evo .f4v .flv .gxf .h261 .h263 .h264 .h265 .h266 .hevc .ismv .ivf .kux "
+    ".m1v .m2p .m2t .m2ts .m2v .m4v .mj2 .mjpeg .mjpg .mk3d .mkv .mlv .mod .mov .mp2v .mp4 .mp4v "
+    ".mpe .mpeg .mpg .mpv .mpv2 .mts .mxf .mxg .nsv .nut .nuv .obu .ogg .ogm .ogv .ogx .pva .qt "
+    ".rm .rmvb .roq .swf .tod .tp .trp .ts .ty .vc1 .vc2 .viv .vob .vro .vvc .webm .wmv .wtv "
+    ".xmv .y4m"
+)
+# Formats that Pillow only identifies, or reads with a program that it does not bring along.
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+Image.init()  # registers all formats
 EXTENSIONS = {  # of files that FFmpeg and Pillow decode
-    "videos": (
-        *(".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".ts", ".wmv"),
-        *(
-            ".3gp",
-            ".3g2",
-            ".asf",
-            ".divx",
-            ".dv",
-            ".f4v",
-            ".m2ts",
-            ".m2v",
-            ".mjpeg",
-            ".mpe",
-            ".mts",
-        ),
-        *(".mxf", ".ogg", ".ogv", ".qt", ".rm", ".rmvb", ".vob", ".y4m", ".h264", ".264", ".hevc"),
-    ),
-    "images": (
-        *(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
-        *(".apng", ".avif", ".dib", ".j2k", ".jfif", ".jp2", ".jpe", ".jpf", ".jpx", ".mpo"),
-        *(".pbm", ".pgm", ".pnm", ".ppm", ".qoi", ".sgi", ".tga"),
+    "videos": tuple(VIDEO_EXTENSIONS.split()),
+    "images": tuple(
+        extension
+        for extension, name in sorted(Image.registered_extensions().items())
+        if name in Image.OPEN and name not in NO_PICTURES
     ),
 }
 SYSTEM_NAMES = {"@eaDir", "#recycle", "lost+found", "__MACOSX", "Thumbs.db", "desktop.ini"}
@@ -79,6 +77,8 @@ def list_errors(address: str) -> Iterator[None]:
     """Raise whatever goes wrong in reading a list as a ValueError that names the list."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{address} is not UTF-8; save the list as UTF-8") from error
     except LIST_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{address} is not as it is published ({reason})") from error

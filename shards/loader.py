@@ -21,46 +21,37 @@ class Loader(DataLoader):
     """A DataLoader whose workers do not receive stop signals.
 
     Args:
-        sample_bytes: size of a sample, see check_shared_memory.
+        sample_bytes: size of a sample.
         settings: further arguments of DataLoader.
+
+    Raises:
+        OSError: the batches that workers prepare do not fit into /dev/shm.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int,
-        sample_bytes: int,
-        *,
-        num_workers: int = 0,
-        **settings: Any,
-    ):
-        check_shared_memory(sample_bytes, batch_size, num_workers)
-        super().__init__(dataset, batch_size, num_workers=num_workers, **settings)
+    def __init__(self, dataset: Dataset, batch_size: int, sample_bytes: int, **settings: Any):
+        super().__init__(dataset, batch_size, **settings)
+        if self.num_workers:
+            prepared = self.num_workers * self.prefetch_factor * dist.get_local_world_size()
+            check_shared_memory(prepared, batch_size * sample_bytes)
 
     def __iter__(self) -> Iterator:
         with without_stop_signals():  # Workers are forked here.
             return super().__iter__()
 
 
-def check_shared_memory(sample_bytes: int, batch_size: int, num_workers: int) -> None:
-    """Raise OSError if the batches that workers prepare do not fit into /dev/shm.
+def check_shared_memory(batches: int, batch_bytes: int) -> None:
+    """Raise OSError if batches of a size do not fit into /dev/shm.
 
     Without this check, a worker would die of a bus error. A container has 64 MB by default.
-
-    Args:
-        sample_bytes: size of a sample.
-        batch_size, num_workers: samples and workers of each rank.
     """
     folder = Path("/dev/shm")
-    if not (num_workers and folder.exists()):
+    if not folder.exists():
         return
-    prepared = 2 * num_workers * dist.get_local_world_size()  # batches; 2 is PyTorch's default
-    needed = prepared * batch_size * sample_bytes
     free = shutil.disk_usage(folder).free
-    if needed > free:
-        problem = f"{prepared} batches need {needed / 1e6:.0f} MB, but it has {free / 1e6:.0f}"
+    if batches * batch_bytes > free:
+        needed = f"{batches} batches need {batches * batch_bytes / 1e6:.0f} MB"
         remedy = "enlarge it (docker run --shm-size), or lower num_workers"
-        raise OSError(f"{folder}: {problem} MB free; {remedy}")
+        raise OSError(f"{folder}: {needed}, but it has {free / 1e6:.0f} MB free; {remedy}")
 
 
 @atexit.register

@@ -54,6 +54,8 @@ def join_reports(request: dict, parts: list[dict]) -> dict:
         "inputs": inputs,
         "samples": inputs - len(skipped),
         "short": sum(part["short"] for part in parts),  # videos that repeat frames
+        # videos with another film after the first, which alone is read
+        "joined": [name for part in parts for name in part.get("joined", ())],
         "short_sides": [min(sides), max(sides)] if sides else None,  # pixels
         "samples_per_class": count_classes(request["classes"], parts),
         "ignored": join_ignored(ignored),
@@ -104,6 +106,8 @@ def print_summary(out: str, report: dict) -> None:
         print(f"classes: {len(counts)}, with {fewest} to {most} samples each")
     line = ", ".join(f"{report[name]} {name}" for name in ("samples", "absent", "short"))
     line = f"{out}: {line}, {len(report['skipped'])} skipped"
+    if report["joined"]:
+        line += f", {len(report['joined'])} joined (only the first film of each is read)"
     ignored = {reason: found["count"] for reason, found in report["ignored"].items()}
     if ignored:
         reasons = "; ".join(f"{count} {reason}" for reason, count in ignored.items())

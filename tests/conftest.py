@@ -46,6 +46,28 @@ most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def pytest_addoption(parser) -> None:
+    text = "run the tests marked gpu and gpus on CPUs, where they can be"
+    parser.addoption("--gpu-tests-on-cpu", action="store_true", help=text)
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Skip the tests marked gpu and gpus where there are too few GPUs."""
+    count = torch.cuda.device_count()
+    for item in items:
+        needed = 2 if item.get_closest_marker("gpus") else 1
+        if item.get_closest_marker("gpu") is None and needed == 1:
+            continue
+        if count < needed and not config.getoption("--gpu-tests-on-cpu"):
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU"))
+
+
+@pytest.fixture(scope="session")
+def device(request) -> str:
+    """Composer's name of the device of the tests marked gpu and gpus."""
+    return "cpu" if request.config.getoption("--gpu-tests-on-cpu") else "gpu"
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Seed the global generators: no test depends on the tests before it."""
@@ -75,7 +97,13 @@ def odd_images(demo, tmp_path_factory) -> Path:
 
 
 def join(
-    rank: int, ranks: int, store: str, environment: dict[str, str], function, arguments: tuple
+    rank: int,
+    ranks: int,
+    store: str,
+    backend: str,
+    environment: dict[str, str],
+    function,
+    arguments: tuple,
 ) -> None:
     os.environ |= environment  # the fork server has the environment of its own start
     os.environ |= {
@@ -86,8 +114,10 @@ def join(
         "NODE_RANK": "0",
     }
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks
+        backend, init_method=f"file://{store}", rank=rank, world_size=ranks
     )
     function(rank, *arguments)
     torch.distributed.barrier()  # no rank leaves while another still communicates
@@ -97,8 +127,8 @@ def join(
     os._exit(0)
 
 
-def start_ranks(folder: Path, ranks: int, function, *arguments) -> None:
-    """Call function(rank, *arguments) in the processes of one gloo group.
+def start_ranks(folder: Path, ranks: int, function, *arguments, backend: str = "gloo") -> None:
+    """Call function(rank, *arguments) in the processes of one group.
 
     They are forked from a server that has loaded the libraries but has no process group, which this
     process may have.
@@ -110,7 +140,7 @@ def start_ranks(folder: Path, ranks: int, function, *arguments) -> None:
     store = folder / f"store-{uuid.uuid4()}"  # the file of an earlier group would mislead
     mp.start_processes(
         join,
-        (ranks, str(store), dict(os.environ), function, arguments),
+        (ranks, str(store), backend, dict(os.environ), function, arguments),
         nprocs=ranks,
         start_method="forkserver",
     )

@@ -205,7 +205,7 @@ def test_too_many_undecodable_inputs_raise_and_a_second_run_may_allow_them(
         ValueError, match=r"1 of 2 inputs are undecodable.*c/b.jpg \(UnidentifiedImageError"
     ):
         convert(*arguments)
-    with pytest.raises(ValueError, match="not a complete data set"):
+    with pytest.raises(ValueError, match="the conversion failed; run the same command again"):
         read_classes(str(tmp_path / "out"))
     assert convert(*arguments, max_skipped=0.5)["samples"] == 1
     assert read_classes(str(tmp_path / "out")) == ["c"]

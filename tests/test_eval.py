@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,11 @@ from conftest import (
 import eval as evaluation
 import finetune
 import pretrain
-from eval import EvalConfig, evaluate, export_timm
+from eval import EvalConfig, evaluate
 from finetune import LinearProbe
 from model import Classifier, ViCMAE
 from shards.views import EvalViews
+from training.export import export
 from training.weights import load_pretrained
 
 YAML = str(ROOT / "yamls" / "eval_demo.yaml")
@@ -96,7 +98,12 @@ def test_accuracy_averages_the_softmax_or_the_logits_of_all_views_of_a_sample(
     assert result["top1"] < result["top5"] < 1
     assert result["samples_per_second"] > 0
     run = tmp_path / "runs" / "run"
-    assert sorted(os.listdir(run)) == ["confusion.png", "eval.json", "per_class.json"]
+    assert sorted(os.listdir(run)) == [
+        "confusion.png",
+        "data_sets.json",
+        "eval.json",
+        "per_class.json",
+    ]
     names = json.loads((demo / "test_videos" / "classes.json").read_text())
     right = np.zeros(10)
     for row, label in zip(probabilities.argmax(dim=1).tolist(), labels, strict=True):
@@ -193,7 +200,13 @@ def test_probe_pictures_and_export_are_made_at_once_and_the_last_line_is_the_res
         assert 0 <= printed[key] <= 1
     run = tmp_path / "runs" / "eval_demo"
     assert json.loads((run / "eval.json").read_text()) == printed
-    files = ["attention.png", "eval.json", "neighbours.png", "reconstructions.png"]
+    files = [
+        "attention.png",
+        "data_sets.json",
+        "eval.json",
+        "neighbours.png",
+        "reconstructions.png",
+    ]
     assert sorted(os.listdir(run)) == files
     assert sorted(os.listdir(tmp_path)) == ["encoder.safetensors", "features.npz", "runs"]
 
@@ -238,7 +251,7 @@ def timm_vit(**settings) -> torch.nn.Module:
 def test_exported_encoder_has_the_same_features_in_timm_and_back_here(tmp_path):
     torch.manual_seed(0)
     net, file = ViCMAE(**TINY).eval(), str(tmp_path / "encoder.safetensors")
-    export_timm(net, file)
+    export(net, file)
     theirs = timm_vit(num_classes=0)
     timm.models.load_checkpoint(theirs, file)
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -314,7 +327,10 @@ ACCURACY = "accuracy.paths=[{demo}/test_images]"
         (["checkpoint=null"], "no measurement: give a block"),
         ([PROBE], "checkpoint is missing"),
         (["checkpoint=null", PROBE, "random_weights=true"], "random_weights: needs a checkpoint"),
-        (["checkpoint=null", MODEL, "export=no/such/file"], "export=no/such/file: its folder"),
+        (
+            ["checkpoint=null", MODEL, "export=no/such/file.onnx"],
+            "export=no/such/file.onnx: its folder",
+        ),
         (["checkpoint=null", MODEL, "probe={{bank: [], queries: []}}"], "probe.bank=[]: "),
         ([YAML, "probe.features=no/x.npz"], "probe.features=no/x.npz: its folder does not exist"),
         ([YAML, "probe.fractions=[0.0]"], "greater than 0"),
@@ -386,3 +402,15 @@ def test_class_names_are_in_the_export(demo, tmp_path):
     evaluate_file(tmp_path, export=str(tmp_path / "x.safetensors"))
     with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert json.loads(file.metadata()["class_names"]) == list("abcdefghij")
+
+
+def test_data_sets_of_an_evaluation_are_recorded_and_compared(demo, tmp_path):
+    data = shutil.copytree(demo / "test_images", tmp_path / "queries")
+    save_classifier(tmp_path / "classifier.pt")
+    probe = {"bank": [f"{demo}/train_images"], "queries": [str(data)]}
+    evaluate_file(tmp_path, probe=probe)
+    record = json.loads((tmp_path / "runs/run/data_sets.json").read_text())
+    assert record.keys() == {f"{demo}/train_images", str(data)}
+    (data / "classes.json").write_text((demo / "test_images/classes.json").read_text()[:-3] + 'x"]')
+    with pytest.raises(ValueError, match=r"queries has other classes \(\w+x instead of \w+\)"):
+        evaluate_file(tmp_path, probe=probe)

@@ -132,6 +132,7 @@ SHRUNK = [  # yamls/vitl.yaml's keys, with values for 2 CPU ranks
     "data.num_workers=0",
     "trainer.max_duration=2ba",
     "trainer.device=cpu",
+    "trainer.compile_config=null",  # compiling takes a minute
 ]
 
 

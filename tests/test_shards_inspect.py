@@ -8,6 +8,7 @@ import simplejpeg
 from PIL import Image
 from streaming import MDSWriter
 
+import data_prep
 from shards.format import COLUMNS, encode_clip
 from shards.inspect import CAPTION, CELL, check_sample, show
 
@@ -60,3 +61,15 @@ def test_clip_whose_frames_differ_in_size_is_a_fault():
     sample = encode_clip([jpeg(20, 30), jpeg(30, 20)], [0.0, 1.0], 0, "x")
     with pytest.raises(ValueError, match="frame 1 is 20x30, but frame 0 is 30x20"):
         check_sample(sample, 1, 64)
+
+
+@pytest.mark.parametrize(("report", "ended"), [("", "was interrupted"), ("{}", "failed")])
+def test_unfinished_conversion_is_named_by_show_and_verify(tmp_path, report, ended):
+    (tmp_path / "request.json").write_text("{}")
+    if report:
+        (tmp_path / "report.json").write_text(report)
+    expected = f"{tmp_path}: the conversion {ended}; run the same command again to finish it"
+    for command in ("show", "verify"):
+        with pytest.raises(ValueError) as error:
+            data_prep.main([command, str(tmp_path)])
+        assert str(error.value) == expected

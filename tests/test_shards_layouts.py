@@ -7,9 +7,12 @@ the comment shows which file was read.
 import functools
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
+from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +23,11 @@ from PIL import Image
 from scipy.io import savemat
 from streaming import LocalDataset
 
+import data_prep
 from data_prep import convert
 from shards.decode import Recipe
-from shards.layouts import LAYOUTS
+from shards.format import Clips
+from shards.layouts import EXTENSIONS, LAYOUTS
 
 ROOT = Path(__file__).parent.parent
 
@@ -320,7 +325,10 @@ def test_moments_in_time_numbers_its_labels_by_the_categories_file(tmp_path, mak
             {"moments_categories.txt": "clapping,0\nbulldozing,1\n"},
             "c.mp4 is of class 'adult.male.singing', which is not in .*",
         ),
-        ({"trainingSet.csv": b"\xff\xd8\xff"}, "trainingSet.csv is not as it is published"),
+        (
+            {"trainingSet.csv": b"\xff\xd8\xff"},
+            "trainingSet.csv is not UTF-8; save the list as UTF-8",
+        ),
         ({"moments_categories.txt": "clapping\nbulldozing\n"}, "moments_categories.txt"),
         ({"moments_categories.txt": "name,index\nclapping,0\n"}, "moments_categories.txt"),
         ({"trainingSet.csv": "training/clapping/a.mp4\n"}, "trainingSet.csv"),
@@ -921,3 +929,118 @@ def test_command_line_names_a_list_with_the_wrong_content_in_one_line(tmp_path):
     assert "something-something-v2-labels.json" in command(
         "ssv2", str(source), str(tmp_path / "out")
     )
+
+
+def test_label_of_a_file_in_nested_folders_is_its_first_folder(tmp_path, make):
+    source = lay(tmp_path / "in", pictures("a/b/x.jpg", "a/y.jpg", "c/b/z.jpg"))
+    made = make("images", source)
+    assert made.found == {"a/b/x.jpg": "a", "a/y.jpg": "a", "c/b/z.jpg": "c"}
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_list_that_is_not_utf_8_is_answered_with_how_to_save_it(tmp_path, encoding):
+    source = lay(tmp_path / "in", pictures("a.jpg"))
+    (source / "list.csv").write_bytes("path,label\na.jpg,café\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"list.csv is not UTF-8; save the list as UTF-8$"):
+        convert(str(source / "list.csv"), str(tmp_path / "out"), Recipe("images"))
+
+
+WRITERS = {  # {extensions: format and codec of PyAV}
+    "264 h264 avc": ("h264", "libx264"),
+    "265 h265 hevc": ("hevc", "libx265"),
+    "3gp 3g2 3gpp mov qt mj2": ("mov", "mpeg4"),
+    "amv": ("avi", "mjpeg"),
+    "asf wmv": ("asf", "wmv2"),
+    "avi divx": ("avi", "mpeg4"),
+    "f4v mp4 m4v mp4v ismv": ("mp4", "libx264"),
+    "flv": ("flv", "flv1"),
+    "h261": ("h261", "h261"),
+    "h263": ("h263", "h263"),
+    "ivf": ("ivf", "libvpx"),
+    "m1v mpv": ("mpeg1video", "mpeg1video"),
+    "m2v mpv2 mp2v": ("mpeg2video", "mpeg2video"),
+    "mpg mpeg mpe m2p": ("mpeg", "mpeg1video"),
+    "vob evo mod vro": ("vob", "mpeg2video"),
+    "ts m2t m2ts mts tod tp trp": ("mpegts", "mpeg2video"),
+    "mjpeg mjpg": ("mjpeg", "mjpeg"),
+    "mkv mk3d": ("matroska", "libx264"),
+    "webm": ("webm", "libvpx"),
+    "mxf": ("mxf", "mpeg2video"),
+    "nut": ("nut", "mpeg4"),
+    "obu": ("obu", "libsvtav1"),
+    "ogg ogv ogm ogx": ("ogg", "libvpx"),
+    "rm rmvb": ("rm", "rv20"),
+    "swf": ("swf", "flv1"),
+    "wtv": ("wtv", "mpeg2video"),
+    "y4m": ("yuv4mpegpipe", "rawvideo"),
+    "dv dif": ("dv", "dvvideo"),
+}
+
+
+def write_film(path: Path, form: str, codec: str) -> None:
+    """Write six frames in a format of FFmpeg."""
+    width, height = (720, 480) if form == "dv" else (352, 288)
+    with av.open(str(path), "w", format=form) as container:
+        stream = container.add_stream(codec, rate=Fraction(30000, 1001) if form == "dv" else 25)
+        stream.width, stream.height = width, height
+        stream.pix_fmt = {"dv": "yuv411p", "mjpeg": "yuvj420p"}.get(form, "yuv420p")
+        if codec == "mjpeg":
+            stream.pix_fmt = "yuvj420p"
+        for number in range(6):
+            pixels = np.full((height, width, 3), 40 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def test_videos_of_every_extension_that_ffmpeg_can_write_here_are_converted(tmp_path):
+    (tmp_path / "in").mkdir()
+    names = []
+    for endings, (form, codec) in WRITERS.items():
+        write_film(tmp_path / "film", form, codec)
+        for ending in endings.split():
+            names.append(f"x.{ending}")
+            shutil.copy(tmp_path / "film", tmp_path / "in" / names[-1])
+    report = convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("videos"), 1)
+    assert report["skipped"] == [] and report["ignored"] == {}
+    assert report["samples"] == len(names) > 60
+    assert EXTENSIONS["videos"] == tuple(sorted(set(EXTENSIONS["videos"])))
+    no_videos = {".mp3", ".m4a", ".wav", ".mka", ".srt", ".sub", ".txt", ".jpg", ".gif", ".m3u8"}
+    assert no_videos.isdisjoint(EXTENSIONS["videos"])
+
+
+def test_pictures_of_every_extension_that_pillow_can_write_are_converted(tmp_path):
+    (tmp_path / "in").mkdir()
+    names = []
+    for ending in EXTENSIONS["images"]:
+        form = Image.registered_extensions()[ending]
+        if form not in Image.SAVE:
+            continue
+        for mode in ("RGB", "P", "1"):  # Some formats have no colours.
+            with suppress(OSError, ValueError, KeyError):
+                image = Image.new("RGB", (64, 64), (200, 90, 30)).convert(mode)
+                image.save(tmp_path / "in" / f"x{ending}", form)
+                names.append(f"x{ending}")
+                break
+    assert {"x.ico", "x.pcx", "x.j2c", "x.dib", "x.icns", "x.sgi", "x.xbm", "x.avif"} <= set(names)
+    report = convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
+    assert report["skipped"] == [] and report["ignored"] == {}
+    assert report["samples"] == len(names) > 40
+    assert {".pdf", ".eps", ".ps", ".mpg", ".h5", ".emf"}.isdisjoint(EXTENSIONS["images"])
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mov", "flv", "asf", "ts", "mkv"])
+def test_joined_films_of_which_only_the_first_is_read_are_counted(tmp_path, capsys, ending):
+    forms = {"ts": "mpegts", "mkv": "matroska"}
+    (tmp_path / "in").mkdir()
+    film = tmp_path / "in" / f"one.{ending}"
+    write_film(film, forms.get(ending, ending), "flv1" if ending == "flv" else "mpeg4")
+    (tmp_path / "in" / f"two.{ending}").write_bytes(2 * film.read_bytes())
+    command = ["videos", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]
+    data_prep.main([*command, "--fps", "25"])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    clips = Clips(str(tmp_path / "out"))
+    read_twice = len(clips[1]["ends"]) == 2 * len(clips[0]["ends"])
+    assert report["joined"] == ([] if read_twice else [f"two.{ending}"])
+    said = "1 joined (only the first film of each is read)"
+    assert (said in capsys.readouterr().out) == (not read_twice)
+    assert read_twice == (ending in forms)

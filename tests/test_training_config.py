@@ -299,7 +299,7 @@ def test_argument_without_a_value_is_refused(tmp_path):
         read_sources(["seed="])
 
 
-@pytest.mark.parametrize("value", ["20240115", "1e3", "007", "on", "[x]", "a: b"])
+@pytest.mark.parametrize("value", ["20240115", "1e3", "on", "[x]", "a: b"])
 def test_value_that_is_not_read_as_text_is_answered_with_how_to_quote_it(write, value):
     expected = """put the value in double quotes, and in a shell these in single quotes"""
     error = error_of("a.yaml", f"run_name={value}")
@@ -362,3 +362,23 @@ def test_numbers_of_a_file_are_read_as_written_and_anchors_and_empty_files_work(
     config = load_config(["a.yaml", "empty.yaml", "b.yaml"], Training)
     assert (config["model"]["mask_ratio"], config["schedule"]["alpha_f"]) == (0.5, 0.001)
     assert error_of("empty.yaml").startswith("empty.yaml: ")
+
+
+@pytest.mark.parametrize(("value", "number"), [("010", 8), ("007", 7), ("1:30", 90)])
+def test_number_that_yaml_reads_in_base_8_or_60_is_refused_as_number_and_as_text(
+    write, value, number
+):
+    for key in ("run_name", "data.batch_size"):
+        expected = f"{key}={value}: YAML reads {value} as {number}; give {number}, or for text, put"
+        assert error_of("a.yaml", f"{key}={value}").startswith(expected)
+    error = error_of("a.yaml", f"data.streams=[{{path: {value}}}]")
+    assert f"YAML reads {value} as {number}" in error
+    write("b.yaml", f"run_name: {value}\n")
+    assert error_of("a.yaml", "b.yaml").startswith(f"b.yaml: YAML reads {value} as {number}; give")
+    write("b.yaml", f"checkpoint: '{value}'\nseed: {number}  # {value}\n")
+    config = load_config(["a.yaml", "b.yaml"], Training)
+    assert (config["checkpoint"], config["seed"]) == (value, number)
+
+
+def test_null_for_a_value_that_is_needed_is_named(write):
+    assert error_of("a.yaml", "run_name=null") == "run_name=null: must be a valid string, not null"

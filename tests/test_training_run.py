@@ -25,7 +25,7 @@ from model import Classifier
 from shards.augment import normalise
 from shards.views import EvalViews
 from training.checkpoints import STOPPED, Checkpoints
-from training.run import changed_settings, read_config
+from training.run import changed_settings, is_finished, read_config
 from training.weights import LATEST, read_checkpoint
 
 
@@ -308,3 +308,41 @@ def test_fine_tuning_evaluates_and_stores_the_averages_of_ema(demo, pretrained, 
         right += int(logits[0, 0].argmax()) == int(sample["target"])
     found = read_result(tmp_path, "finetune_demo")["metrics/eval/top1"]
     assert found == pytest.approx(right / 60, abs=1e-6)
+
+
+def test_duration_in_another_unit_is_compared_with_what_a_finished_run_has_done(tmp_path):
+    (tmp_path / "result.json").write_text('{"step": 30, "epoch": 10}')
+    for before, now, finished in [
+        ("10ep", "30ba", True),
+        ("10ep", "31ba", False),
+        ("30ba", "10ep", True),
+        ("30ba", "11ep", False),
+        ("10ep", "9ep", True),
+        ("10ep", "5sp", False),  # unknown, so that the Trainer decides
+    ]:
+        assert is_finished(tmp_path, before, now) == finished, (before, now)
+    (tmp_path / "result.json").write_text("{}")  # of a run whose log was lost
+    assert not is_finished(tmp_path, "10ep", "30ba")
+
+
+def test_finished_run_stays_finished_if_its_duration_is_given_in_steps(
+    uninterrupted, arguments, tmp_path, capfd
+):
+    shutil.copytree(uninterrupted / "runs", tmp_path / "runs", symlinks=True)
+    with pytest.raises(SystemExit) as end:
+        run_stage(pretrain, [*arguments, "run_name=run", "trainer.max_duration=6ba"], tmp_path)
+    assert end.value.code == 0
+    assert "runs/run is finished" in capfd.readouterr().out
+
+
+def test_data_sets_of_knn_and_of_validations_are_compared_when_a_run_resumes(demo, tmp_path):
+    data = shutil.copytree(demo / "test_images", tmp_path / "queries")
+    knn = f"callbacks={{KNN: {{bank: [{demo}/train_images], queries: [{data}]}}}}"
+    arguments = [*small(demo)[:-1], knn, "data.num_workers=0", "run_name=run"]
+    run_stage(pretrain, [*arguments, "trainer.max_duration=1ba"], tmp_path)
+    record = json.loads((tmp_path / "runs/run/data_sets.json").read_text())
+    assert {str(data), f"{demo}/train_images", f"{demo}/train_videos"} == record.keys()
+    classes = json.loads((data / "classes.json").read_text())
+    (data / "classes.json").write_text(json.dumps(classes[::-1]))
+    error = error_of(pretrain, [*arguments, "trainer.max_duration=2ba"], tmp_path)
+    assert f"{data} has other classes (" in error

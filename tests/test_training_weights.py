@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import Classifier, Encoder, ViCMAE
-from training import sizes
-from training import weights as weights_module
+from training import huggingface, sizes
 from training.sizes import known_model, vit_sizes
 from training.weights import (
     LATEST,
@@ -312,8 +311,8 @@ def test_norm_of_an_mae_fine_tuning_becomes_the_encoders(golden):
 
 def test_timms_weights_are_found_in_the_cache_by_name_and_never_downloaded(tmp_path, monkeypatch):
     name = "vit_small_patch16_224.augreg_in1k"
-    cached = partial(weights_module.try_to_load_from_cache, cache_dir=tmp_path)
-    monkeypatch.setattr(weights_module, "try_to_load_from_cache", cached)
+    cached = partial(huggingface.try_to_load_from_cache, cache_dir=tmp_path)
+    monkeypatch.setattr(huggingface, "try_to_load_from_cache", cached)
     missing = r"timm's vit_small.* is not on disk; fetch it with: huggingface-cli download timm/"
     with pytest.raises(ValueError, match=missing):
         read_checkpoint(name)
@@ -415,13 +414,6 @@ def test_head_of_other_classes_is_left_out_and_said(capsys):
     target.class_names = ["no", "yes"]
     load_pretrained(target, source.state_dict())
     assert torch.equal(target.head.weight, source.head.weight)
-
-
-def test_file_of_hugging_faces_transformers_is_named_as_such(tmp_path):
-    key = "vit.encoder.layer.0.attention.attention.query.weight"
-    torch.save({key: torch.zeros(2)}, tmp_path / "file.pth")
-    with pytest.raises(ValueError, match="has the names of Hugging Face's transformers"):
-        read_checkpoint(str(tmp_path / "file.pth"))
 
 
 def test_deeper_vit_is_refused():
@@ -649,3 +641,19 @@ def test_names_that_resemble_another_kind_of_vit_do_no_harm():
         "europe.weight",
         "aux.gamma",
     ]
+
+
+@pytest.mark.parametrize("folder", ["saved", "saved/global_step3"])
+def test_folder_of_deepspeed_is_read_if_it_has_all_weights_in_a_file(tmp_path, folder):
+    state = ViCMAE(**TINY).state_dict()
+    for step in (2, 3):
+        (tmp_path / f"saved/global_step{step}").mkdir(parents=True)
+        file = tmp_path / f"saved/global_step{step}/mp_rank_00_model_states.pt"
+        torch.save({"module": {key: value + step for key, value in state.items()}}, file)
+    (tmp_path / "saved/latest").write_text("global_step3\n")
+    found = read_checkpoint(str(tmp_path / folder))
+    assert all(torch.equal(found[key], state[key] + 3) for key in state)
+    file.rename(file.parent / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    (file.parent / "zero_pp_rank_1_mp_rank_00_model_states.pt").touch()
+    with pytest.raises(ValueError, match=r"2 files \*model_states.pt; join .* zero_to_fp32.py"):
+        read_checkpoint(str(tmp_path / folder))

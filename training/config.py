@@ -16,6 +16,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import io
 import json
 import os
 import re
@@ -25,8 +26,9 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
+import yaml
 from composer.core import Time, ensure_time
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -50,6 +52,7 @@ def check_time(value: Any, positive: bool = True) -> Any:
 
 Duration = Annotated[str, AfterValidator(check_time)]
 QUOTED = """put the value in double quotes, and in a shell these in single quotes: key='"value"'"""
+BASES = re.compile(r"[-+]?(0[0-7_]+|[1-9]\d*(:[0-5]?\d)+(\.\d*)?)")
 RunName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # the name of a folder in runs/
 
 
@@ -186,8 +189,23 @@ def read_sources(arguments: list[str]) -> list[tuple[str, Any]]:
         except (OSError, UnicodeError, YAMLError, OmegaConfBaseException) as error:
             remedy = "" if is_file else f"; {QUOTED}"
             raise ValueError(f"{argument}: {one_line(error)}{remedy}") from error
+        with open(argument) if is_file else io.StringIO(argument.partition("=")[2]) as text:
+            check_bases(argument, text)
         sources.append((argument, source))
     return sources
+
+
+def check_bases(origin: str, text: TextIO) -> None:
+    """Raise ValueError if YAML holds a number that it reads in base 8 or 60: 010 is 8, 1:30 is 90.
+
+    Args:
+        origin: the file or argument that is named in the error.
+    """
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.ScalarToken) and token.plain and BASES.fullmatch(token.value):
+            value = yaml.safe_load(token.value)
+            number = f"YAML reads {token.value} as {value}; give {value}, or for text, {QUOTED}"
+            raise ValueError(f"{origin}: {number}")
 
 
 def convert_block(
@@ -268,6 +286,8 @@ def convert_plain(value: Any, hint: Any, path: list) -> Any:
             raise ConfigError(path, "is missing") from error
         reason = wrong["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
         reason = re.sub(r"^\w+ should ", "must ", reason)
+        if value is None:
+            reason += ", not null"
         if wrong["type"] == "string_type" and value is not None:
             reason = f"is not read as text; {QUOTED}"
         raise ConfigError(path, reason, wrong["input"]) from error

@@ -51,7 +51,7 @@ GPUS = {  # NVIDIA's data sheets
 UTILISATION = 0.4  # assumed fraction of the peak
 OVERHEAD = 2e9  # bytes of CUDA's context and of NCCL's and cuBLAS's buffers, assumed
 USABLE = 0.95  # fraction of the memory that the allocator can fill, assumed
-PAIRS_PER_CORE = 690  # pairs per second, 224 pixels; measured on a 2-core virtual machine
+PAIRS_PER_CORE = 690  # pairs of images a second, 224 pixels; measured on a virtual machine
 WRITE_SPEED, UPLOAD_SPEED = 1e9, 0.5e9  # bytes per second of a machine, assumed
 
 PUBLISHED = {  # samples and classes of published data sets, by the last two parts of their paths
@@ -84,10 +84,12 @@ class Layout:
     checkpointing: bool = False  # blocks keep only their inputs
 
     def __str__(self) -> str:
-        if not self.fsdp:
-            return "DDP"
-        freed = "" if self.reshard else " without resharding"
-        return f"FSDP{freed}{' and with activation checkpointing' * self.checkpointing}"
+        parts = ["FSDP" if self.fsdp else "DDP"]
+        if not self.reshard:
+            parts.append("without resharding")
+        if self.checkpointing:
+            parts.append("with activation checkpointing")
+        return " ".join(parts)
 
     def bytes_of(self, net: nn.Module, gpus: int, micro_batches: int) -> float:
         """Return the bytes on each GPU that last for a whole step.

@@ -32,13 +32,14 @@ from composer.loggers import (
 
 from evaluation.probes import KNN
 from training.config import Named
-from training.speedups import ContrastRamp, PartialDecoding, ProgressiveResizing
+from training.speedups import ContrastRamp, FreezeEncoder, PartialDecoding, ProgressiveResizing
 
 ALGORITHMS = Named(
     (
         ChannelsLast,
         ContrastRamp,
         EMA,
+        FreezeEncoder,
         GradientClipping,
         LowPrecisionLayerNorm,
         PartialDecoding,

@@ -14,13 +14,14 @@ import json
 import signal
 import sys
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from composer import Callback, Evaluator, Event, Logger, State, Trainer
 from composer.algorithms import EMA
-from composer.core import DataSpec, ensure_time
+from composer.core import DataSpec, TimeUnit, ensure_time
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.trainer.trainer import get_device
 from composer.utils import dist, reproducibility
@@ -73,9 +74,11 @@ class RunConfig:
 
     @property
     def data_sets(self) -> list[str]:
-        """The paths of all data sets that the run trains or validates on."""
+        """The paths of all data sets that the run trains or is measured on."""
         streams = [stream["path"] for stream in self.data["streams"]]
-        return streams + getattr(self, "eval_data", {}).get("paths", [])
+        knn = (self.callbacks or {}).get("KNN") or {}
+        measured = [*knn.get("bank", ()), *knn.get("queries", ())]
+        return [*streams, *getattr(self, "eval_data", {}).get("paths", ()), *measured]
 
     def given(self) -> dict[str, Any]:
         """Return the blocks that are not null, as they are stored in config.yaml."""
@@ -130,13 +133,20 @@ def changed_settings(before: dict[str, Any], config: dict[str, Any]) -> list[str
 def is_finished(run: Path, before: str | None, now: str | None) -> bool:
     """Return whether a run has a result, and its duration was not raised since.
 
+    A duration in another unit, such as 600ba after 10ep, is compared with what the run has done.
+
     Args:
         before, now: trainer.max_duration of the run and of this launch.
     """
-    if not (now and (run / "result.json").exists()):
+    result = run / "result.json"
+    if not (now and result.exists()):
         return False
     old, new = ensure_time(before or now, "ep"), ensure_time(now, "ep")
-    return old.unit == new.unit and new <= old
+    if old.unit == new.unit:
+        return new <= old
+    done = json.loads(result.read_text())
+    key = {TimeUnit.EPOCH: "epoch", TimeUnit.BATCH: "step"}.get(new.unit)
+    return key in done and new.value <= done[key]
 
 
 def start_run(config: RunConfig) -> Path:
@@ -192,9 +202,11 @@ def check_data_sets(run: Path, paths: list[str]) -> dict[str, dict]:
         changed = [path for path in paths if now[path] != before.get(path, now[path])]
         if changed:
             path, kind = changed[0], "samples"
-            names = [", ".join(listed[path]["classes"][:5]) for listed in (now, before)]
+            names = [listed[path]["classes"] for listed in (now, before)]
             if names[0] != names[1]:
-                kind = f"classes ({names[0]} instead of {names[1]})"
+                pairs = [pair for pair in zip_longest(*names, fillvalue="none") if len({*pair}) > 1]
+                new, old = (", ".join(listed[:5]) for listed in zip(*pairs, strict=True))
+                kind = f"classes ({new} instead of {old})"
             remedy = "restore it, or choose another run_name"
             found = [f"{path} has other {kind} than when {run} was started; {remedy}"]
     dist.broadcast_object_list(found)

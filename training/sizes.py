@@ -13,12 +13,18 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from yaml import YAMLError
 
+from training.huggingface import read_num_heads
 from training.weights import read_checkpoint, square_side
 
 YAMLS = Path(__file__).parent.parent / "yamls"
 NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}  # by embed_dim; shapes do not show them
 DECODER_NUM_HEADS = {256: 8, 512: 16}
 ENCODER_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+HEAD_SIZES = (
+    *("decoder_embed_dim", "decoder_depth", "decoder_num_heads"),
+    *("projector_hidden_dim", "projector_out_dim"),
+)
+VIEWS = ("temporal_views", "spatial_views", "crop_pct", "frame_interval")
 WIDTHS = {  # ViCMAE's arguments that are the first dimension of a weight
     "embed_dim": "encoder.patch_embed.proj.weight",
     "decoder_embed_dim": "decoder.embed.weight",
@@ -72,6 +78,7 @@ def known_model(checkpoint: str, planned: bool = False) -> dict[str, Any]:
     Returns:
         `method`: of the run's configuration, None if not given there. `stage`: "pretrain", or
         "finetune" for a classifier. `model`: the `model` block, or vit_sizes of the weights.
+        `views`: the crops of the run's evaluation, as arguments of EvalViews.
 
     Raises:
         ValueError: the checkpoint, or the configuration of its run, cannot be read.
@@ -85,24 +92,30 @@ def known_model(checkpoint: str, planned: bool = False) -> dict[str, Any]:
             raise ValueError(f"{run} does not exist, nor does {file}, which would give its sizes")
     if not (file and file.exists()):
         weights = read_checkpoint(checkpoint)
+        heads = read_num_heads(checkpoint)
         is_classifier = any(name.startswith("head.") for name in weights)
         stage = "finetune" if is_classifier else "pretrain"
-        return {"method": None, "stage": stage, "model": vit_sizes(weights)}
+        sizes = vit_sizes(weights) | ({"num_heads": heads} if heads else {})
+        return {"method": None, "stage": stage, "model": sizes, "views": {}}
     try:
         config = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
         model = config.get("model") or {}
+        evaluation = config.get("eval_data") or {}
+        views = {name: evaluation[name] for name in VIEWS if name in evaluation}
     except (OSError, UnicodeError, YAMLError, OmegaConfBaseException, AttributeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if is_future and config.get("pretrained") and find_run(config["pretrained"]):
         start = known_model(config["pretrained"], planned)["model"]
         model = {key: value for key, value in start.items() if key in ENCODER_SIZES} | model
     stage = "finetune" if "eval_data" in config else "pretrain"
-    return {"method": config.get("method"), "stage": stage, "model": model}
+    return {"method": config.get("method"), "stage": stage, "model": model, "views": views}
 
 
 def find_run(checkpoint: str) -> Path | None:
-    """Return the run directory runs/NAME of a checkpoint; None if the path shows none."""
+    """Return the run directory runs/NAME of a checkpoint or run; None if the path shows none."""
     path = Path(checkpoint)
+    if not path.exists() and Path("runs", checkpoint, "config.yaml").exists():
+        return Path("runs", checkpoint)
     if path.parent.name == "checkpoints":
         return path.parent.parent
     if path.parent.name == "runs" or (path / "config.yaml").exists():

@@ -1,4 +1,4 @@
-"""Our Composer algorithms for pre-training: cheaper decoding, growing views, and a ramp.
+"""Our Composer algorithms for pre-training: cheaper decoding, growing views, ramps.
 
     composer pretrain.py yamls/vitl.yaml yamls/vitl_fast.yaml
 
@@ -89,6 +89,33 @@ class ContrastRamp(Algorithm):
             done += state.timestamp.batch_in_epoch.value / int(state.dataloader_len)
         model.ramp = min(1.0, done / self.duration.value)
         logger.log_metrics({"contrast_ramp": model.ramp})
+
+
+class FreezeEncoder(Algorithm):
+    """Trains only the other parts at first, while heads that began at random learn.
+
+    The optimiser skips weights without a gradient. The step costs no less.
+
+    Args:
+        duration: epochs or steps, such as 2ep.
+    """
+
+    def __init__(self, duration: Duration):
+        self.duration = ensure_time(duration, "ep")
+
+    def match(self, event: Event, state: State) -> bool:
+        passed = state.timestamp.get(self.duration.unit)
+        return event == Event.AFTER_TRAIN_BATCH and passed < self.duration
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        optimizer_state = state.optimizers[0].state
+        for weight in pretraining_model(self, state).encoder.parameters():
+            if weight.grad is not None and weight not in optimizer_state:
+                # A checkpoint without the state of a weight could not be loaded.
+                step = torch.zeros((), device=weight.device)
+                moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer_state[weight] = {"step": step, **moments}
+            weight.grad = None
 
 
 class ProgressiveResizing(Algorithm):

@@ -13,18 +13,19 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from glob import escape as glob_escape
+from glob import glob
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from composer.utils import dist
-from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
-from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from training.huggingface import FILES, find_in_cache, find_in_folder, timm_names
 from training.safe_load import load_plain, read_shards
 
 # Composer's name for a link to the newest checkpoint, which is a folder if sharded.
@@ -51,30 +52,40 @@ OWN_PLACES = ("", "model", "encoder", "state.model.encoder")  # ours and the off
 CLASS_NAMES = "_extra_state"  # PyTorch's key of Classifier.get_extra_state
 
 
-def find_timm_file(name: str) -> str:
-    """Return the cached file of timm's weights, such as vit_base_patch16_224.mae."""
-    entry = get_pretrained_cfg(name)
-    if entry is None or not entry.hf_hub_id:
-        raise ValueError(f"checkpoint {name} does not exist, as a file or among timm's weights")
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        path = try_to_load_from_cache(entry.hf_hub_id, file)
-        if isinstance(path, str):
-            return path
-    command = f"huggingface-cli download {entry.hf_hub_id}"
-    raise ValueError(f"timm's {name} is not on disk; fetch it with: {command}")
-
-
 def find_file(path: str) -> str:
     """Return the file, or the folder of shards, of a path or name that read_checkpoint takes."""
     newest = os.path.join(path, "checkpoints", LATEST)
     if os.path.exists(newest):
         return newest
+    in_runs = os.path.join("runs", newest)
+    if not os.path.exists(path) and os.path.exists(in_runs):
+        return in_runs
     if not os.path.exists(path):
-        return find_timm_file(path)
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, ".metadata")):
-        expected = f"neither checkpoints/{LATEST} of a run nor .metadata of a sharded checkpoint"
-        raise ValueError(f"{path}: holds {expected}")
-    return path
+        return find_in_cache(path)
+    if not os.path.isdir(path) or os.path.exists(os.path.join(path, ".metadata")):
+        return path
+    if file := find_in_folder(path) or find_deepspeed_file(path):
+        return file
+    expected = f"checkpoints/{LATEST} of a run, .metadata of a sharded checkpoint"
+    raise ValueError(f"{path}: holds neither {expected}, nor {' or '.join(FILES)}")
+
+
+def find_deepspeed_file(path: str) -> str | None:
+    """Return the file of weights in a folder that DeepSpeed has saved; None for other folders.
+
+    Raises:
+        ValueError: DeepSpeed has divided the weights among several files.
+    """
+    folders = [path, *(entry.path for entry in os.scandir(path) if entry.is_dir())]
+    latest = os.path.join(path, "latest")
+    if os.path.isfile(latest):
+        with open(latest) as file:
+            folders = [os.path.join(path, file.read().strip())]
+    files = [name for folder in folders for name in glob(f"{glob_escape(folder)}/*model_states.pt")]
+    if len(files) > 1:
+        remedy = "join them with DeepSpeed's zero_to_fp32.py, and give the file that it writes"
+        raise ValueError(f"{path}: holds {len(files)} files *model_states.pt; {remedy}")
+    return files[0] if files else None
 
 
 def read_checkpoint(path: str) -> dict[str, Tensor]:
@@ -83,9 +94,10 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
     Where Composer's EMA was used, its averages are returned in place of the weights.
 
     Args:
-        path: a run directory; a checkpoint of Composer (a file, or a folder of FSDP's shards); an
-            official file of ViC-MAE, MAE, ST-MAE or VideoMAE; a bare state dict; as .pt, .pth or
-            .safetensors. Or the name of timm's weights, which must be in Hugging Face's cache.
+        path: a run directory, or its name; a checkpoint of Composer (a file, or a folder of FSDP's
+            shards); an official file of ViC-MAE, MAE, ST-MAE or VideoMAE; a file or folder of a ViT
+            of transformers; a bare state dict; as .pt, .pth or .safetensors. Or the name of timm's
+            weights, or of a repository of Hugging Face, which must be in its cache.
 
     Raises:
         ValueError: the file is missing, corrupt, unsafe, or holds no ViT.
@@ -151,6 +163,7 @@ def find_vit(content: Any) -> tuple[dict[str, Tensor], str]:
     """
     found = []
     for keys, tensors in nested_tensors(content, ()):
+        tensors = timm_names(tensors)
         for key in tensors:
             prefix, is_vit, _ = key.rpartition("patch_embed.proj.weight")
             if is_vit and f"{prefix}blocks.0.norm1.weight" in tensors:
@@ -159,8 +172,6 @@ def find_vit(content: Any) -> tuple[dict[str, Tensor], str]:
                 found.append((rank, place, prefix, tensors))
     if not found:
         names = [key for _, tensors in nested_tensors(content, ()) for key in tensors]
-        if any("attention.attention.query" in name for name in names):
-            raise ValueError("has the names of Hugging Face's transformers; give timm's names")
         listed = f"its tensors are {', '.join(names[:3])} ..." if names else "it has no tensors"
         raise ValueError(f"holds no ViT (no patch_embed.proj.weight beside blocks.0.*); {listed}")
     _, place, prefix, tensors = min(found, key=lambda item: item[0])
@@ -295,7 +306,9 @@ def resize_weight(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     return value
 
 
-def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[str, list[str]]:
+def load_pretrained(
+    module: nn.Module, source: str | dict[str, Tensor], other_sizes: Iterable[str] = ()
+) -> dict[str, list[str]]:
     """Fill a model with an `encoder` from a checkpoint, or from a state dict; resize what differs.
 
     The source must have all of the encoder. Only CLS and positions may be absent, as in VideoMAE's
@@ -303,6 +316,8 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[
 
     Args:
         source: see read_checkpoint; or weights by our names or the official ones.
+        other_sizes: parts of the model, such as decoder, that the source may have in other sizes.
+            They are left out, which is printed.
 
     Returns:
         Names of weights: `loaded`; `resized` (loaded, see resize_weight); `missing` from the source
@@ -319,6 +334,8 @@ def load_pretrained(module: nn.Module, source: str | dict[str, Tensor]) -> dict[
     else:
         origin, weights = "the state dict", our_layout(source)
     leave_out_other_head(origin, weights, module)
+    for part in other_sizes:
+        leave_out_other_size(origin, weights, module.state_dict(), f"{part}.")
     own = module.state_dict()
     own.pop(CLASS_NAMES, None)  # The names of the model's own data stay.
     missing = [key for key in own if key not in weights]
@@ -355,6 +372,23 @@ def leave_out_other_head(origin: str, weights: dict[str, Tensor], module: nn.Mod
             del weights[key]
         if dist.get_global_rank() == 0:
             print(f"{origin}: its head of other classes is left out")
+
+
+def leave_out_other_size(
+    origin: str, weights: dict[str, Tensor], own: dict[str, Tensor], part: str
+) -> None:
+    """Remove a part from the weights if the model has it in another size, and say so."""
+    wanted = {key: value.shape for key, value in own.items() if key.startswith(part)}
+    given = [key for key in weights if key.startswith(part)]
+    fits = wanted.keys() == set(given) and all(
+        resize_weight(key, weights[key], wanted[key]).shape == wanted[key] for key in given
+    )
+    if fits or not given or not wanted:
+        return
+    for key in given:
+        del weights[key]
+    if dist.get_global_rank() == 0:
+        print(f"{origin}: its {part.rstrip('.')} is of another size or kind, and is left out")
 
 
 def check_values(origin: str, weights: dict[str, Tensor]) -> None:

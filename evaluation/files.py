@@ -1,0 +1,239 @@
+"""Predictions and features for media files as they are, without a conversion.
+
+    files = find_media(["a.mp4", "photos/", "clips/*.webm"])
+    views = FileViews(files, img_size=224)
+    features, faults = embed_files(encoder, views)      # (n, D), {file: reason}
+
+Each file is decoded as data_prep.py would, and then cropped as in every evaluation.
+"""
+
+import csv
+import glob
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from evaluation.pictures import draws_safely, shortened
+from model import Classifier, Encoder, pool
+from shards.augment import normalise
+from shards.decode import Recipe, read_image, read_video
+from shards.format import check_size, encode_clip
+from shards.layouts import EXTENSIONS
+from shards.loader import Loader
+from shards.storage import write_file, write_picture
+from shards.views import EvalViews
+
+TOP = 5  # classes of a prediction that are written
+SHOWN = 12  # files in predictions.png
+
+
+def kind_of(file: str) -> str | None:
+    """Return "videos" or "images" by a file's extension, None for any other."""
+    extension = os.path.splitext(file)[1].lower()
+    return next((kind for kind, known in EXTENSIONS.items() if extension in known), None)
+
+
+def find_media(patterns: Iterable[str]) -> list[str]:
+    """Return the files of patterns and folders, in order, each once.
+
+    A folder stands for all videos and images in it. A file that is named is taken in any case.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    found = []
+    for pattern in patterns:
+        matches = sorted(glob.glob(pattern, recursive=True)) or [pattern]
+        files = []
+        for match in matches:
+            if os.path.isdir(match):
+                inside = sorted(str(path) for path in Path(match).rglob("*") if path.is_file())
+                files += filter(kind_of, inside)
+            elif os.path.exists(match):
+                files.append(match)
+        if not files:
+            raise ValueError(f"{pattern}: no such file, and no video or image in it")
+        found += files
+    return list(dict.fromkeys(found))
+
+
+class FileViews(EvalViews):
+    """Views of media files: `inputs` as in EvalViews, `number` of the file.
+
+    A file that cannot be decoded is black, and named in `faults`, if it is read in this process.
+
+    Args:
+        files: videos and images.
+        settings: of EvalViews, without paths, labels and unreadable.
+    """
+
+    def __init__(self, files: list[str], img_size: int, num_frames: int = 1, **settings):
+        super().__init__([], img_size, num_frames, **settings)
+        self.files = files
+
+    def __post_init__(self):
+        """Open nothing, since there are no data sets."""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, file: str) -> dict:
+        """Return a file as a sample of a data set; a corrupt file raises nearly anything."""
+        stored = max(16, self.num_frames * self.temporal_views)
+        rate = self.frame_interval and 1 / self.frame_interval
+        short_side = round(self.img_size / self.crop_pct)
+        recipe = Recipe(kind_of(file) or "videos", stored, rate, max(8, short_side))
+        read_file = read_image if recipe.kind == "images" else read_video
+        with open(file, "rb") as opened:
+            return encode_clip(*read_file(opened, recipe), -1, file)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor | str]:
+        try:
+            sample = self.read(self.files[number])
+            check_size(sample, self.patch_size)
+            views, fault = self.crop_views(sample), ""
+        except Exception as error:  # a corrupt file makes the libraries raise nearly anything
+            num_views = self.temporal_views * self.spatial_views
+            shape = (num_views, self.num_frames, 3, self.img_size, self.img_size)
+            views = torch.zeros(shape, dtype=torch.uint8)
+            fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return {"inputs": views, "number": number, "fault": fault}
+
+
+@torch.no_grad()
+def run_on_files(
+    net: Classifier | Encoder, views: FileViews, batch_size: int, num_workers: int, patches: bool
+) -> tuple[Tensor, list[str]]:
+    """Return the probabilities (n, C) of a classifier, or the features of an encoder, in order.
+
+    Args:
+        patches: return the features of all patches, (n, N, D), or pooled over patches and views,
+            (n, D).
+
+    Returns:
+        The numbers, NaN for a file that cannot be decoded; and the reason for each file, "" if it
+        was decoded.
+    """
+    device = next(net.parameters()).device
+    outputs, faults = [], []
+    settings = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
+    loader = Loader(views, batch_size, views.sample_bytes, **settings)
+    for batch in tqdm(loader, desc="files", unit="batch", disable=None, leave=False):
+        inputs = normalise(batch["inputs"].to(device, non_blocking=True))  # (B, V, T, 3, H, W)
+        if isinstance(net, Classifier):
+            found = net.eval_forward({"inputs": inputs})  # (B, C)
+        else:
+            images = inputs.flatten(0, 2) if net.num_frames == 1 else inputs.flatten(0, 1)
+            tokens = net(images)  # (B * V, 1 + N, D)
+            features = tokens[:, 1:] if patches else pool(tokens, "mean")
+            found = features.unflatten(0, (len(inputs), -1)).mean(dim=1)
+        undecodable = torch.tensor([bool(fault) for fault in batch["fault"]])
+        found = found.float().cpu()
+        found[undecodable] = float("nan")
+        outputs.append(found)
+        faults += batch["fault"]
+    return torch.cat(outputs), faults
+
+
+def say_faults(files: list[str], faults: list[str], report: str) -> None:
+    """Print how many files could not be decoded.
+
+    Raises:
+        ValueError: none could.
+    """
+    count = sum(map(bool, faults))
+    if count == len(files):
+        raise ValueError(f"none of {count} files can be decoded: {files[0]}: {faults[0]}")
+    if count:
+        print(f"{count} of {len(files)} files cannot be decoded; {report} names them")
+
+
+def write_table(to: Path, rows: Iterable[list]) -> None:
+    """Write rows as a CSV file, atomically."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_file(str(to), text.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def predict_files(
+    net: Classifier, views: FileViews, classes: list[str], run: Path, num_workers: int = 0
+) -> dict[str, int]:
+    """Write predictions.csv, the likeliest classes of every file, and draw predictions.png.
+
+    Args:
+        classes: names, in the order of the logits.
+
+    Returns:
+        predicted and undecodable, the numbers of files.
+    """
+    probabilities, faults = run_on_files(net, views, 64, num_workers, patches=False)
+    say_faults(views.files, faults, f"{run}/predictions.csv")
+    values, ranked = probabilities.topk(min(TOP, len(classes)), dim=1)
+    head = ["file", "fault"]
+    for place in range(1, ranked.shape[1] + 1):
+        head += [f"class_{place}", f"probability_{place}"]
+    rows = [head]
+    for file, fault, numbers, shares in zip(views.files, faults, ranked, values, strict=True):
+        cells = []
+        if not fault:
+            for number, share in zip(numbers.tolist(), shares.tolist(), strict=True):
+                cells += [classes[number], f"{share:.4f}"]
+        rows.append([file, fault, *cells])
+    write_table(run / "predictions.csv", rows)
+    draw_predictions(views, rows[1:], run / "predictions.png")
+    undecodable = sum(map(bool, faults))
+    return {"predicted": len(faults) - undecodable, "undecodable": undecodable}
+
+
+@draws_safely
+def draw_predictions(views: FileViews, rows: list[list], to: Path) -> None:
+    """Draw the first files with their likeliest classes."""
+    decoded = [(number, row) for number, row in enumerate(rows) if not row[1]][:SHOWN]
+    columns = min(4, len(decoded))
+    lines = -(-len(decoded) // columns)
+    figure = Figure(figsize=(3 * columns, 3.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (number, row) in zip(axes, decoded, strict=False):
+        view = views[number]["inputs"]
+        axis.imshow(view[len(view) // 2, view.shape[1] // 2].permute(1, 2, 0))
+        pairs = zip(row[2:8:2], row[3:9:2], strict=True)
+        named = [f"{100 * float(share):.0f} % {shortened(name)}" for name, share in pairs]
+        title = "\n".join([shortened(os.path.basename(row[0])), *named])
+        axis.set_title(title, fontsize=8, parse_math=False)
+    figure.suptitle("predictions, centre view")
+    write_picture(to, lambda file, format: figure.savefig(file, format=format, dpi=120))
+
+
+def embed_files(
+    encoder: Encoder, views: FileViews, run: Path, patches: bool = False, num_workers: int = 0
+) -> dict[str, int]:
+    """Write features.npz: files, faults and features; and features.csv, if they are pooled.
+
+    Args:
+        patches: write the features of all patches (n, N, D), or their mean (n, D).
+
+    Returns:
+        embedded and undecodable, the numbers of files.
+    """
+    features, faults = run_on_files(encoder, views, 64, num_workers, patches)
+    say_faults(views.files, faults, f"{run}/features.npz")
+    buffer = io.BytesIO()
+    columns = {"files": views.files, "faults": faults, "features": features.numpy()}
+    np.savez(buffer, **{name: np.asarray(values) for name, values in columns.items()})
+    write_file(str(run / "features.npz"), buffer.getvalue())
+    if not patches:
+        head = ["file", "fault", *(f"feature_{number}" for number in range(features.shape[1]))]
+        rows = zip(views.files, faults, features.tolist(), strict=True)
+        lines = ([file, fault, *numbers] for file, fault, numbers in rows)
+        write_table(run / "features.csv", [head, *lines])
+    undecodable = sum(map(bool, faults))
+    return {"embedded": len(faults) - undecodable, "undecodable": undecodable}

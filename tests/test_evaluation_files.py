@@ -1,0 +1,131 @@
+"""Predictions and features of media files that were not converted."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_stage
+from PIL import Image
+from tiny_models import ENCODER
+
+import data_prep
+import eval as evaluation
+from eval import load_encoder
+from evaluation.files import FileViews, find_media
+from evaluation.probes import embed
+from model import Classifier, pool
+from shards.augment import normalise
+from shards.decode import Recipe
+from shards.views import EvalViews
+from training.weights import LATEST
+
+CLASSES = ["a cat", "$dog", "emu", "fox", "gnu", "hen"]
+
+
+@pytest.fixture
+def media(demo, tmp_path) -> Path:
+    """A folder of two pictures, a clip, a corrupt picture and a text."""
+    folder = tmp_path / "media"
+    (folder / "inside").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, size in {"a.png": (70, 50), "inside/b.JPG": (40, 90)}.items():
+        pixels = rng.integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    clip = next((demo / "raw" / "train" / "videos").rglob("*.mp4"))
+    (folder / "c.mp4").write_bytes(clip.read_bytes())
+    (folder / "bad.png").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no media")
+    return folder
+
+
+@pytest.fixture
+def classifier(tmp_path) -> Classifier:
+    net = Classifier(len(CLASSES), **ENCODER, head_init_std=1.0).eval()
+    net.class_names = CLASSES
+    torch.save(net.state_dict(), tmp_path / "classifier.pt")
+    return net
+
+
+def test_media_are_found_by_file_folder_and_pattern_once(media):
+    names = ["a.png", "bad.png", "c.mp4", "inside/b.JPG"]
+    assert find_media([str(media)]) == [str(media / name) for name in names]
+    both = find_media([f"{media}/*.png", f"{media}/a.png"])
+    assert both == [str(media / "a.png"), str(media / "bad.png")]
+    assert find_media([f"{media}/notes.txt"]) == [f"{media}/notes.txt"]
+    with pytest.raises(ValueError, match=r"none\*: no such file, and no video or image in it"):
+        find_media([f"{media}/none*"])
+
+
+def test_predictions_are_the_classifiers_and_corrupt_files_are_named(
+    media, classifier, tmp_path, capfd
+):
+    arguments = ["checkpoint=classifier.pt", f"predict=[{media}]", "device=cpu"]
+    run_stage(evaluation, [*arguments, "model={num_heads: 3}"], tmp_path)
+    assert "1 of 4 files cannot be decoded" in capfd.readouterr().out
+    run = tmp_path / "runs" / "files_eval"
+    with open(run / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [os.path.basename(row["file"]) for row in rows] == ["a.png", "bad.png", "c.mp4", "b.JPG"]
+    assert "cannot identify" in rows[1]["fault"]
+    assert rows[1]["class_1"] in ("", None)
+    views = FileViews([rows[0]["file"]], ENCODER["img_size"], patch_size=ENCODER["patch_size"])
+    with torch.no_grad():
+        logits = classifier({"inputs": normalise(views[0]["inputs"][None])})[0, 0]
+    values, numbers = logits.softmax(dim=0).topk(5)
+    for place, (value, number) in enumerate(zip(values, numbers, strict=True), start=1):
+        assert rows[0][f"class_{place}"] == CLASSES[number]
+        assert float(rows[0][f"probability_{place}"]) == pytest.approx(float(value), abs=1e-4)
+    assert Image.open(run / "predictions.png").width > 500
+
+
+def test_features_of_files_equal_those_of_a_converted_data_set(media, classifier, tmp_path, capfd):
+    (media / "bad.png").unlink()
+    (media / "inside" / "b.JPG").rename(media / "b.JPG")
+    size = ENCODER["img_size"]
+    data = str(tmp_path / "data")
+    data_prep.convert(str(media), data, Recipe("images", short_side=round(size / 0.875)), 1)
+    expected, _ = embed(classifier.encoder, EvalViews([data], size))
+    arguments = ["checkpoint=classifier.pt", f"embed=[{media}/*.png, {media}/b.JPG]", "device=cpu"]
+    run_stage(evaluation, [*arguments, "run_name=files", "model={num_heads: 3}"], tmp_path)
+    found = np.load(tmp_path / "runs" / "files" / "features.npz")
+    assert [os.path.basename(name) for name in found["files"]] == ["a.png", "b.JPG"]
+    np.testing.assert_allclose(found["features"], expected, rtol=1e-5, atol=1e-6)
+    table = (tmp_path / "runs" / "files" / "features.csv").read_text().splitlines()
+    assert len(table) == 3
+    assert float(table[1].split(",")[2]) == pytest.approx(float(expected[0, 0]), rel=1e-5)
+
+
+def test_patch_features_average_to_the_pooled_ones(media, classifier, tmp_path):
+    (media / "bad.png").unlink()
+    arguments = ["checkpoint=classifier.pt", "device=cpu", "model={num_heads: 3}"]
+    for name, patches in {"pooled": "false", "patches": "true"}.items():
+        embedding = [f"embed=[{media}]", f"patches={patches}", f"run_name={name}"]
+        run_stage(evaluation, [*arguments, *embedding], tmp_path)
+    features = [
+        np.load(tmp_path / f"runs/{name}/features.npz")["features"]
+        for name in ("pooled", "patches")
+    ]
+    assert features[1].shape == (3, 16, ENCODER["embed_dim"])
+    np.testing.assert_allclose(features[1].mean(axis=1), features[0], rtol=1e-4, atol=1e-6)
+
+
+def test_encoder_of_a_run_is_loaded_in_one_line(classifier, tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "mine"
+    (run / "checkpoints").mkdir(parents=True)
+    (tmp_path / "classifier.pt").rename(run / "checkpoints" / LATEST)
+    (run / "config.yaml").write_text(json.dumps({"model": ENCODER, "eval_data": {}}))
+    monkeypatch.chdir(tmp_path)
+    encoder = load_encoder("mine")
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(pool(encoder(images), "mean"), pool(classifier.encoder(images), "mean"))
+
+
+def test_files_that_cannot_be_decoded_at_all_are_an_error(media, classifier, tmp_path):
+    arguments = ["checkpoint=classifier.pt", "device=cpu", "model={num_heads: 3}"]
+    with pytest.raises(SystemExit, match="none of 1 files can be decoded"):
+        run_stage(evaluation, [*arguments, f"predict=[{media}/bad.png]"], tmp_path)

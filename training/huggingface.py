@@ -1,0 +1,120 @@
+"""Files of Hugging Face: the names of weights in transformers, and files in its cache."""
+
+import json
+import os
+import re
+
+from huggingface_hub import try_to_load_from_cache
+from timm.models import get_pretrained_cfg
+from torch import Tensor
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+PATCHES = "embeddings.patch_embeddings.projection.weight"
+TIMM_NAMES = {  # {a pattern in transformers' name of a ViT's weight: its place in timm's name}
+    r"^decoder\.(?=decoder_|mask_token)": "",
+    r"^embeddings\.(?=cls_token|mask_token|register_tokens)": "",
+    r"^embeddings\.position_embeddings": "pos_embed",
+    r"^embeddings\.patch_embeddings\.projection": "patch_embed.proj",
+    r"^encoder\.layer\.": "blocks.",
+    r"^decoder_layers\.": "decoder_blocks.",
+    r"\.attention\.output\.dense": ".attn.proj",
+    r"\.attention\.attention\.query": ".attn.q",
+    r"\.attention\.attention\.key": ".attn.k",
+    r"\.attention\.attention\.value": ".attn.v",
+    r"\.attention\.attention\.": ".attn.",
+    r"\.intermediate\.dense": ".mlp.fc1",
+    r"\.output\.dense": ".mlp.fc2",
+    r"\.layernorm_before": ".norm1",
+    r"\.layernorm_after": ".norm2",
+    r"\.layer_scale(\d)\.lambda1": r".ls\1.gamma",
+    r"^layernorm": "norm",
+    r"^classifier": "head",
+}
+
+
+TRANSFORMERS_NAMES = {  # {a pattern in timm's name: its place in transformers' name}
+    r"^(?=cls_token)": "embeddings.",
+    r"^pos_embed": "embeddings.position_embeddings",
+    r"^patch_embed\.proj": "embeddings.patch_embeddings.projection",
+    r"^blocks\.": "encoder.layer.",
+    r"^norm\.": "layernorm.",
+    r"^decoder\.(?!mask_token)": "decoder.decoder_",
+    r"^decoder\.decoder_blocks\.": "decoder.decoder_layers.",
+    r"\.attn\.proj": ".attention.output.dense",
+    r"\.attn\.": ".attention.attention.",
+    r"\.mlp\.fc1": ".intermediate.dense",
+    r"\.mlp\.fc2": ".output.dense",
+    r"\.norm1": ".layernorm_before",
+    r"\.norm2": ".layernorm_after",
+    r"^head": "classifier",
+}
+
+
+def transformers_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a ViT by transformers' names, given timm's, and ours for a decoder."""
+    renamed = {}
+    for name, value in weights.items():
+        for pattern, place in TRANSFORMERS_NAMES.items():
+            name = re.sub(pattern, place, name)
+        if "attention.qkv" in name:
+            for part, share in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                renamed[name.replace("qkv", part)] = share.clone()
+        else:
+            renamed[name] = value
+    return renamed
+
+
+def timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights by timm's names, if they have transformers' names of a ViT; else unchanged."""
+    prefixes = [key.removesuffix(PATCHES) for key in weights if key.endswith(PATCHES)]
+    if not prefixes:
+        return weights
+    renamed = {}
+    for key, value in weights.items():
+        name = key.removeprefix(prefixes[0])
+        for pattern, place in TIMM_NAMES.items():
+            name = re.sub(pattern, place, name)
+        renamed[name] = value
+    return renamed
+
+
+def find_in_folder(folder: str) -> str | None:
+    """Return the file of weights in a folder of transformers; None if there is none."""
+    files = [os.path.join(folder, name) for name in FILES]
+    return next(filter(os.path.exists, files), None)
+
+
+def find_in_cache(name: str) -> str:
+    """Return the cached file of timm's weights, or of a repository of Hugging Face.
+
+    Args:
+        name: such as vit_base_patch16_224.mae, or facebook/vit-mae-base.
+
+    Raises:
+        ValueError: timm has no such weights, or the file is not in the cache.
+    """
+    repository = name
+    if "/" not in name:
+        entry = get_pretrained_cfg(name)
+        if entry is None or not entry.hf_hub_id:
+            raise ValueError(f"checkpoint {name} does not exist, as a file or among timm's weights")
+        repository = entry.hf_hub_id
+    found = []
+    if repository.count("/") == 1:  # other names are paths
+        paths = [try_to_load_from_cache(repository, file) for file in FILES]
+        found = [path for path in paths if isinstance(path, str)]
+    if not found:
+        if repository == name:
+            raise ValueError(f"checkpoint {name} does not exist, nor in Hugging Face's cache")
+        command = f"huggingface-cli download {repository}"
+        raise ValueError(f"timm's {name} is not on disk; fetch it with: {command}")
+    return found[0]
+
+
+def read_num_heads(path: str) -> int | None:
+    """Return the attention heads in transformers' config.json in, or beside, a path."""
+    file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
+    if not os.path.exists(file):
+        return None
+    with open(file, "rb") as config:
+        return json.load(config).get("num_attention_heads")
