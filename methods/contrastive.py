@@ -23,7 +23,6 @@ from model import (
     Tensors,
     ViCMAE,
     all_gather,
-    apply_head,
     at_least_fp32,
     feature_std,
     pool,
@@ -165,7 +164,7 @@ class MoCoV2(SimCLR):
             ids_keep = self.masking(noise)[0] if self.decoder is not None else None
             tokens = self.momentum.encoder(views, ids_keep)
             keys = all_gather(pool(tokens, self.pool).unflatten(0, features.shape[:2]))
-            keys = apply_head(self.momentum.projector, keys)
+            keys = self.momentum.projector(keys)
             queue = self.momentum.queue.clone()
             if self.training:
                 self.momentum.push(keys)
@@ -267,8 +266,8 @@ class SimSiam(SimCLR):
 
     def project(self, features: Tensor, batch: Batch) -> Tensors:
         """Return predictions made from the projections, and the projections without gradient."""
-        projections = apply_head(self.projector, all_gather(features))
-        predictions = apply_head(self.predictor, projections)
+        projections = self.projector(all_gather(features))
+        predictions = self.predictor(projections)
         return {"predictions": predictions, "targets": projections.detach()}
 
     def contrastive_term(self, outputs: Tensors) -> tuple[Tensor, Tensor]:
