@@ -347,5 +347,6 @@ def load_stream(
     dataset.drop_incomplete_batch(global_train_batch_size)
     settings = {"pin_memory": torch.cuda.is_available(), "persistent_workers": num_workers > 0}
     settings |= {"num_workers": num_workers, "drop_last": True}
-    loader = Loader(dataset, batch_size, sample_bytes(dataset), **settings)
+    size = sample_bytes(dataset) if num_workers else 0
+    loader = Loader(dataset, batch_size, size, **settings)
     return DataSpec(loader, microbatch_transforms=on_device), micro_size // ranks

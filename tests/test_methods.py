@@ -1,5 +1,7 @@
 """All methods of methods/: on two ranks, resumed, collapsed; none changes ViC-MAE."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -52,7 +54,9 @@ def train_method(name: str, steps: int = 3) -> dict[str, Tensor]:
         optimizer.zero_grad()
         if isinstance(net, MoCoV2):
             (momentum_step,) = net.algorithms()
-            momentum_step.apply(Event.BATCH_START, None, None)
+            batch_number = SimpleNamespace(value=step)
+            state = SimpleNamespace(timestamp=SimpleNamespace(batch=batch_number))
+            momentum_step.apply(Event.BATCH_START, state, None)
         losses = net.loss(trained(part), part)
         losses["total"].backward()
         optimizer.step()
