@@ -46,6 +46,7 @@ from training.config import (
     one_line_errors,
 )
 from training.export import check_export, export
+from training.help import stage_help
 from training.plan import Machine, forward_plan, size_of, split_plan_flags
 from training.precision import forbid_tf32
 from training.run import check_data_sets
@@ -428,6 +429,9 @@ class Embedder(nn.Module):
 def main() -> None:
     exit_on_signals()
     with one_line_errors():
+        if "--help" in sys.argv:
+            print(stage_help(__doc__, EvalConfig))
+            return
         arguments, machine = split_plan_flags(sys.argv[1:])
         config = EvalConfig(**load_config(arguments, EvalConfig))
         if machine:

@@ -46,6 +46,7 @@ from shards.views import UnitInterval, check_frames, crop_and_scale, draw_crop, 
 from shards.workers import exit_on_signals
 from training.config import Choice, load_config, one_line_errors
 from training.cost import flops_per_sample
+from training.help import stage_help
 from training.optimizer import build_optimizer
 from training.plan import Machine, size_of, split_plan_flags, training_plans
 from training.run import RunConfig, build_trainer, finish_run, fit, start_run
@@ -415,6 +416,9 @@ def plan(config: FinetuneConfig, machine: Machine) -> str:
 def main() -> None:
     exit_on_signals()
     with one_line_errors():
+        if "--help" in sys.argv:
+            print(stage_help(__doc__, FinetuneConfig))
+            return
         arguments, machine = split_plan_flags(sys.argv[1:])
         config = FinetuneConfig(**load_config(arguments, FinetuneConfig))
         if machine:

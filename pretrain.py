@@ -32,6 +32,7 @@ from shards.views import PretrainingViews, check_frames
 from shards.workers import exit_on_signals
 from training.config import Choice, keywords_of, load_config, one_line_errors
 from training.cost import flops_per_sample
+from training.help import stage_help
 from training.optimizer import build_optimizer
 from training.plan import Machine, split_plan_flags, training_plans, training_report
 from training.run import RunConfig, build_trainer, finish_run, fit, start_run
@@ -169,6 +170,9 @@ def report(run: Path, result: dict[str, Any]) -> None:
 def main() -> None:
     exit_on_signals()
     with one_line_errors():
+        if "--help" in sys.argv:
+            print(stage_help(__doc__, PretrainConfig))
+            return
         arguments, machine = split_plan_flags(sys.argv[1:])
         config = PretrainConfig(**load_config(arguments, PretrainConfig))
         if machine:

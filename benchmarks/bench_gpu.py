@@ -54,12 +54,12 @@ from benchmarks.gpu_step import (
 )
 from model import ViCMAE
 from training.cost import flops_per_sample, peak_bytes
+from training.gpus import GPUS
 
 if HAS_COMPOSER:
     from benchmarks import gpu_trainer
 
 PARTS = ("step", "plain", "augmentation", "loader", "wait")
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense, in bfloat16
 TARGETS = {  # pairs/s on an H100. L: 36 % and 50 % of its peak; B: in proportion
     "L": {"pairs_per_second": 826, "wished_pairs_per_second": 1150},
     "B": {"pairs_per_second": 2360},
@@ -126,7 +126,7 @@ class Bench:
         self.ranks = dist.get_world_size()
         self.failed = False
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        self.gpu_peak = next((peak for gpu, peak in PEAKS.items() if gpu in name), None)
+        self.gpu_peak = next((gpu.half for gpu in GPUS.values() if gpu.name in name), None)
 
     def report(self, line: dict) -> None:
         if dist.get_rank() == 0:

@@ -1,6 +1,7 @@
 """Interrupt small pre-training runs at random moments; compare them with runs never stopped.
 
     uv run python benchmarks/stress_resume.py --kills 50 --seed 0      # 2 idle CPU cores, 15 min
+    uv run python benchmarks/stress_resume.py --kills 30 --nodes 2     # needs `unshare --mount`
 
 Runs take turns: with one rank, with two ranks, and with one to four, drawn for each launch. Whether
 checkpoints are written every second step or at the ends of epochs is drawn for each launch too. A
@@ -10,6 +11,10 @@ machine is about to be taken away. Prints a line of JSON for each launch and eac
 
 With a fixed number of ranks, the final weights and all losses must equal those of a run that was
 never stopped, to the bit. With any number of ranks, each step must have the same samples.
+
+With --nodes 2, the runs are on one node or two, drawn for each launch; see benchmarks/nodes.py. One
+node is killed; the other must end by itself within a minute. Some nodes are replaced by empty ones.
+Each step must have the samples of one rank, and its loss up to rounding.
 """
 
 import argparse
@@ -21,38 +26,25 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from composer import Callback, Logger, State
-from composer.utils import dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data_prep
+from benchmarks.nodes import Node, free_port, start_bucket
+from shards.workers import STOPPED
 from training.weights import LATEST, read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 15  # seconds from SIGTERM to the end of the launcher, a checkpoint included
+LOSS_LIMIT = 60  # seconds in which a node must end by itself once the other is lost
 End = tuple[float, signal.Signals] | None  # seconds after the launch, and the signal
 
 
-class SampleLog(Callback):
-    """Adds a line to samples.jsonl at the start of each step: a checksum of each sample's noise.
-
-    No two samples have the same noise, so the checksum identifies a sample.
-    """
-
-    def batch_start(self, state: State, logger: Logger) -> None:
-        keys = [zlib.crc32(noise.numpy().tobytes()) for noise in state.batch["noise"]]
-        line = [state.timestamp.batch.value, os.environ["LAUNCH"], dist.get_world_size(), keys]
-        with Path("runs", state.run_name, "samples.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def small_run(demo: Path, epochs: int) -> list[str]:
+def small_run(demo: Path | str, epochs: int) -> list[str]:
     """Return the arguments of a pre-training run with three steps in each epoch."""
     knn = f"{{bank: [{demo}/train_images], queries: [{demo}/test_images], every: 2}}"
     return [
@@ -63,7 +55,7 @@ def small_run(demo: Path, epochs: int) -> list[str]:
         "data.num_workers=1",
         f"trainer.max_duration={epochs}ep",
         f"callbacks.KNN={knn}",
-        "callbacks={stress_resume.SampleLog: {}}",
+        "callbacks={sample_log.SampleLog: {}}",
     ]
 
 
@@ -76,7 +68,7 @@ def launch(folder: Path, arguments: list[str], ranks: int, end: End) -> dict:
     """
     launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks)]
     command = [*launcher, str(ROOT / "pretrain.py"), *arguments]
-    modules = str(Path(__file__).parent)  # where pretrain.py finds stress_resume.SampleLog
+    modules = str(Path(__file__).parent)  # where pretrain.py finds sample_log.SampleLog
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": modules}
     environment["LAUNCH"] = str(time.time_ns())
     place = {"cwd": folder, "env": environment, "start_new_session": True}
@@ -220,6 +212,130 @@ class Stress:
         return right
 
 
+class NodesStress:
+    """Runs on one node or two, which are killed `kills` times in all, and one never stopped."""
+
+    def __init__(self, folder: Path, kills: int, seed: int, epochs: int):
+        self.folder = folder
+        self.kills = kills
+        self.done = 0  # kills so far
+        self.rng = np.random.default_rng(seed)
+        self.reference = Stress(folder, 0, seed, epochs)
+        start_bucket(folder / "demo")
+        self.arguments = small_run("s3://bkt/demo", epochs)
+        self.nodes = [Node(folder / "node0"), Node(folder / "node1")]
+        os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+
+    def is_finished(self, name: str) -> bool:
+        result = f"work/runs/{name}/result.json"
+        return any((node.folder / result).exists() for node in self.nodes)
+
+    def launch(self, arguments: list[str], count: int, seconds: float | None) -> dict:
+        """Launch a run on one node or two, perhaps kill one of them, and return what happened.
+
+        Args:
+            seconds: after which a node is killed; None to let the run finish.
+        """
+        os.environ["LAUNCH"] = str(time.time_ns())
+        order = [int(number) for number in self.rng.permutation(2)[:count]]
+        port, begin = free_port(), time.monotonic()
+        nodes = [self.nodes[number] for number in order]
+        for number, node in enumerate(nodes):
+            node.start(arguments, count, number, port)
+        result = {"nodes": order, "killed": None}
+        survivors = list(nodes)
+        deadline = begin + (seconds if seconds is not None else 300)
+        while any(node.process.poll() is None for node in nodes) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if seconds is not None and any(node.process.poll() is None for node in nodes):
+            victim = nodes[int(self.rng.integers(count))]
+            victim.kill()
+            killed = time.monotonic()
+            survivors.remove(victim)
+            result |= {"killed": self.nodes.index(victim), "after": round(seconds, 1)}
+            for node in survivors:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    node.process.wait(2 * LOSS_LIMIT)
+            result["seconds_to_end"] = round(time.monotonic() - killed, 1)
+        result["exits"] = [node.process.poll() for node in survivors]
+        for node in nodes:
+            node.kill()
+        return result | {"seconds": round(time.monotonic() - begin, 1)}
+
+    def run(self, name: str) -> bool:
+        """Launch a run, and kill nodes, until it is finished; return whether all was as it must."""
+        samples = self.folder / "samples" / name
+        samples.mkdir(parents=True)
+        os.environ["SAMPLES"] = str(samples)
+        arguments = [*self.arguments, f"run_name={name}", "checkpoints.bucket=s3://bkt/runs"]
+        arguments.append("trainer.dist_timeout=40")  # for a node that is lost before the ranks join
+        right, losses, count = True, {}, 2
+        while not self.is_finished(name):
+            seconds = None
+            if self.done < self.kills:
+                seconds = float(self.rng.uniform(0, 1.05 * self.duration))
+            interval = f"checkpoints.interval={self.rng.choice(['2ba', '1ep'])}"
+            result = self.launch([*arguments, interval], count, seconds)
+            for node in self.nodes:
+                with contextlib.suppress(FileNotFoundError):
+                    losses |= losses_of(node.folder / "work/runs" / name)
+            if result["killed"] is None:
+                right &= result["exits"] == [0] * count
+                self.duration = min(self.duration, result["seconds"])
+            else:
+                self.done += 1
+                right &= all(code in (0, STOPPED) for code in result["exits"])
+                # A node that waits for the other to join does so for trainer.dist_timeout.
+                joining = "the other ranks have not joined" in self.output()
+                right &= joining or result["seconds_to_end"] < LOSS_LIMIT
+                result["replaced"] = bool(self.rng.random() < 0.5)
+                if result["replaced"]:
+                    self.nodes[result["killed"]].replace()
+            print(json.dumps({"run": name, "kills": self.done} | result), flush=True)
+            if not right:
+                print(self.output(), file=sys.stderr)
+                return False
+            count = int(self.rng.choice([1, 2]))
+        return self.is_as_never_stopped(name, samples, losses)
+
+    def is_as_never_stopped(self, name: str, samples: Path, losses: dict) -> bool:
+        """Print and return whether samples and losses are those of one rank, never stopped."""
+        whole = self.folder / "runs" / "whole1"
+        expected = losses_of(whole)
+        key = "loss/train/total"
+        differences = [
+            abs(losses[step][key] / expected[step][key] - 1) for step in expected if step in losses
+        ]
+        verdict = {
+            "run": name,
+            "samples": samples_of(samples) == samples_of(whole),
+            "steps": f"{len(differences)} of {len(expected)}",
+            "largest_difference_of_losses": max(differences),
+        }
+        print(json.dumps(verdict), flush=True)
+        return verdict["samples"] and max(differences) < 1e-4
+
+    def output(self) -> str:
+        """Return the end of what the last launch has printed."""
+        return "".join(node.output.read_text()[-3000:] for node in self.nodes)
+
+    def all_end_as_they_must(self) -> bool:
+        """Kill nodes until there were enough kills; stop at a run that failed."""
+        arguments = [*self.reference.arguments, "run_name=whole1"]
+        print(json.dumps({"run": "whole1"} | launch(self.folder, arguments, 1, None)), flush=True)
+        os.environ["SAMPLES"] = str(self.folder)  # not read
+        whole = self.launch([*self.arguments, "run_name=whole2"], 2, None)
+        print(json.dumps({"run": "whole2"} | whole), flush=True)
+        self.duration = whole["seconds"]
+        right, number = whole["exits"] == [0, 0], 0
+        if not right:
+            print(self.output(), file=sys.stderr)
+        while right and self.done < self.kills:
+            right = self.run(f"run{number}")
+            number += 1
+        return right
+
+
 def clear_shared_memory(folder: str) -> None:
     """Remove the files of Streaming in shared memory that killed processes have left."""
     for path in Path("/dev/shm").glob("*_locals"):
@@ -238,9 +354,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     text = "of each run, of three steps; with fewer, more kills come before training"
     parser.add_argument("--epochs", type=int, default=16, help=text)
+    parser.add_argument("--nodes", type=int, choices=[1, 2], default=1)
     options = parser.parse_args()
+    kind = Stress if options.nodes == 1 else NodesStress
     with tempfile.TemporaryDirectory() as folder:
-        stress = Stress(Path(folder), options.kills, options.seed, options.epochs)
+        stress = kind(Path(folder), options.kills, options.seed, options.epochs)
         right = stress.all_end_as_they_must()
         clear_shared_memory(folder)
     print(json.dumps({"kills": options.kills, "seed": options.seed, "right": right}), flush=True)

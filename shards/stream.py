@@ -14,10 +14,9 @@ If sample 12 occurs a second time in that epoch, it counts as sample 1012 there.
 """
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Annotated, Any
@@ -26,7 +25,6 @@ import numpy as np
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
-from filelock import FileLock, Timeout
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
@@ -40,9 +38,9 @@ from shards.format import (
     spread,
 )
 from shards.loader import Loader
+from shards.shared_memory import claim, one_job_at_a_time
 from shards.storage import Storage
 from shards.views import UnitInterval
-from shards.workers import without_stop_signals
 
 # (stored sample, generator) -> training sample
 Transform = Callable[[dict, np.random.Generator], dict]
@@ -214,25 +212,6 @@ def open_stream(
     return Stream(local=path, proportion=proportion)
 
 
-@contextmanager
-def one_job_at_a_time() -> Iterator[None]:
-    """Make other jobs on this machine wait while a StreamingDataset is constructed.
-
-    Otherwise two jobs could take the same names in shared memory, which are the first free ones.
-    """
-    lock = FileLock(Path(gettempdir(), f"streams-{os.getuid()}.lock"))
-    if dist.get_local_rank() == 0:
-        with suppress(Timeout):  # Start anyway after 60 s.
-            lock.acquire(timeout=60)
-    dist.barrier()
-    try:
-        # Signals must not end the tracker of shared memory, a process that starts here.
-        with without_stop_signals():
-            yield
-    finally:
-        lock.release()  # does nothing on other ranks
-
-
 def check_batch(batch_size: int, micro_size: int, repeats: int, ranks: int) -> None:
     """Raise ValueError for sizes that do not divide; both are in samples over all ranks."""
     batch = f"data.global_train_batch_size={batch_size}"
@@ -344,6 +323,7 @@ def load_stream(
             epoch_size=epoch_size,
             batching_method="per_stream" if one_stream_per_batch else "random",
         )
+        dataset.owner = claim(dataset)
     dataset.drop_incomplete_batch(global_train_batch_size)
     settings = {"pin_memory": torch.cuda.is_available(), "persistent_workers": num_workers > 0}
     settings |= {"num_workers": num_workers, "drop_last": True}

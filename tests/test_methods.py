@@ -1,13 +1,11 @@
 """All methods of methods/: on two ranks, resumed, collapsed; none changes ViC-MAE."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.distributed as dist
 from composer import Event
 from conftest import ROOT, losses, run_stage, small, start_ranks
-from tiny_models import CLIPS, TINY, random_batch
+from tiny_models import CLIPS, TINY, random_batch, state_at
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,9 +52,7 @@ def train_method(name: str, steps: int = 3) -> dict[str, Tensor]:
         optimizer.zero_grad()
         if isinstance(net, MoCoV2):
             (momentum_step,) = net.algorithms()
-            batch_number = SimpleNamespace(value=step)
-            state = SimpleNamespace(timestamp=SimpleNamespace(batch=batch_number))
-            momentum_step.apply(Event.BATCH_START, state, None)
+            momentum_step.apply(Event.BATCH_START, state_at(step), None)
         losses = net.loss(trained(part), part)
         losses["total"].backward()
         optimizer.step()

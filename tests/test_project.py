@@ -25,6 +25,7 @@ CONFIGS = {
     "benchmarks/compare.py": CompareConfig,
 }
 TOOLS = ("pytest", "apt-get", "ruff", "pip", "git", "cd", "export", "huggingface-cli")
+TOOLS += ("sbatch", "sky", "kubectl")  # tests/test_cluster.py looks at their arguments
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 for folder in (".", *WINGS, "benchmarks"):
     PAGES += sorted((ROOT / folder).glob("*.py"))  # for the commands in their docstrings

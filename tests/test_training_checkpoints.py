@@ -391,6 +391,26 @@ def test_knn_accuracy_of_a_run_with_ema_is_that_of_the_averages(measured):
     assert result["knn/trained"] == knn_accuracy(*embedded)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "exits"),
+    [
+        (signal.SIGINT, signal.SIGINT, [130]),
+        (signal.SIGTERM, signal.SIGINT, [130]),
+        (signal.SIGINT, signal.SIGTERM, []),  # which Composer's launcher adds to a Ctrl-C
+    ],
+)
+def test_ctrl_c_after_another_signal_ends_the_run_at_once(
+    tmp_path, monkeypatch, first, second, exits
+):
+    codes = []
+    monkeypatch.setattr(training.checkpoints.os, "_exit", codes.append)
+    checkpoints = Checkpoints(tmp_path / "run")
+    checkpoints.handle_signal(first, None)
+    assert (checkpoints.stop_reason, codes) == (first.name, [])
+    checkpoints.handle_signal(second, None)
+    assert codes == exits
+
+
 def terminate_rank_1(rank: int, folder: str, arguments: list[str]) -> None:
     if rank == 1:
         Checkpoints.batch_start = terminate_before(2)
@@ -521,7 +541,8 @@ def test_shards_of_machines_with_a_shared_folder_or_their_own_are_found_on_disks
         (tmp_path / f"machine{rank}").mkdir()
     on_ranks(2, save_and_lose_disks, str(tmp_path), shared)
     shards = ("__0_0.distcp", "__1_0.distcp")
-    parts = (".metadata", *shards, *(f"{shard}.sha256" for shard in shards))
+    files = (".metadata", *shards)
+    parts = (*files, *(f"{file}.sha256" for file in files))
     expected = {f"all/run/ep0-ba{step}/{part}" for step in (2, 3) for part in parts}
     assert names_in(bucket) == expected
 
@@ -594,11 +615,14 @@ def test_fsdp_on_two_ranks_trains_as_one_rank_and_resumes_to_the_bit(
     assert newest.is_dir() == (kind == "sharded")
     if newest.is_dir():
         check_checkpoint(newest)
-        data = bytearray((newest / "__1_0.distcp").read_bytes())
-        data[len(data) // 2] ^= 1
-        (newest / "__1_0.distcp").write_bytes(data)
-        with pytest.raises(ValueError, match=r"__1_0\.distcp in it has another checksum"):
-            check_checkpoint(newest)
+        for part in ("__1_0.distcp", ".metadata"):
+            flip_a_bit(newest / part)
+            with pytest.raises(ValueError, match=f"{part} in it has another checksum"):
+                check_checkpoint(newest)
+            flip_a_bit(newest / part)
+        for sum_file in newest.glob("*.sha256"):  # earlier versions wrote none
+            sum_file.unlink()
+        check_checkpoint(newest)
 
 
 # EMA

@@ -7,9 +7,8 @@ from conftest import ROOT
 from torch import Tensor, nn
 
 import pretrain
+from training.gpus import GPUS, Gpu
 from training.plan import (
-    GPUS,
-    Gpu,
     Machine,
     forward_plan,
     layout_of,

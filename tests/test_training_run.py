@@ -1,7 +1,9 @@
 """A run from its start to result.json: refusals, resumption, precision, and what it logs."""
 
+import errno
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,9 +23,11 @@ from torch import nn
 
 import finetune
 import pretrain
+import training.run
 from model import Classifier
 from shards.augment import normalise
 from shards.views import EvalViews
+from shards.workers import exit_stopped
 from training.checkpoints import STOPPED, Checkpoints
 from training.run import changed_settings, is_finished, read_config
 from training.weights import LATEST, read_checkpoint
@@ -116,6 +120,30 @@ def test_settings_that_composer_or_fsdp_would_refuse_are_named_before_training(
     arguments, tmp_path, overrides, complaint
 ):
     assert complaint in error_of(pretrain, [*arguments, *overrides], tmp_path)
+
+
+def test_early_warning_of_slurm_is_handled_while_the_ranks_still_join(
+    arguments, tmp_path, monkeypatch
+):
+    handlers = []
+
+    def look(device: str | None, timeout: float) -> None:
+        handlers.extend(map(signal.getsignal, (signal.SIGUSR1, signal.SIGUSR2)))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(training.run, "join_ranks", look)
+    warning = "checkpoints.stop_signals=[SIGUSR1]"
+    assert "enough" in error_of(pretrain, [*arguments, warning], tmp_path)
+    assert handlers == [exit_stopped, signal.SIG_DFL]
+
+
+def test_disk_that_is_full_at_the_end_of_a_run_is_one_line(tmp_path, monkeypatch):
+    def write_json(self, name: str, value: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", f"{self.root}/{name}")
+
+    monkeypatch.setattr(training.run.Storage, "write_json", write_json)
+    with pytest.raises(SystemExit, match=r"result\.json: No space left on device; free some space"):
+        training.run.finish_run(tmp_path, {})
 
 
 # Resuming

@@ -17,10 +17,11 @@ import shutil
 import signal
 import sys
 import time
+import uuid
 import zipfile
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from multiprocessing import active_children
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -29,13 +30,14 @@ import torch
 from composer import Callback, Event, Logger, State
 from composer.utils import collect_env, create_interval_scheduler, dist
 from composer.utils.checkpoint import save_checkpoint
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 from torch.distributed.checkpoint import BytesStorageMetadata
 from torch.distributed.checkpoint.api import CheckpointException
 
-from shards.storage import Storage
-from shards.workers import STOPPED, exit_on_signals
+from shards.workers import STOPPED, exit_on_signals, ignore_stop_signals
 from training.config import Duration
+from training.copies import METADATA, Copies, CopyingUnfinished
+from training.peers import new_group
 from training.safe_load import PlainReader, load_plain
 from training.weights import LATEST
 
@@ -73,16 +75,22 @@ def checksum(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_sum(path: Path) -> None:
+    """Compare a file with the checksum beside it, if there is one."""
+    expected = path.with_name(f"{path.name}.sha256")
+    if expected.exists() and checksum(path) != expected.read_text():
+        raise ValueError(f"{path.name} in it has another checksum")
+
+
 def check_shards(path: Path) -> None:
     """Check sizes and checksums of FSDP's shards, and unpickle their plain values safely.
 
-    Checkpoints of earlier versions have no checksums.
+    Checkpoints of earlier versions have no checksums, or none of .metadata.
     """
+    check_sum(path / METADATA)
     metadata = PlainReader(path).read_metadata()
     for name in {part.relative_path for part in metadata.storage_data.values()}:
-        expected = path / f"{name}.sha256"
-        if expected.exists() and checksum(path / name) != expected.read_text():
-            raise ValueError(f"{name} in it has another checksum")
+        check_sum(path / name)
     for index, part in metadata.storage_data.items():
         with open(path / part.relative_path, "rb") as file:
             if os.fstat(file.fileno()).st_size < part.offset + part.length:
@@ -92,13 +100,27 @@ def check_shards(path: Path) -> None:
                 load_plain(io.BytesIO(file.read(part.length)))
 
 
+def on_several_machines() -> bool:
+    return dist.get_world_size() > dist.get_local_world_size()
+
+
+def appears(path: Path, seconds: float = 5.0) -> bool:
+    """Return whether a file is there, or appears in time: NFS may show new files late."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
 class Checkpoints(Callback):
     """Composer's checkpoints, saved so that the newest is always intact.
 
     Each is written aside, synced and renamed, then copied to the bucket in the background. SIGINT
     and SIGTERM, on any rank, end the run with exit code STOPPED, after a checkpoint at the end of
-    the step, or of the evaluation's batch. A second SIGINT ends it at once. A loss or a weight that
-    is not finite ends the run without a checkpoint.
+    the step, or of the evaluation's batch. SIGINT after another signal ends it at once. A loss or a
+    weight that is not finite ends the run without a checkpoint.
 
     Args:
         interval: between checkpoints, such as 1ep or 500ba; the last step always has one.
@@ -108,6 +130,7 @@ class Checkpoints(Callback):
             run resumes from them if the disk is lost, or if its shards are on several machines.
         stop_signals: further signals that stop the run like SIGTERM, such as SIGUSR1, with which
             Slurm can warn of the end of a job (`--signal`).
+        upload_limit: seconds for which a stopped run waits for its copies to the bucket.
 
     Raises:
         ValueError: the bucket is not an s3:// address.
@@ -122,6 +145,7 @@ class Checkpoints(Callback):
         milestone: PositiveInt | None = None,
         bucket: str | None = None,
         stop_signals: list[Literal["SIGUSR1", "SIGUSR2"]] = (),
+        upload_limit: NonNegativeFloat = 60.0,
     ):
         if bucket and not bucket.startswith("s3://"):
             raise ValueError(f"checkpoints.bucket={bucket}: must be an s3:// address")
@@ -129,12 +153,15 @@ class Checkpoints(Callback):
         self.folder = run / "checkpoints"
         self.keep = keep
         self.milestone = milestone
-        self.bucket = Storage(f"{bucket.rstrip('/')}/{run.name}") if bucket else None
-        self.copying = ThreadPoolExecutor(1)
+        address = f"{bucket.rstrip('/')}/{run.name}" if bucket else None
+        self.copies = Copies(self.folder, address, self.superseded)
+        self.bucket = self.copies.bucket
+        self.upload_limit = upload_limit
+        self.group = new_group()  # in which ranks may wait for a large file of another
         self.signals = [signal.SIGINT, signal.SIGTERM]
         self.signals += [signal.Signals[name] for name in stop_signals]
         exit_on_signals(self.signals)
-        self.received = None  # the first stop signal
+        self.stop_reason = None  # of the first request to stop, such as the name of a signal
         self.saved_step = -1
         # At each checkpoint, Composer has py-cpuinfo name the processor, and offers no option
         # against it. The two processes of py-cpuinfo wait in a loop of sched_yield: with as many
@@ -142,6 +169,40 @@ class Checkpoints(Callback):
         collect_env.get_cpu_model = platform.processor
 
     # Finding a checkpoint to resume from
+
+    def check_shared_folder(self, sharded: bool) -> None:
+        """Find out whether all machines can resume from what will be saved; all ranks call this.
+
+        Rank 0 writes a file, for which a rank of each other machine looks. With a bucket, machines
+        need no shared folder.
+
+        Args:
+            sharded: whether each rank will write a part of a checkpoint.
+
+        Raises:
+            ValueError: checkpoints are sharded, and their parts would lie on several disks.
+        """
+        if self.bucket or not on_several_machines():
+            return
+        name = [f".shared-{uuid.uuid4().hex}"]
+        dist.broadcast_object_list(name, group=self.group)
+        mark = self.folder / name[0]
+        if dist.get_global_rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        dist.barrier(self.group)
+        lacks_it = dist.get_local_rank() == 0 and not appears(mark)
+        lacking = [None] * dist.get_world_size()
+        torch.distributed.all_gather_object(lacking, lacks_it, self.group)
+        mark.unlink(missing_ok=True)
+        if any(lacking):
+            problem = f"{self.folder}: the machine of rank {lacking.index(True)} has another folder"
+            remedy = "give the machines a shared folder, or checkpoints.bucket"
+            if sharded:
+                raise ValueError(f"{problem} than rank 0, for sharded checkpoints; {remedy}")
+            if dist.get_global_rank() == 0:
+                follows = "checkpoints are on the machine of rank 0 alone"
+                print(f"{problem}; {follows}. To resume, {remedy}", flush=True)
 
     def newest(self) -> Path | None:
         """Return the newest intact checkpoint, fetched from the bucket if needed; None if none yet.
@@ -158,7 +219,7 @@ class Checkpoints(Callback):
                 outcome = [self.find_newest()]
             except (ValueError, OSError) as error:
                 outcome = [error]  # for all ranks, which wait for the answer
-        dist.broadcast_object_list(outcome)
+        dist.broadcast_object_list(outcome, group=self.group)
         name = outcome[0]
         if isinstance(name, Exception):
             raise name
@@ -171,9 +232,9 @@ class Checkpoints(Callback):
                 if not self.bucket:
                     remedy = "give the machines a shared folder, or checkpoints.bucket"
                     raise ValueError(f"{error}; {remedy}") from error
-                self.fetch(name)
+                self.copies.fetch(name)
             self.point_latest_to(name)
-        dist.barrier()
+        dist.barrier(self.group)
         return self.folder / name
 
     def find_newest(self) -> str | None:
@@ -181,11 +242,12 @@ class Checkpoints(Callback):
         local = {path.name for path in self.folder.glob("ep*") if CHECKPOINT.fullmatch(path.name)}
         remote = set()
         if self.bucket:
-            folders = {name.split("/")[0] for name in self.bucket.names()}
-            remote = {name for name in folders if CHECKPOINT.fullmatch(name)}
+            remote = {name for name in self.copies.complete() if CHECKPOINT.fullmatch(name)}
         problems = []
         for name in sorted(local | remote, key=checkpoint_step, reverse=True):
             if self.obtain(name, name in local, name in remote, problems):
+                if self.bucket and name not in remote and on_several_machines():
+                    self.copies.send(name)  # A kill has cut off the copying.
                 self.point_latest_to(name)
                 print("; ".join([*problems, f"resuming from {self.folder / name}"]), flush=True)
                 return name
@@ -210,7 +272,7 @@ class Checkpoints(Callback):
                 continue
             try:
                 if in_bucket:
-                    self.fetch(name)
+                    self.copies.fetch(name)
                 check_checkpoint(path)
                 return True
             except ValueError as error:
@@ -220,22 +282,6 @@ class Checkpoints(Callback):
                     if path.exists():  # so that no launch tries it again
                         path.rename(f"{path}.corrupt.{time.time_ns()}")
         return False
-
-    def fetch(self, name: str) -> None:
-        """Download a checkpoint from the bucket."""
-        aside = self.folder / f"{name}.fetched"
-        shutil.rmtree(aside, ignore_errors=True)
-        parts = [name]
-        if not name.endswith(".pt"):
-            parts = [*self.bucket.names(name), f"{name}/.metadata"]  # names() omits hidden files
-        try:
-            for part in parts:
-                self.bucket.download(part, aside / part)
-        except FileNotFoundError as error:
-            raise ValueError(f"{self.bucket.at(name)} is incomplete ({error})") from error
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-        (aside / name).rename(self.folder / name)
-        aside.rmdir()
 
     def point_latest_to(self, name: str) -> None:
         """Make the link to the newest checkpoint, in one step."""
@@ -258,12 +304,12 @@ class Checkpoints(Callback):
             shutil.rmtree(aside, ignore_errors=True)  # left by a run killed while saving
             shutil.rmtree(self.folder / name, ignore_errors=True)
             aside.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
+        dist.barrier(self.group)
         written = self.write(state, aside / f"{stem}.pt")
         for path in written:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        dist.barrier()
+        dist.barrier(self.group)
         if dist.get_local_rank() == 0:
             # Where the folder is shared, another machine may have renamed it already. Where it is
             # not, a machine without the file of rank 0 has nothing to rename.
@@ -272,17 +318,14 @@ class Checkpoints(Callback):
             if (self.folder / name).exists():
                 self.point_latest_to(name)
             shutil.rmtree(aside, ignore_errors=True)
-        dist.barrier()
-        parts = [os.path.relpath(path, aside) for path in written]
-        if dist.get_global_rank() == 0 and not name.endswith(".pt"):
-            parts.append(f"{name}/.metadata")
-        self.copying.submit(self.copy_and_prune, parts)
+        dist.barrier(self.group)
+        self.copies.submit(name, [os.path.relpath(path, aside) for path in written])
         self.saved_step = state.timestamp.batch.value
 
     def write(self, state: State, path: Path) -> list[Path]:
         """Write a checkpoint, and return the files that this rank wrote.
 
-        FSDP's shards are in a folder, path without .pt; each has its checksum beside it.
+        FSDP's shards are in a folder, path without .pt; each file has its checksum beside it.
 
         Raises:
             OSError: the disk is full, which torch reports as another exception.
@@ -300,40 +343,14 @@ class Checkpoints(Callback):
             raise OSError(errno.ENOSPC, message, str(self.folder)) from error
         if not state.fsdp_sharded_state_dict_enabled:
             return [Path(file)] if file else []
-        shards = sorted(path.with_suffix("").glob(f"__{dist.get_global_rank()}_*.distcp"))
-        sums = [Path(f"{shard}.sha256") for shard in shards]
-        for shard, sum_file in zip(shards, sums, strict=True):
-            sum_file.write_text(checksum(shard))
-        return shards + sums
-
-    def copy_and_prune(self, parts: list[str]) -> None:
-        """Copy the files of a checkpoint to the bucket, then delete old ones, in the background.
-
-        A bucket that cannot be reached is reported, and the run continues.
-        """
-        try:
-            if self.bucket:
-                for part in parts:
-                    self.bucket.upload(self.folder / part, part)
-            self.prune()
-        except OSError as error:
-            kept = f"what is in {self.folder} is intact, and the run continues"
-            print(f"checkpoints.bucket: {error}; {kept}", flush=True)
-
-    def prune(self) -> None:
-        """Delete superseded checkpoints, once on each machine and once in the bucket."""
-        if dist.get_local_rank() == 0:
-            for name in self.superseded(path.name for path in self.folder.glob("ep*")):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-                with suppress(OSError):
-                    (self.folder / name).unlink()
-        if self.bucket and dist.get_global_rank() == 0:
-            files = list(self.bucket.names())  # without hidden files
-            old = self.superseded({file.split("/")[0] for file in files})
-            files += [f"{name}/.metadata" for name in old]
-            for file in files:
-                if file.split("/")[0] in old:
-                    self.bucket.delete(file)
+        folder, rank = path.with_suffix(""), dist.get_global_rank()
+        files = sorted(folder.glob(f"__{rank}_*.distcp"))
+        if rank == 0:
+            files.append(folder / METADATA)
+        sums = [Path(f"{file}.sha256") for file in files]
+        for file, sum_file in zip(files, sums, strict=True):
+            sum_file.write_text(checksum(file))
+        return files + sums
 
     def superseded(self, names: Iterable[str]) -> list[str]:
         """Return the names of checkpoints that are neither among the newest nor a milestone."""
@@ -351,14 +368,20 @@ class Checkpoints(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         self.saved_step = state.timestamp.batch.value
         for number in self.signals:
-            signal.signal(number, self.request_stop)
+            signal.signal(number, self.handle_signal)
 
-    def request_stop(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal for the end of the step, since ranks stop together."""
-        if number == self.received == signal.SIGINT:
-            print("interrupted twice: exiting without a checkpoint", file=sys.stderr, flush=True)
+    def handle_signal(self, number: int, frame: FrameType | None) -> None:
+        """Request a stop, or exit at once at a Ctrl-C after an earlier request."""
+        if number == signal.SIGINT and self.stop_reason:
+            for process in active_children():  # data workers, which would outlive this process
+                process.kill()
+            print("interrupted again: exiting at once", file=sys.stderr, flush=True)
             os._exit(128 + signal.SIGINT)
-        self.received = self.received or number
+        self.request_stop(signal.Signals(number).name)
+
+    def request_stop(self, reason: str) -> None:
+        """Note that the run is to stop at the end of the step, since ranks stop together."""
+        self.stop_reason = self.stop_reason or reason
 
     def batch_end(self, state: State, logger: Logger) -> None:
         # There is no loss yet if half precision has skipped the first steps.
@@ -384,7 +407,7 @@ class Checkpoints(Callback):
         """Save if a checkpoint is due; if a stop was requested, save in any case, and exit."""
         step = state.timestamp.batch.value
         # Signals arrive at the ranks at different times.
-        stop = self.on_any_rank(state, self.received is not None)
+        stop = self.on_any_rank(state, self.stop_reason is not None)
         if not (is_due or stop):
             return
         is_finite = all(weight.isfinite().all() for weight in state.model.parameters())
@@ -394,12 +417,24 @@ class Checkpoints(Callback):
         if self.saved_step != step:
             self.save(state)
         if stop:
-            self.copying.shutdown()
             if dist.get_global_rank() == 0:
                 place = f"epoch {state.timestamp.epoch.value}, step {step}"
                 saved = f"saved in {self.folder / os.readlink(self.folder / LATEST)}"
                 print(f"stopped at {place}; {saved}; run the same command to resume", flush=True)
-            sys.exit(STOPPED)
+            self.exit_stopped()
+
+    def exit_stopped(self) -> None:
+        """Exit with STOPPED once the bucket has all copies, or the time for them is over."""
+        missing = self.copies.finish(self.upload_limit)
+        if missing and dist.get_global_rank() == 0:
+            limit = f"checkpoints.upload_limit={self.upload_limit:g}"
+            lacks = f"{self.bucket.root} lacks {', '.join(missing)} after {limit} seconds"
+            print(f"{lacks}; {self.folder} has them", flush=True)
+        # The launcher sends SIGTERM to the ranks that end last, which must not change their code.
+        ignore_stop_signals()
+        if self.copies.is_copying:
+            raise CopyingUnfinished(STOPPED)
+        sys.exit(STOPPED)
 
     def on_any_rank(self, state: State, flag: bool) -> bool:
         """Return whether the flag is true on any rank; all ranks call this together."""
@@ -411,4 +446,4 @@ class Checkpoints(Callback):
 
     def fit_end(self, state: State, logger: Logger) -> None:
         exit_on_signals(self.signals)
-        self.copying.shutdown()  # waits for the last copy
+        self.copies.finish()

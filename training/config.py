@@ -51,6 +51,12 @@ def check_time(value: Any, positive: bool = True) -> Any:
 
 
 Duration = Annotated[str, AfterValidator(check_time)]
+OWN_KEYS = {  # top-level keys that only one stage has
+    "make_demo": "pretrain.py",
+    **dict.fromkeys(("eval_data", "lars"), "finetune.py"),
+    **dict.fromkeys(("accuracy", "probe", "reconstructions", "attention", "export"), "eval.py"),
+    "comparison": "benchmarks/compare.py",
+}
 QUOTED = """put the value in double quotes, and in a shell these in single quotes: key='"value"'"""
 BASES = re.compile(r"[-+]?(0[0-7_]+|[1-9]\d*(:[0-5]?\d)+(\.\d*)?)")
 RunName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # the name of a folder in runs/
@@ -223,6 +229,8 @@ def convert_block(
     for name in block:  # first of all, since a mistyped key explains a missing one
         if name not in names:
             complaint = f"is not a key of this block{did_you_mean(name, names)}"
+            if not path and name in OWN_KEYS:
+                complaint = f"is a key of {OWN_KEYS[name]}; run that with this file"
             raise ConfigError([*path, name], complaint)
     converted = {}
     for name, value in block.items():

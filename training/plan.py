@@ -23,15 +23,7 @@ from shards.format import Clips, read_classes
 from shards.storage import Storage
 from training.cost import flops_per_sample, peak_bytes
 from training.fsdp import fsdp_settings
-
-
-class Gpu(NamedTuple):
-    """A GPU's data sheet: bytes of memory, and dense operations per second."""
-
-    name: str
-    memory: float
-    half: float  # in 16-bit floating point
-    full: float  # in fp32, without TF32
+from training.gpus import GPUS, Gpu
 
 
 class Machine(NamedTuple):
@@ -41,13 +33,6 @@ class Machine(NamedTuple):
     gpu: Gpu
 
 
-GPUS = {  # NVIDIA's data sheets
-    "a100": Gpu("A100", 80e9, 312e12, 19.5e12),
-    "a100-40": Gpu("A100 40 GB", 40e9, 312e12, 19.5e12),
-    "h100": Gpu("H100", 80e9, 989e12, 67e12),
-    "h200": Gpu("H200", 141e9, 989e12, 67e12),
-    "l40s": Gpu("L40S", 48e9, 362e12, 91.6e12),
-}
 UTILISATION = 0.4  # assumed fraction of the peak
 OVERHEAD = 2e9  # bytes of CUDA's context and of NCCL's and cuBLAS's buffers, assumed
 USABLE = 0.95  # fraction of the memory that the allocator can fill, assumed

@@ -33,6 +33,7 @@ from composer.loggers import (
 from evaluation.probes import KNN
 from training.config import Named
 from training.speedups import ContrastRamp, FreezeEncoder, PartialDecoding, ProgressiveResizing
+from training.spot import SpotNotice
 
 ALGORITHMS = Named(
     (
@@ -60,6 +61,7 @@ CALLBACKS = Named(
         OptimizerMonitor,
         RuntimeEstimator,
         SpeedMonitor,
+        SpotNotice,
         SystemMetricsMonitor,
         ThresholdStopper,
     ),

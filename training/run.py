@@ -11,8 +11,11 @@ Everything of a run is in its run directory, runs/{run_name}/.
 import errno
 import inspect
 import json
+import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -35,13 +38,16 @@ from evaluation.probes import KNN
 from shards.format import fingerprint
 from shards.storage import Storage
 from shards.stream import load_stream
-from shards.workers import exit_on_signals
+from shards.workers import STOPPED, exit_on_signals
 from training.checkpoints import Checkpoints
 from training.config import RunName, build_named
+from training.copies import CopyingUnfinished
 from training.fsdp import GlooGradientMean, OneReduction, fsdp_config
 from training.logs import GradientNorm, JsonLines
+from training.peers import is_connection_lost, one_line, peer_watch
 from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS
 from training.precision import forbid_tf32
+from training.spot import SpotNotice
 
 TRAINER_ARGUMENTS = inspect.signature(Trainer).parameters
 TrainerBlock = Annotated[  # Composer's Trainer, without the arguments that build_trainer gives
@@ -158,12 +164,11 @@ def start_run(config: RunConfig) -> Path:
     Raises:
         ValueError: the run directory holds a run with other settings.
     """
-    # A handler would wait for as long as init_process_group does.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    device = get_device(config.trainer.get("device"))
-    dist.initialize_dist(device, config.trainer.get("dist_timeout", 300.0))
+    warnings = (config.checkpoints or {}).get("stop_signals", ())
+    exit_on_signals(signal.Signals[name] for name in warnings)
+    join_ranks(config.trainer.get("device"), config.trainer.get("dist_timeout", 300.0))
     exit_on_signals()
+    peer_watch().start()
     reproducibility.seed_all(config.seed)  # the same initial weights on every rank
     run = Path("runs", config.run_name)
     found = [[], False]
@@ -184,8 +189,29 @@ def start_run(config: RunConfig) -> Path:
         if dist.get_global_rank() == 0:
             remedy = "raise trainer.max_duration to train on, or choose another run_name"
             print(f"{run} is finished, see {run}/result.json; {remedy}")
+        peer_watch().leave()
         sys.exit(0)
     return run
+
+
+def join_ranks(device: str | None, timeout: float) -> None:
+    """Join the process group; exit with STOPPED if other ranks do not come, as a machine is lost.
+
+    Args:
+        device: of Composer's Trainer.
+        timeout: seconds to wait for the others, here and in each collective.
+    """
+    # A handler would wait for as long as init_process_group does.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        dist.initialize_dist(get_device(device), timeout)
+    except RuntimeError as error:
+        if not is_connection_lost(error):
+            raise
+        problem = f"the other ranks have not joined ({one_line(error)})"
+        print(f"{problem}; run the same command again", file=sys.stderr, flush=True)
+        os._exit(STOPPED)
 
 
 def check_data_sets(run: Path, paths: list[str]) -> dict[str, dict]:
@@ -273,9 +299,11 @@ def build_trainer(
     data_sets = check_data_sets(run, config.data_sets)
     settings, callbacks = trainer_settings(config, model)
     checkpoints = Checkpoints(run, **config.checkpoints or {})
+    fsdp = (settings.get("parallelism_config") or {}).get("fsdp")
+    checkpoints.check_shared_folder(bool(fsdp) and fsdp.state_dict_type == "sharded")
     newest = checkpoints.newest()
     # KNN calls this between batches, so that a stop signal does not wait for the measurement.
-    given = {KNN: (checkpoints.save_and_exit_if_stopped,)}
+    given = {KNN: (checkpoints.save_and_exit_if_stopped,), SpotNotice: (checkpoints.request_stop,)}
     if flops_per_sample:  # SpeedMonitor looks for this attribute.
         model.flops_per_batch = lambda batch: flops_per_sample * len(next(iter(batch.values())))
     own_algorithms = model.algorithms() if hasattr(model, "algorithms") else []
@@ -303,6 +331,8 @@ def build_trainer(
     except ValueError:
         raise
     except Exception as error:  # Composer and the named classes raise nearly anything
+        if is_connection_lost(error):
+            raise
         blocks = "trainer, algorithms, callbacks or loggers"
         raise ValueError(f"{blocks}: {type(error).__name__}: {error}") from error
     forbid_tf32()
@@ -345,15 +375,32 @@ def rename_averages(state: State) -> None:
             setattr(algorithm.ema_model, kind, renamed)
 
 
-def fit(trainer: Trainer) -> None:
-    """Train, and end the program with one line if the disk is full."""
+@contextmanager
+def exit_if_disk_full() -> Iterator[None]:
+    """End the program with one line if the disk is full."""
     try:
-        train(trainer)
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         remedy = "free some space, and run the same command again to resume"
         sys.exit(f"{error.filename or 'a disk'}: {error.strerror}; {remedy}")
+
+
+@exit_if_disk_full()
+def fit(trainer: Trainer) -> None:
+    """Train, and leave the other ranks in order."""
+    try:
+        train(trainer)
+        dist.barrier()
+    except SystemExit as end:
+        if end.code == STOPPED:
+            peer_watch().leave()
+        if isinstance(end, CopyingUnfinished):
+            trainer.engine.close()  # the loggers
+            os._exit(STOPPED)  # Python's own exit would wait for the copies.
+        raise
+    peer_watch().leave()
 
 
 def train(trainer: Trainer) -> None:
@@ -367,6 +414,7 @@ def train(trainer: Trainer) -> None:
     trainer.engine.run_event(Event.FIT_END)
 
 
+@exit_if_disk_full()
 def finish_run(run: Path, extra: dict[str, float]) -> dict[str, float]:
     """Write result.json, which marks the run as finished, and draw loss.png.
 
