@@ -320,7 +320,7 @@ def pool(tokens: Tensor, kind: PoolKind) -> Tensor:
 class Head(nn.Sequential):
     """Linear layers from each of `widths` to the next, with BatchNorm and ReLU between them.
 
-    The projector is D - hidden - hidden - out.
+    The projector is D - hidden - hidden - out. BatchNorm sees one view at a time.
     """
 
     def __init__(self, *widths: int):
@@ -331,10 +331,10 @@ class Head(nn.Sequential):
         super().__init__(*layers[:-2])
         self.apply(init_weights)
 
-
-def apply_head(head: nn.Module, features: Tensor) -> Tensor:
-    """Apply a head to (B, V, D), one view at a time for the BatchNorm's sake: (B, V, out)."""
-    return torch.stack([head(view) for view in features.unbind(1)], dim=1)
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (B, V, out) of features (B, V, D)."""
+        forward = super().forward
+        return torch.stack([forward(view) for view in features.unbind(1)], dim=1)
 
 
 def all_gather(x: Tensor) -> Tensor:
@@ -509,8 +509,8 @@ class ViCMAE(ComposerModel):
         first: BatchNorm spans the global batch, and the number of ranks changes no result.
         """
         features = all_gather(features)
-        targets = apply_head(self.projector, features)
-        predictions = apply_head(self.predictor, features) if self.predictor else targets
+        targets = self.projector(features)
+        predictions = self.predictor(features) if self.predictor else targets
         return {"predictions": predictions, "targets": targets}
 
     def forward(self, batch: Batch) -> Tensors:

@@ -10,18 +10,35 @@ the main process can finish its step and save a checkpoint.
 import atexit
 import math
 import multiprocessing
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from composer.core.data_spec import default_split_batch
-from torch.utils.data import DataLoader, IterableDataset
+from composer.utils import dist
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from shards.workers import without_stop_signals
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers do not receive stop signals."""
+    """A DataLoader whose workers do not receive stop signals.
+
+    Args:
+        sample_bytes: size of a sample.
+        settings: further arguments of DataLoader.
+
+    Raises:
+        OSError: the batches that workers prepare do not fit into /dev/shm.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, sample_bytes: int, **settings: Any):
+        super().__init__(dataset, batch_size, **settings)
+        if self.num_workers:
+            prepared = self.num_workers * self.prefetch_factor * dist.get_local_world_size()
+            check_shared_memory(prepared, batch_size * sample_bytes)
 
     def __iter__(self) -> Iterator:
         with without_stop_signals():  # Workers are forked here.
@@ -34,6 +51,7 @@ class StepLoader(Loader):
     Args:
         dataset: whole steps of samples of this rank.
         batch_size: samples of this rank that a worker loads at a time.
+        sample_bytes: see Loader.
         micro_batches: number of such batches in a step; if it is 1, they are not put into lists.
         num_workers, prefetch_factor: see load_stream.
     """
@@ -42,6 +60,7 @@ class StepLoader(Loader):
         self,
         dataset: IterableDataset,
         batch_size: int,
+        sample_bytes: int,
         micro_batches: int,
         num_workers: int,
         prefetch_factor: int | None = None,
@@ -50,6 +69,7 @@ class StepLoader(Loader):
         super().__init__(
             dataset,
             batch_size,
+            sample_bytes,
             num_workers=num_workers,
             prefetch_factor=ahead,
             drop_last=True,
@@ -87,6 +107,21 @@ def samples_in(batch: dict[str, Any] | list[dict[str, Any]]) -> int:
 def split_step(batch: dict | list[dict], micro_size: int) -> list[dict]:
     """Return the micro-batches of a step, of `micro_size` samples each."""
     return batch if isinstance(batch, list) else default_split_batch(batch, micro_size)
+
+
+def check_shared_memory(batches: int, batch_bytes: int) -> None:
+    """Raise OSError if batches of a size do not fit into /dev/shm.
+
+    Without this check, a worker would die of a bus error. A container has 64 MB by default.
+    """
+    folder = Path("/dev/shm")
+    if not folder.exists():
+        return
+    free = shutil.disk_usage(folder).free
+    if batches * batch_bytes > free:
+        needed = f"{batches} batches need {batches * batch_bytes / 1e6:.0f} MB"
+        remedy = "enlarge it (docker run --shm-size), or lower num_workers"
+        raise OSError(f"{folder}: {needed}, but it has {free / 1e6:.0f} MB free; {remedy}")
 
 
 @atexit.register

@@ -13,8 +13,6 @@ views of sample 12 in epoch 3 are drawn with
 If sample 12 occurs a second time in that epoch, it counts as sample 1012 there.
 """
 
-import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -37,7 +35,7 @@ from shards.format import (
     record_unreadable,
     spread,
 )
-from shards.loader import StepLoader, prefetch, samples_in, split_step
+from shards.loader import StepLoader, samples_in, split_step
 from shards.shared_memory import claim, one_job_at_a_time
 from shards.storage import Storage
 from shards.views import UnitInterval
@@ -284,24 +282,12 @@ def check_samples(path: str, patch_size: int) -> None:
     raise ValueError(f"{path}: none of {len(numbers)} samples can be trained on: {fault}")
 
 
-def check_shared_memory(dataset: DeterministicStream, batch_size: int, num_workers: int) -> None:
-    """Raise ValueError if the batches that workers prepare do not fit into /dev/shm.
-
-    Without this check, a worker would die of a bus error. A container has 64 MB by default.
-    """
-    folder = Path("/dev/shm")
-    if not (num_workers and folder.exists()):
-        return
+def sample_bytes(dataset: DeterministicStream) -> int:
+    """Return the bytes of a transformed sample, or 0 if the first one cannot be read."""
     with suppress(ValueError):  # Whether samples can be read is found out in training.
         sample = next(dataset.transform_sample(dataset[0], (0, 0, 0)))
-        sizes = [getattr(value, "nbytes", 8) for value in sample.values()]
-        prepared = 2 * num_workers * dist.get_local_world_size()  # batches; 2 is PyTorch's default
-        needed = prepared * batch_size * sum(sizes)
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            problem = f"{prepared} batches need {needed / 1e6:.0f} MB, but it has {free / 1e6:.0f}"
-            remedy = "enlarge it (docker run --shm-size), or lower data.num_workers"
-            raise OSError(f"{folder}: {problem} MB free; {remedy}")
+        return sum(getattr(value, "nbytes", 8) for value in sample.values())
+    return 0
 
 
 def load_stream(
@@ -374,10 +360,8 @@ def load_stream(
         )
         dataset.owner = claim(dataset)
     dataset.drop_incomplete_batch(global_train_batch_size)
-    if num_workers:
-        ahead = loaded * prefetch(micro_batches, num_workers, prefetch_factor)
-        check_shared_memory(dataset, math.ceil(ahead / 2), num_workers)  # counts two a worker
-    loader = StepLoader(dataset, loaded, micro_batches, num_workers, prefetch_factor)
+    size = sample_bytes(dataset) if num_workers else 0
+    loader = StepLoader(dataset, loaded, size, micro_batches, num_workers, prefetch_factor)
     spec = DataSpec(
         loader,
         microbatch_transforms=on_device,

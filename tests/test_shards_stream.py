@@ -17,7 +17,7 @@ from PIL import Image
 
 import data_prep
 import pretrain
-import shards.stream
+import shards.loader
 from shards.augment import augment_batch
 from shards.decode import Recipe
 from shards.download import Download
@@ -530,7 +530,7 @@ def test_other_samples_at_the_same_address_are_kept_in_another_folder(bucket, de
 
 def test_batches_that_do_not_fit_into_shared_memory_are_refused_before_training(demo, monkeypatch):
     usage = shutil.disk_usage("/dev/shm")._replace(free=1_000_000)
-    monkeypatch.setattr(shards.stream.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(shards.loader.shutil, "disk_usage", lambda folder: usage)
     # A sample has 2 views of 32 x 32 x 3 bytes, 2 x 8 and 2 x 16 floats, and its label.
     needed = 2 * 4 * 20 * (2 * 32 * 32 * 3 + 4 * 2 * (8 + 16) + 8)
     match = f"/dev/shm: 8 batches need {needed / 1e6:.0f} MB, but it has 1 MB free; enlarge it"

@@ -438,6 +438,8 @@ class Checkpoints(Callback):
 
     def on_any_rank(self, state: State, flag: bool) -> bool:
         """Return whether the flag is true on any rank; all ranks call this together."""
+        if dist.get_world_size() == 1:
+            return flag  # without a transfer to a GPU and back in each step
         highest = state.device.tensor_to_device(torch.tensor(int(flag)))
         dist.all_reduce(highest, "MAX")
         return bool(highest.item())

@@ -47,6 +47,7 @@ from training.fsdp import GlooGradientMean, OneReduction, fsdp_config
 from training.logs import GradientNorm, JsonLines
 from training.peers import is_connection_lost, one_line, peer_watch
 from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS
+from training.precision import forbid_tf32
 from training.spot import SpotNotice
 
 TRAINER_ARGUMENTS = inspect.signature(Trainer).parameters
@@ -335,6 +336,7 @@ def build_trainer(
             raise
         blocks = "trainer, algorithms, callbacks or loggers"
         raise ValueError(f"{blocks}: {type(error).__name__}: {error}") from error
+    forbid_tf32()
     rename_averages(trainer.state)
     if flops_per_sample and trainer.state.timestamp.batch == 0:
         trainer.logger.log_metrics({"flops_per_sample": flops_per_sample})
