@@ -129,7 +129,7 @@ def test_second_interrupt_ends_a_run_at_once(demo, tmp_path):
     arguments = [*small(demo), "callbacks=null", "data.num_workers=2"]
     code = exit_code("pretrain", arguments, tmp_path, "step", signal.SIGINT, signal.SIGINT)
     assert code == 130
-    assert "interrupted twice" in (tmp_path / "output").read_text()
+    assert "interrupted again" in (tmp_path / "output").read_text()
 
 
 def test_signal_to_the_group_of_a_fine_tuning_stops_its_validation(demo, pretrained, tmp_path):

@@ -48,6 +48,7 @@ from training.logs import GradientNorm, JsonLines
 from training.peers import is_connection_lost, one_line, peer_watch
 from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS
 from training.precision import forbid_tf32
+from training.progress import Progress
 from training.spot import SpotNotice
 
 TRAINER_ARGUMENTS = inspect.signature(Trainer).parameters
@@ -309,6 +310,8 @@ def build_trainer(
         model.flops_per_batch = lambda batch: flops_per_sample * samples_in(batch)
     own_algorithms = model.algorithms() if hasattr(model, "algorithms") else []
     algorithms = build_named(ALGORITHMS, config.algorithms) + own_algorithms
+    # Composer's bar is one for each epoch, with a block of settings before it.
+    shown = [] if settings.setdefault("progress_bar", False) else [Progress()]
     try:
         trainer = Trainer(
             **settings,
@@ -327,7 +330,11 @@ def build_trainer(
             # Composer reverses the order after a step: mean, norm, then clipping.
             algorithms=[*algorithms, GradientNorm(), GlooGradientMean()],
             callbacks=[*build_named(CALLBACKS, config.callbacks, given), checkpoints, *callbacks],
-            loggers=[JsonLines(run / "metrics.jsonl"), *build_named(LOGGERS, config.loggers)],
+            loggers=[
+                JsonLines(run / "metrics.jsonl"),
+                *shown,
+                *build_named(LOGGERS, config.loggers),
+            ],
         )
     except ValueError:
         raise
