@@ -42,7 +42,7 @@ from benchmarks.plain_vicmae import PlainViCMAE
 from model import Batch, ViCMAE
 from pretrain import PretrainConfig
 from shards.augment import augment_batch
-from shards.loader import Loader
+from shards.loader import StepLoader
 from shards.views import ViewRecipe
 from training.config import load_config
 from training.optimizer import build_optimizer
@@ -265,8 +265,8 @@ def measure_trainer(work: Path, steps: int = 40) -> None:
     report("overhead of the Trainer", overhead, "bare step", counted, **more)
 
 
-class TimedLoader(Loader):
-    """A Loader that keeps begin and end of every wait for a batch."""
+class TimedLoader(StepLoader):
+    """A StepLoader that keeps begin and end of every wait for a batch."""
 
     waits: list[tuple[float, float]] = []  # noqa: RUF012  # of the run that is being measured
 
@@ -293,7 +293,7 @@ def measure_waiting(demo: Path, model: dict | None, what: str, steps: int) -> No
     """Measure the fraction of the training loop that is spent waiting for data."""
     arguments = [*data_arguments(demo, steps, 2), f"run_name=waiting{steps}"]
     TimedLoader.waits.clear()
-    with mock.patch.object(shards.stream, "Loader", TimedLoader):
+    with mock.patch.object(shards.stream, "StepLoader", TimedLoader):
         trainer = pretrain.pretrain(configure(*arguments, model=model))
         trainer.fit()
     trainer.close()

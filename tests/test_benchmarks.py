@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +106,10 @@ def lead_session(command: list[str], cwd: str, environment: dict, output: str, r
                 code = 0
             except SystemExit as end:
                 code = end.code
+                if isinstance(code, str):
+                    print(code)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 os._exit(code if isinstance(code, int) else 1)
