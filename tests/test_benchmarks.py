@@ -84,6 +84,7 @@ def small_demo(demo, tmp_path, monkeypatch) -> Path:
 def lead_session(command: list[str], cwd: str, environment: dict, output: str, ready) -> None:
     """Be Composer's launcher: start a stage in one process for each rank, and wait for all."""
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # as in a program that was launched
     ready.send(True)
     ready.close()
     ranks, script = int(command[4]), Path(command[5]).name
