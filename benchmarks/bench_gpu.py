@@ -105,7 +105,7 @@ def join_ranks() -> None:
         gpu_trainer.join_ranks()
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if "RANK" in os.environ:
+    if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
