@@ -149,3 +149,20 @@ def test_recipe_of_vitl_shrunk_by_overrides_trains_two_steps_with_fsdp_on_two_ra
     weights = read_checkpoint(str(tmp_path / "runs" / "vitl"))
     assert weights["encoder.blocks.1.attn.qkv.weight"].shape == (96, 32)
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+@pytest.fixture
+def without_determinism():
+    yield
+    torch.use_deterministic_algorithms(False)  # Composer turns it on for the process
+    torch.backends.cudnn.benchmark = False
+
+
+def test_deterministic_mode_takes_all_operations_of_a_step_and_changes_none_on_a_cpu(
+    demo, tmp_path, without_determinism
+):
+    arguments = [*small(demo), "trainer.max_duration=2ba", "callbacks=null", "data.num_workers=0"]
+    run_stage(pretrain, [*arguments, "run_name=plain"], tmp_path)
+    run_stage(pretrain, [*arguments, "run_name=mode", "trainer.deterministic_mode=true"], tmp_path)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert losses(tmp_path, "mode") == losses(tmp_path, "plain")
