@@ -30,6 +30,7 @@ from composer.loggers import (
     WandBLogger,
 )
 
+from evaluation.online import EffectiveRank, OnlineProbe
 from evaluation.probes import KNN
 from training.config import Named
 from training.speedups import ContrastRamp, FreezeEncoder, PartialDecoding, ProgressiveResizing
@@ -53,11 +54,13 @@ ALGORITHMS = Named(
 CALLBACKS = Named(
     (
         EarlyStopper,
+        EffectiveRank,
         KNN,
         LRMonitor,
         MemoryMonitor,
         MemorySnapshot,
         OOMObserver,
+        OnlineProbe,
         OptimizerMonitor,
         RuntimeEstimator,
         SpeedMonitor,

@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from yaml import YAMLError
 
+from evaluation.online import OnlineProbe
 from evaluation.pictures import draw_losses
 from evaluation.probes import KNN
 from shards.format import fingerprint
@@ -305,7 +306,11 @@ def build_trainer(
     checkpoints.check_shared_folder(bool(fsdp) and fsdp.state_dict_type == "sharded")
     newest = checkpoints.newest()
     # KNN calls this between batches, so that a stop signal does not wait for the measurement.
-    given = {KNN: (checkpoints.save_and_exit_if_stopped,), SpotNotice: (checkpoints.request_stop,)}
+    given = {
+        KNN: (checkpoints.save_and_exit_if_stopped,),
+        SpotNotice: (checkpoints.request_stop,),
+        OnlineProbe: ([stream["path"] for stream in config.data["streams"]],),
+    }
     if flops_per_sample:  # SpeedMonitor looks for this attribute.
         model.flops_per_batch = lambda batch: flops_per_sample * samples_in(batch)
     own_algorithms = model.algorithms() if hasattr(model, "algorithms") else []
