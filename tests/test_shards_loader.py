@@ -17,19 +17,19 @@ import data_prep
 import eval as evaluation
 import finetune
 import pretrain
-import training.checkpoints
 from shards.loader import Loader
 from shards.stream import DeterministicStream
 from shards.views import EvalViews
 from shards.workers import STOPPED
 from training.checkpoints import LATEST, Checkpoints, check_checkpoint
+from training.writing import Writer
 
 STAGES = {"pretrain": pretrain, "finetune": finetune, "eval": evaluation}
 PLACES = {  # a function that a stage calls in some place
     "start": (Checkpoints, "newest"),
     "step": (Checkpoints, "batch_start"),
     "data": (DeterministicStream, "transform_sample"),  # in a worker, for which the stage waits
-    "save": (training.checkpoints, "save_checkpoint"),
+    "save": (Writer, "start"),
     "evaluation": (EvalViews, "__getitem__"),  # in a worker, for k-NN, validation or accuracy
 }
 
