@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -91,6 +92,8 @@ class Writer:
         self.submit = submit
         self.thread = ThreadPoolExecutor(1)
         self.writing: Future[None] | None = None  # the last write
+        # A single rank writes its shards without collectives, of which torch would warn.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
     def start(self, state: State) -> None:
         """Copy the state, and write the copy in the background, after the write before."""
