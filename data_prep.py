@@ -36,7 +36,7 @@ import simplejpeg
 from PIL import Image
 from tqdm import tqdm
 
-from shards.decode import Recipe, has_second_film, read_image, read_video
+from shards.decode import Recipe, has_second_film, read_clips, read_image
 from shards.demo import draw_demo
 from shards.format import COLUMNS, Clips, encode_clip, read_classes, read_json
 from shards.inputs import (
@@ -80,7 +80,6 @@ def write_part(
     from streaming import MDSWriter
 
     kind = job.recipe.kind
-    read = read_video if kind == "videos" else read_image
     Image.MAX_IMAGE_PIXELS = None  # read_image has a limit of its own.
     labels = {name: label for label, name in enumerate(job.classes)} | {None: -1}
     inputs, short = 0, 0
@@ -102,25 +101,29 @@ def write_part(
                 if label < -1 or (job.classes and label >= len(job.classes)):
                     raise ValueError(f"label {label}: must be below {len(job.classes)}, or -1")
                 with open_input() as file:
-                    frames, timestamps = read(file, job.recipe)
-                    if kind == "videos" and has_second_film(file):
-                        joined.append(name)
+                    if kind == "videos":
+                        clips = read_clips(file, job.recipe)
+                        joined += [name] * has_second_film(file)
+                    else:
+                        clips = [read_image(file, job.recipe)]
             except Exception as error:  # Corrupt files make the libraries raise nearly anything.
                 if is_system_error(error):
                     raise
                 skipped.append([name, describe_error(error)])
                 continue
-            converted[label] += 1
+            converted[label] += len(clips)
             if label < 0:
                 unlabelled = unlabelled or name
-            sides.append(min(simplejpeg.decode_jpeg_header(frames[0])[:2]))
-            short += len(set(timestamps)) < len(timestamps)
-            mds.write(encode_clip(frames, timestamps, label, name))
+            for frames, timestamps in clips:
+                sides.append(min(simplejpeg.decode_jpeg_header(frames[0])[:2]))
+                short += len(set(timestamps)) < len(timestamps)
+                mds.write(encode_clip(frames, timestamps, label, name))
     index = out / "index.json"
     shards = json.loads(index.read_text())["shards"]
     index.unlink()
     return {
         "inputs": inputs,
+        "samples": sum(converted.values()),
         "skipped": skipped,
         "ignored": ignored.as_json(),
         "short": short,
@@ -349,6 +352,9 @@ OPTIONS = {  # {argument: settings of add_argument}
     "--split": dict(default="train", help="train, val or test (train)"),
     "--frames": dict(type=int, default=16, help="per video, evenly spaced (16; mit: 8)"),
     "--fps": dict(type=float, help="frames per second of video, instead of --frames"),
+    "--clip-seconds": dict(type=float, help="cut videos into clips of this length (whole videos)"),
+    "--stride": dict(type=float, help="seconds from clip to clip (--clip-seconds)"),
+    "--max-clips": dict(type=int, help="of a video, from its beginning (all)"),
     "--short-side": dict(type=int, default=256, help="pixels; frames are never enlarged (256)"),
     "--classes": dict(metavar="FILE", help="class names, one a line (those of SOURCE, sorted)"),
     "--like": dict(metavar="DATASET", help="take the classes of another data set of data_prep.py"),
@@ -367,6 +373,7 @@ CONVERSION = (
     *("source", "out", "--workers", "--max-skipped", "--short-side", "--quality"),
     *("--background", "--per-class", "--classes", "--like", "--part", "--keep-local"),
 )
+VIDEOS = ("--frames", "--fps", "--clip-seconds", "--stride", "--max-clips")
 COMMANDS = {  # {command other than a conversion: (description, its arguments)}
     "merge": ("Join the shares of several machines.", ("out", "--max-skipped")),
     "verify": ("Decode every frame and name what is corrupt.", ("out", "--workers")),
@@ -382,7 +389,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         kind, list_inputs = LAYOUTS.get(name, (name, list_any))
         text = list_inputs.__doc__.split("\n")[0].replace("List", "Convert", 1)
         of_layout = ["--split"] if name in LAYOUTS else []
-        of_videos = ["--frames", "--fps"] if kind == "videos" else []
+        of_videos = VIDEOS if kind == "videos" else ()
         commands[name] = (text, [*CONVERSION, *of_layout, *of_videos])
     commands |= COMMANDS
     parser = argparse.ArgumentParser(

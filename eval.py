@@ -48,6 +48,7 @@ from training.config import (
 from training.export import check_export, export
 from training.help import stage_help
 from training.plan import Machine, forward_plan, size_of, split_plan_flags
+from training.precision import forbid_tf32
 from training.run import check_data_sets
 from training.sizes import find_run, known_model
 from training.weights import class_names_in, load_pretrained, read_checkpoint
@@ -283,6 +284,7 @@ def measure_accuracy(
         precision=precision,
         seed=config.seed,
     )
+    forbid_tf32()
     begin = time.monotonic()
     trainer.eval()
     seconds = time.monotonic() - begin
@@ -358,7 +360,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Load a checkpoint and carry out the measurements that a config asks for."""
     check_request(config)
     device = get_device(config.device)
-    dist.initialize_dist(device)
+    dist.initialize_dist(device, timeout=3600.0)  # seconds; linear heads are fitted on rank 0
+    forbid_tf32()
     reproducibility.seed_all(config.seed)
     run = Path("runs", config.run_name)
     data_sets = check_data_sets(run, config.data_sets)

@@ -168,7 +168,8 @@ class FinetuningViews:
             "inputs": clip[None],
             "target": label,
             "held_out": label if is_held_out else -1,
-            "key": int(rng.integers(2**31)),
+            # A string stays on the host, where it is read, when the batch moves to a GPU.
+            "key": str(rng.integers(2**31)),
         }
 
     def apply_policy(self, frame: np.ndarray, seed: int) -> np.ndarray:

@@ -320,7 +320,7 @@ def pool(tokens: Tensor, kind: PoolKind) -> Tensor:
 class Head(nn.Sequential):
     """Linear layers from each of `widths` to the next, with BatchNorm and ReLU between them.
 
-    The projector is D - hidden - hidden - out.
+    The projector is D - hidden - hidden - out. BatchNorm sees one view at a time.
     """
 
     def __init__(self, *widths: int):
@@ -331,10 +331,10 @@ class Head(nn.Sequential):
         super().__init__(*layers[:-2])
         self.apply(init_weights)
 
-
-def apply_head(head: nn.Module, features: Tensor) -> Tensor:
-    """Apply a head to (B, V, D), one view at a time for the BatchNorm's sake: (B, V, out)."""
-    return torch.stack([head(view) for view in features.unbind(1)], dim=1)
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (B, V, out) of features (B, V, D)."""
+        forward = super().forward
+        return torch.stack([forward(view) for view in features.unbind(1)], dim=1)
 
 
 def all_gather(x: Tensor) -> Tensor:
@@ -405,8 +405,8 @@ class ViCMAE(ComposerModel):
         temperature: of InfoNCE, > 0.
         weight_recon, weight_contrast: weights of the two terms of the total loss.
         norm_pix_loss: normalise the target of a patch by its own mean and variance.
-        chunk_size: pairs that pass through encoder and decoder at a time; the backward pass
-            recomputes their activations. InfoNCE still sees the whole batch. None for all at once.
+        chunk_size: pairs that pass through encoder and decoder at a time if a rank has more; the
+            backward pass recomputes their activations. InfoNCE still sees the whole batch.
 
     Attributes:
         num_frames, tubelet_size: 1: views are images. Subclasses that learn from clips set them.
@@ -506,11 +506,11 @@ class ViCMAE(ComposerModel):
             predictions and targets, (B of all ranks, V, out); without a predictor, the same.
 
         Deviation: the official projector sees the samples of one GPU. Here features are gathered
-        first: BatchNorm spans the global batch, and any number of ranks gives the same result.
+        first: BatchNorm spans the global batch, and the number of ranks changes no result.
         """
         features = all_gather(features)
-        targets = apply_head(self.projector, features)
-        predictions = apply_head(self.predictor, features) if self.predictor else targets
+        targets = self.projector(features)
+        predictions = self.predictor(features) if self.predictor else targets
         return {"predictions": predictions, "targets": targets}
 
     def forward(self, batch: Batch) -> Tensors:
@@ -526,7 +526,7 @@ class ViCMAE(ComposerModel):
         """
         B, V = batch["views"].shape[:2]
         views, noise = self.flatten_views(batch)
-        if self.chunk_size and self.training:
+        if self.training and self.chunk_size and self.chunk_size < B:
             outputs = self.reconstruct_in_chunks(views, noise, self.chunk_size * V)
         else:
             outputs = self.reconstruct(views, noise)

@@ -4,6 +4,7 @@
     composer -n 8 pretrain.py yamls/vitl.yaml                       # 8 GPUs
     composer pretrain.py yamls/vitl.yaml yamls/paper.yaml seed=1    # files merge left to right
     composer pretrain.py yamls/demo.yaml yamls/methods/simclr.yaml  # another method
+    composer pretrain.py yamls/own.yaml raw=[my/clips,my/photos]    # your own files
     python pretrain.py yamls/vitl.yaml --plan                       # cost, without data or GPUs
 
 The fields of PretrainConfig are the keys of its YAML files. Each block holds the keyword arguments
@@ -11,8 +12,11 @@ of one callable. Everything of a run is in runs/{run_name}/: config.yaml, checkp
 metrics.jsonl, result.json, loss.png, reconstructions.png.
 """
 
+import json
 import math
+import os
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +30,12 @@ from evaluation.pictures import draw_reconstructions
 from methods import PRETRAINING
 from model import Batch, ViCMAE
 from shards.augment import augment_batch
-from shards.format import common_classes
+from shards.decode import Recipe
+from shards.format import Clips, common_classes
+from shards.layouts import EXTENSIONS
+from shards.loader import prefetch
+from shards.report import print_summary
+from shards.storage import Storage
 from shards.stream import load_stream
 from shards.views import PretrainingViews, check_frames
 from shards.workers import exit_on_signals
@@ -41,6 +50,7 @@ from training.speedups import unwrapped
 from training.weights import describe, load_pretrained
 
 HEADS = ("decoder", "projector", "predictor")  # parts that may begin at random
+RAW = "raw.json"  # in runs/NAME/data/: the folders that were converted, and the data sets
 
 
 @dataclass(kw_only=True)
@@ -52,6 +62,8 @@ class PretrainConfig(RunConfig):
         make_demo: folder in which the demonstration's data are made if they are missing.
         pretrained: weights to begin with, see read_checkpoint. The sizes of the model come from
             them, except img_size. What they lack, such as a projector, begins at random.
+        raw: folders of videos and images, which are converted to runs/{run_name}/data/ first, and
+            join data.streams. A batch is lowered to a quarter of the samples, if it is larger.
     """
 
     augment: Annotated[dict, PretrainingViews]
@@ -60,6 +72,7 @@ class PretrainConfig(RunConfig):
     method: str | None = None
     make_demo: str | None = None
     pretrained: str | None = None
+    raw: list[str] | None = None
 
     @property
     def kind(self) -> type[ViCMAE]:
@@ -82,6 +95,55 @@ def take_sizes(config: PretrainConfig, planned: bool = False) -> PretrainConfig:
         print(f"sizes of {config.pretrained}: {listed}")
     img_size = {"img_size": known["img_size"]} if "img_size" in known else {}
     return replace(config, model=img_size | config.model | sizes)
+
+
+def convert_raw(sources: list[str], folder: Path) -> list[str]:
+    """Convert folders of videos and images into data sets in `folder`, and return their paths.
+
+    The first rank of a machine converts; the others wait. An interrupted conversion is resumed,
+    and a finished one kept.
+
+    Raises:
+        ValueError: a folder has neither, or the conversion fails; or other folders were converted.
+    """
+    record = folder / RAW
+    if dist.get_local_rank() == 0 and not record.exists():
+        paths = []
+        for number, source in enumerate(sources):
+            endings = {os.path.splitext(name)[1].lower() for name in Storage(source).names()}
+            kinds = [kind for kind, known in EXTENSIONS.items() if endings.intersection(known)]
+            if not kinds:
+                raise ValueError(f"raw: {source} has neither videos nor images")
+            for kind in kinds:
+                path = folder / f"{number}-{Path(source).name}-{kind}"
+                print(f"converting the {kind} of {source} to {path}", flush=True)
+                report = data_prep.convert(source, str(path), Recipe(kind))
+                print_summary(str(path), report)
+                paths.append(str(path))
+        Storage(str(folder)).write_json(record.name, {"sources": sources, "paths": paths})
+    while not record.exists():
+        time.sleep(1)
+    converted = json.loads(record.read_text())
+    if converted["sources"] != sources:
+        listed = ", ".join(converted["sources"])
+        raise ValueError(f"raw: {folder} holds {listed}; choose another run_name, or delete it")
+    return converted["paths"]
+
+
+def train_on_raw(config: PretrainConfig) -> PretrainConfig:
+    """Return a config that trains on the folders of `raw`, with a batch that suits their size."""
+    if not config.raw:
+        return config
+    paths = convert_raw(config.raw, Path("runs", config.run_name, "data"))
+    data = config.data | {"streams": [{"path": path} for path in paths] + config.data["streams"]}
+    samples = sum(len(Clips(stream["path"])) for stream in data["streams"])
+    limit = 2 ** int(math.log2(max(samples // 4, 2)))
+    for name in ("global_train_batch_size", "global_micro_batch_size"):
+        if (data.get(name) or 0) > limit:
+            if dist.get_global_rank() == 0:
+                print(f"data.{name}={limit}, lowered from {data[name]} for {samples} samples")
+            data[name] = limit
+    return replace(config, data=data)
 
 
 def check_data(net: ViCMAE, config: PretrainConfig, views: int, micro_batch: int) -> None:
@@ -109,8 +171,7 @@ def check_data(net: ViCMAE, config: PretrainConfig, views: int, micro_batch: int
 
 
 def pretrain(config: PretrainConfig) -> Trainer:
-    """Return the Trainer of a pre-training run."""
-    config = take_sizes(config)
+    """Return the Trainer of a pre-training run, for a config of train_on_raw and take_sizes."""
     flops = flops_per_sample(*on_meta_device(config)) if config.logs_speed else 0.0
     run = start_run(config)
     if config.make_demo and dist.get_local_rank() == 0:
@@ -152,11 +213,18 @@ def on_meta_device(config: PretrainConfig) -> tuple[ViCMAE, Batch]:
 def plan(config: PretrainConfig, machine: Machine) -> str:
     """Return the cost of a pre-training, computed without data; speed-up algorithms are ignored."""
     config = take_sizes(config, planned=True)
+    if config.raw:
+        if not Path("runs", config.run_name, "data", RAW).exists():
+            raise ValueError("raw: is not converted yet; its plan needs the number of samples")
+        config = train_on_raw(config)
     net, sample = on_meta_device(config)
     plans = training_plans(net, sample, config.given(), machine)
     data, views = config.data, sample["views"].numel()  # bytes, before they become floats
-    share = data["global_train_batch_size"] / machine.gpus
-    return training_report(plans, 2 * data.get("num_workers", 8) * share * views)
+    batch = data["global_train_batch_size"]
+    micro_batch = data.get("global_micro_batch_size") or batch
+    workers = data.get("num_workers", 4)
+    ahead = prefetch(batch // micro_batch, workers, data.get("prefetch_factor")) if workers else 0
+    return training_report(plans, workers * ahead * micro_batch / machine.gpus * views)
 
 
 def report(run: Path, result: dict[str, Any]) -> None:
@@ -178,6 +246,7 @@ def main() -> None:
         if machine:
             print(plan(config, machine))
             return
+        config = train_on_raw(take_sizes(config))
         trainer = pretrain(config)
     fit(trainer)
     run, net = Path("runs", config.run_name), unwrapped(trainer.state)

@@ -328,7 +328,8 @@ def to_device(loader: DataLoader) -> int:
     count = 0
     for batch in loader:
         for value in batch.values():
-            value.to(DEVICE, non_blocking=True)
+            if isinstance(value, torch.Tensor):
+                value.to(DEVICE, non_blocking=True)
         count += BATCH
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()

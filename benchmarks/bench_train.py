@@ -33,7 +33,6 @@ import torch
 from composer import Callback, Logger, State, Trainer
 from composer.core import DataSpec
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data_prep
@@ -43,6 +42,7 @@ from benchmarks.plain_vicmae import PlainViCMAE
 from model import Batch, ViCMAE
 from pretrain import PretrainConfig
 from shards.augment import augment_batch
+from shards.loader import Loader
 from shards.views import ViewRecipe
 from training.config import load_config
 from training.optimizer import build_optimizer
@@ -265,8 +265,8 @@ def measure_trainer(work: Path, steps: int = 40) -> None:
     report("overhead of the Trainer", overhead, "bare step", counted, **more)
 
 
-class TimedLoader(DataLoader):
-    """A DataLoader that keeps begin and end of every wait for a batch."""
+class TimedLoader(Loader):
+    """A Loader that keeps begin and end of every wait for a batch."""
 
     waits: list[tuple[float, float]] = []  # noqa: RUF012  # of the run that is being measured
 

@@ -16,7 +16,9 @@ class SampleLog(Callback):
     """
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        keys = [zlib.crc32(noise.numpy().tobytes()) for noise in state.batch["noise"]]
+        parts = state.batch if isinstance(state.batch, list) else [state.batch]  # micro-batches
+        noises = [noise for part in parts for noise in part["noise"]]
+        keys = [zlib.crc32(noise.numpy().tobytes()) for noise in noises]
         line = [state.timestamp.batch.value, os.environ["LAUNCH"], dist.get_world_size(), keys]
         folder = os.environ.get("SAMPLES", f"runs/{state.run_name}")
         with Path(folder, "samples.jsonl").open("a") as file:

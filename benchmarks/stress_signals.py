@@ -51,7 +51,7 @@ LIMIT = 40.0  # seconds from the signal to the end of all processes
 LAUNCHED = 120.0  # seconds from the launch to the phase
 SAVED = re.compile(r"stopped at epoch \d+, step (\d+); saved in (\S+); run the same command to res")
 UNSAVED = re.compile(r"stopped by (SIG\w+); run the same command again to continue")
-TWICE = re.compile(r"interrupted twice: exiting without a checkpoint")
+TWICE = re.compile(r"interrupted again: exiting at once")
 VALUES = {
     "stage": tuple(STAGES),
     "phase": ("start", "loader", "measure", "write"),

@@ -123,9 +123,10 @@ def run_on_files(
     """
     device = next(net.parameters()).device
     outputs, faults = [], []
-    loader = Loader(views, batch_size, num_workers=num_workers)
+    settings = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
+    loader = Loader(views, batch_size, views.sample_bytes, **settings)
     for batch in tqdm(loader, desc="files", unit="batch", disable=None, leave=False):
-        inputs = normalise(batch["inputs"].to(device))  # (B, V, T, 3, H, W)
+        inputs = normalise(batch["inputs"].to(device, non_blocking=True))  # (B, V, T, 3, H, W)
         if isinstance(net, Classifier):
             found = net.eval_forward({"inputs": inputs})  # (B, C)
         else:

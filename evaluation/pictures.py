@@ -148,8 +148,8 @@ def draw_neighbours(
     """
     picked = torch.linspace(0, len(queries[1]) - 1, count).long()
     cosine = F.normalize(queries[0][picked], dim=1) @ F.normalize(bank[0], dim=1).T
-    nearest = cosine.topk(min(k, len(bank[1])), dim=1).indices  # (count, k)
-    right = bank[1][nearest] == queries[1][picked, None]
+    nearest = cosine.topk(min(k, len(bank[1])), dim=1).indices.cpu()  # (count, k)
+    right = (bank[1][nearest] == queries[1][picked, None]).cpu()
     colours = torch.stack([~right, right, torch.zeros_like(right)], dim=2).float()  # (count, k, 3)
     colours = F.pad(colours, (0, 0, 1, 0), value=1.0)  # (count, 1 + k, 3), white for the query
     found = first_frames(views[0], nearest.flatten()).unflatten(0, nearest.shape)

@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ from shards.storage import write_file
 from shards.views import DataSets, EvalViews, PositiveFraction
 
 Labelled = tuple[Tensor, Tensor]  # features (n, D), labels (n,)
+# Sizes of chunks, so that the memory beside the features is bounded on a GPU.
+SIMILARITIES = 2**28  # of queries and bank: 1 GB
+ROWS = 2**16  # features that pass through a linear head
 
 
 @torch.no_grad()
@@ -42,7 +46,9 @@ def embed(
     before_batch: Callable[[], None] | None = None,
     batch_size: int = 256,
 ) -> Labelled:
-    """Return the feature and the label of every sample, in order; the same on all ranks.
+    """Return the feature and the label of every sample, in order, on the encoder's device.
+
+    All ranks call this together. Only rank 0 returns the samples, the others return none.
 
     Args:
         before_batch: called on all ranks before each batch; may end the program.
@@ -54,54 +60,73 @@ def embed(
     # sample may be taken more than once; the surplus is dropped after gathering.
     share = math.ceil(len(data) / ranks)
     numbers = torch.arange(rank, share * ranks, ranks).clamp(max=len(data) - 1)
-    loader = Loader(Subset(data, numbers.tolist()), batch_size, num_workers=num_workers)
+    subset = Subset(data, numbers.tolist())
+    settings = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
+    loader = Loader(subset, batch_size, data.sample_bytes, **settings)
     device, training = next(encoder.parameters()).device, encoder.training
     encoder.eval()
     features, labels = [], []
     for batch in tqdm(loader, desc="embed", unit="batch", disable=rank > 0 or None, leave=False):
         if before_batch:
             before_batch()
-        inputs = normalise(batch["inputs"].to(device))  # (B, V, T, 3, H, W)
+        inputs = normalise(batch["inputs"].to(device, non_blocking=True))  # (B, V, T, 3, H, W)
         images = inputs.flatten(0, 2) if encoder.num_frames == 1 else inputs.flatten(0, 1)
         pooled = pool(encoder(images), "mean")  # (B * V [* T], D)
-        features.append(pooled.unflatten(0, (len(inputs), -1)).mean(dim=1).float().cpu())
-        labels.append(batch["target"])
+        features.append(pooled.unflatten(0, (len(inputs), -1)).mean(dim=1).float())
+        labels.append(batch["target"].to(device, non_blocking=True))
     encoder.train(training)
-    shares = dist.all_gather_object((torch.cat(features), torch.cat(labels)))
-    features = torch.stack([share[0] for share in shares], dim=1).flatten(0, 1)  # (n, D)
-    labels = torch.stack([share[1] for share in shares], dim=1).flatten(0, 1)  # (n,)
-    return features[: len(data)], labels[: len(data)]
+    features = interleave_on_rank_0(torch.cat(features))
+    return features[: len(data)], interleave_on_rank_0(torch.cat(labels))[: len(data)]
+
+
+def interleave_on_rank_0(share: Tensor) -> Tensor:
+    """Return the rows of all ranks' shares (n, ...) in turn on rank 0, and no rows on others."""
+    rank, ranks = dist.get_global_rank(), dist.get_world_size()
+    if ranks == 1:
+        return share
+    shares = [torch.empty_like(share) for _ in range(ranks)] if rank == 0 else None
+    torch.distributed.gather(share, shares)
+    return torch.stack(shares, dim=1).flatten(0, 1) if rank == 0 else share[:0]
+
+
+def on_rank_0(measure: Callable[[], Any]) -> Any:
+    """Return on all ranks what a function returns, which rank 0 alone calls."""
+    result = [measure() if dist.get_global_rank() == 0 else None]
+    dist.broadcast_object_list(result)
+    return result[0]
 
 
 def labelled(features: Tensor, labels: Tensor) -> Labelled:
     """Return the samples with a label, which could be decoded; print how many others there are."""
     kept = labels >= 0
     missing = len(kept) - int(kept.sum())
-    if missing and dist.get_global_rank() == 0:
+    if missing:
         reason = "cannot be decoded or have no label, and do not count"
         print(f"{missing} of {len(kept)} samples {reason}")
     return features[kept], labels[kept]
 
 
-@torch.autocast("cpu", enabled=False)  # in whatever precision the features were computed
 def knn_accuracy(
     bank: Labelled, queries: Labelled, k: int = 20, temperature: float = 0.07
 ) -> float:
     """Return the fraction of queries that their k nearest samples of the bank classify correctly.
 
     The neighbours by cosine similarity vote with weight exp(cosine / temperature). Source: Wu et
-    al. 2018, with DINO's k and temperature.
+    al. 2018, with DINO's k and temperature. Runs on the features' device.
     """
     bank_features, bank_labels = F.normalize(bank[0], dim=1), bank[1]
-    query_features, query_labels = F.normalize(queries[0], dim=1), queries[1]
     num_classes = int(bank_labels.max()) + 1
+    rows = max(1, min(1024, SIMILARITIES // len(bank_labels)))  # queries at a time
     correct = 0
-    for chunk, truth in zip(query_features.split(1024), query_labels.split(1024), strict=True):
-        cosine, nearest = (chunk @ bank_features.T).topk(min(k, len(bank_features)), dim=1)
-        votes = torch.zeros(len(chunk), num_classes)
-        votes.scatter_add_(1, bank_labels[nearest], (cosine / temperature).exp())
-        correct += int((votes.argmax(dim=1) == truth).sum())
-    return correct / len(query_labels)
+    # Without autocast, in whatever precision the features were computed.
+    with torch.autocast(bank_features.device.type, enabled=False):
+        for chunk, truth in zip(queries[0].split(rows), queries[1].split(rows), strict=True):
+            similarities = F.normalize(chunk, dim=1) @ bank_features.T
+            cosine, nearest = similarities.topk(min(k, len(bank_labels)), dim=1)
+            votes = cosine.new_zeros(len(chunk), num_classes)
+            votes.scatter_add_(1, bank_labels[nearest], (cosine / temperature).exp())
+            correct += int((votes.argmax(dim=1) == truth).sum())
+    return correct / len(queries[1])
 
 
 def match_labels(
@@ -166,7 +191,7 @@ class KNN(Callback):
             patch_size=encoder.patch_size,
             unreadable=report,
         )
-        return labelled(*embed(encoder, data, self.num_workers, lambda: self.before_batch(state)))
+        return embed(encoder, data, self.num_workers, lambda: self.before_batch(state))
 
     def measure(self, name: str, state: State, logger: Logger) -> None:
         averages = [one for one in state.algorithms if isinstance(one, EMA) and one.ema_started]
@@ -175,7 +200,8 @@ class KNN(Callback):
         bank, queries = self.embed(*self.bank, state), self.embed(*self.queries, state)
         for ema in averages:
             ema.apply(Event.EVAL_END, state, logger)
-        logger.log_metrics({f"knn/{name}": knn_accuracy(bank, queries)})
+        accuracy = on_rank_0(lambda: knn_accuracy(labelled(*bank), labelled(*queries)))
+        logger.log_metrics({f"knn/{name}": accuracy})
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if state.timestamp.batch.value == 0:
@@ -193,7 +219,7 @@ class KNN(Callback):
 def fit_linear(
     features: Tensor, labels: Tensor, num_classes: int, l2: float
 ) -> Callable[[Tensor], Tensor]:
-    """Fit multinomial logistic regression by L-BFGS on standardised features.
+    """Fit multinomial logistic regression by L-BFGS on standardised features, on their device.
 
     Args:
         l2: weight of half the squared norm of the weights, relative to the mean cross-entropy.
@@ -203,22 +229,25 @@ def fit_linear(
     """
     mean, std = features.mean(dim=0), features.std(dim=0) + 1e-6
     x = (features - mean) / std
-    head = nn.Linear(x.shape[1], num_classes)
+    head = nn.Linear(x.shape[1], num_classes, device=x.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(head(x), labels) + l2 / 2 * head.weight.square().sum()
-        loss.backward()
-        return loss
+        total = l2 / 2 * head.weight.square().sum()
+        total.backward()
+        for rows, truth in zip(x.split(ROWS), labels.split(ROWS), strict=True):
+            loss = F.cross_entropy(head(rows), truth) * (len(rows) / len(x))
+            loss.backward()
+            total = total + loss.detach()
+        return total.detach()
 
     optimizer.step(closure)
     return torch.no_grad()(lambda features: head((features - mean) / std))
 
 
-@torch.autocast("cpu", enabled=False)
 def linear_accuracy(bank: Labelled, queries: Labelled) -> float:
     """Return the accuracy on queries of a linear head that is fitted on a bank in random order.
 
@@ -229,13 +258,14 @@ def linear_accuracy(bank: Labelled, queries: Labelled) -> float:
     num_classes = int(y.max()) + 1
     fifth = max(1, len(y) // 5)
 
-    def held_out_accuracy(l2: float) -> float:
-        predict = fit_linear(x[fifth:], y[fifth:], num_classes, l2)
-        return float((predict(x[:fifth]).argmax(dim=1) == y[:fifth]).float().mean())
+    def accuracy(l2: float, learn: Labelled, test: Labelled) -> float:
+        predict = fit_linear(*learn, num_classes, l2)
+        return float((predict(test[0]).argmax(dim=1) == test[1]).float().mean())
 
-    best = max((1e-4, 1e-3, 1e-2, 1e-1, 1.0), key=held_out_accuracy)
-    predict = fit_linear(x, y, num_classes, best)
-    return float((predict(queries[0]).argmax(dim=1) == queries[1]).float().mean())
+    learn, held_out = (x[fifth:], y[fifth:]), (x[:fifth], y[:fifth])
+    with torch.autocast(x.device.type, enabled=False):
+        best = max((1e-4, 1e-3, 1e-2, 1e-1, 1.0), key=lambda l2: accuracy(l2, learn, held_out))
+        return accuracy(best, bank, queries)
 
 
 def choose(labels: Tensor, limits: Tensor, seed: int) -> Tensor:
@@ -245,6 +275,7 @@ def choose(labels: Tensor, limits: Tensor, seed: int) -> Tensor:
         labels: (n,).
         limits: (C,).
     """
+    labels, limits = labels.cpu(), limits.cpu()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     grouped, by_class = labels[order].sort(stable=True)
     counts = labels.bincount()
@@ -270,10 +301,10 @@ def write_features(path: str, bank: Labelled, queries: Labelled, classes: list[s
     np.savez(
         buffer,
         classes=np.array(classes),
-        bank_features=bank[0],
-        bank_labels=bank[1],
-        queries_features=queries[0],
-        queries_labels=queries[1],
+        bank_features=bank[0].cpu(),
+        bank_labels=bank[1].cpu(),
+        queries_features=queries[0].cpu(),
+        queries_labels=queries[1].cpu(),
     )
     write_file(path, buffer.getvalue())
 
@@ -321,18 +352,35 @@ def measure_probe(
         data = EvalViews(paths, *sizes, labels=numbers, **settings)
         views.append(data)
         found.append(embed(encoder, data, num_workers))
-    learn, test = labelled(*found[0]), labelled(*found[1])
-    if features and dist.get_global_rank() == 0:
-        write_features(features, learn, test, classes)
-    if neighbours and dist.get_global_rank() == 0:
-        kept = [(labels >= 0).nonzero()[:, 0].tolist() for _, labels in found]
-        subsets = [Subset(data, numbers) for data, numbers in zip(views, kept, strict=True)]
-        draw_neighbours(learn, test, subsets, run / "neighbours.png")
-    result = {"knn": knn_accuracy(learn, test, k, temperature)}
-    for name, limit in label_limits(learn[1], labels_per_class, fractions).items():
-        chosen = choose(learn[1], limit, seed)
-        few = learn[0][chosen], learn[1][chosen]
-        result[f"linear_{name}"] = linear_accuracy(few, test)
+
+    def measure() -> dict[str, float]:
+        learn, test = labelled(*found[0]), labelled(*found[1])
+        if features:
+            write_features(features, learn, test, classes)
+        if neighbours:
+            kept = [(labels >= 0).nonzero()[:, 0].tolist() for _, labels in found]
+            subsets = [Subset(data, numbers) for data, numbers in zip(views, kept, strict=True)]
+            draw_neighbours(learn, test, subsets, run / "neighbours.png")
+        limits = label_limits(learn[1], labels_per_class, fractions)
+        return compare_labels(learn, test, limits, seed, k, temperature)
+
+    return on_rank_0(measure)
+
+
+def compare_labels(
+    bank: Labelled,
+    queries: Labelled,
+    limits: dict[str, Tensor],
+    seed: int,
+    k: int,
+    temperature: float,
+) -> dict[str, float]:
+    """Return k-NN accuracy, and the accuracies with fewer labels, see label_limits."""
+    result = {"knn": knn_accuracy(bank, queries, k, temperature)}
+    for name, limit in limits.items():
+        chosen = choose(bank[1], limit, seed)
+        few = bank[0][chosen], bank[1][chosen]
+        result[f"linear_{name}"] = linear_accuracy(few, queries)
         if name.endswith("%"):
-            result[f"knn_{name}"] = knn_accuracy(few, test, k, temperature)
+            result[f"knn_{name}"] = knn_accuracy(few, queries, k, temperature)
     return result

@@ -23,7 +23,6 @@ from model import (
     Tensors,
     ViCMAE,
     all_gather,
-    apply_head,
     at_least_fp32,
     feature_std,
     pool,
@@ -165,7 +164,7 @@ class MoCoV2(SimCLR):
             ids_keep = self.masking(noise)[0] if self.decoder is not None else None
             tokens = self.momentum.encoder(views, ids_keep)
             keys = all_gather(pool(tokens, self.pool).unflatten(0, features.shape[:2]))
-            keys = apply_head(self.momentum.projector, keys)
+            keys = self.momentum.projector(keys)
             queue = self.momentum.queue.clone()
             if self.training:
                 self.momentum.push(keys)
@@ -196,21 +195,19 @@ def triplet_loss(
     own = -1 - torch.arange(B, device=p.device)  # a label of its own for a sample without one
     identity = own if labels is None else torch.where(labels < 0, own, labels)
     identity = identity.repeat(len(p) // B)  # (V * B,)
-    distance = 2 - 2 * p @ p.T  # (V * B, V * B), of unit vectors
+    distance = 2 - 2 * p @ p.T  # (V * B, V * B), of unit vectors; rows are anchors
     alike = identity[:, None] == identity
     itself = torch.eye(len(p), dtype=torch.bool, device=p.device)
     positive = alike & ~itself & ~alike.all(dim=1)
-    anchor, other = positive.nonzero(as_tuple=True)  # (pairs,)
-    to_positive = distance[anchor, other]
-    with torch.no_grad():  # the choice of the negative has no gradient
-        negatives = distance.masked_fill(alike, float("-inf"))[anchor]  # (pairs, V * B)
-        beyond = negatives.masked_fill(negatives <= to_positive[:, None], float("inf"))
-        none_beyond = beyond.amin(dim=1).isinf()
-        chosen = torch.where(none_beyond, negatives.argmax(dim=1), beyond.argmin(dim=1))
-    to_negative = distance[anchor, chosen]
-    count = max(1, len(anchor))
-    loss = F.relu(to_positive - to_negative + margin).sum() / count
-    return loss, (to_positive < to_negative).sum() / count
+    # For all pairs of an anchor and another row, whether positive or not: a choice of the pairs
+    # would make the host wait for a GPU.
+    nearest = distance.detach().masked_fill(alike, float("inf")).sort(dim=1)
+    beyond = torch.searchsorted(nearest.values, distance.detach(), right=True)  # (V * B, V * B)
+    last = (~alike).sum(dim=1, keepdim=True) - 1  # the furthest negative
+    to_negative = distance.gather(1, nearest.indices.gather(1, beyond.minimum(last).clamp(min=0)))
+    count = positive.sum().clamp(min=1)
+    loss = (F.relu(distance - to_negative + margin) * positive).sum() / count
+    return loss, ((distance < to_negative) & positive).sum() / count
 
 
 class Triplet(SimCLR):
@@ -269,8 +266,8 @@ class SimSiam(SimCLR):
 
     def project(self, features: Tensor, batch: Batch) -> Tensors:
         """Return predictions made from the projections, and the projections without gradient."""
-        projections = apply_head(self.projector, all_gather(features))
-        predictions = apply_head(self.predictor, projections)
+        projections = self.projector(all_gather(features))
+        predictions = self.predictor(projections)
         return {"predictions": predictions, "targets": projections.detach()}
 
     def contrastive_term(self, outputs: Tensors) -> tuple[Tensor, Tensor]:
@@ -289,7 +286,8 @@ def vicreg_loss(
     first, second = at_least_fp32(predictions).unbind(1)  # (B, out)
     loss = invariance * F.mse_loss(first, second)
     for view in (first, second):
-        matrix = view.T.cov()  # (out, out)
+        centred = view - view.mean(dim=0)
+        matrix = centred.T @ centred / (len(view) - 1)  # (out, out); Tensor.cov waits for a GPU
         deviation = (matrix.diag() + 1e-4).sqrt()
         off_diagonal = matrix - matrix.diag().diag()
         loss = loss + variance * F.relu(1 - deviation).mean() / 2

@@ -9,7 +9,7 @@ frame is on screen at each wanted time. The second pass decodes only what these 
 
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import av
@@ -22,7 +22,8 @@ MAX_PIXELS = 1 << 27  # of an image while it is decoded: 400 MB
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 25  # Pillow refuses a picture with a longer comment.
 # {option: least and greatest value}
 LIMITS = {"frames": (1, 1e6), "fps": (1e-6, 1e3), "short_side": (8, 1e5), "quality": (1, 100)}
-LIMITS["per_class"] = (1, 1e9)
+LIMITS |= {"per_class": (1, 1e9), "clip_seconds": (0.01, 1e6), "stride": (0.01, 1e6)}
+LIMITS["max_clips"] = (1, 1e9)
 TURNS = {  # {EXIF orientation: what a viewer does}; others are no orientations
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -65,6 +66,9 @@ class Recipe:
         quality: of the JPEG files, in [1, 100].
         per_class: keeps the first so many inputs of each class; None for all.
         background: colour behind transparent pixels: a name or #rrggbb.
+        clip_seconds: cuts a video into clips of this length, each a sample; None for none.
+        stride: seconds from the beginning of a clip to the next; None for clip_seconds.
+        max_clips: of a video, from its beginning; None for all.
     """
 
     kind: str
@@ -74,6 +78,9 @@ class Recipe:
     quality: int = 90
     per_class: int | None = None
     background: str = "white"
+    clip_seconds: float | None = None
+    stride: float | None = None
+    max_clips: int | None = None
 
     def __post_init__(self):
         for name, (low, high) in LIMITS.items():
@@ -81,6 +88,8 @@ class Recipe:
             if value is not None and not low <= value <= high:
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option} {value}: must be in [{low:g}, {high:g}]")
+        if (self.stride or self.max_clips) and not self.clip_seconds:
+            raise ValueError("--stride, --max-clips: give --clip-seconds too")
         try:
             ImageColor.getrgb(self.background)
         except ValueError:
@@ -206,6 +215,15 @@ def read_video(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]
     Wanted are the middles of `recipe.frames` equal sections, or multiples of 1 / `recipe.fps`. A
     video with fewer frames repeats some. A corrupt file raises ValueError or av.FFmpegError.
     """
+    return read_clips(file, replace(recipe, clip_seconds=None, stride=None, max_clips=None))[0]
+
+
+def read_clips(file: BinaryIO, recipe: Recipe) -> list[tuple[list[bytes], list[float]]]:
+    """Cut a video file into clips, and decode the wanted frames of each, see read_video.
+
+    The timestamps are those of the film. What is left at its end is no clip, unless the whole film
+    is shorter than a clip.
+    """
     with open_video(file) as container:
         times, gap = scan_video(container)
         unit = float(container.streams.best("video").time_base)
@@ -214,15 +232,22 @@ def read_video(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]
         times, unit = np.arange(count_frames(file)), gap
     seconds = times * unit
     duration = seconds[-1] - seconds[0] + gap
+    length = min(recipe.clip_seconds or duration, duration)
+    last = duration - length + 0.5 * gap
+    begins = np.arange(0, last, recipe.stride or length)[: recipe.max_clips]
     if recipe.fps:
-        wanted = np.arange(max(1, int(duration * recipe.fps))) / recipe.fps
+        wanted = np.arange(max(1, int(length * recipe.fps))) / recipe.fps
     else:
-        wanted = (np.arange(recipe.frames) + 0.5) * duration / recipe.frames
+        wanted = (np.arange(recipe.frames) + 0.5) * length / recipe.frames
+    wanted = begins[:, None] + wanted  # (clips, frames)
     # Containers round times to 1 ms, so a frame may seem to begin just after its wanted time.
     on_screen = np.searchsorted(seconds, seconds[0] + wanted + 0.02 * gap, "right") - 1
-    wanted_times = times[on_screen].tolist()
-    frames = decode_frames(file, times, set(wanted_times), in_order, recipe)
-    return [frames[time] for time in wanted_times], seconds[on_screen].tolist()
+    frames = decode_frames(file, times, set(times[on_screen].flatten().tolist()), in_order, recipe)
+    clips = []
+    for indices in on_screen:
+        files = [frames[time] for time in times[indices].tolist()]
+        clips.append((files, seconds[indices].tolist()))
+    return clips
 
 
 def count_frames(file: BinaryIO) -> int:

@@ -48,11 +48,12 @@ def join_reports(request: dict, parts: list[dict]) -> dict:
     """
     skipped = [entry for part in parts for entry in part["skipped"]]
     inputs = sum(part["inputs"] for part in parts)
+    samples = [part.get("samples", part["inputs"] - len(part["skipped"])) for part in parts]
     sides = [side for part in parts for side in part.get("short_sides", ())]
     ignored = [request.get("ignored", {}), *(part.get("ignored", {}) for part in parts)]
     return request | {
         "inputs": inputs,
-        "samples": inputs - len(skipped),
+        "samples": sum(samples),
         "short": sum(part["short"] for part in parts),  # videos that repeat frames
         # videos with another film after the first, which alone is read
         "joined": [name for part in parts for name in part.get("joined", ())],

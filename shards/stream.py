@@ -13,23 +13,20 @@ views of sample 12 in epoch 3 are drawn with
 If sample 12 occurs a second time in that epoch, it counts as sample 1012 there.
 """
 
-import hashlib
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 from composer.core import DataSpec
 from composer.utils import dist
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
 
+from shards.download import CachedStream, Download
 from shards.format import (
     Clips,
     check_size,
@@ -38,7 +35,7 @@ from shards.format import (
     record_unreadable,
     spread,
 )
-from shards.loader import Loader
+from shards.loader import StepLoader, samples_in, split_step
 from shards.shared_memory import claim, one_job_at_a_time
 from shards.storage import Storage
 from shards.views import UnitInterval
@@ -205,28 +202,48 @@ def open_stream(
     Args:
         path: folder, or s3:// address, of a data set of data_prep.py.
         proportion: share of the epoch; without proportions, each sample comes once an epoch.
-        cache: local folder for the shards of an s3:// address; default a temporary folder.
+        cache: local folder for the shards of an s3:// address; default a folder of the run in
+            `cache` of `data.download`. Runs at the same time need folders of their own.
     """
     read_classes(path)  # raises if the data set is incomplete
     if Storage(path).remote:
-        return Stream(remote=path, local=cache, proportion=proportion)
+        return CachedStream(remote=path, local=cache, proportion=proportion)
     return Stream(local=path, proportion=proportion)
 
 
-def check_batch(batch_size: int, micro_size: int, repeats: int, ranks: int) -> None:
-    """Raise ValueError for sizes that do not divide; both are in samples over all ranks."""
-    batch = f"data.global_train_batch_size={batch_size}"
-    micro_batch = f"data.global_micro_batch_size={micro_size}"
-    share = micro_size // ranks
-    if batch_size % micro_size:
-        raise ValueError(f"{batch}: must be a multiple of {micro_batch}")
-    if micro_size % ranks:
-        raise ValueError(f"{micro_batch}: must be a multiple of the number of ranks, {ranks}")
-    if share % repeats:
-        raise ValueError(f"data.repeats={repeats}: must divide a rank's micro-batch of {share}")
+def check_batch(batch_size: int, micro_size: int | None, repeats: int, ranks: int) -> None:
+    """Raise ValueError, with the nearest sizes that work, for sizes that do not divide.
+
+    Args:
+        batch_size, micro_size: in samples over all ranks; micro_size is None for the whole batch.
+    """
+    batch_key, micro_key = "data.global_train_batch_size", "data.global_micro_batch_size"
+    key, size = (micro_key, micro_size) if micro_size else (batch_key, batch_size)
+    if batch_size % size:
+        nearest = max(1, round(batch_size / size)) * size
+        problem = f"must be a multiple of {key}={size}"
+        raise ValueError(f"{batch_key}={batch_size}: {problem}, such as {nearest}")
+    if size % repeats:
+        raise ValueError(f"data.repeats={repeats}: must divide {key}={size}")
+    unit = ranks * repeats
+    if size % unit:
+        problem = f"must be a multiple of the {ranks} ranks"
+        if repeats > 1:
+            problem += f" times data.repeats={repeats}"
+        counts = [count for count in range(1, size + 1) if size % (count * repeats) == 0]
+        fewer = [str(count) for count in counts if count < ranks][-1:]
+        more = [str(count) for count in counts if count > ranks][:1]
+        nearest = max(1, round(size / unit)) * unit
+        new = f"{key}={nearest}"
+        if micro_size:
+            new += f" {batch_key}={nearest * (batch_size // size)}"
+        remedy = f"launch {' or '.join(fewer + more)} ranks, or start a new run with {new}"
+        raise ValueError(f"{key}={size}: {problem}; {remedy}")
 
 
-def open_streams(streams: list[dict], run: Path, patch_size: int) -> list[Stream]:
+def open_streams(
+    streams: list[dict], run: Path, patch_size: int, download: Download
+) -> list[Stream]:
     """Open all data sets of a mix; raise ValueError if they cannot be trained on."""
     if not streams:
         raise ValueError("data.streams is empty: name at least one data set")
@@ -236,12 +253,16 @@ def open_streams(streams: list[dict], run: Path, patch_size: int) -> list[Stream
     have_proportion = {stream.get("proportion") is not None for stream in streams}
     if len(have_proportion) > 1:
         raise ValueError("data.streams: give a proportion to all streams or to none")
+    local = [stream["path"] for stream in streams if not Storage(stream["path"]).remote]
+    if local and download.cache_limit:  # Streaming would delete the data set's own shards.
+        problem = f"data.download.cache_limit={download.cache_limit}: {local[0]} is not in a bucket"
+        raise ValueError(f"{problem}; leave cache_limit out, or put all data.streams into buckets")
     opened = []
     for stream in streams:
         path = stream["path"]
-        # A resumed run has the same folder.
-        cache = f"{run.name}-{hashlib.sha256(path.encode()).hexdigest()[:16]}"
-        opened.append(open_stream(**{"cache": str(Path(gettempdir(), cache)), **stream}))
+        if Storage(path).remote and not stream.get("cache"):
+            stream = stream | {"cache": download.folder(run, path)}
+        opened.append(open_stream(**stream))
         check_samples(path, patch_size)
     return opened
 
@@ -261,24 +282,12 @@ def check_samples(path: str, patch_size: int) -> None:
     raise ValueError(f"{path}: none of {len(numbers)} samples can be trained on: {fault}")
 
 
-def check_shared_memory(dataset: DeterministicStream, batch_size: int, num_workers: int) -> None:
-    """Raise ValueError if the batches that workers prepare do not fit into /dev/shm.
-
-    Without this check, a worker would die of a bus error. A container has 64 MB by default.
-    """
-    folder = Path("/dev/shm")
-    if not (num_workers and folder.exists()):
-        return
+def sample_bytes(dataset: DeterministicStream) -> int:
+    """Return the bytes of a transformed sample, or 0 if the first one cannot be read."""
     with suppress(ValueError):  # Whether samples can be read is found out in training.
         sample = next(dataset.transform_sample(dataset[0], (0, 0, 0)))
-        sizes = [getattr(value, "nbytes", 8) for value in sample.values()]
-        prepared = 2 * num_workers * dist.get_local_world_size()  # batches; 2 is PyTorch's default
-        needed = prepared * batch_size * sum(sizes)
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            problem = f"{prepared} batches need {needed / 1e6:.0f} MB, but it has {free / 1e6:.0f}"
-            remedy = "enlarge it (docker run --shm-size), or lower data.num_workers"
-            raise OSError(f"{folder}: {problem} MB free; {remedy}")
+        return sum(getattr(value, "nbytes", 8) for value in sample.values())
+    return 0
 
 
 def load_stream(
@@ -291,12 +300,15 @@ def load_stream(
     streams: list[Annotated[dict, open_stream]],
     global_train_batch_size: PositiveInt,
     global_micro_batch_size: PositiveInt | None = None,
-    num_workers: NonNegativeInt = 8,
+    num_workers: NonNegativeInt = 4,
+    prefetch_factor: PositiveInt | None = None,
     num_canonical_nodes: PositiveInt = 1,
+    shuffle_block_size: PositiveInt | None = None,
     epoch_size: PositiveInt | None = None,
     repeats: PositiveInt = 1,
     one_stream_per_batch: bool = False,
     max_unreadable: UnitInterval = 0.001,
+    download: Annotated[dict, Download] | None = None,
 ) -> tuple[DataSpec, int]:
     """Return this rank's loader of training data, and its samples of a micro-batch.
 
@@ -309,19 +321,27 @@ def load_stream(
         global_train_batch_size: samples of an optimiser step, over all ranks.
         global_micro_batch_size: samples of a forward pass, over all ranks; default the whole batch.
         num_workers: processes of each rank; 0 to read in the training process.
+        prefetch_factor: micro-batches that each worker prepares ahead; default 2, and more if the
+            workers would otherwise not hold a step and a micro-batch each.
         num_canonical_nodes: fixes the order of samples; a multiple or divisor of the machines.
+        shuffle_block_size: samples over which the samples of a shard are spread; default
+            4,000,000 / num_canonical_nodes, at least 262,144. It fixes the order, too.
         epoch_size: samples read in an epoch; default all streams once.
         repeats: times to draw views from each sample that is read. Each draw counts as a sample of
             the batch and of the epoch, and the draws are among each other's negatives.
         one_stream_per_batch: take all samples of a batch from the same stream; batches of the
             streams come in random order.
         max_unreadable: fraction of the samples that may be unreadable; one sample always may.
+        download: see Download.
     """
     ranks = dist.get_world_size()
-    batch_size = global_train_batch_size // ranks
-    micro_size = global_micro_batch_size or global_train_batch_size
-    check_batch(global_train_batch_size, micro_size, repeats, ranks)
-    opened = open_streams(streams, run, patch_size)
+    check_batch(global_train_batch_size, global_micro_batch_size, repeats, ranks)
+    share = (global_micro_batch_size or global_train_batch_size) // ranks
+    # Streaming puts the batches of the streams in order, and so must know whole batches.
+    loaded = global_train_batch_size // ranks if one_stream_per_batch else share
+    micro_batches = global_train_batch_size // (ranks * loaded)
+    downloads = Download(**download or {})
+    opened = open_streams(streams, run, patch_size, downloads)
     with one_job_at_a_time():
         dataset = DeterministicStream(
             transform,
@@ -329,16 +349,23 @@ def load_stream(
             run / "unreadable.jsonl",
             max_unreadable,
             repeats,
-            batch_size=batch_size // repeats,
+            batch_size=loaded // repeats,
             streams=opened,
             shuffle_seed=seed,
+            shuffle_block_size=shuffle_block_size,
             num_canonical_nodes=num_canonical_nodes,
             epoch_size=epoch_size,
             batching_method="per_stream" if one_stream_per_batch else "random",
+            **downloads.settings(),
         )
         dataset.owner = claim(dataset)
     dataset.drop_incomplete_batch(global_train_batch_size)
-    check_shared_memory(dataset, batch_size, num_workers)
-    settings = {"pin_memory": torch.cuda.is_available(), "persistent_workers": num_workers > 0}
-    loader = Loader(dataset, batch_size, num_workers=num_workers, drop_last=True, **settings)
-    return DataSpec(loader, microbatch_transforms=on_device), micro_size // ranks
+    size = sample_bytes(dataset) if num_workers else 0
+    loader = StepLoader(dataset, loaded, size, micro_batches, num_workers, prefetch_factor)
+    spec = DataSpec(
+        loader,
+        microbatch_transforms=on_device,
+        split_batch=split_step,
+        get_num_samples_in_batch=samples_in,
+    )
+    return spec, share

@@ -386,6 +386,12 @@ class EvalViews(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
+    @property
+    def sample_bytes(self) -> int:
+        """The size of the views of a sample."""
+        views = self.temporal_views * self.spatial_views
+        return views * self.num_frames * 3 * self.img_size**2
+
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         """Return the views of a sample."""
         data_set = bisect.bisect_right(self.data.cumulative_sizes, number)

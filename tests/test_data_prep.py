@@ -118,6 +118,32 @@ def test_fps_keeps_a_frame_for_every_interval(tmp_path):
     assert len(frames) == 10 and times == pytest.approx(np.arange(10) / 5, abs=1e-6)
 
 
+def test_long_film_is_cut_into_clips_each_a_sample_of_the_film_s_label(tmp_path):
+    pixels = write_video(tmp_path / "in" / "c" / "film.mp4", frames=40, rate=10)  # 4 s
+    write_video(tmp_path / "in" / "d" / "short.mp4", frames=5, rate=10)
+    recipe = Recipe("videos", frames=2, clip_seconds=1.5, stride=1.0)
+    report = convert(str(tmp_path / "in"), str(tmp_path / "out"), recipe, 1)
+    assert (report["inputs"], report["samples"], report["short"]) == (2, 4, 0)
+    assert report["samples_per_class"] == {"c": 3, "d": 1}
+    data = LocalDataset(str(tmp_path / "out"))
+    for number, begin in enumerate((0.0, 1.0, 2.0)):  # a clip from 3.0 on would be cut off
+        sample = data[number]
+        assert (sample["name"], sample["label"]) == ("c/film.mp4", 0)
+        wanted = [begin + 0.375, begin + 1.125]  # the middles of two equal sections
+        shown = [int(10 * time) for time in wanted]
+        assert sample["timestamps"] == pytest.approx([index / 10 for index in shown], abs=0.01)
+        for frame, index in zip(range(2), shown, strict=True):
+            assert decode_frame(sample, frame).mean() == pytest.approx(pixels[index].mean(), abs=4)
+    assert verify(str(tmp_path / "out"), 1) == []
+    few = Recipe("videos", frames=2, clip_seconds=1.0, max_clips=2)
+    assert convert(str(tmp_path / "in"), str(tmp_path / "few"), few, 1)["samples"] == 3
+
+
+def test_options_of_clips_need_their_length():
+    with pytest.raises(ValueError, match="--stride, --max-clips: give --clip-seconds too"):
+        Recipe("videos", stride=1.0)
+
+
 def test_video_with_too_few_frames_repeats_them_in_order_and_counts_as_short(tmp_path):
     write_video(tmp_path / "in" / "c" / "a.mp4", frames=3)
     report = convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("videos", frames=6), 1)

@@ -87,10 +87,10 @@ def test_two_ranks_embed_every_sample_once_and_in_order(demo, tmp_path, on_ranks
     expected, labels = embed(new_encoder(), EvalViews([path], 32))
     clips = Clips(path)
     assert labels.tolist() == [clips[number]["label"] for number in range(60)]
-    for rank in (0, 1):
-        features, found = torch.load(tmp_path / str(rank), weights_only=True)
-        assert torch.equal(found, labels)
-        torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+    features, found = torch.load(tmp_path / "0", weights_only=True)
+    assert torch.equal(found, labels)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+    assert [len(part) for part in torch.load(tmp_path / "1", weights_only=True)] == [0, 0]
 
 
 class OddViews(EvalViews):
@@ -108,10 +108,9 @@ def test_two_ranks_embed_an_odd_number_of_samples_without_a_double(demo, tmp_pat
     path = str(demo / "test_images")
     on_ranks(2, odd_features_on_a_rank, path, str(tmp_path))
     expected, labels = embed(new_encoder(), EvalViews([path], 32))
-    for rank in (0, 1):
-        features, found = torch.load(tmp_path / str(rank), weights_only=True)
-        assert torch.equal(found, labels[:59])
-        torch.testing.assert_close(features, expected[:59], atol=1e-5, rtol=1e-5)
+    features, found = torch.load(tmp_path / "0", weights_only=True)
+    assert torch.equal(found, labels[:59])
+    torch.testing.assert_close(features, expected[:59], atol=1e-5, rtol=1e-5)
 
 
 def test_feature_is_the_mean_of_the_patch_tokens_and_the_file_has_labels_and_classes(
@@ -191,6 +190,35 @@ def test_linear_head_is_at_the_minimum_of_its_objective():
     lowest, rng = objective(weights), np.random.default_rng(0)
     for _ in range(50):
         assert objective(weights + 1e-2 * rng.standard_normal(weights.shape)) > lowest
+
+
+def test_accuracies_do_not_depend_on_the_size_of_the_chunks(monkeypatch):
+    bank, queries = draw_labelled(60, 4, 3, seed=0), draw_labelled(50, 4, 3, seed=1)
+    knn, logits = knn_accuracy(bank, queries, 5), fit_linear(*bank, 3, l2=0.1)(queries[0])
+    monkeypatch.setattr(probes, "SIMILARITIES", 7 * 60)
+    monkeypatch.setattr(probes, "ROWS", 13)
+    assert knn_accuracy(bank, queries, 5) == knn
+    torch.testing.assert_close(fit_linear(*bank, 3, l2=0.1)(queries[0]), logits, atol=1e-3, rtol=0)
+
+
+def probe_on_a_rank(rank: int, bank: str, queries: str, out: str) -> None:
+    calls, linear_accuracy = [], probes.linear_accuracy
+    probes.linear_accuracy = lambda *args: calls.append(args) or linear_accuracy(*args)
+    result = measure_probe(new_encoder(), 0, Path(out), bank=[bank], queries=[queries])
+    Path(out, str(rank)).write_text(json.dumps([result, len(calls)]))
+
+
+def test_two_ranks_fit_a_linear_head_once_and_return_the_accuracy_of_one_rank(
+    demo, tmp_path, on_ranks
+):
+    paths = str(demo / "train_images"), str(demo / "test_images")
+    on_ranks(2, probe_on_a_rank, *paths, str(tmp_path))
+    (first, calls), (second, none) = (
+        json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)
+    )
+    assert (calls, none) == (1, 0) and first == second
+    expected = measure_probe(new_encoder(), 0, tmp_path, bank=[paths[0]], queries=[paths[1]])
+    assert first == pytest.approx(expected, abs=0.04)  # features differ by rounding
 
 
 def test_labels_are_chosen_at_random_up_to_the_limit_of_their_class_and_in_random_order():

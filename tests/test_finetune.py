@@ -158,7 +158,7 @@ def batch_of(frames: int = 1, key: int = 3) -> dict[str, torch.Tensor]:
         "inputs": torch.randint(256, shape, dtype=torch.uint8, generator=generator),
         "target": torch.tensor([0, 1, 2, 3, 0, 1]),
         "held_out": torch.full((6,), -1),
-        "key": torch.full((6,), key),
+        "key": [str(key)] * 6,
     }
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from composer import Event
 from conftest import ROOT, losses, run_stage, small, start_ranks
-from tiny_models import CLIPS, TINY, random_batch
+from tiny_models import CLIPS, TINY, random_batch, state_at
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,7 +52,7 @@ def train_method(name: str, steps: int = 3) -> dict[str, Tensor]:
         optimizer.zero_grad()
         if isinstance(net, MoCoV2):
             (momentum_step,) = net.algorithms()
-            momentum_step.apply(Event.BATCH_START, None, None)
+            momentum_step.apply(Event.BATCH_START, state_at(step), None)
         losses = net.loss(trained(part), part)
         losses["total"].backward()
         optimizer.step()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from composer import Event
 from conftest import ROOT, run_stage, small
 from test_model import unit
-from tiny_models import TINY, random_batch
+from tiny_models import TINY, random_batch, state_at
 from torch import Tensor, nn
 
 import pretrain
@@ -250,7 +250,7 @@ def plain_keys(average: dict[str, nn.Module], batch: dict, kept: int, kind: str)
         ids = batch["noise"][:, view].argsort(dim=1)[:, :kept]
         patches = average["encoder"](batch["views"][:, view], ids)[:, 1:]
         pooled = patches.mean(dim=1) if kind == "mean" else patches.amax(dim=1)
-        keys.append(average["projector"](pooled))
+        keys.append(average["projector"](pooled[:, None])[:, 0])
     return keys
 
 
@@ -270,7 +270,7 @@ def test_queue_and_averages_after_five_steps_equal_a_plain_computation(masked, k
                     parameter.mul_(0.9).add_(0.1 * current[key])
             keys = torch.cat(plain_keys(average, batch, 8 if masked else 16, kind))
             queue = torch.cat([keys / keys.norm(dim=1, keepdim=True), queue])[:24]
-        algorithm.apply(Event.BATCH_START, None, None)
+        algorithm.apply(Event.BATCH_START, state_at(step), None)
         net.loss(net(batch), batch)["total"].backward()
         optimizer.step()
         optimizer.zero_grad()

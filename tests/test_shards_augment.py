@@ -7,23 +7,29 @@ import pytest
 import torch
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
+from conftest import ROOT
 
 from shards.augment import (
     BLUR_KERNEL,
     LUMA,
+    NO_BLUR,
     PARAMETERS,
     augment_batch,
+    augment_frames,
     augment_views,
+    blur,
+    constants,
     normalise,
 )
 
 NEUTRAL = {name: float(name in ("brightness", "contrast", "saturation")) for name in PARAMETERS}
+HOST = constants(torch.device("cpu"))
 KERNEL = list(BLUR_KERNEL[::-1])  # torchvision has width and height
 
 
 def augmented(images: torch.Tensor, **changes: float) -> torch.Tensor:
     row = torch.tensor([list((NEUTRAL | changes).values())])
-    return augment_views(images, row.expand(len(images), -1))
+    return augment_views(images, row.expand(len(images), -1), HOST)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +104,7 @@ def test_each_view_of_a_batch_is_augmented_by_its_own_parameters(images):
         {"grey": 1.0},
     ]
     rows = torch.tensor([list((NEUTRAL | change).values()) for change in changes])
-    together = augment_views(images, rows)
+    together = augment_views(images, rows, HOST)
     x = images / 255
     expected = [
         TF.gaussian_blur(TF.horizontal_flip(x[0]), KERNEL, [1.7]),
@@ -133,3 +139,32 @@ def test_frames_of_a_clip_are_augmented_alike():
     views = augment_batch(batch)["views"]
     assert views.shape == (2, 2, 4, 3, 24, 24)
     assert torch.equal(views, views[:, :, :1].expand_as(views))
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    """Views of 16 x 12 pixels, their parameters, and the output of an earlier implementation."""
+    with np.load(ROOT / "tests" / "golden" / "augment.npz") as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+def now(golden: dict[str, torch.Tensor]) -> torch.Tensor:
+    return augment_batch({name: golden[name] for name in ("views", "augment")})["views"]
+
+
+def test_output_equals_the_implementation_that_blurred_the_views_with_a_sigma_alone(golden):
+    sigma = golden["augment"][..., PARAMETERS.index("blur_sigma")]
+    assert 0 < (sigma == 0).sum() < sigma.numel()
+    torch.testing.assert_close(now(golden), golden["augmented"], rtol=0, atol=4e-6)
+
+
+def test_view_without_blur_is_kept_to_the_bit(golden):
+    pixels = golden["views"].flatten(0, 1).permute(0, 3, 1, 2)
+    x = pixels.float() / 255
+    assert torch.equal(blur(x, torch.full((len(x),), NO_BLUR)), x)
+
+
+def test_augmentation_is_one_graph_that_compiles_without_a_look_at_values(golden):
+    compiled = torch.compile(augment_frames, fullgraph=True, backend="eager")
+    arguments = golden["views"].flatten(0, 1), golden["augment"].flatten(0, 1), HOST
+    assert torch.equal(compiled(*arguments).view_as(golden["augmented"]), now(golden))

@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -17,6 +18,10 @@ import data_prep
 import eval as evaluation
 import finetune
 import pretrain
+import shards.loader
+from evaluation.accuracy import load_eval
+from evaluation.probes import embed
+from model import Encoder
 from shards.loader import Loader
 from shards.stream import DeterministicStream
 from shards.views import EvalViews
@@ -124,7 +129,7 @@ def test_second_interrupt_ends_a_run_at_once(demo, tmp_path):
     arguments = [*small(demo), "callbacks=null", "data.num_workers=2"]
     code = exit_code("pretrain", arguments, tmp_path, "step", signal.SIGINT, signal.SIGINT)
     assert code == 130
-    assert "interrupted twice" in (tmp_path / "output").read_text()
+    assert "interrupted again" in (tmp_path / "output").read_text()
 
 
 def test_signal_to_the_group_of_a_fine_tuning_stops_its_validation(demo, pretrained, tmp_path):
@@ -162,9 +167,26 @@ class Numbers(Dataset):
 
 def test_workers_of_a_loader_receive_no_stop_signals_and_their_parent_still_does():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    loader = Loader(Numbers(), 4, num_workers=2)
+    loader = Loader(Numbers(), 4, 8, num_workers=2)
     assert torch.cat(list(loader)).tolist() == list(range(8))
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+def test_evaluations_whose_batches_do_not_fit_into_shared_memory_are_refused(
+    demo, tmp_path, monkeypatch
+):
+    usage = shutil.disk_usage("/dev/shm")._replace(free=100_000)
+    monkeypatch.setattr(shards.loader.shutil, "disk_usage", lambda folder: usage)
+    path = str(demo / "test_images")
+    views = 2 * 2 * 60 * 2 * 32 * 32 * 3  # batches, samples, views, bytes
+    match = f"4 batches need {views / 1e6:.0f} MB, but it has 0 MB free"
+    settings = {"spatial_views": 2, "batch_size": 60}
+    with pytest.raises(OSError, match=match):
+        load_eval(tmp_path, 32, 1, 8, paths=[path], num_workers=2, **settings)
+    load_eval(tmp_path, 32, 1, 8, paths=[path], **settings)
+    data = EvalViews([path], 32, spatial_views=2)
+    with pytest.raises(OSError, match=match):
+        embed(Encoder(32, 8, 48, 2, 3), data, num_workers=2, batch_size=60)
 
 
 def convert_in_a_group(source: Path, out: Path) -> None:

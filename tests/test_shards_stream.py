@@ -3,22 +3,27 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from composer.utils import dist
-from conftest import corrupted_copy
+from conftest import corrupted_copy, losses, run_stage, small
 from PIL import Image
 
 import data_prep
-import shards.stream
+import pretrain
+import shards.loader
 from shards.augment import augment_batch
 from shards.decode import Recipe
+from shards.download import Download
 from shards.format import Clips
-from shards.stream import DeterministicStream, count_earlier, load_stream
+from shards.loader import StepLoader, prefetch
+from shards.stream import DeterministicStream, check_batch, count_earlier, load_stream
 from shards.views import PretrainingViews
 
 Batch = dict[str, torch.Tensor]
@@ -196,6 +201,124 @@ def test_two_ranks_read_the_batches_of_one_and_no_incomplete_batch(demo, tmp_pat
         assert sorted(map(tuple, ours + theirs)) == sorted(expected)
 
 
+def drawn_in(step: dict | list[dict]) -> list[tuple[str, float]]:
+    """Return the names and draws of a batch, or of the micro-batches of a step."""
+    parts = step if isinstance(step, list) else [step]
+    return [drawn for part in parts for drawn in names_and_draws(part)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"repeats": 2}, {"one_stream_per_batch": True}])
+def test_loading_micro_batches_leaves_samples_and_their_order(demo, settings):
+    """With 3 workers for steps of 4 micro-batches, from the first step and from the second."""
+    whole = make_loader(demo, 0, draw_number, **settings)
+    parts = make_loader(demo, 3, draw_number, global_micro_batch_size=4, **settings)
+    expected = [names_and_draws(batch) for batch in whole]
+    steps = list(parts)
+    assert len(parts) == len(whole) == len(steps) == len(expected)
+    assert [drawn_in(step) for step in steps] == expected
+    if not settings:
+        assert [len(part["name"]) for step in steps for part in step] == 30 * [4]
+    resumed = make_loader(demo, 3, draw_number, global_micro_batch_size=10, **settings)
+    resumed.dataset.load_state_dict(parts.dataset.state_dict(20, True) | {"epoch": 0})
+    assert [drawn_in(step) for step in resumed] == expected[1:]
+
+
+def write_micro_batches(rank: int, demo: str, folder: str) -> None:
+    loader = make_loader(Path(demo), transform=draw_number, global_micro_batch_size=10)
+    steps = [list(map(names_and_draws, step)) for step in loader]
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(steps))
+
+
+def test_two_ranks_share_each_micro_batch_of_one(demo, tmp_path, on_ranks):
+    loader = make_loader(demo, transform=draw_number, global_micro_batch_size=10)
+    alone = [list(map(names_and_draws, step)) for step in loader]
+    on_ranks(2, write_micro_batches, str(demo), str(tmp_path))
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    for expected, ours, theirs in zip(alone, first, second, strict=True):
+        for part, half, other in zip(expected, ours, theirs, strict=True):
+            assert len(half) == len(other) == 5
+            assert sorted(map(tuple, half + other)) == sorted(part)
+
+
+def test_workers_hold_a_step_and_a_micro_batch_each():
+    found = {
+        (parts, workers): prefetch(parts, workers) for parts in (1, 4) for workers in (1, 3, 4)
+    }
+    assert found == {(1, 1): 2, (1, 3): 2, (1, 4): 2, (4, 1): 5, (4, 3): 3, (4, 4): 2}
+    assert prefetch(4, 1, prefetch_factor=1) == 1
+
+
+def join_step(step: list[Batch]) -> Batch:
+    return {name: torch.cat([part[name] for part in step]) for name in step[0]}
+
+
+def test_loaded_micro_batches_have_the_losses_of_a_split_batch(demo, tmp_path, monkeypatch):
+    arguments = [
+        *small(demo),
+        "callbacks=null",
+        "callbacks.SpeedMonitor={}",
+        "algorithms={ProgressiveResizing: {size_increment: 8}}",
+        "data.global_micro_batch_size=20",
+        "trainer.max_duration=2ba",
+    ]
+    run_stage(pretrain, [*arguments, "run_name=loaded"], tmp_path)
+    load = StepLoader.__iter__
+    monkeypatch.setattr(StepLoader, "__iter__", lambda self: map(join_step, load(self)))
+    run_stage(pretrain, [*arguments, "run_name=split"], tmp_path)
+    assert losses(tmp_path, "loaded") == losses(tmp_path, "split")
+
+
+def test_smaller_shuffle_blocks_begin_with_fewer_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_prep, "PART_SIZE", 4)  # 12 shards of 4 samples
+    path = folder_of_stills(tmp_path, 48 * [32])
+    shards = {}
+    for block in (None, 8):
+        settings = {"streams": [{"path": path}], "batch_size": 8, "shuffle_block_size": block}
+        batches = [batch["name"] for batch in make_loader(tmp_path, 0, draw_number, **settings)]
+        assert sorted(chain(*batches)) == sorted(names_in(Path(path)))
+        shards[block] = {int(name[:2]) // 4 for name in batches[0]}
+    assert len(shards[8]) <= 4 < len(shards[None])  # half a block on each side of a sample
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            (4096, 1024, 1, 7),
+            "data.global_micro_batch_size=1024: must be a multiple of the 7 ranks; launch 4 or 8 "
+            "ranks, or start a new run with data.global_micro_batch_size=1022 "
+            "data.global_train_batch_size=4088",
+        ),
+        (
+            (4096, 1024, 4, 24),
+            "data.global_micro_batch_size=1024: must be a multiple of the 24 ranks times "
+            "data.repeats=4; launch 16 or 32 ranks, or start a new run with "
+            "data.global_micro_batch_size=1056 data.global_train_batch_size=4224",
+        ),
+        (
+            (256, None, 1, 300),
+            "data.global_train_batch_size=256: must be a multiple of the 300 ranks; launch 256 "
+            "ranks, or start a new run with data.global_train_batch_size=300",
+        ),
+        (
+            (1000, 300, 1, 2),
+            "data.global_train_batch_size=1000: must be a multiple of "
+            "data.global_micro_batch_size=300, such as 900",
+        ),
+    ],
+)
+def test_sizes_that_the_ranks_do_not_divide_are_refused_with_the_nearest_that_work(sizes, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check_batch(*sizes)
+    batch, micro, repeats, ranks = sizes
+    for count in re.findall(r"\d+", message.partition("launch")[2].partition("ranks")[0]):
+        check_batch(batch, micro, repeats, int(count))
+    new = dict(re.findall(r"data\.(\w+)=(\d+)", message.partition("new run")[2]))
+    if new:
+        batch, micro = new["global_train_batch_size"], new.get("global_micro_batch_size")
+        check_batch(int(batch), micro and int(micro), repeats, ranks)
+
+
 def open_often(barrier, demo: Path) -> None:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     os.environ["MASTER_PORT"] = "0"
@@ -253,7 +376,7 @@ def folder_of_stills(folder: Path, sides: list[int]) -> str:
     """Convert square pictures of these sides, in the order of their names."""
     (folder / "raw").mkdir()
     for number, side in enumerate(sides):
-        pixels = np.full((side, side, 3), 10 * number, np.uint8)
+        pixels = np.full((side, side, 3), 5 * number, np.uint8)
         Image.fromarray(pixels).save(folder / "raw" / f"{number:02}.png")
     data_prep.convert(str(folder / "raw"), str(folder / "set"), Recipe("images"), 1)
     return str(folder / "set")
@@ -321,7 +444,12 @@ def test_shard_that_is_cut_off_costs_only_its_last_samples(demo, tmp_path):
         (
             ["train_videos"],
             {"repeats": 3},
-            "data.repeats=3: must divide a rank's micro-batch of 20",
+            "data.repeats=3: must divide data.global_train_batch_size=20",
+        ),
+        (
+            ["train_videos"],
+            {"download": {"cache_limit": "1gb"}},
+            "data.download.cache_limit=1gb: .*train_videos is not in a bucket",
         ),
     ],
 )
@@ -352,24 +480,57 @@ def test_stream_is_a_streaming_dataset_of_whole_batches(demo):
     assert (dataset.epoch_size, len(dataset)) == (60, 60)
 
 
+def upload(client, folder: Path) -> str:
+    """Put a data set into the bucket, and return its address."""
+    for file in (file for file in folder.rglob("*") if file.is_file()):
+        key = f"{folder.name}/{file.relative_to(folder)}"
+        client.put_object(Bucket="bkt", Key=key, Body=file.read_bytes())
+    return f"s3://bkt/{folder.name}"
+
+
 def test_batches_from_a_bucket_are_those_from_disk(bucket, demo, tmp_path):
     folder = demo / "train_videos"
-    for file in (file for file in folder.rglob("*") if file.is_file()):
-        key = f"train_videos/{file.relative_to(folder)}"
-        bucket.put_object(Bucket="bkt", Key=key, Body=file.read_bytes())
+    path = upload(bucket, folder)
     near = list(make_loader(demo, 2, streams=[{"path": str(folder)}]))
     assert len(near) == 3
-    caches = [{"cache": str(tmp_path / "cache")}, {}, {}]  # two runs with default folders
+    caches = [{"cache": str(tmp_path / "mine")}, {}, {}]  # two runs with default folders
     for number, cache in enumerate(caches):
-        run = tmp_path / f"{tmp_path.name}-{number}"
-        stream = {"path": "s3://bkt/train_videos", **cache}
-        assert_same_batches(near, list(make_loader(demo, 2, streams=[stream], run=run)))
-    assert list((tmp_path / "cache").rglob("*.mds"))
+        run = tmp_path / f"run{number}"
+        stream = {"path": path, **cache}
+        download = {"cache_limit": "1gb", "predownload": 8, "retry": 1, "timeout": 30.0}
+        loader = make_loader(demo, 2, streams=[stream], run=run, download=download)
+        assert_same_batches(near, list(loader))
+    assert list((tmp_path / "mine").rglob("*.mds"))
+    folders = sorted((tmp_path / "cache" / "vicmae").iterdir())  # conftest sets XDG_CACHE_HOME
+    assert [folder.name.rpartition("-")[0] for folder in folders] == ["run1", "run2"]
+
+
+def test_shards_survive_a_kill_and_halves_of_shards_do_not(bucket, demo, tmp_path):
+    path = upload(bucket, demo / "train_videos")
+    settings = {"streams": [{"path": path}], "download": {"cache": str(tmp_path / "disk")}}
+    expected = list(make_loader(demo, run=tmp_path, **settings))
+    (shard,) = (tmp_path / "disk").rglob("*.mds")
+    data, time = shard.read_bytes(), shard.stat().st_mtime_ns
+    (half := shard.with_name(f"{shard.name}.Ab12Cd34")).write_bytes(data[:100])  # as boto3 does
+    assert_same_batches(list(make_loader(demo, run=tmp_path, **settings)), expected)
+    assert shard.stat().st_mtime_ns == time and not half.exists()
+    shard.write_bytes(data[:-1])
+    assert_same_batches(list(make_loader(demo, run=tmp_path, **settings)), expected)
+    assert shard.read_bytes() == data
+
+
+def test_other_samples_at_the_same_address_are_kept_in_another_folder(bucket, demo, tmp_path):
+    path = upload(bucket, demo / "train_videos")
+    before = Download().folder(Path("runs/a"), path)
+    assert Download().folder(Path("runs/a"), path) == before
+    shutil.copytree(demo / "train_images", tmp_path / "train_videos")
+    upload(bucket, tmp_path / "train_videos")
+    assert Download().folder(Path("runs/a"), path) != before
 
 
 def test_batches_that_do_not_fit_into_shared_memory_are_refused_before_training(demo, monkeypatch):
     usage = shutil.disk_usage("/dev/shm")._replace(free=1_000_000)
-    monkeypatch.setattr(shards.stream.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(shards.loader.shutil, "disk_usage", lambda folder: usage)
     # A sample has 2 views of 32 x 32 x 3 bytes, 2 x 8 and 2 x 16 floats, and its label.
     needed = 2 * 4 * 20 * (2 * 32 * 32 * 3 + 4 * 2 * (8 + 16) + 8)
     match = f"/dev/shm: 8 batches need {needed / 1e6:.0f} MB, but it has 1 MB free; enlarge it"

@@ -97,6 +97,8 @@ def test_settings_that_do_not_decide_the_result_may_change(tmp_path):
     (tmp_path / "config.yaml").write_text(json.dumps(before | {"algorithms": None}))
     free = {"trainer": {"device": "gpu"}, "callbacks": {"KNN": {}}, "make_demo": "data"}
     now = before | free | {"data": {"streams": (), "num_workers": 8}}
+    now["data"] |= {"download": {"retry": 4}, "prefetch_factor": 4, "shuffle_block_size": None}
+    now["model"] = {"chunk_size": 2}
     assert changed_settings(read_config(tmp_path), now) == []
     changed = changed_settings(read_config(tmp_path), now | {"seed": 1, "algorithms": {"EMA": {}}})
     assert changed == ["algorithms.EMA", "seed"]

@@ -28,7 +28,17 @@ CONFIGS = {
 }
 ENCODER_SIZES = {"img_size", "patch_size", "embed_dim", "depth", "num_heads"}
 ORDER = (
-    *("run_name", "seed", "method", "make_demo", "pretrained", "checkpoint", "data", "eval_data"),
+    *(
+        "run_name",
+        "seed",
+        "method",
+        "make_demo",
+        "raw",
+        "pretrained",
+        "checkpoint",
+        "data",
+        "eval_data",
+    ),
     *("augment", "model", "optimizer", "lars", "schedule", "trainer", "checkpoints"),
     *("algorithms", "callbacks", "loggers"),
 )
@@ -98,7 +108,10 @@ def test_no_size_is_written_twice(path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in FILES if commands_of(path)[0][0] in STAGES], ids=name_of
+    "path",
+    # The samples of own.yaml are not known before its folders are converted.
+    [path for path in FILES if commands_of(path)[0][0] in STAGES and path.stem != "own"],
+    ids=name_of,
 )
 def test_plan_needs_neither_data_nor_gpus_and_gives_the_cost_in_the_header(
     path, tmp_path, monkeypatch, capsys

@@ -1,5 +1,7 @@
 """Sizes of tiny models and random batches for them, for tests of model.py and methods/."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
@@ -25,3 +27,8 @@ def random_batch(
         "views": torch.randn(size, views, *clip, 3, 32, 32, generator=generator),
         "noise": torch.rand(size, views, patches, generator=generator),
     }
+
+
+def state_at(step: int) -> SimpleNamespace:
+    """Return the part of Composer's State that tells the step."""
+    return SimpleNamespace(timestamp=SimpleNamespace(batch=SimpleNamespace(value=step)))

@@ -372,6 +372,8 @@ class Checkpoints(Callback):
 
     def on_any_rank(self, state: State, *flags: bool) -> list[bool]:
         """Return whether each flag is true on any rank; all ranks call this together."""
+        if dist.get_world_size() == 1:
+            return list(flags)  # without a transfer to a GPU and back in each step
         highest = state.device.tensor_to_device(torch.tensor(flags, dtype=torch.int))
         dist.all_reduce(highest, "MAX")
         return [bool(flag) for flag in highest.tolist()]

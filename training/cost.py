@@ -52,7 +52,7 @@ def run_step(net: nn.Module, batch: dict[str, Tensor]) -> None:
     try:
         loss = net.loss(outputs, batch)
         total = loss["total"] if isinstance(loss, dict) else loss
-    except DynamicOutputShapeException:  # a loss that selects pairs by their values, as triplet
+    except DynamicOutputShapeException:  # a loss that selects pairs by their values
         tensors = [part for part in tree_leaves(outputs) if isinstance(part, Tensor)]
         total = sum(part.sum() for part in tensors if part.requires_grad)
     total.backward()

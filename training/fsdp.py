@@ -15,6 +15,8 @@ from composer.utils.parallelism import FSDP2Config
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from shards.loader import samples_in
+
 KEY = "trainer.parallelism_config"
 
 
@@ -75,8 +77,7 @@ class OneReduction(Callback):
         self.remaining = 0  # micro-batches of the step
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        samples = len(next(iter(state.batch.values())))
-        self.remaining = -(-samples // state.device_train_microbatch_size)
+        self.remaining = -(-samples_in(state.batch) // state.device_train_microbatch_size)
 
     def before_backward(self, state: State, logger: Logger) -> None:
         self.remaining -= 1

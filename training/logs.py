@@ -50,10 +50,13 @@ class GradientNorm(Algorithm):
     """Logs the norm of the gradient before it is clipped."""
 
     def match(self, event: Event, state: State) -> bool:
-        return event == Event.AFTER_TRAIN_BATCH
+        return event in (Event.AFTER_TRAIN_BATCH, Event.BATCH_END)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        norm = torch.nn.utils.get_total_norm(gradients_of(state))
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        logger.log_metrics({"gradient_norm": float(norm)})
+        if event == Event.AFTER_TRAIN_BATCH:
+            norm = torch.nn.utils.get_total_norm(gradients_of(state))
+            self.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            return
+        # Not before: Composer has waited for the device meanwhile, to log the losses of this step.
+        step = state.timestamp.batch.value - 1
+        logger.log_metrics({"gradient_norm": float(self.norm)}, step)

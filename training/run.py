@@ -36,6 +36,7 @@ from yaml import YAMLError
 from evaluation.pictures import draw_losses
 from evaluation.probes import KNN
 from shards.format import fingerprint
+from shards.loader import samples_in
 from shards.storage import Storage
 from shards.stream import load_stream
 from shards.workers import STOPPED, exit_on_signals
@@ -46,6 +47,8 @@ from training.fsdp import GlooGradientMean, OneReduction, fsdp_config
 from training.logs import GradientNorm, JsonLines
 from training.peers import is_connection_lost, one_line, peer_watch
 from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS
+from training.precision import forbid_tf32
+from training.progress import Progress
 from training.spot import SpotNotice
 
 TRAINER_ARGUMENTS = inspect.signature(Trainer).parameters
@@ -92,7 +95,7 @@ class RunConfig:
 
 # Blocks and keys that may change when a run resumes.
 FREE = ("trainer", "callbacks", "loggers", "checkpoints", "make_demo")
-FREE_KEYS = ("data.num_workers",)
+FREE_KEYS = ("data.num_workers", "data.prefetch_factor", "data.download", "model.chunk_size")
 IGNORED_IN_SHARDS = ["state/callbacks", "state/model/_extra_state"]
 OLD_KEYS = ("allow_changes", "data.make_demo")  # in the config.yaml of earlier versions
 
@@ -304,9 +307,11 @@ def build_trainer(
     # KNN calls this between batches, so that a stop signal does not wait for the measurement.
     given = {KNN: (checkpoints.save_and_exit_if_stopped,), SpotNotice: (checkpoints.request_stop,)}
     if flops_per_sample:  # SpeedMonitor looks for this attribute.
-        model.flops_per_batch = lambda batch: flops_per_sample * len(next(iter(batch.values())))
+        model.flops_per_batch = lambda batch: flops_per_sample * samples_in(batch)
     own_algorithms = model.algorithms() if hasattr(model, "algorithms") else []
     algorithms = build_named(ALGORITHMS, config.algorithms) + own_algorithms
+    # Composer's bar is one for each epoch, with a block of settings before it.
+    shown = [] if settings.setdefault("progress_bar", False) else [Progress()]
     try:
         trainer = Trainer(
             **settings,
@@ -325,7 +330,11 @@ def build_trainer(
             # Composer reverses the order after a step: mean, norm, then clipping.
             algorithms=[*algorithms, GradientNorm(), GlooGradientMean()],
             callbacks=[*build_named(CALLBACKS, config.callbacks, given), checkpoints, *callbacks],
-            loggers=[JsonLines(run / "metrics.jsonl"), *build_named(LOGGERS, config.loggers)],
+            loggers=[
+                JsonLines(run / "metrics.jsonl"),
+                *shown,
+                *build_named(LOGGERS, config.loggers),
+            ],
         )
     except ValueError:
         raise
@@ -334,6 +343,7 @@ def build_trainer(
             raise
         blocks = "trainer, algorithms, callbacks or loggers"
         raise ValueError(f"{blocks}: {type(error).__name__}: {error}") from error
+    forbid_tf32()
     rename_averages(trainer.state)
     if flops_per_sample and trainer.state.timestamp.batch == 0:
         trainer.logger.log_metrics({"flops_per_sample": flops_per_sample})

@@ -12,7 +12,7 @@ from composer.core import TimeUnit, ensure_time
 from pydantic import PositiveInt
 from torch import nn
 
-from model import ViCMAE
+from model import Batch, ViCMAE
 from shards.views import PositiveFraction, UnitInterval
 from training.config import Duration
 
@@ -118,6 +118,15 @@ class FreezeEncoder(Algorithm):
             weight.grad = None
 
 
+def shrink(batch: Batch, side: int) -> Batch:
+    """Return a batch with its views (B, V, [T,] H, W, 3) reduced to side x side pixels."""
+    views = batch["views"]
+    small = views.flatten(0, -4).permute(0, 3, 1, 2).float()  # (B * V * T, 3, H, W)
+    small = F.interpolate(small, (side, side), mode="bilinear", antialias=True)
+    small = small.round().to(views.dtype).permute(0, 2, 3, 1)
+    return batch | {"views": small.unflatten(0, views.shape[:-3])}
+
+
 class ProgressiveResizing(Algorithm):
     """Trains on small views first, then on growing views, then on full views.
 
@@ -179,9 +188,9 @@ class ProgressiveResizing(Algorithm):
         full = model.encoder.img_size
         side = self.side(full, float(state.get_elapsed_duration()))
         if side < full:
-            views = state.device.tensor_to_device(state.batch["views"])  # (B, V, [T,] H, W, 3)
-            small = views.flatten(0, -4).permute(0, 3, 1, 2).float()  # (B * V * T, 3, H, W)
-            small = F.interpolate(small, (side, side), mode="bilinear", antialias=True)
-            small = small.round().to(views.dtype).permute(0, 2, 3, 1)
-            state.batch = state.batch | {"views": small.unflatten(0, views.shape[:-3])}
+            batch = state.device.batch_to_device(state.batch)
+            if isinstance(batch, list):  # of micro-batches
+                state.batch = [shrink(part, side) for part in batch]
+            else:
+                state.batch = shrink(batch, side)
         logger.log_metrics({"progressive_resizing/width": side})

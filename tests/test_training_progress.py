@@ -1,0 +1,68 @@
+"""What a training shows: lines in a log file, and one bar in a terminal."""
+
+import io
+import re
+import sys
+
+import pytest
+from conftest import run_stage, small
+
+import pretrain
+from training.progress import describe_time
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def arguments(demo) -> list[str]:
+    return [*small(demo), "data.num_workers=0", "callbacks.KNN.every=1"]
+
+
+def run(arguments, tmp_path, monkeypatch, stream) -> str:
+    monkeypatch.setattr(sys, "stderr", stream)
+    run_stage(pretrain, arguments, tmp_path)
+    return stream.getvalue()
+
+
+def test_log_file_has_plain_lines_with_losses_rate_speed_and_time_left(
+    arguments, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("training.progress.LINE_STEPS", 2)
+    printed = run(arguments, tmp_path, monkeypatch, io.StringIO())
+    lines = [line for line in printed.splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in lines] == [
+        "step 2/6, epoch 1",
+        "step 4/6, epoch 2",
+        "step 6/6, epoch 2",
+    ]
+    numbers = r"loss \d\.\d{3}, recon \d\.\d{3}, contr \d\.\d{3}, lr \d\.\de-\d\d, \d+/s"
+    assert re.fullmatch(rf"step 2/6, epoch 1: {numbers}, \d+ s left", lines[0])
+    assert re.fullmatch(rf"step 4/6, epoch 2: {numbers}, k-NN 0\.\d{{3}}, \d+ s left", lines[1])
+    assert "\r" not in printed
+    assert "Config:" not in printed
+    # 10,000 steps take less than a megabyte, with a line every 20 steps.
+    assert max(map(len, lines)) * 10_000 / 20 < 1e6
+
+
+def test_terminal_has_one_bar_for_the_whole_training(arguments, tmp_path, monkeypatch):
+    printed = run(arguments, tmp_path, monkeypatch, Terminal())
+    bars = [part for part in re.split(r"[\r\n]", printed) if re.search(r"\d/6, ", part)]
+    assert "100%" in bars[-1]
+    assert "6/6, 00:00 left, loss" in bars[-1]
+    assert "Config:" not in printed
+
+
+def test_composer_s_own_bar_takes_the_place_of_ours(arguments, tmp_path, capfd):
+    own = [*arguments, "trainer.progress_bar=true", "trainer.max_duration=1ba"]
+    run_stage(pretrain, own, tmp_path)
+    printed = "".join(capfd.readouterr())
+    assert "step 1/1" not in printed
+    assert "Config:" in printed
+
+
+def test_durations_are_short_words():
+    words = {12.4: "12 s", 89: "1 min", 3599: "1 h 00 min", 7500: "2 h 05 min"}
+    assert {seconds: describe_time(seconds) for seconds in words} == words

@@ -1,0 +1,15 @@
+"""The precision of products of fp32 numbers on a GPU."""
+
+import torch
+
+
+def forbid_tf32() -> None:
+    """Let a GPU multiply fp32 numbers in fp32.
+
+    Composer allows TF32, whose factors have 11 significant bits, each time it opens a GPU. It does
+    so once more while it wraps a model for FSDP: call this function when the Trainer is built.
+    Only products outside autocast are affected, such as InfoNCE's logits and their gradients, the
+    colours of the augmentation, k-NN, and all products with `precision: fp32`.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False

@@ -1,0 +1,90 @@
+"""Show a training while it runs: one bar in a terminal, a plain line now and then in a log file."""
+
+import sys
+import time
+from typing import Any, TextIO
+
+from composer import Logger, State
+from composer.core import TimeUnit
+from composer.loggers import LoggerDestination
+from composer.utils import dist
+from tqdm import tqdm
+
+LINE_STEPS = 20  # steps from line to line in a log file
+BAR = "{percentage:3.0f}%|{bar:8}| {n}/{total}, {remaining} left{postfix}"
+
+
+def total_steps(state: State) -> int:
+    """Return the steps of the whole training."""
+    duration = state.max_duration
+    if duration.unit == TimeUnit.EPOCH:
+        return duration.value * int(state.dataloader_len)
+    return duration.value
+
+
+def describe_time(seconds: float) -> str:
+    """Return a duration such as 3 h 05 min, 12 min or 40 s."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes} min" if minutes else f"{seconds:.0f} s"
+
+
+class Progress(LoggerDestination):
+    """Shows losses, learning rate, speed, k-NN and the time that is left, on rank 0.
+
+    Args:
+        stream: where to write. A bar if it is a terminal, else a line every LINE_STEPS steps.
+    """
+
+    def __init__(self, stream: TextIO | None = None):
+        self.stream = stream or sys.stderr
+        self.metrics: dict[str, float] = {}
+        self.bar = None
+        self.begin, self.begin_step = 0.0, 0  # when this launch began to train
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        shown = ("loss/train/", "knn/trained", "metrics/eval/top1")
+        self.metrics |= {key: value for key, value in metrics.items() if key.startswith(shown)}
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self.begin, self.begin_step = time.monotonic(), state.timestamp.batch.value
+        if dist.get_global_rank() == 0 and self.stream.isatty():
+            total = total_steps(state)
+            settings = {"bar_format": BAR, "file": self.stream, "dynamic_ncols": True}
+            self.bar = tqdm(total=total, initial=self.begin_step, **settings)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        step = state.timestamp.batch.value
+        if dist.get_global_rank() != 0:
+            return
+        if self.bar is not None:
+            self.bar.set_postfix_str(self.describe(state), refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif step % LINE_STEPS == 0 or step == total_steps(state):
+            seconds = (time.monotonic() - self.begin) / (step - self.begin_step)
+            left = describe_time(seconds * (total_steps(state) - step))
+            place = f"step {step}/{total_steps(state)}, epoch {state.timestamp.epoch.value + 1}"
+            print(f"{place}: {self.describe(state)}, {left} left", file=self.stream, flush=True)
+
+    def describe(self, state: State) -> str:
+        """Return the newest numbers: total loss, its parts, learning rate, speed, k-NN or top-1."""
+        losses = {}
+        for key, value in self.metrics.items():
+            if key.startswith("loss/train/"):
+                losses[key.removeprefix("loss/train/")] = f"{float(value):.3f}"
+        parts = [f"loss {losses.pop('total', '-')}"]
+        names = {"reconstruction": "recon", "contrastive": "contr"}
+        parts += [f"{names[name]} {losses[name]}" for name in names if name in losses]
+        parts.append(f"lr {state.optimizers[0].param_groups[0]['lr']:.1e}")
+        done = state.timestamp.batch.value - self.begin_step
+        samples = done * state.timestamp.sample.value / max(1, state.timestamp.batch.value)
+        parts.append(f"{samples / (time.monotonic() - self.begin):.0f}/s")
+        for key, name in {"knn/trained": "k-NN", "metrics/eval/top1": "top-1"}.items():
+            if key in self.metrics:
+                parts.append(f"{name} {float(self.metrics[key]):.3f}")
+        return ", ".join(parts)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        if self.bar is not None:
+            self.bar.close()
