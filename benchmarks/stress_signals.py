@@ -41,7 +41,8 @@ import pretrain
 from evaluation.probes import KNN
 from shards.stream import DeterministicStream
 from shards.views import EvalViews
-from training.checkpoints import Checkpoints, check_checkpoint
+from training.checkpoints import check_checkpoint
+from training.writing import Writer
 
 ROOT = Path(__file__).parent.parent
 STAGES = {"pretrain": pretrain, "finetune": finetune, "eval": evaluation}
@@ -145,7 +146,7 @@ def run_paused(stage: str, phase: str, folder: Path) -> None:
     if phase == "start":  # Every stage seeds once its ranks are connected.
         owner, name = reproducibility, "seed_all"
     elif phase == "write":
-        owner, name = Checkpoints, "write"
+        owner, name = Writer, "save"
     elif phase == "measure" and stage == "pretrain":
         owner, name = KNN, "measure"
     elif phase == "measure" or stage == "eval":

@@ -19,7 +19,6 @@ import eval as evaluation
 import finetune
 import pretrain
 import shards.loader
-import training.checkpoints
 from evaluation.accuracy import load_eval
 from evaluation.probes import embed
 from model import Encoder
@@ -28,13 +27,14 @@ from shards.stream import DeterministicStream
 from shards.views import EvalViews
 from shards.workers import STOPPED
 from training.checkpoints import LATEST, Checkpoints, check_checkpoint
+from training.writing import Writer
 
 STAGES = {"pretrain": pretrain, "finetune": finetune, "eval": evaluation}
 PLACES = {  # a function that a stage calls in some place
     "start": (Checkpoints, "newest"),
     "step": (Checkpoints, "batch_start"),
     "data": (DeterministicStream, "transform_sample"),  # in a worker, for which the stage waits
-    "save": (training.checkpoints, "save_checkpoint"),
+    "save": (Writer, "start"),
     "evaluation": (EvalViews, "__getitem__"),  # in a worker, for k-NN, validation or accuracy
 }
 

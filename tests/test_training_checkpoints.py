@@ -12,12 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from composer.utils import checkpoint as composer_checkpoint
 from composer.utils import dist
-from composer.utils.checkpoint import save_checkpoint
 from conftest import ROOT, run_stage, small
 from test_training_safe_load import Malicious, train_sharded, whole_weights
-from torch.distributed.checkpoint.api import CheckpointException
 
 import pretrain
 import training.checkpoints
@@ -510,8 +507,6 @@ def become_a_machine(rank: int, folder: Path) -> None:
     """Make a rank the only one of its machine, with this working folder."""
     os.chdir(folder)
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": str(rank)}
-    # Composer sets this at import, which here is before the rank is known.
-    composer_checkpoint._TORCH_DISTRIBUTED_CHECKPOINTS_FILENAME = f"__{rank}_0.distcp"
 
 
 def save_and_lose_disks(rank: int, folder: str, shared: bool) -> None:
@@ -666,32 +661,3 @@ def test_three_kills_leave_no_trace(tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["right"]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0"),
-        CheckpointException("write", {}),  # of sharded checkpoints; no subclass of Exception
-    ],
-)
-def test_disk_that_is_full_ends_the_run_with_one_line_and_keeps_the_checkpoint_before(
-    arguments, tmp_path, monkeypatch, error
-):
-    calls = []
-
-    def fail_at_the_second(state, path: str) -> str:
-        calls.append(path)
-        if len(calls) == 2:
-            raise error
-        return save_checkpoint(state, path)
-
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(training.checkpoints, "save_checkpoint", fail_at_the_second)
-    monkeypatch.setattr(training.checkpoints.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(SystemExit) as end:
-        run(tmp_path, *arguments, "run_name=run", "checkpoints.interval=1ba")
-    expected = "runs/run/checkpoints: disk full: 0.00 GB are free, a checkpoint takes 0.00"
-    assert str(end.value).startswith(expected)
-    assert "run the same command again to resume" in str(end.value)
-    check_checkpoint(tmp_path / "runs/run/checkpoints" / LATEST)

@@ -45,6 +45,7 @@ def run_node(
 
     def batch_start(self, state, logger) -> None:
         if state.timestamp.batch.value == last_step:
+            self.writer.finish()
             self.copies.thread.shutdown()  # The bucket has what this node has saved.
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -6,21 +6,17 @@
 docs/fault_tolerance.md lists what can happen to a run, and what follows.
 """
 
-import errno
-import hashlib
 import io
 import math
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
 import time
 import uuid
 import zipfile
 from collections.abc import Iterable
-from contextlib import suppress
 from multiprocessing import active_children
 from pathlib import Path
 from types import FrameType
@@ -29,10 +25,8 @@ from typing import Literal
 import torch
 from composer import Callback, Event, Logger, State
 from composer.utils import collect_env, create_interval_scheduler, dist
-from composer.utils.checkpoint import save_checkpoint
 from pydantic import NonNegativeFloat, PositiveInt
 from torch.distributed.checkpoint import BytesStorageMetadata
-from torch.distributed.checkpoint.api import CheckpointException
 
 from shards.workers import STOPPED, exit_on_signals, ignore_stop_signals
 from training.config import Duration
@@ -40,6 +34,7 @@ from training.copies import METADATA, Copies, CopyingUnfinished
 from training.peers import new_group
 from training.safe_load import PlainReader, load_plain
 from training.weights import LATEST
+from training.writing import Writer, checksum, point_latest_to
 
 CHECKPOINT = re.compile(r"ep(\d+)-ba(\d+)(\.pt)?")  # a file; without .pt, a folder of FSDP's shards
 
@@ -68,11 +63,6 @@ def check_checkpoint(path: Path) -> None:
         load_plain(str(path), mmap=True)
     except Exception as error:  # a corrupt pickle raises nearly anything
         raise ValueError(f"{path} is corrupt ({error})") from error
-
-
-def checksum(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_sum(path: Path) -> None:
@@ -117,10 +107,11 @@ def appears(path: Path, seconds: float = 5.0) -> bool:
 class Checkpoints(Callback):
     """Composer's checkpoints, saved so that the newest is always intact.
 
-    Each is written aside, synced and renamed, then copied to the bucket in the background. SIGINT
-    and SIGTERM, on any rank, end the run with exit code STOPPED, after a checkpoint at the end of
-    the step, or of the evaluation's batch. SIGINT after another signal ends it at once. A loss or a
-    weight that is not finite ends the run without a checkpoint.
+    Training waits only for a copy of its state in host memory. In the background, the copy is
+    written aside, synced and renamed, then copied to the bucket. SIGINT and SIGTERM, on any rank,
+    end the run with exit code STOPPED, once a checkpoint of the end of the step, or of the
+    evaluation's batch, is written. SIGINT after another signal ends it at once. A loss or a weight
+    that is not finite ends the run without a checkpoint.
 
     Args:
         interval: between checkpoints, such as 1ep or 500ba; the last step always has one.
@@ -158,6 +149,7 @@ class Checkpoints(Callback):
         self.bucket = self.copies.bucket
         self.upload_limit = upload_limit
         self.group = new_group()  # in which ranks may wait for a large file of another
+        self.writer = Writer(self.folder, self.group, self.copies.submit)
         self.signals = [signal.SIGINT, signal.SIGTERM]
         self.signals += [signal.Signals[name] for name in stop_signals]
         exit_on_signals(self.signals)
@@ -233,7 +225,7 @@ class Checkpoints(Callback):
                     remedy = "give the machines a shared folder, or checkpoints.bucket"
                     raise ValueError(f"{error}; {remedy}") from error
                 self.copies.fetch(name)
-            self.point_latest_to(name)
+            point_latest_to(self.folder, name)
         dist.barrier(self.group)
         return self.folder / name
 
@@ -248,7 +240,7 @@ class Checkpoints(Callback):
             if self.obtain(name, name in local, name in remote, problems):
                 if self.bucket and name not in remote and on_several_machines():
                     self.copies.send(name)  # A kill has cut off the copying.
-                self.point_latest_to(name)
+                point_latest_to(self.folder, name)
                 print("; ".join([*problems, f"resuming from {self.folder / name}"]), flush=True)
                 return name
         latest = self.folder / LATEST
@@ -283,74 +275,7 @@ class Checkpoints(Callback):
                         path.rename(f"{path}.corrupt.{time.time_ns()}")
         return False
 
-    def point_latest_to(self, name: str) -> None:
-        """Make the link to the newest checkpoint, in one step."""
-        aside = self.folder / f"{LATEST}.{dist.get_global_rank()}.tmp"
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(name)
-        aside.replace(self.folder / LATEST)
-
     # Saving
-
-    def save(self, state: State) -> None:
-        """Write a checkpoint aside, then rename it; all ranks call this together.
-
-        Machines may share the folder or have their own: each renames what is in its folder.
-        """
-        stem = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
-        name = stem if state.fsdp_sharded_state_dict_enabled else f"{stem}.pt"
-        aside = self.folder / "aside"
-        if dist.get_local_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)  # left by a run killed while saving
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            aside.mkdir(parents=True, exist_ok=True)
-        dist.barrier(self.group)
-        written = self.write(state, aside / f"{stem}.pt")
-        for path in written:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        dist.barrier(self.group)
-        if dist.get_local_rank() == 0:
-            # Where the folder is shared, another machine may have renamed it already. Where it is
-            # not, a machine without the file of rank 0 has nothing to rename.
-            with suppress(FileNotFoundError):
-                (aside / name).replace(self.folder / name)
-            if (self.folder / name).exists():
-                self.point_latest_to(name)
-            shutil.rmtree(aside, ignore_errors=True)
-        dist.barrier(self.group)
-        self.copies.submit(name, [os.path.relpath(path, aside) for path in written])
-        self.saved_step = state.timestamp.batch.value
-
-    def write(self, state: State, path: Path) -> list[Path]:
-        """Write a checkpoint, and return the files that this rank wrote.
-
-        FSDP's shards are in a folder, path without .pt; each file has its checksum beside it.
-
-        Raises:
-            OSError: the disk is full, which torch reports as another exception.
-        """
-        try:
-            file = save_checkpoint(state, str(path))
-        except (RuntimeError, CheckpointException) as error:
-            free = shutil.disk_usage(self.folder).free
-            wanted = 3 * sum(weight.nbytes for weight in state.model.parameters())
-            if free > wanted:
-                raise
-            message = (
-                f"disk full: {free / 1e9:.2f} GB are free, a checkpoint takes {wanted / 1e9:.2f}"
-            )
-            raise OSError(errno.ENOSPC, message, str(self.folder)) from error
-        if not state.fsdp_sharded_state_dict_enabled:
-            return [Path(file)] if file else []
-        folder, rank = path.with_suffix(""), dist.get_global_rank()
-        files = sorted(folder.glob(f"__{rank}_*.distcp"))
-        if rank == 0:
-            files.append(folder / METADATA)
-        sums = [Path(f"{file}.sha256") for file in files]
-        for file, sum_file in zip(files, sums, strict=True):
-            sum_file.write_text(checksum(file))
-        return files + sums
 
     def superseded(self, names: Iterable[str]) -> list[str]:
         """Return the names of checkpoints that are neither among the newest nor a milestone."""
@@ -404,19 +329,28 @@ class Checkpoints(Callback):
         self.save_if_due_or_stopped(state, is_due=False)
 
     def save_if_due_or_stopped(self, state: State, is_due: bool) -> None:
-        """Save if a checkpoint is due; if a stop was requested, save in any case, and exit."""
+        """Save if a checkpoint is due; if a stop was requested, save in any case, and exit.
+
+        Raises:
+            OSError: the disk was full when the last checkpoint was written.
+        """
         step = state.timestamp.batch.value
-        # Signals arrive at the ranks at different times.
-        stop = self.on_any_rank(state, self.stop_reason is not None)
+        # Signals arrive, and writes end, at different times on the ranks.
+        flags = (self.stop_reason is not None, self.writer.has_failed)
+        stop, has_failed = self.on_any_rank(state, *flags)
+        if has_failed:
+            self.writer.finish()
         if not (is_due or stop):
             return
         is_finite = all(weight.isfinite().all() for weight in state.model.parameters())
-        if self.on_any_rank(state, not is_finite):
+        if self.on_any_rank(state, not is_finite)[0]:
             problem = f"a weight is not finite after step {step}"
             sys.exit(f"{problem}; the newest checkpoint is from before it")
         if self.saved_step != step:
-            self.save(state)
+            self.writer.start(state)
+            self.saved_step = step
         if stop:
+            self.writer.finish()
             if dist.get_global_rank() == 0:
                 place = f"epoch {state.timestamp.epoch.value}, step {step}"
                 saved = f"saved in {self.folder / os.readlink(self.folder / LATEST)}"
@@ -436,14 +370,16 @@ class Checkpoints(Callback):
             raise CopyingUnfinished(STOPPED)
         sys.exit(STOPPED)
 
-    def on_any_rank(self, state: State, flag: bool) -> bool:
-        """Return whether the flag is true on any rank; all ranks call this together."""
+    def on_any_rank(self, state: State, *flags: bool) -> list[bool]:
+        """Return whether each flag is true on any rank; all ranks call this together."""
         if dist.get_world_size() == 1:
-            return flag  # without a transfer to a GPU and back in each step
-        highest = state.device.tensor_to_device(torch.tensor(int(flag)))
+            return list(flags)  # without a transfer to a GPU and back in each step
+        highest = state.device.tensor_to_device(torch.tensor(flags, dtype=torch.int))
         dist.all_reduce(highest, "MAX")
-        return bool(highest.item())
+        return [bool(flag) for flag in highest.tolist()]
 
     def fit_end(self, state: State, logger: Logger) -> None:
+        self.writer.finish()
+        self.save_and_exit_if_stopped(state)
         exit_on_signals(self.signals)
         self.copies.finish()

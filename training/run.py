@@ -400,11 +400,23 @@ def exit_if_disk_full() -> Iterator[None]:
         sys.exit(f"{error.filename or 'a disk'}: {error.strerror}; {remedy}")
 
 
+@contextmanager
+def written_checkpoints(state: State) -> Iterator[None]:
+    """Complete a checkpoint that is being written, also if the block ends with an error."""
+    try:
+        yield
+    finally:
+        for callback in state.callbacks:
+            if isinstance(callback, Checkpoints):
+                callback.writer.wait()
+
+
 @exit_if_disk_full()
 def fit(trainer: Trainer) -> None:
     """Train, and leave the other ranks in order."""
     try:
-        train(trainer)
+        with written_checkpoints(trainer.state):
+            train(trainer)
         dist.barrier()
     except SystemExit as end:
         if end.code == STOPPED:
