@@ -68,7 +68,10 @@ def claim(dataset: StreamingDataset) -> IO[str] | None:
     if dist.get_local_rank() != 0 or not SHARED_MEMORY.exists():
         return None
     # Streaming does not name its number in public.
-    file = (SHARED_MEMORY / f"{dataset._shm_prefix_int:06}_owner").open("w")
+    path = SHARED_MEMORY / f"{dataset._shm_prefix_int:06}_owner"
+    # A process whose dataset is gone may still lock the file of this number.
+    path.unlink(missing_ok=True)
+    file = path.open("w")
     fcntl.flock(file, fcntl.LOCK_EX)
     os.register_at_fork(
         after_in_child=file.close

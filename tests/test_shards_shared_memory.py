@@ -4,6 +4,7 @@ import multiprocessing
 import multiprocessing.resource_tracker
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 from streaming import MDSWriter, Stream, StreamingDataset
@@ -74,3 +75,16 @@ def test_the_shared_memory_of_a_living_process_is_not_removed(remote, tmp_path):
     assert f"{dataset._shm_prefix_int:06}_owner" in before
     remove_leftovers()
     assert files_of(dataset._shm_prefix_int) == before
+
+
+def test_a_number_is_claimed_although_an_earlier_owner_still_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards.shared_memory, "SHARED_MEMORY", tmp_path)
+    dataset = SimpleNamespace(_shm_prefix_int=7)
+    first = claim(dataset)
+    second = claim(dataset)  # would wait for ever for the lock of the first
+    assert not first.closed and not second.closed
+    remove_leftovers()
+    assert (tmp_path / "000007_owner").exists()
+    second.close()
+    remove_leftovers()
+    assert not (tmp_path / "000007_owner").exists()
