@@ -45,7 +45,7 @@ from training.config import (
     load_config,
     one_line_errors,
 )
-from training.export import check_export, export
+from training.export import check_export, check_exportable, export
 from training.help import stage_help
 from training.plan import Machine, forward_plan, size_of, split_plan_flags
 from training.precision import forbid_tf32
@@ -229,6 +229,9 @@ def build_model(config: EvalConfig, planned_classes: int | None = None) -> ViCMA
         raise ValueError("model: missing; without a checkpoint, give the sizes of the model")
     keys = keywords_of(kind)  # the config.yaml of earlier versions may have others
     sizes = {key: value for key, value in known["model"].items() if key in keys} | given
+    if "num_heads" not in sizes:
+        width = f"of width {sizes['embed_dim']}" if "embed_dim" in sizes else "without a width"
+        raise ValueError(f"model.num_heads: missing; a checkpoint {width} does not tell it")
     if not issubclass(kind, Classifier):
         if config.accuracy:
             raise ValueError(f"accuracy: needs a classifier, and method={method} is none")
@@ -247,6 +250,10 @@ def load_model(config: EvalConfig) -> ViCMAE | Classifier:
         ValueError: see build_model; or the checkpoint lacks weights that are needed.
     """
     net = build_model(config)
+    if config.predict and (not isinstance(net, Classifier) or isinstance(net, Omnivore)):
+        raise ValueError(f"predict: {type(net).__name__} is no classifier with one head")
+    if config.export:
+        check_exportable(net, config.export)
     if config.reconstructions and getattr(net, "decoder", None) is None:
         raise ValueError(f"reconstructions: {type(net).__name__} has no decoder")
     if config.checkpoint and not config.random_weights:
@@ -316,26 +323,33 @@ def report_accuracy(net: Classifier, run: Path, config: EvalConfig) -> dict[str,
     return result
 
 
-def read_files(net: ViCMAE | Classifier, run: Path, config: EvalConfig) -> dict[str, int]:
-    """Predict and embed media files, see predict_files and embed_files.
-
-    Raises:
-        ValueError: predictions without a classifier, or without a single head.
-    """
+def read_files(net: ViCMAE | Classifier, run: Path, config: EvalConfig) -> dict[str, dict]:
+    """Predict and embed media files, see predict_files and embed_files."""
     encoder, result = net.encoder, {}
-    crops = known_model(config.checkpoint)["views"] if config.checkpoint else {}
-    settings = crops | {"patch_size": encoder.patch_size}
+    settings = crops_of(config) | {"patch_size": encoder.patch_size}
     sizes = (encoder.img_size, encoder.num_frames)
-    if config.predict:
-        if not isinstance(net, Classifier) or isinstance(net, Omnivore):
-            raise ValueError(f"predict: {type(net).__name__} is no classifier with one head")
-        classes = net.class_names or list(map(str, range(net.num_classes)))
-        views = FileViews(find_media(config.predict), *sizes, **settings)
-        result |= predict_files(net, views, classes, run)
-    if config.embed:
-        views = FileViews(find_media(config.embed), *sizes, **settings)
-        result |= embed_files(encoder, views, run, config.patches)
+    with autocast_of(config):
+        if config.predict:
+            classes = net.class_names or list(map(str, range(net.num_classes)))
+            views = FileViews(find_media(config.predict), *sizes, **settings)
+            result["predict"] = predict_files(net, views, classes, run)
+        if config.embed:
+            views = FileViews(find_media(config.embed), *sizes, **settings)
+            result["embed"] = embed_files(encoder, views, run, config.patches)
     return result
+
+
+def crops_of(config: EvalConfig) -> dict[str, Any]:
+    """Return the crops of the evaluation in the checkpoint's run; empty if it has none."""
+    return known_model(config.checkpoint)["views"] if config.checkpoint else {}
+
+
+def autocast_of(config: EvalConfig) -> contextlib.AbstractContextManager:
+    """Return a context in which forward passes have the precision of a config."""
+    if config.precision not in DTYPES:
+        return contextlib.nullcontext()
+    kind = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    return torch.autocast(kind, DTYPES[config.precision])
 
 
 def load_encoder(checkpoint: str) -> Encoder:
@@ -348,11 +362,7 @@ def load_encoder(checkpoint: str) -> Encoder:
 
 def probe(net: nn.Module, run: Path, config: EvalConfig) -> dict[str, float]:
     """Return k-NN and linear accuracy of the encoder, see measure_probe."""
-    kind = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    autocast = contextlib.nullcontext()
-    if config.precision in DTYPES:
-        autocast = torch.autocast(kind, DTYPES[config.precision])
-    with autocast:
+    with autocast_of(config):
         return measure_probe(net.encoder, config.seed, run, **config.probe)
 
 
@@ -380,7 +390,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if config.probe:
         result |= probe(net, run, config)
     if config.export and dist.get_global_rank() == 0:
-        export(net, config.export)
+        export(net, config.export, crops_of(config).get("crop_pct", 0.875))
     if config.accuracy:
         result |= report_accuracy(net, run, config)
     if dist.get_global_rank() == 0:
@@ -429,7 +439,7 @@ class Embedder(nn.Module):
 def main() -> None:
     exit_on_signals()
     with one_line_errors():
-        if "--help" in sys.argv:
+        if {"--help", "-h"} & set(sys.argv):
             print(stage_help(__doc__, EvalConfig))
             return
         arguments, machine = split_plan_flags(sys.argv[1:])

@@ -416,7 +416,7 @@ def plan(config: FinetuneConfig, machine: Machine) -> str:
 def main() -> None:
     exit_on_signals()
     with one_line_errors():
-        if "--help" in sys.argv:
+        if {"--help", "-h"} & set(sys.argv):
             print(stage_help(__doc__, FinetuneConfig))
             return
         arguments, machine = split_plan_flags(sys.argv[1:])

@@ -89,6 +89,8 @@ def take_sizes(config: PretrainConfig, planned: bool = False) -> PretrainConfig:
     known = known_model(config.pretrained, planned)["model"]
     names = {*ENCODER_SIZES, *HEAD_SIZES} & keywords_of(config.kind).keys() - {"img_size"}
     sizes = {name: known[name] for name in names if name in known}
+    if "num_heads" not in sizes and config.model.get("embed_dim") != sizes["embed_dim"]:
+        raise ValueError("model.num_heads: give it with model.embed_dim; the weights do not tell")
     changed = [name for name in sorted(sizes) if config.model.get(name, sizes[name]) != sizes[name]]
     if changed and dist.get_global_rank() == 0:
         listed = ", ".join(f"model.{name}={sizes[name]}" for name in changed)
@@ -107,6 +109,12 @@ def convert_raw(sources: list[str], folder: Path) -> list[str]:
         ValueError: a folder has neither, or the conversion fails; or other folders were converted.
     """
     record = folder / RAW
+    if not record.exists() and dist.get_world_size() > dist.get_local_world_size():
+        raise ValueError(
+            "raw: convert on one machine first, by a launch with trainer.max_duration=1ba"
+        )
+    if dist.get_global_rank() == 0 and record.exists():
+        print(f"raw: takes what is in {folder}; files that are new since then are not in it")
     if dist.get_local_rank() == 0 and not record.exists():
         paths = []
         for number, source in enumerate(sources):
@@ -117,7 +125,7 @@ def convert_raw(sources: list[str], folder: Path) -> list[str]:
             for kind in kinds:
                 path = folder / f"{number}-{Path(source).name}-{kind}"
                 print(f"converting the {kind} of {source} to {path}", flush=True)
-                report = data_prep.convert(source, str(path), Recipe(kind))
+                report = data_prep.convert(source, str(path), Recipe(kind), max_skipped=0.5)
                 print_summary(str(path), report)
                 paths.append(str(path))
         Storage(str(folder)).write_json(record.name, {"sources": sources, "paths": paths})
@@ -238,7 +246,7 @@ def report(run: Path, result: dict[str, Any]) -> None:
 def main() -> None:
     exit_on_signals()
     with one_line_errors():
-        if "--help" in sys.argv:
+        if {"--help", "-h"} & set(sys.argv):
             print(stage_help(__doc__, PretrainConfig))
             return
         arguments, machine = split_plan_flags(sys.argv[1:])

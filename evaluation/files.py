@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,9 +26,10 @@ from model import Classifier, Encoder, pool
 from shards.augment import normalise
 from shards.decode import Recipe, read_image, read_video
 from shards.format import check_size, encode_clip
+from shards.inputs import describe_error, is_system_error
 from shards.layouts import EXTENSIONS
 from shards.loader import Loader
-from shards.storage import write_file, write_picture
+from shards.storage import Storage, write_file, write_picture
 from shards.views import EvalViews
 
 TOP = 5  # classes of a prediction that are written
@@ -50,12 +52,14 @@ def find_media(patterns: Iterable[str]) -> list[str]:
     """
     found = []
     for pattern in patterns:
-        matches = sorted(glob.glob(pattern, recursive=True)) or [pattern]
+        matches = [pattern]
+        if not os.path.exists(pattern):  # a name may hold brackets
+            matches = sorted(glob.glob(pattern, recursive=True))
         files = []
         for match in matches:
             if os.path.isdir(match):
-                inside = sorted(str(path) for path in Path(match).rglob("*") if path.is_file())
-                files += filter(kind_of, inside)
+                inside = Storage(match).names()
+                files += [os.path.join(match, name) for name in inside if kind_of(name)]
             elif os.path.exists(match):
                 files.append(match)
         if not files:
@@ -91,6 +95,7 @@ class FileViews(EvalViews):
         short_side = round(self.img_size / self.crop_pct)
         recipe = Recipe(kind_of(file) or "videos", stored, rate, max(8, short_side))
         read_file = read_image if recipe.kind == "images" else read_video
+        Image.MAX_IMAGE_PIXELS = None  # read_image has a limit of its own.
         with open(file, "rb") as opened:
             return encode_clip(*read_file(opened, recipe), -1, file)
 
@@ -103,7 +108,9 @@ class FileViews(EvalViews):
             num_views = self.temporal_views * self.spatial_views
             shape = (num_views, self.num_frames, 3, self.img_size, self.img_size)
             views = torch.zeros(shape, dtype=torch.uint8)
-            fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            if is_system_error(error):
+                raise
+            fault = describe_error(error)
         return {"inputs": views, "number": number, "fault": fault}
 
 
@@ -230,10 +237,12 @@ def embed_files(
     columns = {"files": views.files, "faults": faults, "features": features.numpy()}
     np.savez(buffer, **{name: np.asarray(values) for name, values in columns.items()})
     write_file(str(run / "features.npz"), buffer.getvalue())
+    table = run / "features.csv"
+    table.unlink(missing_ok=True)  # of earlier files
     if not patches:
         head = ["file", "fault", *(f"feature_{number}" for number in range(features.shape[1]))]
         rows = zip(views.files, faults, features.tolist(), strict=True)
         lines = ([file, fault, *numbers] for file, fault, numbers in rows)
-        write_table(run / "features.csv", [head, *lines])
+        write_table(table, [head, *lines])
     undecodable = sum(map(bool, faults))
     return {"embedded": len(faults) - undecodable, "undecodable": undecodable}

@@ -60,6 +60,13 @@ def test_media_are_found_by_file_folder_and_pattern_once(media):
         find_media([f"{media}/none*"])
 
 
+def test_name_with_brackets_is_no_pattern_and_hidden_files_are_left_out(tmp_path):
+    for name in ("a[1].jpg", "a1.jpg", ".b.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    assert find_media([f"{tmp_path}/a[1].jpg"]) == [f"{tmp_path}/a[1].jpg"]
+    assert find_media([str(tmp_path)]) == [f"{tmp_path}/a1.jpg", f"{tmp_path}/a[1].jpg"]
+
+
 def test_predictions_are_the_classifiers_and_corrupt_files_are_named(
     media, classifier, tmp_path, capfd
 ):

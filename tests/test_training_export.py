@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import ENCODER, TINY
 
+from eval import load_encoder
 from model import Classifier, ViCMAE
 from training.export import check_export, export
 
@@ -85,6 +86,23 @@ def test_every_export_gives_our_outputs_in_another_process(tmp_path, monkeypatch
     for name, value in expected.items():
         assert value.abs().max() > 0.01
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("to", ["net.safetensors", "timm:net", "transformers:net"])
+def test_export_is_read_back_with_its_heads_by_this_repository(tmp_path, monkeypatch, to):
+    monkeypatch.chdir(tmp_path)
+    net = random_weights(ViCMAE(**TINY))
+    export(net, to, crop_pct=0.9)
+    back = load_encoder(to.rpartition(":")[2])
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(back(images), net.encoder(images), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_do_not_tell_their_heads_are_refused(tmp_path):
+    torch.save(ViCMAE(**TINY).state_dict(), tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=r"model\.num_heads: missing"):
+        load_encoder(str(tmp_path / "net.pt"))
 
 
 @pytest.mark.parametrize(

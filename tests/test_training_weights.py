@@ -547,6 +547,7 @@ def test_known_sizes_of_a_run_are_the_model_block_of_its_configuration(tmp_path,
     config = f"{more}method: simsiam\nmodel: {json.dumps(model)}\n"
     newest = write_run(tmp_path / "runs" / "one", config)
     expected = {"method": "simsiam", "stage": stage, "model": model}
+    expected["views"] = {}
     assert known_model(newest) == known_model(str(tmp_path / "runs" / "one")) == expected
 
 
@@ -559,6 +560,7 @@ def test_known_sizes_of_a_bare_file_are_those_of_its_weights(tmp_path):
         "method": None,
         "stage": "pretrain",
         "model": vit_sizes(pretrained.state_dict()),
+        "views": {},
     }
     assert known_model(str(tmp_path / "classifier.pth"))["stage"] == "finetune"
 
@@ -577,7 +579,7 @@ def test_sizes_of_a_planned_run_come_from_its_yaml_and_the_runs_before_it(tmp_pa
     monkeypatch.chdir(tmp_path)
     expected = {"depth": 3, "img_size": 64, "pool": "cls"}
     found = known_model("runs/tuned/checkpoints/latest-rank0.pt", planned=True)
-    assert found == {"method": None, "stage": "finetune", "model": expected}
+    assert found == {"method": None, "stage": "finetune", "model": expected, "views": {}}
     with pytest.raises(ValueError, match=r"runs/other does not exist, nor does .*other.yaml"):
         known_model("runs/other", planned=True)
     with pytest.raises(ValueError, match=r"runs/tuned/.* does not exist"):

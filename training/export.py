@@ -20,13 +20,13 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from methods.linear_probe import LinearProbe
+from methods.supervised import Omnivore
 from model import Classifier, ViCMAE
 from shards.augment import MEAN, STD
 from shards.storage import write_file
 from training.huggingface import transformers_names
 
 ARCHITECTURE = "vit_base_patch16_224"  # timm's name of a ViT, whose sizes are arguments
-CROP_PCT = 0.875  # of our evaluations
 FOLDERS = ("timm", "transformers", "vit_mae")
 
 
@@ -48,26 +48,43 @@ def check_export(to: str) -> None:
             ) from None
 
 
-def export(net: ViCMAE | Classifier, to: str) -> None:
-    """Write an export, see check_export, and print how it is loaded.
-
-    Raises:
-        ValueError: an encoder of clips, which timm and transformers do not have.
-    """
+def check_exportable(net: ViCMAE | Classifier, to: str) -> None:
+    """Raise ValueError if the library of an export does not have such a model."""
+    kind = to.rpartition(":")[0]
     if net.encoder.num_frames > 1:
         raise ValueError("export: timm has no ViT for clips; export an encoder of images")
+    if isinstance(net, Omnivore) and net.data_set is None:
+        raise ValueError("export: give model.data_set, the number of the head to be exported")
+    if kind == "vit_mae" and (isinstance(net, Classifier) or net.decoder is None):
+        raise ValueError("export: vit_mae needs a decoder; give transformers:FOLDER")
+    if kind == "transformers" and isinstance(net, Classifier) and net.pool == "mean":
+        remedy = "give timm:FOLDER or FILE.onnx"
+        raise ValueError(f"export: transformers' classifier reads CLS, this one the mean; {remedy}")
+
+
+def export(net: ViCMAE | Classifier, to: str, crop_pct: float = 0.875) -> None:
+    """Write an export, see check_export, and print how it is loaded.
+
+    Args:
+        crop_pct: side of the crop as a fraction of the shorter side, for the image processor.
+
+    Raises:
+        ValueError: see check_exportable.
+    """
+    check_exportable(net, to)
     kind, _, path = to.rpartition(":")
     names = class_names(net)
     if kind in ("transformers", "vit_mae"):
-        line = export_transformers(net, path, names, with_decoder=kind == "vit_mae")
+        line = export_transformers(net, path, names, crop_pct, with_decoder=kind == "vit_mae")
     elif kind == "timm":
         labels = {"label_names": names or None}
-        save_for_hf(timm_model(net), path, model_config=labels, safe_serialization=True)
+        save_for_hf(timm_model(net, crop_pct), path, model_config=labels, safe_serialization=True)
         line = f'timm.create_model("local-dir:{path}", pretrained=True)'
     elif to.endswith(".onnx"):
         line = export_onnx(net, to)
     else:
-        metadata = {"class_names": json.dumps(names)}
+        heads = str(net.encoder.blocks[0].attn.num_heads)
+        metadata = {"class_names": json.dumps(names), "num_heads": heads}
         write_file(to, safetensors.torch.save(timm_state(net), metadata))
         given = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(net).items())
         line = f'timm.create_model("{ARCHITECTURE}", checkpoint_path="{to}", {given})'
@@ -77,7 +94,7 @@ def export(net: ViCMAE | Classifier, to: str) -> None:
 def class_names(net: ViCMAE | Classifier) -> list[str]:
     """Return the class names of the head that is exported; empty if unknown."""
     names = getattr(net, "class_names", [])
-    return names[net.data_set or 0] if names and isinstance(names[0], list) else names
+    return names[net.data_set] if names and isinstance(names[0], list) else names
 
 
 def timm_state(net: ViCMAE | Classifier) -> dict[str, Tensor]:
@@ -86,7 +103,7 @@ def timm_state(net: ViCMAE | Classifier) -> dict[str, Tensor]:
     if isinstance(net, Classifier):
         head = net.head
         if not isinstance(head, nn.Linear):  # a head for each data set
-            head = head[net.data_set or 0]
+            head = head[net.data_set]
         weight, bias = head.weight.detach(), head.bias.detach()
         if isinstance(net, LinearProbe):
             weight = weight / (net.neck.running_var + net.neck.eps).sqrt()
@@ -107,16 +124,18 @@ def timm_arguments(net: ViCMAE | Classifier) -> dict[str, Any]:
         "num_classes": 0,
     }
     if isinstance(net, Classifier):
-        sizes["num_classes"] = len(timm_state(net)["head.bias"])
+        own_head = isinstance(net.head, nn.Linear)  # or a head for each data set
+        head = net.head if own_head else net.head[net.data_set]
+        sizes["num_classes"] = head.out_features
         if net.pool == "mean":
             sizes |= {"global_pool": "avg", "fc_norm": False}
     return sizes
 
 
-def timm_model(net: ViCMAE | Classifier) -> nn.Module:
+def timm_model(net: ViCMAE | Classifier, crop_pct: float = 0.875) -> nn.Module:
     """Return timm's ViT with the same weights, and with our normalisation in its configuration."""
     size = net.encoder.img_size
-    overlay = {"input_size": (3, size, size), "mean": MEAN, "std": STD, "crop_pct": CROP_PCT}
+    overlay = {"input_size": (3, size, size), "mean": MEAN, "std": STD, "crop_pct": crop_pct}
     arguments = timm_arguments(net)
     model = timm.create_model(ARCHITECTURE, pretrained_cfg_overlay=overlay, **arguments)
     model.load_state_dict(timm_state(net))
@@ -124,13 +143,9 @@ def timm_model(net: ViCMAE | Classifier) -> nn.Module:
 
 
 def export_transformers(
-    net: ViCMAE | Classifier, folder: str, names: list[str], with_decoder: bool
+    net: ViCMAE | Classifier, folder: str, names: list[str], crop_pct: float, with_decoder: bool
 ) -> str:
-    """Write a folder of transformers with its image processor, and return how to load it.
-
-    Raises:
-        ValueError: a classifier of mean tokens, or no decoder.
-    """
+    """Write a folder of transformers with its image processor, and return how to load it."""
     from transformers import CLIPImageProcessor
 
     encoder, size = net.encoder, net.encoder.img_size
@@ -146,13 +161,8 @@ def export_transformers(
     }
     state = timm_state(net)
     if with_decoder:
-        if is_classifier or net.decoder is None:
-            raise ValueError("export: vit_mae needs a decoder; give transformers:FOLDER")
         model = new_vit_mae(net, sizes)
         state |= {f"decoder.{key}": value for key, value in net.decoder.state_dict().items()}
-    elif is_classifier and net.pool == "mean":
-        remedy = "give timm:FOLDER or FILE.onnx"
-        raise ValueError(f"export: transformers' classifier reads CLS, this one the mean; {remedy}")
     else:
         model = new_vit(sizes, names or list(range(len(state.get("head.bias", ())))), is_classifier)
     renamed = transformers_names(state)
@@ -163,7 +173,7 @@ def export_transformers(
     )
     model.save_pretrained(folder)
     CLIPImageProcessor(
-        size={"shortest_edge": round(size / CROP_PCT)},
+        size={"shortest_edge": round(size / crop_pct)},
         crop_size={"height": size, "width": size},
         image_mean=list(MEAN),
         image_std=list(STD),

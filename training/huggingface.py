@@ -5,6 +5,7 @@ import os
 import re
 
 from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
@@ -30,8 +31,6 @@ TIMM_NAMES = {  # {a pattern in transformers' name of a ViT's weight: its place 
     r"^layernorm": "norm",
     r"^classifier": "head",
 }
-
-
 TRANSFORMERS_NAMES = {  # {a pattern in timm's name: its place in transformers' name}
     r"^(?=cls_token)": "embeddings.",
     r"^pos_embed": "embeddings.position_embeddings",
@@ -112,9 +111,19 @@ def find_in_cache(name: str) -> str:
 
 
 def read_num_heads(path: str) -> int | None:
-    """Return the attention heads in transformers' config.json in, or beside, a path."""
+    """Return the attention heads that a .safetensors file, or config.json beside it, tells.
+
+    Args:
+        path: a file or folder of transformers, of timm, or of our exports.
+    """
+    if path.endswith(".safetensors"):
+        with safe_open(path, "pt") as file:
+            told = (file.metadata() or {}).get("num_heads")
+        if told:
+            return int(told)
     file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
     if not os.path.exists(file):
         return None
-    with open(file, "rb") as config:
-        return json.load(config).get("num_attention_heads")
+    with open(file, "rb") as opened:
+        config = json.load(opened)
+    return config.get("num_attention_heads", config.get("model_args", {}).get("num_heads"))

@@ -21,6 +21,8 @@ def main() -> None:
     text = "seconds from SIGTERM to SIGKILL, a few less than the cloud grants"
     parser.add_argument("--grace", type=float, default=30.0, help=text)
     options, arguments = parser.parse_known_args(sys.argv[1:])
+    if not 0 < options.grace < 86400:
+        parser.error(f"--grace {options.grace}: must be seconds, above 0 and below 86400")
     sys.argv[1:] = arguments
     launcher.CLEANUP_TIMEOUT = timedelta(seconds=options.grace)
     sys.exit(launcher.main())

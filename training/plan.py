@@ -129,7 +129,8 @@ def step_cost(
     chunked = (getattr(net, "chunk_size", None) or math.inf) < at_once
     if chunked or checkpointing:
         executed = flops_per_sample(net, sample, checkpointing, chunked)
-    peak = peak_bytes(net, sample, at_once, half, checkpointing)
+    # BatchNorm needs two samples.
+    peak = peak_bytes(net, sample, max(2, at_once), half, checkpointing)
     return StepCost(flops, executed - flops, peak)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from yaml import YAMLError
 
 from training.huggingface import read_num_heads
-from training.weights import read_checkpoint, square_side
+from training.weights import find_file, read_checkpoint, square_side
 
 YAMLS = Path(__file__).parent.parent / "yamls"
 NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}  # by embed_dim; shapes do not show them
@@ -92,7 +92,7 @@ def known_model(checkpoint: str, planned: bool = False) -> dict[str, Any]:
             raise ValueError(f"{run} does not exist, nor does {file}, which would give its sizes")
     if not (file and file.exists()):
         weights = read_checkpoint(checkpoint)
-        heads = read_num_heads(checkpoint)
+        heads = read_num_heads(find_file(checkpoint))
         is_classifier = any(name.startswith("head.") for name in weights)
         stage = "finetune" if is_classifier else "pretrain"
         sizes = vit_sizes(weights) | ({"num_heads": heads} if heads else {})
