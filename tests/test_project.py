@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,3 +108,15 @@ def test_every_command_that_is_shown_is_one_that_its_script_takes(page, command,
         assert (ROOT / script).exists()
     else:
         assert script in TOOLS
+
+
+def test_requirements_are_the_versions_of_the_lock():
+    lock = tomllib.loads((ROOT / "uv.lock").read_text())
+    versions = {package["name"]: package["version"] for package in lock["package"]}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pinned = [re.match(r"([\w.-]+)(?:\[[\w,]+\])?==([\w.+!]+)", line) for line in lines]
+    pinned = {match[1]: match[2] for match in pinned if match}
+    assert {"mosaicml", "torch", "timm", "mosaicml-streaming", "webdataset", "numpy"} <= set(pinned)
+    assert all(versions[name] == version for name, version in pinned.items())
+    direct = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert {re.match(r"[\w-]+", line)[0] for line in direct} <= set(pinned)
