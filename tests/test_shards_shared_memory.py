@@ -54,9 +54,7 @@ def test_a_launch_after_a_kill_can_use_the_same_cache_and_leaves_nothing_behind(
     number = ours.recv()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    if f"{number:06}_locals" in files_of(number):  # no other job has removed them meanwhile
-        with pytest.raises(ValueError, match="Reused local directory"):  # without the removal
-            StreamingDataset(streams=[Stream(remote=remote, local=cache)], batch_size=1)
+    # Without the removal, Streaming would refuse the cache ("Reused local directory").
     dataset = open_dataset(remote, cache)
     assert dataset[0]["x"] == 1
     if dataset._shm_prefix_int != number:  # a process beside this one has taken the number
