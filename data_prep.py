@@ -70,6 +70,20 @@ class Conversion:
     keep_local: bool  # whether the local copy stays
 
 
+def find_label(class_name: str | int | None, classes: list[str], labels: dict) -> int:
+    """Return the label of a class name, or the label that a sample of a tar has instead.
+
+    Raises:
+        ValueError: an unknown class, or a label without a class.
+    """
+    label = labels.get(class_name, class_name)
+    if isinstance(label, str):
+        raise ValueError(f"class {label!r}: unknown; list the classes with --classes")
+    if label < -1 or (classes and label >= len(classes)):
+        raise ValueError(f"label {label}: must be below {len(classes)}, or -1")
+    return label
+
+
 def write_part(
     job: Conversion, entries: list, out: Path, bad_inputs: dict[int, str], report: Report
 ) -> dict:
@@ -95,11 +109,7 @@ def write_part(
             try:
                 if number in bad_inputs:
                     raise ValueError(bad_inputs[number])
-                label = labels.get(class_name, class_name)  # Samples of tars have a label instead.
-                if isinstance(label, str):
-                    raise ValueError(f"class {label!r}: unknown; list the classes with --classes")
-                if label < -1 or (job.classes and label >= len(job.classes)):
-                    raise ValueError(f"label {label}: must be below {len(job.classes)}, or -1")
+                label = find_label(class_name, job.classes, labels)
                 with open_input() as file:
                     if kind == "videos":
                         clips = read_clips(file, job.recipe)
