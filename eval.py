@@ -25,6 +25,7 @@ import torch
 from composer import Trainer
 from composer.trainer.trainer import get_device
 from composer.utils import dist, reproducibility
+from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
 from evaluation.accuracy import load_eval
@@ -80,6 +81,7 @@ class EvalConfig:
             features.npz of an encoder. They are cropped as in the evaluation of the checkpoint's
             run, if it has one.
         patches: embed all patches, not their mean.
+        num_workers: processes that decode the files of predict and embed.
         export: where to write the encoder, or the classifier with its head: FILE.safetensors (in
             timm's names), FILE.onnx, timm:FOLDER, transformers:FOLDER or vit_mae:FOLDER.
     """
@@ -100,6 +102,7 @@ class EvalConfig:
     predict: list[str] | None = None
     embed: list[str] | None = None
     patches: bool = False
+    num_workers: NonNegativeInt = 0
     export: str | None = None
 
     def __post_init__(self):
@@ -332,10 +335,11 @@ def read_files(net: ViCMAE | Classifier, run: Path, config: EvalConfig) -> dict[
         if config.predict:
             classes = net.class_names or list(map(str, range(net.num_classes)))
             views = FileViews(find_media(config.predict), *sizes, **settings)
-            result["predict"] = predict_files(net, views, classes, run)
+            result["predict"] = predict_files(net, views, classes, run, config.num_workers)
         if config.embed:
             views = FileViews(find_media(config.embed), *sizes, **settings)
-            result["embed"] = embed_files(encoder, views, run, config.patches)
+            workers = config.num_workers
+            result["embed"] = embed_files(encoder, views, run, config.patches, workers)
     return result
 
 

@@ -70,7 +70,7 @@ def test_name_with_brackets_is_no_pattern_and_hidden_files_are_left_out(tmp_path
 def test_predictions_are_the_classifiers_and_corrupt_files_are_named(
     media, classifier, tmp_path, capfd
 ):
-    arguments = ["checkpoint=classifier.pt", f"predict=[{media}]", "device=cpu"]
+    arguments = ["checkpoint=classifier.pt", f"predict=[{media}]", "device=cpu", "num_workers=1"]
     run_stage(evaluation, [*arguments, "model={num_heads: 3}"], tmp_path)
     assert "1 of 4 files cannot be decoded" in capfd.readouterr().out
     run = tmp_path / "runs" / "files_eval"
