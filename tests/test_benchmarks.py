@@ -339,10 +339,10 @@ def test_bench_train_measures_steps_waits_kills_ranks_and_memory(
 
 
 def test_stress_resume_interrupts_runs_that_end_as_they_must(small_demo, warm, capfd, monkeypatch):
-    code = run_main(stress_resume, monkeypatch, *["--kills", "1", "--epochs", "2", "--seed", "1"])
+    code = run_main(stress_resume, monkeypatch, *["--kills", "3", "--epochs", "3", "--seed", "0"])
     lines = lines_of(capfd)
     assert code == 0, lines
-    assert {line["run"] for line in lines if "run" in line} == {"whole1", "whole2", "run0"}
+    assert {"whole1", "whole2", "run0"} <= {line["run"] for line in lines if "run" in line}
     verdict = next(line for line in lines if "weights" in line)
     assert verdict["samples"] and verdict["weights"] and verdict["losses"]
     assert lines[-1]["right"] is True
