@@ -276,22 +276,14 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def reconstruction_loss(pred: Tensor, target: Tensor, mask: Tensor, norm_pix_loss: bool) -> Tensor:
+def reconstruction_loss(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Return the mean squared error over the removed patches, computed at least in fp32.
 
     Args:
-        pred: (B, N, P).
-        target: (B, N, P), the patches of the augmented input itself.
+        pred, target: (B, N, P).
         mask: (B, N), 1 = removed.
-        norm_pix_loss: normalise each target patch by its own mean and unbiased variance.
-
-    Deviation: the official code computes the statistics of a patch in half precision.
     """
-    target = at_least_fp32(target)
-    if norm_pix_loss:
-        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        target = (target - mean) / (var + 1e-6).sqrt()
-    error = (at_least_fp32(pred) - target).square().mean(dim=-1)  # (B, N)
+    error = (at_least_fp32(pred) - at_least_fp32(target)).square().mean(dim=-1)  # (B, N)
     return (error * mask).sum() / mask.sum()
 
 
@@ -533,11 +525,25 @@ class ViCMAE(ComposerModel):
         outputs = {name: output.unflatten(0, (B, V)) for name, output in outputs.items()}
         return outputs | self.project(outputs["features"], batch)
 
+    def target_patches(self, views: Tensor) -> Tensor:
+        """Return the patches (B, N, P) of the augmented views (B, 3, H, W) themselves."""
+        return patchify(views, self.encoder.patch_size, self.tubelet_size)
+
+    def patch_statistics(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of each patch (B, N, P), by which it is normalised.
+
+        Deviation: the official code computes them in half precision.
+        """
+        var, mean = torch.var_mean(at_least_fp32(target), dim=-1, keepdim=True)  # unbiased
+        return mean, (var + 1e-6).sqrt()
+
     def reconstruction_term(self, outputs: Tensors, batch: Batch) -> Tensor:
-        views = batch["views"].flatten(0, 1)
-        target = patchify(views, self.encoder.patch_size, self.tubelet_size)  # (B * V, N, P)
+        target = self.target_patches(batch["views"].flatten(0, 1))  # (B * V, N, P)
+        if self.norm_pix_loss:
+            mean, std = self.patch_statistics(target)
+            target = (target - mean) / std
         pred, scored = outputs["pred"].flatten(0, 1), outputs["scored"].flatten(0, 1)
-        return reconstruction_loss(pred, target, scored, self.norm_pix_loss)
+        return reconstruction_loss(pred, target, scored)
 
     def contrastive_term(self, outputs: Tensors) -> tuple[Tensor, Tensor]:
         """Return the contrastive loss, and the fraction of views that find their partner."""

@@ -7,7 +7,7 @@ Differences from the published methods are listed in docs/methods.md.
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import (
     Batch,
@@ -15,9 +15,9 @@ from model import (
     ViCMAE,
     at_least_fp32,
     feature_std,
+    init_weights,
     patchify,
     random_masking,
-    reconstruction_loss,
 )
 
 
@@ -47,8 +47,8 @@ class MAE(ViCMAE):
         }
 
 
-class STMAE(MAE):
-    """ST-MAE (Feichtenhofer et al. 2022): clips, masked at random in space and time.
+class ClipMAE(MAE):
+    """The base of the methods that learn from clips, cut into tubelets.
 
     Args:
         num_frames, tubelet_size: frames of a clip and of a tubelet.
@@ -59,22 +59,34 @@ class STMAE(MAE):
         super().__init__(**mae)
 
 
-class ChannelTargets(STMAE):
+class STMAE(ClipMAE):
+    """ST-MAE (Feichtenhofer et al. 2022): clips, masked at random in space and time.
+
+    The first frame of each tubelet is predicted (source: SlowFast).
+    """
+
+    def __init__(self, **clip_mae):
+        super().__init__(**clip_mae)
+        width, patch_size = self.decoder.pred.in_features, self.encoder.patch_size
+        self.decoder.pred = nn.Linear(width, patch_size**2 * 3)
+        init_weights(self.decoder.pred)
+
+    def target_patches(self, views: Tensor) -> Tensor:
+        return patchify(views[:, :: self.tubelet_size], self.encoder.patch_size)
+
+
+class ChannelTargets(ClipMAE):
     """The base of OmniMAE and VideoMAE, which normalise each channel of a patch by itself."""
 
-    def reconstruction_term(self, outputs: Tensors, batch: Batch) -> Tensor:
-        views = batch["views"].flatten(0, 1)
-        target = patchify(views, self.encoder.patch_size, self.tubelet_size)  # (B * V, N, P)
-        if self.norm_pix_loss:
-            channels = at_least_fp32(target).unflatten(-1, (-1, 3))  # (B * V, N, P / 3, 3)
-            var, mean = torch.var_mean(channels, dim=-2, keepdim=True)
-            target = ((channels - mean) / (var + 1e-6).sqrt()).flatten(-2)
-        pred, scored = outputs["pred"].flatten(0, 1), outputs["scored"].flatten(0, 1)
-        return reconstruction_loss(pred, target, scored, norm_pix_loss=False)
+    def patch_statistics(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        channels = at_least_fp32(target).unflatten(-1, (-1, 3))  # (B, N, P / 3, 3)
+        var, mean = torch.var_mean(channels, dim=-2, keepdim=True)  # (B, N, 1, 3)
+        std = (var + 1e-6).sqrt()
+        return mean.expand_as(channels).flatten(-2), std.expand_as(channels).flatten(-2)
 
 
 class OmniMAE(ChannelTargets):
-    """OmniMAE (Girdhar et al. 2023): ST-MAE on clips and images, which are clips without motion."""
+    """OmniMAE (Girdhar et al. 2023): random masks of clips, and of images as still clips."""
 
 
 def tube_masking(noise: Tensor, mask_ratio: float, steps: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -340,22 +340,22 @@ def test_reconstruction_loss_of_a_known_error():
     target = torch.zeros(1, 4, 12)
     target[:, [1, 3]] = 1.0
     mask = torch.tensor([[0.0, 1.0, 1.0, 0.0]])
-    loss = reconstruction_loss(torch.zeros(1, 4, 12), target, mask, norm_pix_loss=False)
+    loss = reconstruction_loss(torch.zeros(1, 4, 12), target, mask)
     assert loss.item() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_reconstruction_loss_equals_numpy(norm_pix_loss):
-    patches, pred = torch.randn(3, 16, 48), torch.randn(3, 16, 48)
-    mask = (torch.rand(3, 16) > 0.5).float()
-    target = patches.double().numpy()
+def test_reconstruction_term_equals_numpy(norm_pix_loss):
+    net, batch = ViCMAE(**TINY, norm_pix_loss=norm_pix_loss), random_batch(3)
+    outputs = net(batch)
+    target = patchify(batch["views"].flatten(0, 1), 8).double().numpy()  # (6, 16, 192)
     if norm_pix_loss:
         deviation = np.sqrt(target.var(axis=2, ddof=1, keepdims=True) + 1e-6)
         target = (target - target.mean(axis=2, keepdims=True)) / deviation
-    error = ((pred.double().numpy() - target) ** 2).mean(axis=2)
-    expected = error[mask.numpy() == 1].mean()
-    loss = reconstruction_loss(pred, patches, mask, norm_pix_loss)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    pred = outputs["pred"].detach().flatten(0, 1).double().numpy()
+    error = ((pred - target) ** 2).mean(axis=2)
+    expected = error[outputs["mask"].flatten(0, 1).numpy() == 1].mean()
+    assert net.reconstruction_term(outputs, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
 # Pooling, projector, InfoNCE
