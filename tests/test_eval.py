@@ -1,5 +1,6 @@
 """Evaluation as a stage: accuracy, probes, pictures, exports, and where sizes come from."""
 
+import functools
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import pytest
 import safetensors
 import timm
 import torch
+from composer import Trainer
 from conftest import (
     ROOT,
     corrupted_copy,
@@ -130,6 +132,37 @@ def test_corrupt_samples_do_not_count_and_too_many_are_an_error(demo, tmp_path):
 
 def evaluate_rank(rank: int, folder: str, accuracy: dict) -> None:
     evaluate_file(Path(folder), run_name="two", accuracy=accuracy)
+
+
+def test_tf32_which_composer_allows_on_gpus_is_off_in_accuracy_and_probes(
+    demo, tmp_path, monkeypatch
+):
+    flags, allowed = (torch.backends.cuda.matmul, torch.backends.cudnn), []
+    build, evaluate_all, probe = Trainer.__init__, Trainer.eval, evaluation.measure_probe
+
+    @functools.wraps(build)
+    def build_as_on_a_gpu(*args, **keywords):
+        build(*args, **keywords)
+        for backend in flags:
+            backend.allow_tf32 = True
+
+    def recorded(function):
+        def call(*args, **keywords):
+            allowed.append([backend.allow_tf32 for backend in flags])
+            return function(*args, **keywords)
+
+        return call
+
+    monkeypatch.setattr(Trainer, "__init__", build_as_on_a_gpu)
+    monkeypatch.setattr(Trainer, "eval", recorded(evaluate_all))
+    monkeypatch.setattr(evaluation, "measure_probe", recorded(probe))
+    for backend in flags:
+        backend.allow_tf32 = True
+    save_classifier(tmp_path / "classifier.pt")
+    paths, bank = [str(demo / "test_images")], [str(demo / "train_images")]
+    probes = {"bank": bank, "queries": paths, "labels_per_class": [1]}
+    evaluate_file(tmp_path, accuracy={"paths": paths}, probe=probes)
+    assert allowed == [[False, False]] * 2
 
 
 @pytest.mark.parametrize("batch_size", [64, 5])
