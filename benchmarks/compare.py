@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stages are not a package
 
 from evaluation.probes import measure_probe
-from finetune import FinetuneConfig
+from finetune import FinetuneConfig, complete_sizes
 from model import Encoder
 from pretrain import PretrainConfig
 from shards.format import read_json
@@ -121,6 +122,8 @@ def train(run_name: str, command: list[str], lock: IO) -> dict[str, float]:
     run = Path("runs", run_name)
     words = [*command, f"run_name={run_name}", "trainer.progress_bar=false"]
     config = config_of(words)
+    if isinstance(config, FinetuneConfig):
+        config = complete_sizes(config)  # as they are in config.yaml
     changed = changed_settings(read_config(run), config.given())
     stored = run / "config.yaml"
     # A resumed run may change its trainer, but a compared run may not.
@@ -175,6 +178,24 @@ def probe_encoder(
     return result
 
 
+def finetune_encoder(
+    run: Path, seed: int, commands: dict[str, list[str]], source: list[str], lock: IO
+) -> dict[str, float]:
+    """Return the accuracy of an encoder after each fine-tuning, which is a run of its own.
+
+    Args:
+        run: the run of the encoder.
+        commands: of finetune.py, by the columns of the table.
+        source: arguments that choose the weights to start from.
+    """
+    result = {}
+    for column, command in commands.items():
+        name = f"{run.name}_{re.sub('[^a-z0-9]+', '_', column.lower())}"
+        done = train(name, [*command, *source, f"seed={seed}"], lock)
+        result[column] = done["metrics/eval/top1"]
+    return result
+
+
 @contextmanager
 def exclusive_lock() -> Iterator[IO]:
     """Hold a lock on this folder's runs: two trainings at once would slow each other.
@@ -199,6 +220,7 @@ def compare(
     seconds: PositiveFloat,
     stills: Annotated[dict, measure_probe],
     clips: Annotated[dict, measure_probe],
+    finetune: dict[str, list[str]] | None = None,
     seeds: PositiveInt = 3,
 ) -> None:
     """Train methods for the same time on this machine, and compare their encoders.
@@ -213,6 +235,8 @@ def compare(
             measured with random weights.
         seconds: of training steps. The number of steps is computed from the speed of 40 steps.
         stills, clips: see measure_probe.
+        finetune: commands of finetune.py by columns, without run_name; an encoder of clips sees
+            stills as clips without motion.
         seeds: number of runs of each method, for mean and standard deviation.
 
     Raises:
@@ -222,8 +246,7 @@ def compare(
     if not Path(to).absolute().parent.is_dir():
         raise ValueError(f"comparison.to={to}: its folder does not exist")
     with torch.device("meta"):
-        for command in methods.values():
-            new_encoder(command)
+        frames = {method: new_encoder(command).num_frames for method, command in methods.items()}
     overrides = ["callbacks=null", "checkpoints.interval=1000000ba", "schedule.t_warmup=0.07dur"]
     timed = ["callbacks={SpeedMonitor: {window_size: 20}}", "trainer.max_duration=40ba"]
     cores = f"{os.cpu_count()} cores ({platform.machine()})"
@@ -231,27 +254,30 @@ def compare(
     probes = {"stills": stills, "clips": clips}
     steps, rows = {}, {}
     with exclusive_lock() as lock:
-        for (
-            method,
-            command,
-        ) in methods.items():  # all before any training: the machine is idle alike
+        # The speeds of all methods first: the machine is idle alike.
+        for method, command in methods.items():
             speed = train(f"compare_{method}_speed", [*command, *overrides, *timed], lock)
             steps[method] = max(1, round(seconds * speed["throughput/batches_per_sec"]))
-        first = next(iter(methods.values()))
-        random = []
-        for seed in range(seeds):
-            run = Path(f"runs/compare_random_{seed}")
-            random.append(probe_encoder(run, first, seed, probes, None))
-        rows["random weights"] = table_values(0, random)
         for method, command in methods.items():
-            results = []
+            random, trained = [], []
             for seed in range(seeds):
                 run = Path(f"runs/compare_{method}_{steps[method]}_{seed}")
                 duration = f"trainer.max_duration={steps[method]}ba"
                 train(run.name, [*command, *overrides, f"seed={seed}", duration], lock)
                 checkpoint = str(run / "checkpoints" / LATEST)
-                results.append(probe_encoder(run, command, seed, probes, checkpoint))
-            rows[method] = table_values(steps[method], results)
+                source = [f"pretrained={checkpoint}"]
+                if frames[method] > 1:
+                    source.append(f"model.num_frames={frames[method]}")
+                tuned = finetune_encoder(run, seed, finetune or {}, source, lock)
+                trained.append(probe_encoder(run, command, seed, probes, checkpoint) | tuned)
+                if not rows:
+                    run = Path(f"runs/compare_random_{seed}")
+                    source.append("random_weights=true")
+                    tuned = finetune_encoder(run, seed, finetune or {}, source, lock)
+                    random.append(probe_encoder(run, command, seed, probes, None) | tuned)
+            if not rows:
+                rows["random weights"] = table_values(0, random)
+            rows[method] = table_values(steps[method], trained)
             write_comparison(rows, to, budget)
 
 

@@ -9,10 +9,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, error_of, read_result, run_stage, small
 
+import finetune
 import pretrain
 from benchmarks import compare
+from training.weights import read_checkpoint
 
 METHODS = ROOT / "yamls" / "methods"
 
@@ -27,7 +30,8 @@ def error_of_compare(arguments: list[str], folder: Path) -> str:
 
 def run_in_this_process(command: list[str], **settings) -> SimpleNamespace:
     """Do what subprocess.run does with a stage, without starting an interpreter."""
-    run_stage(pretrain, command[2:], Path.cwd())
+    stage = finetune if command[1].endswith("finetune.py") else pretrain
+    run_stage(stage, command[2:], Path.cwd())
     return SimpleNamespace(returncode=0)
 
 
@@ -48,6 +52,11 @@ def arguments_of(demo: Path) -> list[str]:
     """Return a comparison of two methods with two seeds that takes seconds."""
     sets = f"bank: [{demo}/train_images], queries: [{demo}/test_images], labels_per_class: [3]"
     vicmae, mae = command_of(demo), command_of(demo, METHODS / "mae.yaml")
+    tuning = [ROOT / "finetune.py", ROOT / "yamls" / "finetune_demo.yaml"]
+    tuning += [ROOT / "yamls" / "finetune_stills.yaml", "trainer.max_duration=1ba"]
+    tuning += [f"'data.streams=[{{path: {demo}/train_images}}]'", "schedule.t_warmup=0ba"]
+    tuning += [f"'eval_data.paths=[{demo}/test_images]'", "trainer.eval_interval=1ba"]
+    tuning += ["optimizer.base_lr=1e-12"]  # the weights stay as they are
     return [
         "comparison.to=compare.md",
         "comparison.seconds=0.3",
@@ -55,6 +64,7 @@ def arguments_of(demo: Path) -> list[str]:
         f"comparison.methods={{vicmae: [{vicmae}], mae: [{mae}]}}",
         f"comparison.stills={{{sets}}}",
         f"comparison.clips={{{sets}}}",
+        f"comparison.finetune={{'stills, tuned': [{', '.join(map(str, tuning))}]}}",
     ]
 
 
@@ -80,7 +90,7 @@ def test_table_has_mean_and_deviation_of_every_method_and_of_random_weights(comp
     budget, (columns, *rows) = table_of(compared)
     assert f"0.3 s of training steps each, 2 seeds, {os.cpu_count()} cores" in budget
     measures = ["stills, knn", "stills, linear_3", "clips, knn", "clips, linear_3"]
-    assert columns == ["steps", *measures]
+    assert columns == ["steps", *measures, "stills, tuned"]
     assert [row[0] for row in rows] == ["random weights", "vicmae", "mae"]
     assert (compared / "compare.png").stat().st_size > 0
     for name, row in (("vicmae", rows[1]), ("mae", rows[2])):
@@ -92,6 +102,25 @@ def test_table_has_mean_and_deviation_of_every_method_and_of_random_weights(comp
             (cached,) = run.glob("compare-*.json")  # stills and clips are the same data here
             knn.append(100 * json.loads(cached.read_text())["knn"])
         assert row[2] == row[4] == f"{np.mean(knn):.1f} ± {np.std(knn, ddof=1):.1f}"
+
+
+def test_fine_tunings_start_from_the_encoders_of_the_methods(compared):
+    _, (_, *rows) = table_of(compared)
+    for name, row in zip(("random", "vicmae", "mae"), rows, strict=True):
+        suffix = "" if name == "random" else f"_{row[1]}"
+        accuracies = []
+        for seed in (0, 1):
+            run = compared / "runs" / f"compare_{name}{suffix}_{seed}"
+            tuned = f"{run}_stills_tuned"
+            accuracies.append(100 * read_result(compared, Path(tuned).name)["metrics/eval/top1"])
+            source = compared / "runs" / f"compare_vicmae_{rows[1][1]}_{seed}"
+            before, after = (
+                read_checkpoint(str(source if name == "random" else run)),
+                read_checkpoint(tuned),
+            )
+            weight = "encoder.blocks.0.attn.qkv.weight"
+            assert torch.allclose(before[weight], after[weight], atol=1e-5) is (name != "random")
+        assert row[-1] == f"{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f}"
 
 
 def test_finished_comparison_trains_and_measures_nothing_again(compared, demo, trains_nothing):
