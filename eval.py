@@ -16,7 +16,7 @@ import contextlib
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +25,7 @@ import torch
 from composer import Trainer
 from composer.trainer.trainer import get_device
 from composer.utils import dist, reproducibility
+from omegaconf import OmegaConf
 from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
@@ -50,6 +51,7 @@ from training.export import check_export, check_exportable, export
 from training.help import stage_help
 from training.plan import Machine, forward_plan, size_of, split_plan_flags
 from training.precision import forbid_tf32
+from training.report_page import write_report
 from training.run import check_data_sets
 from training.sizes import find_run, known_model
 from training.weights import class_names_in, load_pretrained, read_checkpoint
@@ -382,6 +384,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if dist.get_global_rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         Storage(str(run)).write_json("data_sets.json", data_sets)
+        given = {name: value for name, value in asdict(config).items() if value is not None}
+        Storage(str(run)).write("eval.yaml", OmegaConf.to_yaml(OmegaConf.create(given)).encode())
     net = device.module_to_device(load_model(config))
     result: dict[str, Any] = {
         "run_name": config.run_name,
@@ -404,6 +408,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             draw_reconstructions(net, config.reconstructions, run / "reconstructions.png")
         if config.attention:
             draw_attention(net.encoder, config.attention, run / "attention.png")
+        write_report(run, run / "report.html")
     return result
 
 

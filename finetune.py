@@ -49,6 +49,7 @@ from training.cost import flops_per_sample
 from training.help import stage_help
 from training.optimizer import build_optimizer
 from training.plan import Machine, size_of, split_plan_flags, training_plans
+from training.report_page import write_report
 from training.run import RunConfig, build_trainer, finish_run, fit, start_run
 from training.sizes import ENCODER_SIZES, known_model
 from training.speedups import unwrapped
@@ -436,6 +437,7 @@ def main() -> None:
         top1 = result.get("metrics/eval/top1", math.nan)
         top5 = result.get("metrics/eval/top5", math.nan)
         print(f"top-1 {top1:.3f}, top-5 {top5:.3f}; the run directory is {run}")
+        write_report(run, run / "report.html")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 
 The fields of PretrainConfig are the keys of its YAML files. Each block holds the keyword arguments
 of one callable. Everything of a run is in runs/{run_name}/: config.yaml, checkpoints/,
-metrics.jsonl, result.json, loss.png, reconstructions.png.
+metrics.jsonl, result.json, loss.png, reconstructions.png, and report.html with all of them.
 """
 
 import json
@@ -44,6 +44,7 @@ from training.cost import flops_per_sample
 from training.help import stage_help
 from training.optimizer import build_optimizer
 from training.plan import Machine, split_plan_flags, training_plans, training_report
+from training.report_page import write_report
 from training.run import RunConfig, build_trainer, finish_run, fit, start_run
 from training.sizes import ENCODER_SIZES, HEAD_SIZES, known_model
 from training.speedups import unwrapped
@@ -240,7 +241,7 @@ def report(run: Path, result: dict[str, Any]) -> None:
     if "knn/trained" in result:
         before, after = result.get("knn/random", math.nan), result["knn/trained"]
         print(f"k-NN accuracy: {after:.3f} after pre-training, {before:.3f} with random weights")
-    print(f"the run directory is {run}: pictures, metrics.jsonl, checkpoints/")
+    print(f"the run directory is {run}: report.html, metrics.jsonl, checkpoints/")
 
 
 def main() -> None:
@@ -264,6 +265,8 @@ def main() -> None:
         paths = [stream["path"] for stream in config.data["streams"]]
         # All ranks take part, since FSDP gathers the weights.
         draw_reconstructions(net, paths, run / "reconstructions.png")
+    if dist.get_global_rank() == 0:
+        write_report(run, run / "report.html")
 
 
 if __name__ == "__main__":

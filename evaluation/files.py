@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.pictures import draws_safely, shortened
+from evaluation.pictures import draw_tiles, draws_safely, shortened
 from model import Classifier, Encoder, pool
 from shards.augment import normalise
 from shards.decode import Recipe, read_image, read_video
@@ -29,7 +28,7 @@ from shards.format import check_size, encode_clip
 from shards.inputs import describe_error, is_system_error
 from shards.layouts import EXTENSIONS
 from shards.loader import Loader
-from shards.storage import Storage, write_file, write_picture
+from shards.storage import Storage, write_file
 from shards.views import EvalViews
 
 TOP = 5  # classes of a prediction that are written
@@ -203,21 +202,14 @@ def predict_files(
 def draw_predictions(views: FileViews, rows: list[list], to: Path) -> None:
     """Draw the first files with their likeliest classes."""
     decoded = [(number, row) for number, row in enumerate(rows) if not row[1]][:SHOWN]
-    columns = min(4, len(decoded))
-    lines = -(-len(decoded) // columns)
-    figure = Figure(figsize=(3 * columns, 3.6 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis in axes:
-        axis.set_axis_off()
-    for axis, (number, row) in zip(axes, decoded, strict=False):
+    images, captions = [], []
+    for number, row in decoded:
         view = views[number]["inputs"]
-        axis.imshow(view[len(view) // 2, view.shape[1] // 2].permute(1, 2, 0))
+        images.append(view[len(view) // 2, view.shape[1] // 2] / 255)
         pairs = zip(row[2:8:2], row[3:9:2], strict=True)
-        named = [f"{100 * float(share):.0f} % {shortened(name)}" for name, share in pairs]
-        title = "\n".join([shortened(os.path.basename(row[0])), *named])
-        axis.set_title(title, fontsize=8, parse_math=False)
-    figure.suptitle("predictions, centre view")
-    write_picture(to, lambda file, format: figure.savefig(file, format=format, dpi=120))
+        named = [f"{float(share):.0%} {shortened(name)}" for name, share in pairs]
+        captions.append("\n".join([shortened(os.path.basename(row[0])), *named]))
+    draw_tiles(torch.stack(images), to, "predictions", min(6, len(images)), captions=captions)
 
 
 def embed_files(

@@ -1,21 +1,25 @@
-"""Pictures of a model: reconstructions, attention, nearest neighbours, confusion, losses."""
+"""Pictures of a model: reconstructions, attention, nearest neighbours, confusion, curves."""
 
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
 from composer.utils import dist
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
+from matplotlib.transforms import Bbox
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import normalize
-from torchvision.utils import make_grid, save_image
 
 from model import Encoder, ViCMAE, patchify
 from shards.augment import MEAN, STD, normalise
@@ -23,8 +27,26 @@ from shards.format import UNREADABLE
 from shards.storage import write_picture
 from shards.views import EvalViews
 
-SMALLEST = 96  # pixels of a sample in a picture: smaller samples are enlarged
+SMALLEST = 128  # pixels of a sample in a picture: smaller samples are enlarged
 LONGEST = 40  # characters of a class name in a picture
+DPI = 128  # pixels of an inch: a power of two, so that a size in inches is exact
+LINE, BORDER, GAP = 16, 4, 4  # pixels: a line of a caption, a frame around a tile, its distance
+POINTS = 2000  # of a curve at most
+ACCURACIES = {  # what metrics.jsonl calls each: the accuracies in the curves
+    "k-NN": ("knn/random", "knn/trained"),
+    "online linear probe": ("online_probe",),
+    "top-1": ("metrics/eval/top1",),
+    "top-5": ("metrics/eval/top5",),
+}
+LOSSES = {  # what is logged of each step or epoch: (name, title), in the order of the curves
+    "loss/train/total": "total loss",
+    "loss/train/reconstruction": "reconstruction loss",
+    "loss/train/contrastive": "contrastive loss",
+    "loss/train/accuracy": "fraction of views that find their partner",
+    "loss/train/feature_std": "standard deviation of the features",
+    "effective_rank": "effective rank of the features",
+}
+RIGHT, WRONG = "#1a7f37", "#cf222e"  # green and red, dark enough for text
 
 
 def draws_safely(draw: Callable[..., None]) -> Callable[..., None]:
@@ -42,27 +64,138 @@ def draws_safely(draw: Callable[..., None]) -> Callable[..., None]:
     return draw_or_warn
 
 
-def shortened(name: str) -> str:
-    """Return a name on one line, cut to LONGEST characters."""
+def shortened(name: str, longest: int = LONGEST) -> str:
+    """Return a name on one line, cut to `longest` characters."""
     line = " ".join(name.split())
-    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return line if len(line) <= longest else line[: longest - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def text_style() -> dict:
+    """Return arguments of matplotlib's texts with which any name is drawn as it is."""
+    fonts = ["DejaVu Sans", *(font for font in get_font_names() if "CJK" in font)]
+    return {"parse_math": False, "fontfamily": fonts}  # "$" is part of a name
+
+
+def write_figure(figure: Figure, to: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as boxes
+        write_picture(to, partial(figure.savefig, dpi=DPI))
+
+
+def enlarge(images: Tensor) -> Tensor:
+    """Repeat the pixels of images (n, 3, H, H) until they have at least SMALLEST a side."""
+    return F.interpolate(images, scale_factor=-(-SMALLEST // images.shape[-1]))
+
+
+def draw_tiles(
+    images: Tensor,
+    to: Path,
+    title: str,
+    columns: int,
+    rows: Sequence[str] = (),
+    captions: Sequence[str] = (),
+    colours: Sequence[str] = (),
+) -> None:
+    """Draw images (n, 3, H, H) in [0, 1] in rows, enlarged.
+
+    Args:
+        rows: a label for each row.
+        captions: a text of some lines for each image, drawn above it.
+        colours: of the frame and the caption of each image.
+    """
+    tiles, count = enlarge(images.float()), len(images)
+    side = tiles.shape[-1]
+    height = LINE * max((text.count("\n") + 1 for text in captions), default=0)
+    cell_height, cell_width = height + side + 2 * BORDER + GAP, side + 2 * BORDER + GAP
+    frames = torch.tensor([to_rgb(colour) for colour in colours or ["white"] * count])
+    sheet = torch.ones(-(-count // columns) * columns, 3, cell_height, cell_width)
+    sheet[:count, :, height:-GAP, :-GAP] = frames[:, :, None, None]
+    inner = slice(height + BORDER, height + BORDER + side), slice(BORDER, BORDER + side)
+    sheet[:count, :, *inner] = tiles.cpu()
+    sheet = sheet.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, h, columns, w, 3)
+    sheet = sheet.flatten(2, 3).flatten(0, 1)
+    left, top = 2 * LINE if rows else BORDER, 3 * LINE
+    width = max(left + sheet.shape[1], 12 * len(title))
+    total = top + sheet.shape[0]
+    figure = Figure(figsize=(width / DPI, total / DPI), dpi=DPI)
+    figure.figimage(sheet.numpy(), xo=left)
+    style = {"fontsize": 8, "va": "center_baseline"} | text_style()
+    figure.text((left + BORDER) / width, 1 - 1.5 * LINE / total, title, **style | {"fontsize": 10})
+    for row, label in enumerate(rows):
+        middle = 1 - (top + row * cell_height + height + BORDER + side / 2) / total
+        figure.text(LINE / width, middle, label, rotation=90, ha="center", **style)
+    for number, text in enumerate(captions):
+        row, column = divmod(number, columns)
+        x, y = left + column * cell_width, total - top - row * cell_height
+        box = Bbox.from_bounds(x, y - height, cell_width, height)  # without it, texts could overlap
+        colour = colours[number] if colours and colours[number] != "white" else "black"
+        given = style | {"color": colour, "fontsize": 7, "clip_on": True, "clip_box": box}
+        for line, name in enumerate(text.split("\n")):
+            spot = ((x + BORDER) / width, (y - (line + 0.5) * LINE) / total)
+            figure.text(*spot, shortened(name, side // 7), **given)
+    write_figure(figure, to)
+
+
+def smoothed(values: np.ndarray, window: int) -> np.ndarray:
+    """Return the mean of the finite values (n,) around each, NaN where there are none."""
+    known = np.isfinite(values)
+    box = np.ones(window)
+    sums = np.convolve(np.where(known, values, 0.0), box, "same")
+    counts = np.convolve(known.astype(float), box, "same")
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0.5)
+
+
+def series(lines: list[dict], *names: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps and the values of everything that was logged by these names."""
+    pairs = [(line["step"], line[name]) for line in lines for name in names if name in line]
+    steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T
+    return steps, values
+
+
+def plot_loss(axis: Axes, lines: list[dict], name: str) -> None:
+    """Plot a loss of each step, and its mean over a fiftieth of all steps."""
+    steps, values = series(lines, name)
+    window = max(1, min(len(values), len(values) // 50))
+    thin = slice(None, None, -(-len(values) // POINTS))
+    axis.plot(steps[thin], values[thin], linewidth=0.6, alpha=0.35)
+    mean = smoothed(values, window)[thin]
+    axis.plot(steps[thin], mean, color="C0", label=f"mean of {window} steps")
+    axis.set_title(LOSSES.get(name, name.removeprefix("loss/train/")), parse_math=False)
+
+
+def plot_accuracies(axis: Axes, lines: list[dict]) -> None:
+    """Plot every accuracy that was measured during the training, with its last value."""
+    for label, names in ACCURACIES.items():
+        steps, values = series(lines, *names)
+        if len(steps):
+            axis.plot(steps, values, marker="o", markersize=3, label=f"{label}: {values[-1]:.3f}")
+    axis.set_title("accuracy on labelled data")
 
 
 @draws_safely
-def draw_losses(lines: list[dict], to: Path) -> None:
-    """Draw every training loss in the lines of a metrics.jsonl against the step."""
-    names = sorted({key for line in lines for key in line if key.startswith("loss/train/")})
-    if not names:
+def draw_curves(lines: list[dict], to: Path) -> None:
+    """Draw every training loss and accuracy in the lines of a metrics.jsonl against the step."""
+    logged = {key for line in lines for key in line}
+    losses = [name for name in LOSSES if name in logged]
+    losses += sorted(key for key in logged - {*LOSSES} if key.startswith("loss/train/"))
+    if not losses:
         return
-    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False)[0]
-    for axis, name in zip(axes, names, strict=True):
-        logged = [line for line in lines if name in line]
-        steps, values = [line["step"] for line in logged], [line[name] for line in logged]
-        axis.plot(steps, values, linewidth=0.8)
-        axis.set_title(name.removeprefix("loss/train/"), parse_math=False)
+    plots = [partial(plot_loss, lines=lines, name=name) for name in losses]
+    if logged & {name for names in ACCURACIES.values() for name in names}:
+        plots.insert(1, partial(plot_accuracies, lines=lines))
+    columns = min(3, len(plots))
+    rows = -(-len(plots) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, plot in zip(axes, plots, strict=False):
+        plot(axis)
         axis.set_xlabel("step")
-    write_picture(to, partial(figure.savefig, dpi=120))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    for axis in axes[len(plots) :]:
+        axis.set_axis_off()
+    figure.suptitle("the training, step by step\n", fontsize=13)
+    write_figure(figure, to)
 
 
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
@@ -88,7 +221,7 @@ def pick_samples(paths: list[str], encoder: Encoder, run: Path, count: int) -> T
 @draws_safely
 @torch.no_grad()
 def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int = 8) -> None:
-    """Draw `count` samples in four rows: original, masked, predicted, predicted where masked.
+    """Draw `count` samples in four rows: original, masked, reconstruction, pasted where masked.
 
     Of a clip, the first frame is drawn. With FSDP, all ranks must call this.
     """
@@ -111,9 +244,9 @@ def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int =
     images = unpatchify(rows[:, : encoder.grid**2, :frame], encoder.patch_size)
     images = denormalise(images).clamp(0, 1)
     if dist.get_global_rank() == 0:
-        enlarged = F.interpolate(images, scale_factor=max(1, SMALLEST // encoder.img_size))
-        grid = make_grid(enlarged, nrow=count, pad_value=1.0)
-        write_picture(to, partial(save_image, grid))
+        title = f"reconstructions, {mask.mean():.0%} of the patches masked"
+        labels = ["original", "masked", "reconstruction", "pasted"]
+        draw_tiles(images, to, title, count, labels)
 
 
 def denormalise(images: Tensor) -> Tensor:
@@ -134,6 +267,7 @@ def draw_neighbours(
     bank: tuple[Tensor, Tensor],
     queries: tuple[Tensor, Tensor],
     views: list[Dataset],
+    classes: list[str],
     to: Path,
     count: int = 8,
     k: int = 5,
@@ -145,41 +279,49 @@ def draw_neighbours(
     Args:
         bank, queries: features (n, D) and labels (n,).
         views: the samples of the bank and of the queries.
+        classes: names of the labels.
     """
     picked = torch.linspace(0, len(queries[1]) - 1, count).long()
     cosine = F.normalize(queries[0][picked], dim=1) @ F.normalize(bank[0], dim=1).T
     nearest = cosine.topk(min(k, len(bank[1])), dim=1).indices.cpu()  # (count, k)
-    right = (bank[1][nearest] == queries[1][picked, None]).cpu()
-    colours = torch.stack([~right, right, torch.zeros_like(right)], dim=2).float()  # (count, k, 3)
-    colours = F.pad(colours, (0, 0, 1, 0), value=1.0)  # (count, 1 + k, 3), white for the query
     found = first_frames(views[0], nearest.flatten()).unflatten(0, nearest.shape)
     asked = first_frames(views[1], picked)[:, None]
     images = torch.cat([asked, found], dim=1).flatten(0, 1)  # (count * (1 + k), 3, H, W)
-    images = F.interpolate(images, scale_factor=max(1, SMALLEST // images.shape[-1]))
-    framed = F.pad(images, (4, 4, 4, 4), value=-1.0)
-    framed = torch.where(framed < 0, colours.flatten(0, 1)[:, :, None, None], framed)
-    grid = make_grid(framed, nrow=1 + nearest.shape[1], pad_value=1.0)
-    write_picture(to, partial(save_image, grid))
+    captions, colours = [], []
+    for truth, row in zip(queries[1][picked].tolist(), nearest, strict=True):
+        labels = bank[1].cpu()[row].tolist()
+        captions += [f"query: {classes[truth]}", *(classes[label] for label in labels)]
+        colours += ["white", *(RIGHT if label == truth else WRONG for label in labels)]
+    title = "queries (left) and their nearest neighbours"
+    draw_tiles(images, to, title, 1 + nearest.shape[1], captions=captions, colours=colours)
 
 
 @draws_safely
 def draw_confusion(counts: Tensor, classes: list[str], to: Path) -> None:
-    """Draw a confusion matrix (C, C), true classes as rows, each row as fractions of its class."""
-    figure = Figure(figsize=(7, 6), layout="constrained")
+    """Draw a confusion matrix (C, C), true classes as rows, coloured by fractions of each class."""
+    totals, size = counts.sum(dim=1), len(classes)
+    fractions = counts / totals[:, None].clamp(min=1)
+    inches = max(5.0, 0.42 * size) if size <= 40 else 8.0
+    figure = Figure(figsize=(inches + 2, inches + 2), layout="constrained")
     axis = figure.subplots()
-    fractions = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     picture = axis.imshow(fractions, vmin=0, vmax=1, cmap="Blues")
-    figure.colorbar(picture, label="fraction of the true class")
-    axis.set(xlabel="predicted", ylabel="true")
-    if len(classes) <= 40:  # more names could not be read
-        names = [shortened(name) for name in classes]
-        fonts = ["DejaVu Sans", *(font for font in get_font_names() if "CJK" in font)]
-        style = {"parse_math": False, "fontfamily": fonts}  # "$" is part of a name
-        axis.set_xticks(range(len(names)), names, rotation=90, **style)
-        axis.set_yticks(range(len(names)), names, **style)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as boxes
-        write_picture(to, partial(figure.savefig, dpi=120))
+    top1 = counts.diag().sum() / totals.sum().clamp(min=1)
+    axis.set_title(f"confusion: top-1 {top1:.1%} of {int(totals.sum())} samples")
+    axis.set(xlabel="predicted", ylabel="true class, and its accuracy")
+    if size > 40:  # more names could not be read
+        figure.colorbar(picture, label="fraction of the true class", shrink=0.8)
+        return write_figure(figure, to)
+    names = [shortened(name) for name in classes]
+    labels = []
+    for name, share, total in zip(names, fractions.diag(), totals, strict=True):
+        labels.append(f"{name}  {share:.0%}" if total else name)
+    axis.set_xticks(range(size), names, rotation=90, **text_style())
+    axis.set_yticks(range(size), labels, **text_style())
+    for row, column in counts.nonzero().tolist():
+        colour = "white" if fractions[row, column] > 0.5 else "black"
+        place = {"ha": "center", "va": "center", "fontsize": 7, "color": colour}
+        axis.text(column, row, f"{int(counts[row, column])}", **place)
+    write_figure(figure, to)
 
 
 @torch.no_grad()
@@ -198,11 +340,11 @@ def last_attention(encoder: Encoder, images: Tensor) -> Tensor:
 
 @draws_safely
 def draw_attention(encoder: Encoder, paths: list[str], to: Path, count: int = 8) -> None:
-    """Draw `count` samples, evenly spaced, above maps of the attention that their patches receive.
+    """Draw `count` samples, evenly spaced, without and with the attention that patches receive.
 
-    A map is the mean over the heads of the last block and over the attending patches, from black,
-    the least of the image, to white, the most. The attention of CLS is not drawn: ViC-MAE's losses
-    do not train CLS.
+    It is the mean over the heads of the last block and over the attending patches, laid over the
+    sample from black, the least of the image, to yellow, the most. The attention of CLS is not
+    drawn: ViC-MAE's losses do not train CLS.
     """
     views = EvalViews(paths, encoder.img_size, crop_pct=1.0, unreadable=to.parent / UNREADABLE)
     images = first_frames(views, torch.linspace(0, len(views) - 1, count).long())
@@ -210,8 +352,11 @@ def draw_attention(encoder: Encoder, paths: list[str], to: Path, count: int = 8)
     attention = last_attention(encoder, normalised).cpu()
     received = attention[:, :, 1:, 1:].mean(dim=(1, 2))  # (B, N)
     received = received.unflatten(1, (1, encoder.grid, encoder.grid))  # (B, 1, h, w)
-    scale = max(1, SMALLEST // encoder.img_size)
-    maps = F.interpolate(received, scale_factor=scale * encoder.patch_size, mode="bilinear")
-    above = make_grid(F.interpolate(images, scale_factor=scale), nrow=count, pad_value=1.0)
-    below = make_grid(maps, nrow=count, pad_value=1.0, normalize=True, scale_each=True)
-    write_picture(to, partial(save_image, torch.cat([above, below], dim=1)))
+    images = enlarge(images)
+    maps = F.interpolate(received, size=images.shape[-2:], mode="bilinear")
+    least, most = maps.amin(dim=(2, 3), keepdim=True), maps.amax(dim=(2, 3), keepdim=True)
+    shares = ((maps - least) / (most - least).clamp(min=1e-12))[:, 0]  # (B, H, W)
+    heat = torch.from_numpy(matplotlib.colormaps["inferno"](shares.numpy())[..., :3])
+    overlays = 0.4 * images + 0.6 * heat.permute(0, 3, 1, 2)
+    title = "attention of the last block, from least (black) to most (yellow)"
+    draw_tiles(torch.cat([images, overlays]), to, title, count, ["original", "attention"])

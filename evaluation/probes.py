@@ -360,7 +360,7 @@ def measure_probe(
         if neighbours:
             kept = [(labels >= 0).nonzero()[:, 0].tolist() for _, labels in found]
             subsets = [Subset(data, numbers) for data, numbers in zip(views, kept, strict=True)]
-            draw_neighbours(learn, test, subsets, run / "neighbours.png")
+            draw_neighbours(learn, test, subsets, classes, run / "neighbours.png")
         limits = label_limits(learn[1], labels_per_class, fractions)
         return compare_labels(learn, test, limits, seed, k, temperature)
 

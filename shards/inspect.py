@@ -12,7 +12,7 @@ from itertools import pairwise
 from multiprocessing import get_context
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from shards.format import Clips, decode_frame, read_classes, read_json, spread
@@ -20,8 +20,8 @@ from shards.inputs import part_name
 from shards.storage import Storage
 from shards.workers import ignore_stop_signals
 
-CELL = 128  # pixels of the contact sheet for one frame
-CAPTION = 14  # pixels above each row
+CELL = 160  # pixels of the contact sheet for one frame
+CAPTION = 34  # pixels above each frame, for two lines
 
 
 def check_sample(sample: dict, classes: int, short_side: int) -> None:
@@ -106,9 +106,10 @@ def verify(path: str, workers: int = 0) -> list[str]:
 
 
 def show(path: str, to: str, samples: int = 12, frames: int = 8) -> None:
-    """Draw a contact sheet: `samples` rows, each with label, name and up to `frames` frames.
+    """Draw a contact sheet: `samples` rows of a sample with up to `frames` frames.
 
-    Samples are spread evenly over the data set, and frames evenly over their sample.
+    A row of a data set of images has `frames` samples. Samples are spread evenly over the data set,
+    and frames evenly over their sample.
     """
     classes = read_classes(path)
     for option, value in (("samples", samples), ("frames", frames)):
@@ -116,14 +117,22 @@ def show(path: str, to: str, samples: int = 12, frames: int = 8) -> None:
             raise ValueError(f"--{option} {value}: must be at least 1")
     clips = Clips(path)
     numbers = spread(len(clips), samples)
-    rows = [np.asarray(draw_row(clips[number], classes, frames)) for number in numbers]
-    Image.fromarray(np.concatenate(rows)).save(to)
+    per_row = 1
+    if all(len(clips[number]["ends"]) == 1 for number in numbers):
+        numbers, per_row = spread(len(clips), samples * frames), frames
+    cells = [draw_sample(clips[number], classes, frames // per_row) for number in numbers]
+    lines = -(-len(cells) // per_row)
+    sheet = Image.new("RGB", (CELL * frames, (CELL + CAPTION) * lines), "white")
+    for place, cell in enumerate(cells):
+        row, column = divmod(place, per_row)
+        sheet.paste(cell, (column * CELL, row * (CELL + CAPTION)))
+    sheet.save(to)
 
 
-def draw_row(sample: dict, classes: list[str], frames: int) -> Image.Image:
-    """Draw one sample: a caption, and below it up to `frames` of its frames."""
+def draw_sample(sample: dict, classes: list[str], frames: int) -> Image.Image:
+    """Draw a sample: two lines of text, and below them up to `frames` of its frames."""
     count = len(sample["ends"])
-    row = Image.new("RGB", (CELL * frames, CELL + CAPTION), "white")
+    cell = Image.new("RGB", (CELL * frames, CELL + CAPTION), "white")
     for column, index in enumerate(spread(count, frames)):
         try:
             frame = Image.fromarray(decode_frame(sample, index))
@@ -131,10 +140,11 @@ def draw_row(sample: dict, classes: list[str], frames: int) -> Image.Image:
             frame = Image.new("RGB", (CELL, CELL), "red")  # corrupt, see verify
         scale = (CELL - 2) / max(frame.size)
         size = [max(1, round(side * scale)) for side in frame.size]
-        row.paste(frame.resize(size), (column * CELL, CAPTION))
+        cell.paste(frame.resize(size), (column * CELL, CAPTION))
     label = classes[sample["label"]] if sample["label"] >= 0 else "no label"
     times = sample["timestamps"]
-    length = f"{count} frames, {times[0]:.2f}-{times[-1]:.2f} s" if count > 1 else "1 frame"
-    caption = f"{label}: {sample['name']}, {length}"
-    ImageDraw.Draw(row).text((2, 1), " ".join(caption.split()), fill="black")
-    return row
+    length = f", {count} frames, {times[0]:.2f}-{times[-1]:.2f} s" if count > 1 else ""
+    draw, font = ImageDraw.Draw(cell), ImageFont.load_default(12)
+    for line, text in enumerate((label, sample["name"] + length)):
+        draw.text((2, 2 + 15 * line), " ".join(text.split()), fill="black", font=font)
+    return cell

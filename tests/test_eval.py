@@ -104,7 +104,9 @@ def test_accuracy_averages_the_softmax_or_the_logits_of_all_views_of_a_sample(
         "confusion.png",
         "data_sets.json",
         "eval.json",
+        "eval.yaml",
         "per_class.json",
+        "report.html",
     ]
     names = json.loads((demo / "test_videos" / "classes.json").read_text())
     right = np.zeros(10)
@@ -237,8 +239,10 @@ def test_probe_pictures_and_export_are_made_at_once_and_the_last_line_is_the_res
         "attention.png",
         "data_sets.json",
         "eval.json",
+        "eval.yaml",
         "neighbours.png",
         "reconstructions.png",
+        "report.html",
     ]
     assert sorted(os.listdir(run)) == files
     assert sorted(os.listdir(tmp_path)) == ["encoder.safetensors", "features.npz", "runs"]

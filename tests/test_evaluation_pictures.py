@@ -1,10 +1,14 @@
-"""Pictures show what their names say: attention, nearest neighbours, reconstructions, losses."""
+"""Pictures show what their names say: attention, nearest neighbours, reconstructions, curves."""
 
 import math
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from torchvision.io import ImageReadMode, decode_image
 
 from evaluation import pictures
@@ -12,9 +16,10 @@ from evaluation.pictures import (
     denormalise,
     draw_attention,
     draw_confusion,
-    draw_losses,
+    draw_curves,
     draw_neighbours,
     draw_reconstructions,
+    draw_tiles,
     last_attention,
     unpatchify,
 )
@@ -26,8 +31,32 @@ SIZES = (32, 8, 48, 2, 3)  # img_size, patch_size, embed_dim, depth, num_heads
 
 
 def enlarged(frame: torch.Tensor) -> torch.Tensor:
-    """Enlarge a frame (3, H, W) three times by repeating its pixels, as in the pictures."""
-    return frame.repeat_interleave(3, dim=1).repeat_interleave(3, dim=2).int()
+    """Enlarge a frame (3, 32, 32) to 128 pixels by repeating its pixels, as in the pictures."""
+    return frame.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2).int()
+
+
+def cut_tile(picture: torch.Tensor, row: int, column: int, left: int, lines: int) -> torch.Tensor:
+    """Return a tile of 128 pixels with its frame of 4, from a picture with 48 pixels of title.
+
+    Args:
+        left: pixels beside the tiles.
+        lines: of text above each tile, of 16 pixels.
+    """
+    top, left = 48 + row * (140 + 16 * lines) + 16 * lines, left + 140 * column
+    return picture[:, top : top + 136, left : left + 136].int()
+
+
+@pytest.fixture
+def texts(monkeypatch) -> list[str]:
+    """Collect every text of a picture of tiles."""
+    drawn, text = [], Figure.text
+
+    def collect(figure, x, y, s, **settings):
+        drawn.append(s)
+        return text(figure, x, y, s, **settings)
+
+    monkeypatch.setattr(Figure, "text", collect)
+    return drawn
 
 
 def test_attention_is_the_softmax_that_the_last_block_computes():
@@ -61,8 +90,8 @@ def test_attention_is_the_softmax_that_the_last_block_computes():
     torch.testing.assert_close(out, seen["out"], atol=1e-5, rtol=1e-5)
 
 
-def test_attention_is_drawn_below_its_image_and_brightest_at_the_patch_that_patches_attend_to(
-    demo, tmp_path, monkeypatch
+def test_attention_is_laid_over_its_image_and_brightest_at_the_patch_that_patches_attend_to(
+    demo, tmp_path, monkeypatch, texts
 ):
     def staged(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
         attention = torch.full((len(images), 3, 17, 17), 1e-3)
@@ -77,19 +106,21 @@ def test_attention_is_drawn_below_its_image_and_brightest_at_the_patch_that_patc
     draw_attention(Encoder(*SIZES), [path], tmp_path / "a.png", count=4)
     picture = decode_image(str(tmp_path / "a.png"), ImageReadMode.RGB)
     views = EvalViews([path], 32, crop_pct=1.0)
-    assert picture.shape == (3, 200, 4 * 98 + 2)
+    assert texts[1:] == ["original", "attention"] and "attention" in texts[0]
+    least, most = (255 * torch.tensor(colormaps["inferno"](share)[:3]) for share in (0.0, 1.0))
     for number, sample in enumerate((0, 19, 39, 59)):
-        left = 2 + 98 * number
+        above, below = (cut_tile(picture, row, number, 32, 0)[:, 4:-4, 4:-4] for row in (0, 1))
         shown = enlarged(views[sample]["inputs"][0, 0])
-        assert (picture[:, 2:98, left : left + 96].int() - shown).abs().max() <= 1
-        below = picture[0, 102:198, left : left + 96]
-        assert below.min() == 0 and below.max() == 255
-        brightest = (below == 255).nonzero().float().mean(dim=0) // 24
-        assert brightest.tolist() == list(divmod(2 * number, 4))
+        assert (above - shown).abs().max() <= 1
+        heat = (below - 0.4 * shown) / 0.6
+        assert (heat.amin(dim=(1, 2)) - least).abs().max() < 4
+        brightest = (heat - most[:, None, None]).abs().amax(dim=0) < 4
+        place = brightest.nonzero().float().mean(dim=0) // 32
+        assert place.tolist() == list(divmod(2 * number, 4))
 
 
 def test_neighbours_are_the_nearest_samples_and_their_frames_show_whether_the_class_is_right(
-    demo, tmp_path
+    demo, tmp_path, texts
 ):
     generator = torch.Generator().manual_seed(0)
     views, labels, features = [], [], []
@@ -101,26 +132,27 @@ def test_neighbours_are_the_nearest_samples_and_their_frames_show_whether_the_cl
         noise = torch.randn(60, 4, generator=generator)
         features.append(noise + 2 * torch.eye(10)[classes][:, :4])
     bank, queries = (features[0], labels[0]), (features[1], labels[1])
-    draw_neighbours(bank, queries, views, tmp_path / "n.png", count=4, k=5)
+    names = [f"$class_{number}$" for number in range(10)]
+    draw_neighbours(bank, queries, views, names, tmp_path / "n.png", count=4, k=5)
     picture = decode_image(str(tmp_path / "n.png"), ImageReadMode.RGB)
-    side, frames = 3 * 32 + 2 * 4, Counter()
+    captions, frames = iter(texts[1:]), Counter()
     for row, query in enumerate((0, 19, 39, 59)):
         cosine = torch.cosine_similarity(features[1][query], features[0], dim=1).tolist()
         nearest = sorted(range(60), key=lambda number: -cosine[number])[:5]
         cells = [(1, query), *((0, number) for number in nearest)]
         for column, (which, number) in enumerate(cells):
-            top, left = 2 + row * (side + 2), 2 + column * (side + 2)
-            cell = picture[:, top : top + side, left : left + side]
+            cell = cut_tile(picture, row, column, 4, 1)
             shown = enlarged(views[which][number]["inputs"][0, 0])
-            assert (cell[:, 4:-4, 4:-4].int() - shown).abs().max() <= 1
-            colour = [255, 255, 255]
+            assert (cell[:, 4:-4, 4:-4] - shown).abs().max() <= 1
+            colour, caption = [255, 255, 255], names[labels[which][number]]
             if column:
-                right = int(labels[which][number] == labels[1][query])
-                colour = [255 * (1 - right), 255 * right, 0]
+                right = labels[which][number] == labels[1][query]
+                colour = [26, 127, 55] if right else [207, 34, 46]
+            assert next(captions) == (caption if column else f"query: {caption}")
             for y, x in ((0, 0), (3, 50), (-1, -4), (50, 3), (60, -1)):
                 assert cell[:, y, x].tolist() == colour
             frames[tuple(colour)] += 1
-    white, red, green = (255, 255, 255), (255, 0, 0), (0, 255, 0)
+    white, red, green = (255, 255, 255), (207, 34, 46), (26, 127, 55)
     assert frames[white] == 4 and frames[red] > 2 and frames[green] > 2
 
 
@@ -152,7 +184,7 @@ def mean_of_patches(frame: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_reconstructions_show_originals_masked_patches_and_the_predictions_in_their_place(
-    demo, tmp_path, monkeypatch, norm_pix_loss
+    demo, tmp_path, texts, norm_pix_loss
 ):
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
@@ -165,13 +197,13 @@ def test_reconstructions_show_originals_masked_patches_and_the_predictions_in_th
     path = str(demo / "test_images")
     draw_reconstructions(net, [path], tmp_path / "r.png", count=4)
     picture = decode_image(str(tmp_path / "r.png"), ImageReadMode.RGB).int()
-    assert picture.shape == (3, 4 * 98 + 2, 4 * 98 + 2)
+    assert texts[1:] == ["original", "masked", "reconstruction", "pasted"]
+    assert texts[0] == "reconstructions, 50% of the patches masked"
     views, grey = EvalViews([path], 32, crop_pct=1.0), 255 * torch.tensor(MEAN)[:, None, None]
     for number, sample in enumerate((0, 15, 30, 45)):
         rows = []
         for row in range(4):
-            top, left = 2 + 98 * row, 2 + 98 * number
-            rows.append(picture[:, top : top + 96, left : left + 96])
+            rows.append(cut_tile(picture, row, number, 32, 0)[:, 4:-4, 4:-4])
         original, masked, predicted, inpainted = rows
         frame = views[sample]["inputs"][0, 0].float()
         assert (original - enlarged(frame)).abs().max() <= 1
@@ -179,10 +211,10 @@ def test_reconstructions_show_originals_masked_patches_and_the_predictions_in_th
         if norm_pix_loss:
             expected = mean_of_patches(frame)
         assert (predicted - enlarged(expected)).abs().max() <= 1
-        hidden = (masked - grey).abs().amax(dim=0) <= 1  # (96, 96)
-        per_patch = hidden.unflatten(0, (4, 24)).unflatten(2, (4, 24)).float().mean(dim=(1, 3))
+        hidden = (masked - grey).abs().amax(dim=0) <= 1  # (128, 128)
+        per_patch = hidden.unflatten(0, (4, 32)).unflatten(2, (4, 32)).float().mean(dim=(1, 3))
         assert (per_patch == 1).sum() >= 8  # half of the patches are masked
-        is_masked = (per_patch == 1).repeat_interleave(24, 0).repeat_interleave(24, 1)
+        is_masked = (per_patch == 1).repeat_interleave(32, 0).repeat_interleave(32, 1)
         assert torch.equal(inpainted[:, ~is_masked], original[:, ~is_masked])
         assert (inpainted - predicted)[:, is_masked].abs().max() <= 1
 
@@ -198,26 +230,75 @@ def test_reconstructions_are_drawn_from_several_data_sets_in_turn_and_list_corru
         assert torch.equal(found[number], views[number % 2][sample]["inputs"][0])
 
 
-def test_losses_are_drawn_if_any_were_logged(tmp_path):
-    draw_losses([{"step": 1, "lr": 0.1}], tmp_path / "none.png")
+def test_a_picture_has_no_tile_smaller_than_128_pixels_and_a_row_may_be_incomplete(tmp_path):
+    for side, shown in ((32, 128), (100, 200), (128, 128), (224, 224)):
+        draw_tiles(torch.zeros(3, 3, side, side), tmp_path / "t.png", "a", columns=2)
+        picture = decode_image(str(tmp_path / "t.png"), ImageReadMode.RGB)
+        black = (picture == 0).all(dim=0)[48:]
+        assert black[4 : 4 + shown, 8 : 8 + shown].all()
+        assert black.sum() == 3 * shown**2
+
+
+def plotted(lines: list[dict], to: Path, monkeypatch) -> dict[str, list]:
+    """Return {title of a panel: its curves} of a picture of the training."""
+    figures = []
+    monkeypatch.setattr(pictures, "write_figure", lambda figure, to: figures.append(figure))
+    draw_curves(lines, to)
+    return {axis.get_title(): axis.lines for axis in figures[0].axes if axis.lines}
+
+
+def test_curves_are_smoothed_over_raw_and_the_accuracies_are_drawn_beside_them(
+    tmp_path, monkeypatch
+):
+    draw_curves([{"step": 1, "lr": 0.1}], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
-    lines = [{"step": step, "loss/train/total": 1 / step} for step in (1, 2, 3)]
-    draw_losses([*lines, {"step": 3, "knn/trained": 0.5}], tmp_path / "loss.png")
-    picture = decode_image(str(tmp_path / "loss.png"), ImageReadMode.RGB)
-    assert picture.shape == (3, 3 * 120, 4 * 120)
+    values = np.random.default_rng(0).normal(size=250)
+    lines = [{"step": step, "loss/train/total": value} for step, value in enumerate(values, 1)]
+    lines[0] |= {"knn/random": 0.25}
+    lines += [{"step": 250, "knn/trained": 0.5}, {"step": 250, "metrics/eval/top1": 0.75}]
+    draw_curves(lines, tmp_path / "loss.png")
+    assert decode_image(str(tmp_path / "loss.png"), ImageReadMode.RGB).shape[2] == 2 * 4 * 128
+    panels = plotted(lines, tmp_path / "loss.png", monkeypatch)
+    raw, mean = panels["total loss"]
+    assert np.array_equal(raw.get_ydata(), values) and mean.get_label() == "mean of 5 steps"
+    assert mean.get_ydata()[100] == pytest.approx(values[98:103].mean())
+    knn, top1 = panels["accuracy on labelled data"]
+    assert knn.get_xydata().tolist() == [[1, 0.25], [250, 0.5]] and knn.get_label() == "k-NN: 0.500"
+    assert top1.get_xydata().tolist() == [[250, 0.75]]
 
 
-def test_confusion_matrix_is_drawn_as_fractions_of_each_true_class(tmp_path):
-    counts = torch.tensor([[3, 1], [0, 0]])  # no sample of the second class
-    draw_confusion(counts, ["shoe", "bag"], tmp_path / "c.png")
-    picture = decode_image(str(tmp_path / "c.png"), ImageReadMode.RGB)
-    assert picture.shape == (3, 6 * 120, 7 * 120)
+def test_long_curves_are_thinned(tmp_path, monkeypatch):
+    lines = [{"step": step, "loss/train/total": 1 / step} for step in range(1, 50_001)]
+    curves = plotted(lines, tmp_path / "loss.png", monkeypatch)["total loss"]
+    assert all(1900 < len(curve.get_xdata()) <= 2000 for curve in curves)
+
+
+def test_confusion_matrix_shows_counts_and_the_accuracy_of_each_true_class(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "write_figure", lambda figure, to: figures.append(figure))
+    counts = torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 2]])  # no sample of the second class
+    draw_confusion(counts, ["shoe", "bag", "<b>"], tmp_path / "c.png")
+    (axis,) = figures[0].axes
+    assert axis.get_title() == "confusion: top-1 83.3% of 6 samples"
+    assert [label.get_text() for label in axis.get_yticklabels()] == [
+        "shoe  75%",
+        "bag",
+        "<b>  100%",
+    ]
+    cells = {text.get_position(): text.get_text() for text in axis.texts}
+    assert cells == {(0, 0): "3", (1, 0): "1", (2, 2): "2"}
+
+
+def test_confusion_of_many_classes_is_drawn_without_names(tmp_path):
+    draw_confusion(torch.eye(1000), list(map(str, range(1000))), tmp_path / "c.png")
+    assert decode_image(str(tmp_path / "c.png"), ImageReadMode.RGB).shape == (3, 1280, 1280)
 
 
 @pytest.mark.parametrize("name", ["$10 bill", "$1_2_3$", "猫", "🐈", "قط", "a\nb", "x" * 300])
 def test_any_class_name_is_drawn_quietly(tmp_path, capsys, recwarn, name):
     draw_confusion(torch.eye(2), [name, "bag"], tmp_path / "c.png")
-    assert decode_image(str(tmp_path / "c.png"), ImageReadMode.RGB).shape == (3, 720, 840)
+    assert decode_image(str(tmp_path / "c.png"), ImageReadMode.RGB).shape == (3, 896, 896)
+    draw_tiles(torch.zeros(1, 3, 32, 32), tmp_path / "t.png", name, 1, [name], [name])
     assert capsys.readouterr() == ("", "")
     assert not [warning for warning in recwarn if warning.category is not DeprecationWarning]
 
@@ -225,13 +306,13 @@ def test_any_class_name_is_drawn_quietly(tmp_path, capsys, recwarn, name):
 def test_losses_that_are_not_finite_are_left_out(tmp_path, capsys):
     values = [1.0, math.nan, math.inf, -math.inf]
     lines = [{"step": step, "loss/train/$x$": value} for step, value in enumerate(values)]
-    draw_losses(lines, tmp_path / "loss.png")
+    draw_curves(lines, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").exists() and capsys.readouterr().out == ""
 
 
 def test_picture_that_cannot_be_drawn_or_written_costs_a_line(tmp_path, capsys):
     lines = [{"step": 1, "loss/train/total": 1.0}]
-    draw_losses(lines, to=tmp_path / "nowhere" / "loss.png")
+    draw_curves(lines, to=tmp_path / "nowhere" / "loss.png")
     draw_confusion(torch.ones(2), ["one", "two"], tmp_path / "c.png")
     draw_attention(None, ["nowhere"], tmp_path / "a.png")
     printed = capsys.readouterr().out.splitlines()

@@ -39,8 +39,17 @@ def test_contact_sheet_shows_thin_small_and_corrupt_samples_under_any_name(tmp_p
     rows = sheet.reshape(5, CELL + CAPTION, 8 * CELL, 3)[:, CAPTION:]
     grey = (abs(rows[..., :3] - 90) < 3).all(axis=3).sum(axis=(1, 2))
     side = CELL - 2
-    assert grey.tolist() == [side, side, side**2, 3 * side * 84, 0]
+    assert grey.tolist() == [side, side, side**2, 3 * side * round(side * 20 / 30), 0]
     assert (rows[4, :side, :side] == [255, 0, 0]).all()
+
+
+def test_contact_sheet_of_photos_has_a_photo_in_each_place(tmp_path):
+    photos = [encode_clip([jpeg(30, 30)], [0.0], 0, str(number)) for number in range(11)]
+    show(write_set(tmp_path / "set", photos), str(tmp_path / "sheet.png"), samples=2, frames=8)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+    cells = sheet.reshape(2, CELL + CAPTION, 8, CELL, 3)[:, CAPTION:].swapaxes(1, 2)
+    grey = (abs(cells - 90) < 3).all(axis=4).sum(axis=(2, 3)).flatten()
+    assert grey.tolist() == [(CELL - 2) ** 2] * 11 + [0] * 5
 
 
 @pytest.mark.parametrize("option", ["samples", "frames"])

@@ -34,7 +34,7 @@ from torch import nn
 from yaml import YAMLError
 
 from evaluation.online import OnlineProbe
-from evaluation.pictures import draw_losses
+from evaluation.pictures import draw_curves
 from evaluation.probes import KNN
 from shards.format import fingerprint
 from shards.loader import samples_in
@@ -454,5 +454,5 @@ def finish_run(run: Path, extra: dict[str, float]) -> dict[str, float]:
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     result = {key: value for line in lines for key, value in line.items()} | extra
     Storage(str(run)).write_json("result.json", result)
-    draw_losses(lines, run / "loss.png")
+    draw_curves(lines, run / "loss.png")
     return result
