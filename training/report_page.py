@@ -89,9 +89,8 @@ dd { margin: 0; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
 figure { margin: 0; overflow-x: auto; }
 img { display: block; max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid #eaeef2; overflow-wrap: anywhere; }
-th { font-weight: 600; }
+td { padding: .25rem .9rem .25rem 0; vertical-align: top; border-bottom: 1px solid #eaeef2;
+  overflow-wrap: anywhere; }
 pre { margin: .3rem 0 1rem; padding: .7rem .9rem; border-radius: 6px; background: #f6f8fa;
   font: .85rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -118,16 +117,14 @@ def shown(value: Any, key: str = "") -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def table(rows: Iterable[Iterable[Any]], head: Iterable[str] = ()) -> str:
-    lines = ["<table>"]
-    if head:
-        lines.append("<tr>" + "".join(f"<th>{escape(text)}</th>" for text in head) + "</tr>")
-    for row in rows:
-        lines.append("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>")
-    return "\n".join([*lines, "</table>"])
+def table(rows: Iterable[Iterable[str]]) -> str:
+    """Return a table of texts as HTML."""
+    lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+    return "\n".join(["<table>", *lines, "</table>"])
 
 
 def folded(title: str, content: str) -> str:
+    """Return HTML that a reader can unfold."""
     return f"<details><summary>{escape(title)}</summary>\n{content}\n</details>"
 
 
@@ -137,7 +134,7 @@ def embedded(path: Path, alt: str) -> str:
     image = Image.open(io.BytesIO(data))
     if len(data) > PNG_BYTES:
         buffer, kind = io.BytesIO(), "jpeg"
-        image.convert("RGB").save(buffer, "JPEG", quality=88, subsampling=0)
+        image.convert("RGB").save(buffer, "JPEG", quality=80)
         data = buffer.getvalue()
     # On a narrow screen, a picture is not scaled down further, but scrolls.
     style = f"min-width:min({image.width}px,40rem)"
@@ -188,8 +185,8 @@ def tables(run: Path, result: dict[str, Any]) -> Iterator[str]:
         yield folded(f"Accuracy of each of {len(rows)} classes", table(rows))
     file = run / "predictions.csv"
     if file.exists():
-        head, *rows = csv.reader(io.StringIO(file.read_text(), newline=""))
-        yield folded(f"The first of {len(rows)} predictions", table(rows[:PREDICTIONS], head))
+        rows = list(csv.reader(io.StringIO(file.read_text(), newline="")))
+        yield folded(f"The first of {len(rows) - 1} predictions", table(rows[: PREDICTIONS + 1]))
 
 
 def flow(value: Any) -> str:
@@ -220,21 +217,19 @@ def after_pretraining(
     """Return the commands that measure and use the encoder of a pre-training, by their purpose."""
     knn = (config.get("callbacks") or {}).get("KNN") or MINE
     probe = {key: knn[key] for key in ("bank", "queries", "crop_pct") if key in knn}
-    pictures = [f"attention={flow(knn['queries'])}"]
-    recipe = ["yamls/finetune_demo.yaml", "yamls/finetune_stills.yaml"]
-    if frames > 1:
+    probed = [*measure, f"probe={flow(probe | {'neighbours': True})}"]
+    recipe = ["composer", "finetune.py", "yamls/finetune_demo.yaml"]
+    if frames == 1:
+        probed.append(f"attention={flow(knn['queries'])}")
+        recipe.append("yamls/finetune_stills.yaml")
+    else:
         tubelet = config["model"].get("tubelet_size", 1)
-        pictures, recipe = (
-            [],
-            [recipe[0], f"model={{num_frames: {frames}, tubelet_size: {tubelet}}}"],
-        )
+        recipe.append(f"model={{num_frames: {frames}, tubelet_size: {tubelet}}}")
     return {
-        "k-NN and linear accuracy, with pictures": [
-            *(*measure, f"probe={flow(probe | {'neighbours': True})}", *pictures),
-        ],
+        "k-NN and linear accuracy, with pictures": probed,
         "A classifier": [
-            *("composer", "finetune.py", *recipe, f"run_name={run.name}_finetuned"),
-            *(f"pretrained={run}", f"trainer.device={device}"),
+            *(*recipe, f"run_name={run.name}_finetuned", f"pretrained={run}"),
+            f"trainer.device={device}",
             f"data.streams={flow([{'path': path} for path in knn['bank']])}",
             f"eval_data.paths={flow(knn['queries'])}",
         ],
@@ -246,13 +241,14 @@ def after_pretraining(
     }
 
 
-def describe(run: Path, config: dict, settings: dict, result: dict) -> str:
+def describe(config: dict, settings: dict, result: dict) -> str:
     """Return in words which kind of run it is, and how far it got."""
     if settings:
         weights = "random weights, sizes of " if settings.get("random_weights") else ""
-        return f"evaluation of {weights}{settings.get('checkpoint')}"
+        return f"evaluation of {weights}{settings.get('checkpoint') or 'random weights'}"
     stage = "fine-tuning" if "eval_data" in config else "pre-training"
-    length = f"{result['epoch']:g} epochs, {result['step']:g} steps" if result else "not finished"
+    is_logged = {"epoch", "step"} <= result.keys()
+    length = f"{result['epoch']:g} epochs, {result['step']:g} steps" if is_logged else "no log"
     return f"{stage}, {length}, seed {config.get('seed')}"
 
 
@@ -271,6 +267,6 @@ def write_report(run: Path, to: Path) -> None:
     for name in ("config.yaml", "eval.yaml", "data_sets.json"):
         if (run / name).exists():
             sections.append(folded(name, f"<pre>{escape((run / name).read_text())}</pre>"))
-    kind = describe(run, config, settings, result)
+    kind = describe(config, settings, result)
     page = PAGE.substitute(name=escape(run.name), kind=escape(kind), body="\n".join(sections))
     write_file(str(to), page.encode("utf-8", "backslashreplace"))
