@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, IdentityTransform
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import normalize
@@ -30,7 +30,7 @@ from shards.views import EvalViews
 SMALLEST = 128  # pixels of a sample in a picture: smaller samples are enlarged
 LONGEST = 40  # characters of a class name in a picture
 DPI = 128  # pixels of an inch: a power of two, so that a size in inches is exact
-LINE, BORDER, GAP = 16, 4, 4  # pixels: a line of a caption, a frame around a tile, its distance
+BORDER, GAP = 4, 4  # pixels: the frame around a tile, and its distance from the next tile
 POINTS = 2000  # of a curve at most
 ACCURACIES = {  # what metrics.jsonl calls each: the accuracies in the curves
     "k-NN": ("knn/random", "knn/trained"),
@@ -101,48 +101,52 @@ def draw_tiles(
     Args:
         rows: a label for each row.
         captions: a text of some lines for each image, drawn above it.
-        colours: of the frame and the caption of each image.
+        colours: of the frame of each image, and of its caption unless it is white.
     """
     tiles, count = enlarge(images.float()), len(images)
     side = tiles.shape[-1]
-    height = LINE * max((text.count("\n") + 1 for text in captions), default=0)
-    cell_height, cell_width = height + side + 2 * BORDER + GAP, side + 2 * BORDER + GAP
-    frames = torch.tensor([to_rgb(colour) for colour in colours or ["white"] * count])
-    sheet = torch.ones(-(-count // columns) * columns, 3, cell_height, cell_width)
-    sheet[:count, :, height:-GAP, :-GAP] = frames[:, :, None, None]
-    inner = slice(height + BORDER, height + BORDER + side), slice(BORDER, BORDER + side)
+    line = max(16, side // 10)  # pixels from line to line
+    above = line * max((text.count("\n") + 1 for text in captions), default=0)
+    height, width = above + side + 2 * BORDER + GAP, side + 2 * BORDER + GAP
+    sheet = torch.ones(-(-count // columns) * columns, 3, height, width)
+    colours = colours or ["white"] * count
+    frames = torch.tensor([to_rgb(colour) for colour in colours])
+    sheet[:count, :, above:-GAP, :-GAP] = frames[:, :, None, None]
+    inner = slice(above + BORDER, above + BORDER + side), slice(BORDER, BORDER + side)
     sheet[:count, :, *inner] = tiles.cpu()
     sheet = sheet.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, h, columns, w, 3)
     sheet = sheet.flatten(2, 3).flatten(0, 1)
-    left, top = 2 * LINE if rows else BORDER, 3 * LINE
-    width = max(left + sheet.shape[1], 12 * len(title))
-    total = top + sheet.shape[0]
-    figure = Figure(figsize=(width / DPI, total / DPI), dpi=DPI)
+    left, top = 2 * line if rows else BORDER, len(sheet)
+    size = max(left + sheet.shape[1], line * len(title)), top + 3 * line
+    figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI)
     figure.figimage(sheet.numpy(), xo=left)
-    style = {"fontsize": 8, "va": "center_baseline"} | text_style()
-    figure.text((left + BORDER) / width, 1 - 1.5 * LINE / total, title, **style | {"fontsize": 10})
+    # Texts are placed by pixels from the lower left corner.
+    style = {"transform": IdentityTransform(), "va": "center"} | text_style()
+    figure.text(left + BORDER, top + 1.5 * line, title, fontsize=0.6 * line, **style)
     for row, label in enumerate(rows):
-        middle = 1 - (top + row * cell_height + height + BORDER + side / 2) / total
-        figure.text(LINE / width, middle, label, rotation=90, ha="center", **style)
+        middle = top - row * height - above - BORDER - side / 2
+        figure.text(line, middle, label, fontsize=line / 2, rotation=90, ha="center", **style)
     for number, text in enumerate(captions):
-        row, column = divmod(number, columns)
-        x, y = left + column * cell_width, total - top - row * cell_height
-        box = Bbox.from_bounds(x, y - height, cell_width, height)  # without it, texts could overlap
-        colour = colours[number] if colours and colours[number] != "white" else "black"
-        given = style | {"color": colour, "fontsize": 7, "clip_on": True, "clip_box": box}
-        for line, name in enumerate(text.split("\n")):
-            spot = ((x + BORDER) / width, (y - (line + 0.5) * LINE) / total)
-            figure.text(*spot, shortened(name, side // 7), **given)
+        x, y = left + number % columns * width, top - number // columns * height
+        box = Bbox.from_bounds(x, y - above, width, above)  # without it, texts could overlap
+        colour = "black" if colours[number] == "white" else colours[number]
+        given = {"color": colour, "fontsize": 0.44 * line, "clip_on": True, "clip_box": box}
+        given = style | given | {"va": "center_baseline"}  # names with and without descenders
+        for place, name in enumerate(text.split("\n")):
+            name = shortened(name, 16 * side // (7 * line))
+            figure.text(x + BORDER, y - (place + 0.5) * line, name, **given)
     write_figure(figure, to)
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
     """Return the mean of the finite values (n,) around each, NaN where there are none."""
     known = np.isfinite(values)
-    box = np.ones(window)
-    sums = np.convolve(np.where(known, values, 0.0), box, "same")
-    counts = np.convolve(known.astype(float), box, "same")
-    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0.5)
+    sums = np.cumsum([0.0, *np.where(known, values, 0.0)])
+    counts = np.cumsum([0, *known])
+    first = np.arange(len(values)) - window // 2
+    begin, end = np.clip(first, 0, None), np.clip(first + window, None, len(values))
+    with np.errstate(invalid="ignore"):
+        return (sums[end] - sums[begin]) / (counts[end] - counts[begin])
 
 
 def series(lines: list[dict], *names: str) -> tuple[np.ndarray, np.ndarray]:
@@ -153,13 +157,13 @@ def series(lines: list[dict], *names: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plot_loss(axis: Axes, lines: list[dict], name: str) -> None:
-    """Plot a loss of each step, and its mean over a fiftieth of all steps."""
+    """Plot a loss of each step, and its mean over a fiftieth of all steps, or over 5 steps."""
     steps, values = series(lines, name)
-    window = max(1, min(len(values), len(values) // 50))
+    window = max(1, len(values) // 50, min(5, len(values) // 10))
     thin = slice(None, None, -(-len(values) // POINTS))
     axis.plot(steps[thin], values[thin], linewidth=0.6, alpha=0.35)
-    mean = smoothed(values, window)[thin]
-    axis.plot(steps[thin], mean, color="C0", label=f"mean of {window} steps")
+    label = f"mean of {window} steps" if window > 1 else None
+    axis.plot(steps[thin], smoothed(values, window)[thin], color="C0", label=label)
     axis.set_title(LOSSES.get(name, name.removeprefix("loss/train/")), parse_math=False)
 
 
@@ -191,7 +195,8 @@ def draw_curves(lines: list[dict], to: Path) -> None:
         plot(axis)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
     for axis in axes[len(plots) :]:
         axis.set_axis_off()
     figure.suptitle("the training, step by step\n", fontsize=13)

@@ -75,7 +75,8 @@ PAGE = Template("""\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$name: $kind</title>
 <style>
-body { margin: 0 auto; padding: 1.5rem; max-width: 72rem; color: #1f2328; background: #fff;
+body { margin: 0 auto; padding: 1.5rem; box-sizing: border-box; max-width: 76rem;
+  color: #1f2328; background: #fff;
   font: 16px/1.5 system-ui, "Segoe UI", "Noto Sans", "DejaVu Sans", sans-serif; }
 h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere; }
 h2 { margin: 2.5rem 0 .5rem; padding-bottom: .3rem; font-size: 1.2rem;
@@ -137,7 +138,7 @@ def embedded(path: Path, alt: str) -> str:
         image.convert("RGB").save(buffer, "JPEG", quality=80)
         data = buffer.getvalue()
     # On a narrow screen, a picture is not scaled down further, but scrolls.
-    style = f"min-width:min({image.width}px,40rem)"
+    style = f"min-width:min({image.width}px,60rem)"
     size = f'width="{image.width}" height="{image.height}" style="{style}"'
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return f'<img {size} alt="{escape(alt)}" src="{source}">'
