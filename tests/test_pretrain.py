@@ -35,7 +35,8 @@ def test_command_line_pretrains_measures_and_draws(demo, tmp_path):
             parts = 0.7 * line["loss/train/reconstruction"] + 0.3 * line["loss/train/contrastive"]
             assert line["loss/train/total"] == pytest.approx(parts, rel=1e-5)
     assert {"knn/random", "knn/trained"} <= read_result(tmp_path, "demo").keys()
-    for name in ("config.yaml", "loss.png", "reconstructions.png", f"checkpoints/{LATEST}"):
+    pictures = ("loss.png", "reconstructions.png", "report.html")
+    for name in ("config.yaml", *pictures, f"checkpoints/{LATEST}"):
         assert (run / name).stat().st_size > 0
 
 
