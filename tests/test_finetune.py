@@ -303,6 +303,8 @@ def test_fine_tuning_prints_which_weights_were_loaded_and_the_accuracy(
     assert "encoder.blocks                     36" in printed
     top1 = read_result(tmp_path, "finetune_demo")["metrics/eval/top1"]
     assert f"top-1 {top1:.3f}" in printed.splitlines()[-1]
+    page = (tmp_path / "runs" / "finetune_demo" / "report.html").read_text()
+    assert f"<dd>{100 * top1:.1f} %</dd>" in page and "predict=[" in page
 
 
 def test_random_weights_take_the_sizes_of_the_checkpoint_and_nothing_else(
