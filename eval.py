@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+import yaml
 from composer import Trainer
 from composer.trainer.trainer import get_device
 from composer.utils import dist, reproducibility
-from omegaconf import OmegaConf
 from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
@@ -385,7 +385,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         run.mkdir(parents=True, exist_ok=True)
         Storage(str(run)).write_json("data_sets.json", data_sets)
         given = {name: value for name, value in asdict(config).items() if value is not None}
-        Storage(str(run)).write("eval.yaml", OmegaConf.to_yaml(OmegaConf.create(given)).encode())
+        text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+        Storage(str(run)).write("eval.yaml", text.encode())
     net = device.module_to_device(load_model(config))
     result: dict[str, Any] = {
         "run_name": config.run_name,

@@ -66,7 +66,7 @@ def draws_safely(draw: Callable[..., None]) -> Callable[..., None]:
 
 def shortened(name: str, longest: int = LONGEST) -> str:
     """Return a name on one line, cut to `longest` characters."""
-    line = " ".join(name.split())
+    line = " ".join(name.encode("utf-8", "backslashreplace").decode().split())
     return line if len(line) <= longest else line[: longest - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 

@@ -370,9 +370,9 @@ def test_command_line_converts_and_draws_a_contact_sheet(tmp_path):
     assert run("show", str(tmp_path / "out"), "--to", str(tmp_path / "sheet.png")).returncode == 0
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert (
-        sheet.shape == (142, 1024, 3)
-        and sheet[14:, :128].std() > 10
-        and (sheet[14:, 130:] == 255).all()
+        sheet.shape == (194, 1280, 3)
+        and sheet[34:, :160].std() > 10
+        and (sheet[34:, 162:] == 255).all()
     )
 
 

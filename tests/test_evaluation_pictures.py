@@ -294,7 +294,9 @@ def test_confusion_of_many_classes_is_drawn_without_names(tmp_path):
     assert decode_image(str(tmp_path / "c.png"), ImageReadMode.RGB).shape == (3, 1280, 1280)
 
 
-@pytest.mark.parametrize("name", ["$10 bill", "$1_2_3$", "猫", "🐈", "قط", "a\nb", "x" * 300])
+@pytest.mark.parametrize(
+    "name", ["$10 bill", "$1_2_3$", "猫", "🐈", "قط", "a\nb", "\udcff", "x" * 300]
+)
 def test_any_class_name_is_drawn_quietly(tmp_path, capsys, recwarn, name):
     draw_confusion(torch.eye(2), [name, "bag"], tmp_path / "c.png")
     assert decode_image(str(tmp_path / "c.png"), ImageReadMode.RGB).shape == (3, 896, 896)
