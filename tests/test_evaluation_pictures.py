@@ -300,7 +300,7 @@ def test_confusion_of_many_classes_is_drawn_without_names(tmp_path):
 def test_any_class_name_is_drawn_quietly(tmp_path, capsys, recwarn, name):
     draw_confusion(torch.eye(2), [name, "bag"], tmp_path / "c.png")
     assert decode_image(str(tmp_path / "c.png"), ImageReadMode.RGB).shape == (3, 896, 896)
-    draw_tiles(torch.zeros(1, 3, 32, 32), tmp_path / "t.png", name, 1, [name], [name])
+    draw_tiles(torch.zeros(1, 3, 32, 32), tmp_path / "t.png", "title", 1, captions=[name])
     assert capsys.readouterr() == ("", "")
     assert not [warning for warning in recwarn if warning.category is not DeprecationWarning]
 
