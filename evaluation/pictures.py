@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import normalize
 
-from model import Encoder, ViCMAE, patchify
+from model import Encoder, ViCMAE
 from shards.augment import MEAN, STD, normalise
 from shards.format import UNREADABLE
 from shards.storage import write_picture
@@ -237,15 +237,14 @@ def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int =
     ids_keep, ids_restore, mask = model.masking(noise.to(device))
     tokens = encoder(views if encoder.num_frames > 1 else views[:, 0], ids_keep)
     pred = model.decoder(tokens, ids_restore).float()  # (count, N, P)
-    target = patchify(views, encoder.patch_size, model.tubelet_size)
+    target = model.target_patches(views)
     if model.norm_pix_loss:
-        # The prediction is relative to the mean and the deviation of its patch.
-        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        pred = pred * (var + 1e-6).sqrt() + mean
+        mean, std = model.patch_statistics(target)
+        pred = pred * std + mean
     removed = mask[:, :, None].bool()
     masked, inpainted = target.masked_fill(removed, 0.0), torch.where(removed, pred, target)
     rows = torch.cat([target, masked, pred, inpainted])
-    frame = target.shape[2] // model.tubelet_size  # numbers of one frame of a tubelet
+    frame = encoder.patch_size**2 * 3  # numbers of the first frame of a tubelet
     images = unpatchify(rows[:, : encoder.grid**2, :frame], encoder.patch_size)
     images = denormalise(images).clamp(0, 1)
     if dist.get_global_rank() == 0:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from tiny_models import CLIPS, TINY
 from torchvision.io import ImageReadMode, decode_image
 
 from evaluation import pictures
@@ -23,8 +24,9 @@ from evaluation.pictures import (
     last_attention,
     unpatchify,
 )
+from methods.masked import STMAE, VideoMAE
 from model import Encoder, ViCMAE
-from shards.augment import MEAN, STD
+from shards.augment import MEAN, STD, normalise
 from shards.views import EvalViews
 
 SIZES = (32, 8, 48, 2, 3)  # img_size, patch_size, embed_dim, depth, num_heads
@@ -217,6 +219,36 @@ def test_reconstructions_show_originals_masked_patches_and_the_predictions_in_th
         is_masked = (per_patch == 1).repeat_interleave(32, 0).repeat_interleave(32, 1)
         assert torch.equal(inpainted[:, ~is_masked], original[:, ~is_masked])
         assert (inpainted - predicted)[:, is_masked].abs().max() <= 1
+
+
+@pytest.mark.parametrize("method", [STMAE, VideoMAE])
+def test_perfect_predictions_of_clips_are_drawn_as_the_originals(
+    demo, tmp_path, monkeypatch, method
+):
+    net = method(**TINY, **CLIPS).eval()
+    drawn, clips = [], []
+    monkeypatch.setattr(pictures, "draw_tiles", lambda images, *_: drawn.append(images))
+
+    def recorded(views):
+        clips.append(normalise(views))
+        return clips[0]
+
+    monkeypatch.setattr(pictures, "normalise", recorded)
+
+    def predict(tokens, ids_restore):
+        """Normalise by patch (ST-MAE, the first frame) or by channel (VideoMAE, both frames)."""
+        first = clips[0][:, ::2] if method is STMAE else clips[0]  # (B, T, 3, H, W)
+        tubelets = first.unflatten(1, (2, -1)).unflatten(4, (4, 8)).unflatten(6, (4, 8))
+        patches = tubelets.permute(0, 1, 4, 6, 2, 5, 7, 3).flatten(1, 3)  # (B, N, t, 8, 8, 3)
+        axes = (2, 3, 4, 5) if method is STMAE else (2, 3, 4)
+        var, mean = torch.var_mean(patches, dim=axes, keepdim=True)
+        return ((patches - mean) / (var + 1e-6).sqrt()).flatten(2)
+
+    monkeypatch.setattr(net.decoder, "forward", predict)
+    draw_reconstructions(net, [str(demo / "test_videos")], tmp_path / "r.png", count=3)
+    original, _, predicted, _ = drawn[0].split(3)
+    assert original.std() > 0.1
+    torch.testing.assert_close(predicted, original, atol=1e-5, rtol=0)
 
 
 def test_reconstructions_are_drawn_from_several_data_sets_in_turn_and_list_corrupt_samples(
