@@ -8,6 +8,7 @@ from methods.contrastive import MoCoV2, SimCLR, SimSiam, Triplet, VICReg
 from methods.linear_probe import LinearProbe
 from methods.masked import MAE, STMAE, OmniMAE, VideoMAE
 from methods.supervised import Omnivore
+from methods.tubevit import TubeViT
 from model import Classifier, ViCMAE
 
 PRETRAINING = {
@@ -22,4 +23,9 @@ PRETRAINING = {
     "videomae": VideoMAE,
     "omnimae": OmniMAE,
 }
-CLASSIFIERS = {"classifier": Classifier, "omnivore": Omnivore, "linear_probe": LinearProbe}
+CLASSIFIERS = {
+    "classifier": Classifier,
+    "omnivore": Omnivore,
+    "linear_probe": LinearProbe,
+    "tubevit": TubeViT,
+}

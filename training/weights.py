@@ -48,6 +48,7 @@ OTHER_KINDS = {  # {keys of our layout: the kind of ViT that has them}
     BLOCK + r"mlp\.(w12|w1|fc1_g)\.": "SwiGLU",
     r"(encoder\.)?attn_pool\.": "attention pooling",
 }
+TUBES = "encoder.patch_embed.tubes."  # TubeViT's kernels beside the patch embedding
 OWN_PLACES = ("", "model", "encoder", "state.model.encoder")  # ours and the official files'
 CLASS_NAMES = "_extra_state"  # PyTorch's key of Classifier.get_extra_state
 
@@ -290,8 +291,17 @@ def resize_weight(name: str, value: Tensor, shape: torch.Size) -> Tensor:
 
     A 2-D patch embedding is inflated to tubelets: repeated over the frames, and divided by their
     number. Tubelets are summed over the frames for images, as for a still clip. Positions are
-    interpolated to another grid (bicubic) or another number of time steps (linear).
+    interpolated to another grid (bicubic) or another number of time steps (linear). Kernels of
+    TubeViT are interpolated (trilinear), and scaled to the same sum over their pixels. With fewer
+    kernels than before, the first ones are kept.
     """
+    if name.startswith(TUBES) and value.shape != shape:
+        value = value[: shape[0]]
+        if len(shape) == 1:  # bias
+            return value
+        kernel = value if value.ndim == 5 else value[:, :, None]  # (D, 3, t, h, w)
+        scale = math.prod(kernel.shape[2:]) / math.prod(shape[2:])
+        return scale * F.interpolate(kernel, shape[2:], mode="trilinear")
     if name.endswith("patch_embed.proj.weight") and value.ndim == 4 and len(shape) == 5:
         frames = shape[2]
         return value[:, :, None].expand(-1, -1, frames, -1, -1) / frames
@@ -338,6 +348,10 @@ def load_pretrained(
         leave_out_other_size(origin, weights, module.state_dict(), f"{part}.")
     own = module.state_dict()
     own.pop(CLASS_NAMES, None)  # The names of the model's own data stay.
+    for key in own:
+        patches = "encoder.patch_embed.proj." + key.rpartition(".")[2]
+        if key.startswith(TUBES) and patches in weights:
+            weights.setdefault(key, weights[patches])
     missing = [key for key in own if key not in weights]
     unused = [key for key in weights if key not in own]
     check_encoder(origin, missing, unused)
