@@ -238,7 +238,7 @@ class FinetuneConfig(RunConfig):
         pretrained: a checkpoint of pretrain.py, an official file or the name of timm's weights;
             null for none. The sizes of the encoder come from it, unless `model` gives them.
         random_weights: take only the sizes of `pretrained`, for the baseline of random weights.
-        method: classifier, linear_probe or omnivore.
+        method: classifier, linear_probe, omnivore or tubevit.
         optimizer, lars: one of the two. LARS is for linear probes, with a head for each of its
             learning rates.
     """

@@ -21,6 +21,7 @@ from finetune import FinetuningViews
 from methods import CLASSIFIERS, PRETRAINING
 from methods.linear_probe import LinearProbe
 from methods.supervised import Omnivore
+from methods.tubevit import TubeViT
 from shards.augment import PARAMETERS, augment_batch
 from training.logs import GradientNorm
 
@@ -72,17 +73,20 @@ def test_step_of_pretraining_reads_no_value_and_leaves_no_tensor_on_the_host(met
 @pytest.mark.parametrize("mixup", [0.0, 0.8])
 @pytest.mark.parametrize("kind", CLASSIFIERS.values())
 def test_step_of_fine_tuning_reads_no_value_and_leaves_no_tensor_on_the_host(kind, mixup):
-    if kind is Omnivore:
-        net = kind([3, 4], **ENCODER)
+    frames = 32 if kind is TubeViT else 1
+    if issubclass(kind, Omnivore):
+        net = kind([3, 4], **ENCODER | ({"patch_size": 16} if frames > 1 else {}))
     else:
         net = kind(7, **({"heads": 2} if kind is LinearProbe else {}), **ENCODER)
     if mixup and kind is LinearProbe:
         return  # has no mixup, see FinetuningViews
     held_out = 0.0 if mixup else 0.1
-    views = FinetuningViews(32, 1, 7, mixup=mixup, cutmix=mixup, erasing=1.0, held_out=held_out)
+    views = FinetuningViews(
+        32, frames, 7, mixup=mixup, cutmix=mixup, erasing=1.0, held_out=held_out
+    )
     with torch.device("meta"):
         batch = {
-            "inputs": torch.empty(4, 1, 1, 3, 32, 32, dtype=torch.uint8),
+            "inputs": torch.empty(4, 1, frames, 3, 32, 32, dtype=torch.uint8),
             "target": torch.empty(4, dtype=torch.long),
             "held_out": torch.empty(4, dtype=torch.long),
         }
