@@ -127,7 +127,8 @@ class TubeEncoder(nn.Module):
     """A ViT on the tubes of a clip, or on the tubes that touch an image.
 
     An image is the first frame of a clip whose other frames are 0. It has the tokens of the tubes
-    that begin at this frame. A clip of equal frames counts as an image.
+    that begin at this frame. A clip of equal frames counts as an image; random erasing would make
+    its frames differ.
 
     Args:
         encoder: of images; its blocks, norm and CLS token become part of this encoder.
