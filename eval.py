@@ -12,9 +12,15 @@ The last line printed is the result as JSON, which is also in runs/{run_name}/ev
 From Python, load_encoder("runs/mine") returns the encoder alone.
 """
 
+import sys
+
+from training.keys import check_keys
+
+if __name__ == "__main__":  # before the imports of torch and Composer, which take 6 s
+    check_keys(__file__, "EvalConfig", sys.argv[1:])
+
 import contextlib
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -39,14 +45,7 @@ from model import Classifier, Encoder, ViCMAE
 from shards.format import labelled_classes, match_classes, read_classes
 from shards.storage import Storage
 from shards.workers import exit_on_signals
-from training.config import (
-    ConfigError,
-    RunName,
-    convert_block,
-    keywords_of,
-    load_config,
-    one_line_errors,
-)
+from training.config import RunName, convert_block, keywords_of, load_config
 from training.export import check_export, check_exportable, export
 from training.help import stage_help
 from training.plan import Machine, forward_plan, size_of, split_plan_flags
@@ -54,6 +53,7 @@ from training.precision import forbid_tf32
 from training.report_page import write_report
 from training.run import check_data_sets
 from training.sizes import find_run, known_model
+from training.sources import ConfigError, one_line_errors
 from training.weights import class_names_in, load_pretrained, read_checkpoint
 
 MODELS = PRETRAINING | CLASSIFIERS

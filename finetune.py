@@ -8,9 +8,15 @@ The fields of FinetuneConfig are the keys of its YAML files. Everything of a run
 runs/{run_name}/, as in pre-training.
 """
 
+import sys
+
+from training.keys import check_keys
+
+if __name__ == "__main__":  # before the imports of torch and Composer, which take 6 s
+    check_keys(__file__, "FinetuneConfig", sys.argv[1:])
+
 import math
 import random
-import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -44,7 +50,7 @@ from shards.format import (
 from shards.stream import load_stream
 from shards.views import UnitInterval, check_frames, crop_and_scale, draw_crop, pick_frames
 from shards.workers import exit_on_signals
-from training.config import Choice, load_config, one_line_errors
+from training.config import Choice, load_config
 from training.cost import flops_per_sample
 from training.help import stage_help
 from training.optimizer import build_optimizer
@@ -52,6 +58,7 @@ from training.plan import Machine, size_of, split_plan_flags, training_plans
 from training.report_page import write_report
 from training.run import RunConfig, build_trainer, finish_run, fit, start_run
 from training.sizes import ENCODER_SIZES, known_model
+from training.sources import one_line_errors
 from training.speedups import unwrapped
 from training.weights import describe, load_pretrained
 

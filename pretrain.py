@@ -12,10 +12,16 @@ of one callable. Everything of a run is in runs/{run_name}/: config.yaml, checkp
 metrics.jsonl, result.json, loss.png, reconstructions.png, and report.html with all of them.
 """
 
+import sys
+
+from training.keys import check_keys
+
+if __name__ == "__main__":  # before the imports of torch and Composer, which take 6 s
+    check_keys(__file__, "PretrainConfig", sys.argv[1:])
+
 import json
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +45,7 @@ from shards.storage import Storage
 from shards.stream import load_stream
 from shards.views import PretrainingViews, check_frames
 from shards.workers import exit_on_signals
-from training.config import Choice, keywords_of, load_config, one_line_errors
+from training.config import Choice, keywords_of, load_config
 from training.cost import flops_per_sample
 from training.help import stage_help
 from training.optimizer import build_optimizer
@@ -47,6 +53,7 @@ from training.plan import Machine, split_plan_flags, training_plans, training_re
 from training.report_page import write_report
 from training.run import RunConfig, build_trainer, finish_run, fit, start_run
 from training.sizes import ENCODER_SIZES, HEAD_SIZES, known_model
+from training.sources import one_line_errors
 from training.speedups import unwrapped
 from training.weights import describe, load_pretrained
 

@@ -37,8 +37,9 @@ from model import Encoder
 from pretrain import PretrainConfig
 from shards.format import read_json
 from shards.storage import Storage, write_file, write_picture
-from training.config import RunName, load_config, one_line_errors
+from training.config import RunName, load_config
 from training.run import RunConfig, changed_settings, read_config
+from training.sources import one_line_errors
 from training.weights import LATEST, load_pretrained
 
 STAGES = {"pretrain.py": PretrainConfig, "finetune.py": FinetuneConfig}

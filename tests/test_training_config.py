@@ -19,9 +19,8 @@ from training.config import (
     RunName,
     build_named,
     load_config,
-    one_line_errors,
-    read_sources,
 )
+from training.sources import one_line_errors, read_sources
 
 ProperFraction = Annotated[float, Field(ge=0, lt=1)]
 

@@ -16,6 +16,7 @@ from benchmarks import compare
 from pretrain import PretrainConfig
 from shards.views import PretrainingViews
 from training.config import load_config
+from training.keys import check_keys
 
 FILES = sorted((ROOT / "yamls").rglob("*.yaml"))
 COMPARISONS = [ROOT / "yamls" / "compare.yaml", *sorted((ROOT / "yamls" / "ablations").iterdir())]
@@ -81,6 +82,8 @@ def test_every_command_in_a_header_is_taken_by_its_stage(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for script, *arguments in commands_of(path):
         config = CONFIGS[script]
+        if script in STAGES:
+            check_keys(script, config.__name__, arguments)
         config(**load_config(arguments, config))
 
 

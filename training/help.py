@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 from training.config import Choice, Named, keywords_of
+from training.sources import without
 
 WIDTH = 100
 ENTRY = re.compile(r"^(\w+(?:, \w+)*)(?: \(.*?\))?: ?(.*)$")  # `name, other (type, optional): text`
@@ -25,9 +26,7 @@ def stage_help(usage: str, config: Callable) -> str:
 def key_lines(target: Callable, indent: str = "  ", omitted: tuple[str, ...] = ()) -> Iterator[str]:
     """Yield a line for each keyword argument of a callable, and for those of the blocks in it."""
     texts = argument_texts(target)
-    for name, (hint, default) in keywords_of(target).items():
-        if name in omitted:
-            continue
+    for name, (hint, default) in without(keywords_of(target), omitted).items():
         block = block_of(hint)
         if block is None:
             value = "" if default is inspect.Parameter.empty else f" = {shown(default)}"

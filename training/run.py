@@ -9,7 +9,6 @@ Everything of a run is in its run directory, runs/{run_name}/.
 """
 
 import errno
-import inspect
 import json
 import os
 import signal
@@ -52,13 +51,12 @@ from training.precision import forbid_tf32
 from training.progress import Progress
 from training.spot import SpotNotice
 
-TRAINER_ARGUMENTS = inspect.signature(Trainer).parameters
 TrainerBlock = Annotated[  # Composer's Trainer, without the arguments that build_trainer gives
     dict,
     Trainer,
     *("model", "optimizers", "schedulers", "train_dataloader", "eval_dataloader"),
     *("device_train_microbatch_size", "seed", "run_name", "algorithms", "callbacks", "loggers"),
-    *(name for name in TRAINER_ARGUMENTS if name.startswith(("save_", "load_", "autoresume"))),
+    *("save_*", "load_*", "autoresume*"),
 ]
 
 
