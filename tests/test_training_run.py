@@ -100,8 +100,13 @@ def test_settings_that_do_not_decide_the_result_may_change(tmp_path):
     now["data"] |= {"download": {"retry": 4}, "prefetch_factor": 4, "shuffle_block_size": None}
     now["model"] = {"chunk_size": 2}
     assert changed_settings(read_config(tmp_path), now) == []
-    changed = changed_settings(read_config(tmp_path), now | {"seed": 1, "algorithms": {"EMA": {}}})
-    assert changed == ["algorithms.EMA", "seed"]
+    now |= {"seed": 1, "algorithms": {"EMA": {}}, "augment": {"video": {"hue": 0.1}}}
+    changed = changed_settings(read_config(tmp_path), now)
+    assert changed == [
+        "algorithms.EMA (not given -> {})",
+        "augment.video.hue (not given -> 0.1)",
+        "seed (0 -> 1)",
+    ]
     (tmp_path / "config.yaml").write_text("seed: [")
     with pytest.raises(ValueError, match=r"config\.yaml: corrupt"):
         read_config(tmp_path)

@@ -99,17 +99,20 @@ IGNORED_IN_SHARDS = ["state/callbacks", "state/model/_extra_state"]
 OLD_KEYS = ("allow_changes", "data.make_demo")  # in the config.yaml of earlier versions
 
 
+def flatten(block: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each value in nested blocks with its key, such as augment.video.hue."""
+    for name, value in block.items():
+        if value and isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that may not change when a run resumes, as {block.key: value}."""
-    settings = {}
-    for name, block in config.items():
-        if name in FREE or block is None:
-            continue
-        if isinstance(block, dict):
-            settings |= {f"{name}.{key}": value for key, value in block.items()}
-        else:
-            settings[name] = block
-    return {key: value for key, value in settings.items() if key not in FREE_KEYS + OLD_KEYS}
+    blocks = {name: block for name, block in config.items() if name not in FREE and block != {}}
+    free = tuple(f"{key}." for key in FREE_KEYS + OLD_KEYS)
+    return {key: value for key, value in flatten(blocks) if not f"{key}.".startswith(free)}
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -129,12 +132,17 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def changed_settings(before: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    """Return the keys of fixed settings whose values differ from an earlier config."""
+    """Return "key (old -> new)" for each fixed setting that differs from an earlier config."""
     if not before:
         return []
     before = fixed_settings(before)
     now = fixed_settings(json.loads(json.dumps(config)))  # lists for tuples, as in the file
-    return sorted(key for key in before | now if before.get(key) != now.get(key))
+    changed = []
+    for key in sorted(before | now):
+        if before.get(key) != now.get(key):
+            listed = [json.dumps(one[key]) if key in one else "not given" for one in (before, now)]
+            changed.append(f"{key} ({' -> '.join(listed)})")
+    return changed
 
 
 def is_finished(run: Path, before: str | None, now: str | None) -> bool:
