@@ -109,12 +109,18 @@ def show(path: str, to: str, samples: int = 12, frames: int = 8) -> None:
     """Draw a contact sheet: `samples` rows of a sample with up to `frames` frames.
 
     A row of a data set of images has `frames` samples. Samples are spread evenly over the data set,
-    and frames evenly over their sample.
+    and frames evenly over their sample. The folder of the picture `to` is made.
+
+    Raises:
+        ValueError: `path` is no data set, or Pillow cannot write a file with the ending of `to`.
     """
     classes = read_classes(path)
     for option, value in (("samples", samples), ("frames", frames)):
         if value < 1:
             raise ValueError(f"--{option} {value}: must be at least 1")
+    kind = Image.registered_extensions().get(os.path.splitext(to)[1].lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"--to {to}: must be a picture such as sheet.png")
     clips = Clips(path)
     numbers = spread(len(clips), samples)
     per_row = 1
@@ -126,7 +132,9 @@ def show(path: str, to: str, samples: int = 12, frames: int = 8) -> None:
     for place, cell in enumerate(cells):
         row, column = divmod(place, per_row)
         sheet.paste(cell, (column * CELL, row * (CELL + CAPTION)))
+    os.makedirs(os.path.dirname(to) or ".", exist_ok=True)
     sheet.save(to)
+    print(f"{to}: {len(cells)} of the {len(clips)} samples of {path}")
 
 
 def draw_sample(sample: dict, classes: list[str], frames: int) -> Image.Image:

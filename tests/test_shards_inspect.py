@@ -25,7 +25,7 @@ def write_set(path: Path, samples: list[dict]) -> str:
     return str(path)
 
 
-def test_contact_sheet_shows_thin_small_and_corrupt_samples_under_any_name(tmp_path):
+def test_contact_sheet_shows_thin_small_and_corrupt_samples_under_any_name(tmp_path, capsys):
     samples = [
         encode_clip([jpeg(1, 500)], [0.0], 0, "thin"),
         encode_clip([jpeg(500, 1)], [0.0], 0, "two\nlines"),
@@ -33,8 +33,10 @@ def test_contact_sheet_shows_thin_small_and_corrupt_samples_under_any_name(tmp_p
         encode_clip([jpeg(20, 30)] * 3, [0.0, 1.0, 2.0], 0, "x" * 300),
         encode_clip([b"corrupt"], [0.0], 0, "corrupt"),
     ]
-    show(write_set(tmp_path / "set", samples), str(tmp_path / "sheet.png"))
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+    path, sheet = write_set(tmp_path / "set", samples), tmp_path / "new" / "folder" / "sheet.png"
+    show(path, str(sheet))
+    assert capsys.readouterr().out == f"{sheet}: 5 of the 5 samples of {path}\n"
+    sheet = np.asarray(Image.open(sheet)).astype(int)
     assert sheet.shape == (5 * (CELL + CAPTION), 8 * CELL, 3)
     rows = sheet.reshape(5, CELL + CAPTION, 8 * CELL, 3)[:, CAPTION:]
     grey = (abs(rows[..., :3] - 90) < 3).all(axis=3).sum(axis=(1, 2))
@@ -57,6 +59,13 @@ def test_contact_sheet_without_a_row_or_column_is_refused(tmp_path, option):
     path = write_set(tmp_path / "set", [encode_clip([jpeg(9, 9)], [0.0], 0, "x")])
     with pytest.raises(ValueError, match=f"--{option} 0: must be at least 1"):
         show(path, str(tmp_path / "sheet.png"), **{option: 0})
+
+
+@pytest.mark.parametrize("name", ["", "sheets", "sheet.mp4", "sheet.fits"])
+def test_contact_sheet_that_is_no_picture_is_refused(tmp_path, name):
+    path = write_set(tmp_path / "set", [encode_clip([jpeg(9, 9)], [0.0], 0, "x")])
+    with pytest.raises(ValueError, match=r"--to .*: must be a picture such as sheet\.png"):
+        show(path, f"{tmp_path}/{name}")
 
 
 def test_data_set_without_samples_is_named(tmp_path):
