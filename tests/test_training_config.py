@@ -83,7 +83,9 @@ class Training(Run):
     model: Annotated[dict, Choice("method", NETS, "net")] = field(default_factory=dict)
 
 
-def as_function(*, seed: int, model: Annotated[dict, Net] | None = None) -> None: ...
+def as_function(
+    *, seed: int, model: Annotated[dict, Net] | None = None, files: list[str] | None = None
+) -> None: ...
 
 
 FIRST = "run_name: x\nseed: 0\ndata: {streams: [{path: a}]}\nmodel: {depth: 2, mask_ratio: 0.75}\n"
@@ -136,6 +138,13 @@ def test_keyword_only_parameters_of_a_function_are_keys(write):
     assert error_of("b.yaml", "run=1", stage=as_function).startswith("run=1: is not a key of")
 
 
+@pytest.mark.parametrize("value", ["my/photos", "[my/photos]"])
+def test_single_text_is_a_list_of_one(write, value):
+    write("b.yaml", "seed: 3\n")
+    assert load_config(["b.yaml", f"files={value}"], as_function)["files"] == ["my/photos"]
+    assert "must be a valid list" in error_of("b.yaml", "files=3", stage=as_function)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -149,6 +158,8 @@ def test_keyword_only_parameters_of_a_function_are_keys(write):
         ("trainer.seed=1", "is not a key of this block"),
         ("trainer.max_duration=3.5ep", "give a whole number of epochs or steps, such as 800ep"),
         ("trainer.max_duration=-1ep", "must be 0 or more"),
+        ("trainer.max_duration=100sp", "give a whole number of epochs or steps, such as 800ep"),
+        ("checkpoints.interval=1tok", "give a whole number of epochs or steps, such as 800ep"),
         ("trainer.max_duration=[1]", "must be"),
         ("trainer.parallelism_config=3", "must be"),
         ("schedule.t_warmup=soon", "give a whole number of epochs or steps"),

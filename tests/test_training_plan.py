@@ -159,6 +159,8 @@ def test_plan_flags_are_split_from_the_other_arguments():
     assert split_plan_flags(["a.yaml", "--plan", "seed=1"]) == (["a.yaml", "seed=1"], A100)
     others, machine = split_plan_flags(["--plan=64", "a.yaml", "--gpu=h200"])
     assert (others, machine.gpus, machine.gpu.memory) == (["a.yaml"], 64, 141e9)
+    flags = ["--plan", "64", "a.yaml", "--gpu", "h200", "seed=1"]
+    assert split_plan_flags(flags) == (["a.yaml", "seed=1"], machine)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +169,7 @@ def test_plan_flags_are_split_from_the_other_arguments():
         (["--plan=0"], "--plan=0: must be a number of GPUs"),
         (["--plan="], "--plan=: must be a number of GPUs"),
         (["--plan=x"], "--plan=x: must be a number of GPUs"),
+        (["--plan", "x"], "--plan=x: must be a number of GPUs"),
         (["--plan", "--gpu=k80"], "--gpu=k80: must be one of a100, a100-40, h100, h200, l40s"),
         (["--gpu=h100"], "--gpu: give --plan too"),
     ],

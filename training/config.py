@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any
 
-from composer.core import Time, ensure_time
+from composer.core import Time, TimeUnit, ensure_time
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from training.sources import (
@@ -41,12 +41,14 @@ def check_time(value: Any, positive: bool = True) -> Any:
     """Return a duration such as 800ep or 500ba unchanged; a plain number counts epochs."""
     if not isinstance(value, int | str):
         return value
+    expected = "give a whole number of epochs or steps, such as 800ep or 500ba"
     try:
-        length = ensure_time(value, "ep").value
+        time = ensure_time(value, "ep")
     except (ValueError, TypeError) as error:
-        expected = "a whole number of epochs or steps, such as 800ep or 500ba"
-        raise ValueError(f"give {expected}") from error
-    if length < 0 or (positive and length == 0):
+        raise ValueError(expected) from error
+    if time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.DURATION):
+        raise ValueError(expected)
+    if time.value < 0 or (positive and time.value == 0):
         raise ValueError("must be positive" if positive else "must be 0 or more")
     return value
 
@@ -176,6 +178,8 @@ def convert(value: Any, hint: Any, path: list, config: dict[str, Any]) -> Any:
         others = [member for member in members if member is not type(None)]
         if len(others) == 1:  # the hint is X | None
             return convert(value, others[0], path, config)
+    if hint == list[str] and isinstance(value, str):
+        value = [value]
     if origin is list and isinstance(value, list):
         items = enumerate(value)
         return [convert(item, members[0], [*path, index], config) for index, item in items]

@@ -285,29 +285,34 @@ def size_of(path: str) -> tuple[int, int]:
 def split_plan_flags(arguments: list[str]) -> tuple[list[str], Machine | None]:
     """Return the other arguments, and the machine of --plan=GPUS and --gpu=NAME.
 
-    Without values, they are 8 and a100. The machine is None without --plan.
+    A space may replace the =. Without values, they are 8 and a100. The machine is None without
+    --plan.
 
     Raises:
         ValueError: not a positive number, or an unknown GPU.
     """
-    others, gpus, name = [], None, "a100"
+    defaults = {"--plan": "8", "--gpu": "a100"}
+    others, given = [], {}
+    last = None  # the flag before an argument, if its value may follow
     for argument in arguments:
-        flag, _, value = argument.partition("=")
-        if flag == "--plan":
-            gpus = value if "=" in argument else "8"
-        elif flag == "--gpu":
-            name = value
+        flag, equals, value = argument.partition("=")
+        if last and re.fullmatch(r"\w[\w-]*", argument):
+            given[last] = argument
+        elif flag in defaults:
+            given[flag] = value if equals else defaults[flag]
         else:
             others.append(argument)
+        last = argument if argument in defaults else None
+    name = given.get("--gpu", "a100")
     if name not in GPUS:
         raise ValueError(f"--gpu={name}: must be one of {', '.join(GPUS)}")
-    if gpus is None:
-        if len(others) < len(arguments):
+    if "--plan" not in given:
+        if given:
             raise ValueError("--gpu: give --plan too")
         return others, None
-    if not re.fullmatch(r"[1-9]\d*", gpus):
-        raise ValueError(f"--plan={gpus}: must be a number of GPUs, as in --plan=8")
-    return others, Machine(int(gpus), GPUS[name])
+    if not re.fullmatch(r"[1-9]\d*", given["--plan"]):
+        raise ValueError(f"--plan={given['--plan']}: must be a number of GPUs, as in --plan=8")
+    return others, Machine(int(given["--plan"]), GPUS[name])
 
 
 def training_samples(data: dict[str, Any], max_duration: str) -> int:
