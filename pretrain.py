@@ -30,6 +30,7 @@ from typing import Annotated, Any
 import torch
 from composer import Trainer
 from composer.utils import dist
+from filelock import FileLock
 
 import data_prep
 from evaluation.pictures import draw_reconstructions
@@ -58,6 +59,7 @@ from training.speedups import unwrapped
 from training.weights import describe, load_pretrained
 
 HEADS = ("decoder", "projector", "predictor")  # parts that may begin at random
+RANK_ZERO_FIRST = 60.0  # seconds that the other ranks leave the conversion of `raw` to rank 0
 RAW = "raw.json"  # in runs/NAME/data/: the folders that were converted, and the data sets
 
 
@@ -107,43 +109,78 @@ def take_sizes(config: PretrainConfig, planned: bool = False) -> PretrainConfig:
     return replace(config, model=img_size | config.model | sizes)
 
 
+def kinds_in(source: str) -> list[str]:
+    """Return which of videos and images a folder has.
+
+    Raises:
+        ValueError: it is no folder, or it has neither.
+    """
+    storage = Storage(source)
+    if not (storage.remote or os.path.isdir(source)):
+        fault = "is no folder; give the folder that it is in"
+        if not os.path.exists(source):
+            fault = "does not exist; give folders, without patterns"
+        raise ValueError(f"raw: {source} {fault}")
+    if storage.has("index.json"):
+        raise ValueError(f"raw: {source} is converted; give data.streams=[{{path: {source}}}]")
+    endings = {os.path.splitext(name)[1].lower() for name in storage.names()}
+    kinds = [kind for kind, known in EXTENSIONS.items() if endings.intersection(known)]
+    if not kinds:
+        remedy = "; convert its tars by data_prep.py" if ".tar" in endings else ""
+        raise ValueError(f"raw: {source} has neither videos nor images{remedy}")
+    return kinds
+
+
 def convert_raw(sources: list[str], folder: Path) -> list[str]:
     """Convert folders of videos and images into data sets in `folder`, and return their paths.
 
-    The first rank of a machine converts; the others wait. An interrupted conversion is resumed,
-    and a finished one kept.
+    The first rank of a machine converts; the others wait. If it fails, they try, and fail as well.
+    An interrupted conversion is resumed, and a finished one kept.
 
     Raises:
-        ValueError: a folder has neither, or the conversion fails; or other folders were converted.
+        ValueError: see kinds_in; or the conversion fails, or other folders were converted.
     """
     record = folder / RAW
-    if not record.exists() and dist.get_world_size() > dist.get_local_world_size():
-        raise ValueError(
-            "raw: convert on one machine first, by a launch with trainer.max_duration=1ba"
+    machines = dist.get_world_size() // dist.get_local_world_size()
+    if not record.exists() and machines > 1:
+        remedy = (
+            "run this command on one of them with trainer.max_duration=1ba, with a shared runs/"
         )
+        raise ValueError(f"raw: {machines} machines cannot convert together; first {remedy}")
     if dist.get_global_rank() == 0 and record.exists():
         print(f"raw: takes what is in {folder}; files that are new since then are not in it")
-    if dist.get_local_rank() == 0 and not record.exists():
-        paths = []
-        for number, source in enumerate(sources):
-            endings = {os.path.splitext(name)[1].lower() for name in Storage(source).names()}
-            kinds = [kind for kind, known in EXTENSIONS.items() if endings.intersection(known)]
-            if not kinds:
-                raise ValueError(f"raw: {source} has neither videos nor images")
-            for kind in kinds:
-                path = folder / f"{number}-{Path(source).name}-{kind}"
-                print(f"converting the {kind} of {source} to {path}", flush=True)
-                report = data_prep.convert(source, str(path), Recipe(kind), max_skipped=0.5)
-                print_summary(str(path), report)
-                paths.append(str(path))
-        Storage(str(folder)).write_json(record.name, {"sources": sources, "paths": paths})
-    while not record.exists():
-        time.sleep(1)
+    if not record.exists():
+        kinds = [kinds_in(source) for source in sources]
+        folders = [os.path.realpath(source) for source in sources]
+        if len(set(folders)) < len(folders):
+            raise ValueError(f"raw: {', '.join(sources)} names a folder twice")
+        folder.mkdir(parents=True, exist_ok=True)
+        waits_until = time.monotonic() + RANK_ZERO_FIRST * min(dist.get_local_rank(), 1)
+        while not record.exists() and time.monotonic() < waits_until:
+            time.sleep(1)
+        with FileLock(folder / "raw.lock"):
+            if not record.exists():
+                paths = convert_folders(sources, kinds, folder)
+                content = {"sources": sources, "paths": paths}
+                Storage(str(folder)).write_json(record.name, content)
     converted = json.loads(record.read_text())
     if converted["sources"] != sources:
         listed = ", ".join(converted["sources"])
         raise ValueError(f"raw: {folder} holds {listed}; choose another run_name, or delete it")
     return converted["paths"]
+
+
+def convert_folders(sources: list[str], kinds: list[list[str]], folder: Path) -> list[str]:
+    """Convert the kinds of files of each source, see kinds_in, and return the paths."""
+    paths = []
+    for number, source in enumerate(sources):
+        for kind in kinds[number]:
+            path = str(folder / f"{number}-{Path(os.path.abspath(source)).name}-{kind}")
+            print(f"converting the {kind} of {source} to {path}", flush=True)
+            report = data_prep.convert(source, path, Recipe(kind), max_skipped=0.5)
+            print_summary(path, report)
+            paths.append(path)
+    return paths
 
 
 def train_on_raw(config: PretrainConfig) -> PretrainConfig:

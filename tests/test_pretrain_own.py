@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from composer.utils import dist
 from conftest import ROOT, error_of, losses, run_stage
+from filelock import FileLock
 
 import pretrain
 
@@ -57,13 +60,48 @@ def test_folders_are_converted_once_and_the_batch_suits_them(folder, tmp_path, c
 @pytest.mark.parametrize(
     ("raw", "complaint"),
     [
-        ("[none]", "No such file or directory: 'none/'"),
-        ("[empty]", "empty has neither videos nor images"),
+        ("none", "raw: none does not exist; give folders"),
+        ("[stills/*]", "raw: stills/* does not exist; give folders, without patterns"),
+        ("empty", "raw: empty has neither videos nor images"),
+        ("tars", "tars has neither videos nor images; convert its tars by data_prep.py"),
+        ("stills/a.jpg", "raw: stills/a.jpg is no folder; give the folder that it is in"),
+        ("[stills,./stills/]", "raw: stills, ./stills/ names a folder twice"),
+        ("set", "raw: set is converted; give data.streams=[{path: set}]"),
+        ("stills", "1 of 1 inputs are undecodable"),
         ("[empty] --plan", "raw: is not converted yet"),
     ],
 )
-def test_folders_without_media_are_refused(tmp_path, raw, complaint):
-    (tmp_path / "empty").mkdir()
+def test_other_than_folders_of_media_is_refused_on_every_rank(tmp_path, raw, complaint, rank):
+    for file in ("empty/a.txt", "tars/a.tar", "set/index.json", "stills/a.jpg"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("x")
     folders, *plan = raw.split()
     arguments = [str(ROOT / "yamls" / "own.yaml"), f"raw={folders}", *plan, *SMALL]
     assert complaint in error_of(pretrain, arguments, tmp_path)
+
+
+@pytest.fixture(params=[0, 1])
+def rank(request, monkeypatch) -> int:
+    """The rank of this process on its machine; if it is 1, rank 0 has failed before."""
+    monkeypatch.setattr(dist, "get_local_rank", lambda: request.param)
+    monkeypatch.setattr(pretrain, "RANK_ZERO_FIRST", 0.0)
+    return request.param
+
+
+def test_rank_that_waits_for_the_conversion_takes_its_result(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "get_local_rank", lambda: 1)
+    data = tmp_path / "data"
+    data.mkdir()
+    with ThreadPoolExecutor(1) as pool, FileLock(data / "raw.lock"):
+        waiting = pool.submit(pretrain.convert_raw, [str(folder)], data)
+        (data / "raw.json").write_text(json.dumps({"sources": [str(folder)], "paths": ["x"]}))
+    assert waiting.result() == ["x"]
+
+
+def test_several_machines_are_told_how_to_convert(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "get_local_world_size", lambda: 2)
+    with pytest.raises(
+        ValueError, match=r"raw: 2 machines .* on one of them with trainer\.max_dur"
+    ):
+        pretrain.convert_raw(["mine"], tmp_path)
