@@ -112,9 +112,14 @@ def test_weights_that_do_not_tell_their_heads_are_refused(tmp_path):
         ("keras:folder", "must be FILE.safetensors"),
         ("none/x.onnx", "its folder does not exist"),
         ("timm:none/folder", "its folder does not exist"),
+        ("is_folder.safetensors", "there is a folder of this name; give another name"),
+        ("timm:is_file", "there is a file of this name; give another name"),
     ],
 )
-def test_unknown_kind_of_export_is_refused(to, complaint):
+def test_export_that_cannot_be_written_is_refused(to, complaint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "is_folder.safetensors").mkdir()
+    (tmp_path / "is_file").touch()
     with pytest.raises(ValueError, match=complaint):
         check_export(to)
 

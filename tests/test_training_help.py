@@ -73,11 +73,38 @@ def test_help_has_every_key_with_type_default_and_first_sentence():
     ]
 
 
+def test_help_is_as_wide_as_the_terminal(monkeypatch):
+    def take(
+        *, size: int = 3, names_of_all_classes: dict[str, list[str]] | list[str] | None = None
+    ) -> None:
+        """Take.
+
+        Args:
+            size: the number of words in a sentence that is longer than a line.
+            names_of_all_classes: a short text.
+        """
+
+    monkeypatch.setenv("COLUMNS", "80")
+    texts = " " * 45
+    assert stage_help("", take).splitlines()[3:] == [
+        "  size: int = 3                              the number of words in a sentence",
+        f"{texts}that is longer than a line",
+        "  names_of_all_classes: dict[str, list[str]] or list[str] or null = null",
+        f"{texts}a short text",
+    ]
+
+
 @pytest.mark.parametrize("stage", [pretrain, finetune, evaluation])
-def test_help_of_a_stage_needs_no_file_and_fits_a_terminal(stage, monkeypatch, capsys):
+def test_help_of_a_stage_needs_no_file_and_cuts_no_text(stage, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["stage.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "1000")
     stage.main()
-    lines = capsys.readouterr().out.splitlines()
+    wide = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "100")
+    stage.main()
+    printed = capsys.readouterr().out
+    assert "".join(printed.split()) == "".join(wide.split())
+    lines = printed.splitlines()
     assert max(map(len, lines)) <= 100
     keys = [line for line in lines if re.match(r"  +\w+:", line)]
     assert len(keys) > 20

@@ -31,7 +31,7 @@ FOLDERS = ("timm", "transformers", "vit_mae")
 
 
 def check_export(to: str) -> None:
-    """Raise ValueError if `to` is no export, or its folder does not exist."""
+    """Raise ValueError if `to` is no export, or cannot be written."""
     kind, separator, path = to.rpartition(":")
     is_file = not separator and to.endswith((".safetensors", ".onnx"))
     if not is_file and kind not in FOLDERS:
@@ -39,6 +39,9 @@ def check_export(to: str) -> None:
         raise ValueError(f"export={to}: must be {expected}")
     if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         raise ValueError(f"export={to}: its folder does not exist")
+    if os.path.exists(path) and os.path.isdir(path) == is_file:
+        kind = "folder" if is_file else "file"
+        raise ValueError(f"export={to}: there is a {kind} of this name; give another name")
     if to.endswith(".onnx"):
         try:
             import onnx  # noqa: F401

@@ -5,6 +5,7 @@ print(stage_help(__doc__, PretrainConfig))       # what --help prints
 
 import inspect
 import re
+import shutil
 import textwrap
 import types
 import typing
@@ -14,17 +15,17 @@ from typing import Annotated, Any
 from training.config import Choice, Named, keywords_of
 from training.sources import without
 
-WIDTH = 100
+COLUMN = 45  # at which the texts begin
 ENTRY = re.compile(r"^(\w+(?:, \w+)*)(?: \(.*?\))?: ?(.*)$")  # `name, other (type, optional): text`
 
 
 def stage_help(usage: str, config: Callable) -> str:
-    """Return the usage of a stage, and a line for each key of its YAML files."""
+    """Return the usage of a stage, and a paragraph for each key of its YAML files."""
     return "\n".join([usage.strip(), "", "Keys, with types and defaults:", *key_lines(config)])
 
 
 def key_lines(target: Callable, indent: str = "  ", omitted: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield a line for each keyword argument of a callable, and for those of the blocks in it."""
+    """Yield a paragraph for each keyword argument of a callable, and of the blocks in it."""
     texts = argument_texts(target)
     for name, (hint, default) in without(keywords_of(target), omitted).items():
         block = block_of(hint)
@@ -66,9 +67,12 @@ def block_text(kind: Callable | Choice | Named) -> str:
 
 
 def key_line(key: str, text: str | None) -> str:
-    """Return the line of a key, cut to WIDTH."""
-    line = f"{key:44} {text}" if text else key
-    return line if len(line) <= WIDTH else f"{line[: WIDTH - 4].rstrip()} ..."
+    """Return a key and its text, wrapped at the width of the terminal."""
+    width = shutil.get_terminal_size((100, 24)).columns
+    new_line = "\n" + " " * COLUMN
+    lines = textwrap.wrap(text or "", max(width - COLUMN, 20))
+    begin = key.ljust(COLUMN) if len(key) < COLUMN else key + new_line
+    return (begin + new_line.join(lines)).rstrip()
 
 
 def shown(default: Any) -> str:
@@ -85,6 +89,8 @@ def type_name(hint: Any) -> str:
     origin, members = typing.get_origin(hint), typing.get_args(hint)
     if hint is type(None):
         return "null"
+    if origin is Callable:
+        return "Callable"
     if origin is Annotated:
         return type_name(members[0])
     if origin is typing.Literal:
