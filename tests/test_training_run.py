@@ -282,15 +282,19 @@ def test_tensorboard_and_wandb_are_chosen_by_a_line_of_yaml_each(arguments, tmp_
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    tensorboard = "TensorboardLogger: {log_dir: tb, flush_interval: 1}"
-    loggers = f"loggers={{{tensorboard}, WandBLogger: {{project: vic-mae}}}}"
+    tensorboard = "TensorboardLogger: {flush_interval: 1}"
+    wandb = "WandBLogger: {project: vic-mae, init_kwargs: {notes: none}}"
+    loggers = f"loggers={{{tensorboard}, {wandb}, FileLogger: {{}}}}"
     arguments = [*arguments, "run_name=run", "trainer.max_duration=2ba", loggers]
     run_stage(pretrain, arguments, tmp_path)
-    events = EventAccumulator(str(next((tmp_path / "tb").rglob("events.out.*")).parent))
+    run = tmp_path / "runs" / "run"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    events = EventAccumulator(str(next((run / "tensorboard").rglob("events.out.*")).parent))
     events.Reload()
     logged = [event.value for event in events.Scalars("loss/train/total")]
     assert logged == pytest.approx(losses(tmp_path, "run"), rel=1e-6)
-    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert list((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert "loss/train/total" in (run / "logs-rank0.txt").read_text()
 
 
 OWN_CALLBACK = """

@@ -4,6 +4,10 @@ The lists hold the Composer classes that work with these models. A class of your
 its module, as `my_module.MyCallback` (docs/code.md).
 """
 
+import os
+from pathlib import Path
+from typing import Any
+
 from composer import Algorithm, Callback
 from composer.algorithms import EMA, SAM, SWA, ChannelsLast, GradientClipping, LowPrecisionLayerNorm
 from composer.callbacks import (
@@ -29,6 +33,7 @@ from composer.loggers import (
     TensorboardLogger,
     WandBLogger,
 )
+from omegaconf import OmegaConf
 
 from evaluation.online import EffectiveRank, OnlineProbe
 from evaluation.probes import KNN
@@ -83,3 +88,21 @@ LOGGERS = Named(
     ),
     LoggerDestination,
 )
+
+
+def place_files(block: dict[str, dict | None] | None, run: Path) -> dict[str, dict]:
+    """Return a block of callbacks or loggers whose files are in a run directory by default."""
+    places: dict[str, dict[str, Any]] = {
+        "FileLogger": {"filename": f"{run}/logs-rank{{rank}}.txt"},
+        "MLFlowLogger": {"tracking_uri": f"{run}/mlruns"},
+        "MemorySnapshot": {"folder": f"{run}/torch_traces"},
+        "OOMObserver": {"folder": f"{run}/torch_traces"},
+        "TensorboardLogger": {"log_dir": f"{run}/tensorboard"},
+        "WandBLogger": {"init_kwargs": {"dir": str(run)}},
+    }
+    if {"MLFLOW_TRACKING_URI", "DATABRICKS_TOKEN"} & os.environ.keys():
+        del places["MLFlowLogger"]  # The user has a server.
+    placed = {name: arguments or {} for name, arguments in (block or {}).items()}
+    for name in placed.keys() & places.keys():
+        placed[name] = OmegaConf.to_container(OmegaConf.merge(places[name], placed[name]))
+    return placed

@@ -46,7 +46,7 @@ from training.copies import CopyingUnfinished
 from training.fsdp import GlooGradientMean, OneReduction, fsdp_config
 from training.logs import GradientNorm, JsonLines
 from training.peers import is_connection_lost, one_line, peer_watch
-from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS
+from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS, place_files
 from training.precision import forbid_tf32
 from training.progress import Progress
 from training.spot import SpotNotice
@@ -323,6 +323,7 @@ def build_trainer(
     algorithms = build_named(ALGORITHMS, config.algorithms) + own_algorithms
     # Composer's bar is one for each epoch, with a block of settings before it.
     shown = [] if settings.setdefault("progress_bar", False) else [Progress()]
+    run.mkdir(parents=True, exist_ok=True)  # Weights & Biases does not make it.
     try:
         trainer = Trainer(
             **settings,
@@ -340,11 +341,15 @@ def build_trainer(
             device_train_microbatch_size=micro_size,
             # Composer reverses the order after a step: mean, norm, then clipping.
             algorithms=[*algorithms, GradientNorm(), GlooGradientMean()],
-            callbacks=[*build_named(CALLBACKS, config.callbacks, given), checkpoints, *callbacks],
+            callbacks=[
+                *build_named(CALLBACKS, place_files(config.callbacks, run), given),
+                checkpoints,
+                *callbacks,
+            ],
             loggers=[
                 JsonLines(run / "metrics.jsonl"),
                 *shown,
-                *build_named(LOGGERS, config.loggers),
+                *build_named(LOGGERS, place_files(config.loggers, run)),
             ],
         )
     except ValueError:
