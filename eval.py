@@ -14,10 +14,12 @@ From Python, load_encoder("runs/mine") returns the encoder alone.
 
 import sys
 
+from training.announce import announce, say_if_slow
 from training.keys import check_keys
 
 if __name__ == "__main__":  # before the imports of torch and Composer, which take 6 s
     check_keys(__file__, "EvalConfig", sys.argv[1:])
+    announce("importing torch and Composer")
 
 import contextlib
 import json
@@ -248,6 +250,7 @@ def build_model(config: EvalConfig, planned_classes: int | None = None) -> ViCMA
     return net
 
 
+@say_if_slow("loading the checkpoint")
 def load_model(config: EvalConfig) -> ViCMAE | Classifier:
     """Return the model that is measured, with its weights, in evaluation mode.
 

@@ -10,10 +10,12 @@ runs/{run_name}/, as in pre-training.
 
 import sys
 
+from training.announce import announce, say_if_slow
 from training.keys import check_keys
 
 if __name__ == "__main__":  # before the imports of torch and Composer, which take 6 s
     check_keys(__file__, "FinetuneConfig", sys.argv[1:])
+    announce("importing torch and Composer")
 
 import math
 import random
@@ -373,7 +375,8 @@ def finetune(config: FinetuneConfig) -> Trainer:
     on_meta = on_meta_device(config, classes.count)
     flops = flops_per_sample(*on_meta) if config.logs_speed else 0.0
     run = start_run(config)
-    net = config.new_model(classes.count)
+    with say_if_slow("building the model"):
+        net = config.new_model(classes.count)
     net.class_names = classes.names
     if dist.get_global_rank() == 0:
         say_shared_data(config)
@@ -384,9 +387,10 @@ def finetune(config: FinetuneConfig) -> Trainer:
     size, frames = net.encoder.img_size, net.encoder.num_frames
     views = FinetuningViews(size, frames, net.num_classes, classes.training, **config.augment)
     patch_size = net.encoder.patch_size
-    loader, micro_size = load_stream(
-        views.draw, views.apply, config.seed, patch_size, run, **config.data
-    )
+    with say_if_slow("opening the data sets"):
+        loader, micro_size = load_stream(
+            views.draw, views.apply, config.seed, patch_size, run, **config.data
+        )
     check_frames(config.training_paths, frames, views.frame_interval)
     if views.mix and micro_size % 2:
         raise ValueError(

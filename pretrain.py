@@ -14,10 +14,12 @@ metrics.jsonl, result.json, loss.png, reconstructions.png, and report.html with 
 
 import sys
 
+from training.announce import announce, say_if_slow
 from training.keys import check_keys
 
 if __name__ == "__main__":  # before the imports of torch and Composer, which take 6 s
     check_keys(__file__, "PretrainConfig", sys.argv[1:])
+    announce("importing torch and Composer")
 
 import json
 import math
@@ -230,7 +232,8 @@ def pretrain(config: PretrainConfig) -> Trainer:
     if config.make_demo and dist.get_local_rank() == 0:
         data_prep.make_demo(config.make_demo)
     dist.barrier()
-    net = config.new_model()
+    with say_if_slow("building the model"):
+        net = config.new_model()
     if config.pretrained:
         table = describe(load_pretrained(net, config.pretrained, HEADS))
         if dist.get_global_rank() == 0:
@@ -238,9 +241,10 @@ def pretrain(config: PretrainConfig) -> Trainer:
     sizes = (net.encoder.img_size, net.encoder.num_patches, net.encoder.num_frames)
     views = PretrainingViews(*sizes, **config.augment)
     patch_size = net.encoder.patch_size
-    loader, micro_size = load_stream(
-        views, augment_batch, config.seed, patch_size, run, **config.data
-    )
+    with say_if_slow("opening the data sets"):
+        loader, micro_size = load_stream(
+            views, augment_batch, config.seed, patch_size, run, **config.data
+        )
     paths = [stream["path"] for stream in config.data["streams"]]
     check_frames(paths, net.encoder.num_frames, views.frame_interval)
     check_data(net, config, views.views, micro_size * dist.get_world_size())

@@ -29,6 +29,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch.distributed.checkpoint import BytesStorageMetadata
 
 from shards.workers import STOPPED, exit_on_signals, ignore_stop_signals
+from training.announce import say_if_slow
 from training.config import Duration
 from training.copies import METADATA, Copies, CopyingUnfinished
 from training.peers import new_group
@@ -196,6 +197,7 @@ class Checkpoints(Callback):
                 follows = "checkpoints are on the machine of rank 0 alone"
                 print(f"{problem}; {follows}. To resume, {remedy}", flush=True)
 
+    @say_if_slow("looking for an intact checkpoint")
     def newest(self) -> Path | None:
         """Return the newest intact checkpoint, fetched from the bucket if needed; None if none yet.
 

@@ -10,6 +10,8 @@ from composer.loggers import LoggerDestination
 from composer.utils import dist
 from tqdm import tqdm
 
+from training.announce import announce_later
+
 LINE_STEPS = 20  # steps from line to line in a log file
 BAR = "{percentage:3.0f}%|{bar:8}| {n}/{total}, {remaining} left{postfix}"
 
@@ -49,6 +51,7 @@ class Progress(LoggerDestination):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self.begin, self.begin_step = time.monotonic(), state.timestamp.batch.value
+        self.waiting = announce_later("preparing the first step: k-NN before training, compilation")
         if dist.get_global_rank() == 0 and self.stream.isatty():
             total = total_steps(state)
             settings = {"bar_format": BAR, "file": self.stream, "dynamic_ncols": True}
@@ -56,6 +59,7 @@ class Progress(LoggerDestination):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
+        self.waiting.cancel()
         if dist.get_global_rank() != 0:
             return
         if self.bar is not None:
@@ -86,5 +90,6 @@ class Progress(LoggerDestination):
         return ", ".join(parts)
 
     def fit_end(self, state: State, logger: Logger) -> None:
+        self.waiting.cancel()
         if self.bar is not None:
             self.bar.close()

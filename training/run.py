@@ -40,6 +40,7 @@ from shards.loader import samples_in
 from shards.storage import Storage
 from shards.stream import load_stream
 from shards.workers import STOPPED, exit_on_signals
+from training.announce import say_if_slow
 from training.checkpoints import Checkpoints
 from training.config import RunName, build_named
 from training.copies import CopyingUnfinished
@@ -203,6 +204,7 @@ def start_run(config: RunConfig) -> Path:
     return run
 
 
+@say_if_slow("waiting for all ranks to start")
 def join_ranks(device: str | None, timeout: float) -> None:
     """Join the process group; exit with STOPPED if other ranks do not come, as a machine is lost.
 
@@ -223,6 +225,7 @@ def join_ranks(device: str | None, timeout: float) -> None:
         os._exit(STOPPED)
 
 
+@say_if_slow("comparing the data sets with those of the run")
 def check_data_sets(run: Path, paths: list[str]) -> dict[str, dict]:
     """Compare data sets with the run's data_sets.json, and return its new content on rank 0.
 
@@ -286,6 +289,7 @@ def trainer_settings(config: RunConfig, model: nn.Module) -> tuple[dict[str, Any
     return settings, callbacks
 
 
+@say_if_slow("building the trainer, and loading its newest checkpoint")
 def build_trainer(
     run: Path,
     config: RunConfig,

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from training.announce import say_if_slow
 from training.huggingface import FILES, find_in_cache, find_in_folder, timm_names
 from training.safe_load import load_plain, read_shards
 
@@ -316,6 +317,7 @@ def resize_weight(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     return value
 
 
+@say_if_slow("loading the pre-trained weights")
 def load_pretrained(
     module: nn.Module, source: str | dict[str, Tensor], other_sizes: Iterable[str] = ()
 ) -> dict[str, list[str]]:
