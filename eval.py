@@ -350,7 +350,9 @@ def read_files(net: ViCMAE | Classifier, run: Path, config: EvalConfig) -> dict[
 
 def crops_of(config: EvalConfig) -> dict[str, Any]:
     """Return the crops of the evaluation in the checkpoint's run; empty if it has none."""
-    return known_model(config.checkpoint)["views"] if config.checkpoint else {}
+    run = find_run(config.checkpoint) if config.checkpoint else None
+    is_ours = run is not None and (run / "config.yaml").exists()
+    return known_model(config.checkpoint)["views"] if is_ours else {}
 
 
 def autocast_of(config: EvalConfig) -> contextlib.AbstractContextManager:

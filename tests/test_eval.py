@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors
+import safetensors.numpy
 import timm
 import torch
 from composer import Trainer
@@ -28,7 +28,9 @@ from eval import EvalConfig, evaluate
 from finetune import LinearProbe
 from model import Classifier, ViCMAE
 from shards.views import EvalViews
+from training import weights
 from training.export import export
+from training.safe_load import load_plain
 from training.weights import load_pretrained
 
 YAML = str(ROOT / "yamls" / "eval_demo.yaml")
@@ -325,6 +327,27 @@ def test_exported_classifier_has_the_same_logits_in_timm_and_back_here(
     assert load_pretrained(back, file)["missing"] == []
     again = back({"inputs": images[:, None, None]})[:, 0]
     torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_evaluation_reads_a_file_without_a_run_once_and_a_new_one_at_its_place_anew(
+    tmp_path, monkeypatch
+):
+    read = []
+
+    def load_and_count(path: str):
+        read.append(path)
+        return load_plain(path)
+
+    monkeypatch.setattr(weights, "load_plain", load_and_count)
+    for classes in (5, 7):
+        save_classifier(tmp_path / "classifier.pt", classes=classes)
+        evaluate_file(tmp_path, model={"num_heads": 3}, export=f"{classes}.safetensors")
+        assert (
+            len(safetensors.numpy.load_file(tmp_path / f"{classes}.safetensors")["head.bias"])
+            == classes
+        )
+    assert len(read) == 2
+    assert weights.read_file.cache_info().currsize == 0  # for a training has better uses of memory
 
 
 def test_encoder_of_clips_is_not_exported(tmp_path):

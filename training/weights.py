@@ -14,6 +14,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from glob import escape as glob_escape
 from glob import glob
 from typing import Any
@@ -110,6 +111,13 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
 def read_vit(path: str) -> tuple[dict[str, Tensor], str]:
     """Return the weights in a checkpoint, see read_checkpoint, and where they stand in the file."""
     path = find_file(path)
+    weights, place = read_file(path, os.stat(path).st_mtime_ns)
+    return dict(weights), place
+
+
+@lru_cache(maxsize=1)  # A start needs sizes, classes and weights of one file.
+def read_file(path: str, modified: int) -> tuple[dict[str, Tensor], str]:
+    """Return the weights in a file, or folder of shards, of this time of change; see read_vit."""
     check_file(path)
     try:
         if os.path.isdir(path):
@@ -341,6 +349,7 @@ def load_pretrained(
     if isinstance(source, str):
         origin = source
         weights, place = read_vit(source)
+        read_file.cache_clear()  # frees memory
         if dist.get_global_rank() == 0 and place not in OWN_PLACES:
             print(f"{source}: its ViT is at {place}")
     else:
