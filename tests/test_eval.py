@@ -342,12 +342,10 @@ def test_evaluation_reads_a_file_without_a_run_once_and_a_new_one_at_its_place_a
     for classes in (5, 7):
         save_classifier(tmp_path / "classifier.pt", classes=classes)
         evaluate_file(tmp_path, model={"num_heads": 3}, export=f"{classes}.safetensors")
-        assert (
-            len(safetensors.numpy.load_file(tmp_path / f"{classes}.safetensors")["head.bias"])
-            == classes
-        )
+        exported = safetensors.numpy.load_file(tmp_path / f"{classes}.safetensors")
+        assert len(exported["head.bias"]) == classes
     assert len(read) == 2
-    assert weights.read_file.cache_info().currsize == 0  # for a training has better uses of memory
+    assert weights.read_file.cache_info().currsize == 0  # memory is freed
 
 
 def test_encoder_of_clips_is_not_exported(tmp_path):
