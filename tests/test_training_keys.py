@@ -92,8 +92,9 @@ def test_help_wins_over_a_mistake_and_unusual_code_is_left_alone(tmp_path, monke
     monkeypatch.syspath_prepend(tmp_path)
     text = "Config = make()\nclass Other(base.Config): pass\n"
     (tmp_path / "odd_stage.py").write_text(text)
-    for name in ("Config", "Other"):
+    for name in ("Config", "Other", "Missing"):
         check_keys(str(tmp_path / "odd_stage.py"), name, ["modle=1"])
+    check_keys("link_with_another_name.py", "Config", ["modle=1"])
 
 
 @pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "eval.py"])

@@ -47,6 +47,17 @@ def test_log_file_has_plain_lines_with_losses_rate_speed_and_time_left(
     assert max(map(len, lines)) * 10_000 / 20 < 1e6
 
 
+def test_log_file_says_that_the_first_step_is_prepared_if_that_is_slow(
+    arguments, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("training.announce.SLOW", 0.0)
+    arguments = [*arguments, "trainer.max_duration=1ba"]
+    printed = run(arguments, tmp_path, monkeypatch, io.StringIO()).splitlines()
+    waiting = printed.index("preparing the first step: k-NN before training, compilation ...")
+    assert printed.index("opening the data sets ...") < waiting < len(printed) - 1
+    assert printed[-1].startswith("step 1/1")
+
+
 def test_terminal_has_one_bar_for_the_whole_training(arguments, tmp_path, monkeypatch):
     printed = run(arguments, tmp_path, monkeypatch, Terminal())
     bars = [part for part in re.split(r"[\r\n]", printed) if re.search(r"\d/6, ", part)]

@@ -23,7 +23,7 @@ from training.sources import (
     without,
 )
 
-UNREADABLE = (AttributeError, LookupError, OSError)  # of source code that is too unusual
+UNREADABLE = (AttributeError, LookupError, OSError, SyntaxError)  # of code that is too unusual
 
 
 class Code(NamedTuple):
@@ -180,6 +180,7 @@ def check_keys(file: str, config: str, arguments: list[str]) -> None:
     with one_line_errors():
         merged, sources = merge_sources(given)
         try:
-            check_block(merged, find(Path(file).stem, config), [], merged, [])
+            with suppress(*UNREADABLE):
+                check_block(merged, find(Path(file).stem, config), [], merged, [])
         except ConfigError as error:
             raise ValueError(located(error, sources)) from error

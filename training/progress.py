@@ -49,9 +49,12 @@ class Progress(LoggerDestination):
         shown = ("loss/train/", "knn/trained", "metrics/eval/top1")
         self.metrics |= {key: value for key, value in metrics.items() if key.startswith(shown)}
 
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Watch what comes before the first step: the trainer has been built."""
+        self.waiting = announce_later("preparing the first step: k-NN before training, compilation")
+
     def fit_start(self, state: State, logger: Logger) -> None:
         self.begin, self.begin_step = time.monotonic(), state.timestamp.batch.value
-        self.waiting = announce_later("preparing the first step: k-NN before training, compilation")
         if dist.get_global_rank() == 0 and self.stream.isatty():
             total = total_steps(state)
             settings = {"bar_format": BAR, "file": self.stream, "dynamic_ncols": True}
