@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from shards.decode import Recipe, has_second_film, read_clips, read_image
 from shards.demo import draw_demo
-from shards.format import COLUMNS, Clips, encode_clip, read_classes, read_json
+from shards.format import COLUMNS, encode_clip, read_classes, read_json
 from shards.inputs import (
     Manifest,
     describe_error,
@@ -47,7 +47,7 @@ from shards.inputs import (
     read_inputs,
     write_manifest,
 )
-from shards.inspect import show, verify
+from shards.inspect import print_faults, show
 from shards.layouts import EXTENSIONS, LAYOUTS, Listing, list_any
 from shards.report import Ignored, check_labels, join_reports, print_summary, printable
 from shards.storage import Storage
@@ -365,6 +365,9 @@ OPTIONS = {  # {argument: settings of add_argument}
     "--clip-seconds": dict(type=float, help="cut videos into clips of this length (whole videos)"),
     "--stride": dict(type=float, help="seconds from clip to clip (--clip-seconds)"),
     "--max-clips": dict(type=int, help="of a video, from its beginning (all)"),
+    "--scene-cuts": dict(
+        type=float, nargs="?", const=0.3, metavar="SCORE", help="cut between scenes, too (no; 0.3)"
+    ),
     "--short-side": dict(type=int, default=256, help="pixels; frames are never enlarged (256)"),
     "--classes": dict(metavar="FILE", help="class names, one a line (those of SOURCE, sorted)"),
     "--like": dict(metavar="DATASET", help="take the classes of another data set of data_prep.py"),
@@ -383,7 +386,7 @@ CONVERSION = (
     *("source", "out", "--workers", "--max-skipped", "--short-side", "--quality"),
     *("--background", "--per-class", "--classes", "--like", "--part", "--keep-local"),
 )
-VIDEOS = ("--frames", "--fps", "--clip-seconds", "--stride", "--max-clips")
+VIDEOS = ("--frames", "--fps", "--clip-seconds", "--stride", "--max-clips", "--scene-cuts")
 COMMANDS = {  # {command other than a conversion: (description, its arguments)}
     "merge": ("Join the shares of several machines.", ("out", "--max-skipped")),
     "verify": ("Decode every frame and name what is corrupt.", ("out", "--workers")),
@@ -455,17 +458,6 @@ def given_classes(args: argparse.Namespace) -> list[str] | None:
     return names
 
 
-def run_verify(args: argparse.Namespace) -> None:
-    """Print the faults of a data set, and raise ValueError if there are any."""
-    faults = verify(args.out, args.workers)
-    for fault in faults:
-        print(fault)
-    if faults:
-        remedy = "delete the parts that are named, and repeat the command that made the data set"
-        raise ValueError(f"{args.out} has {len(faults)} faults; {remedy}")
-    print(f"{args.out}: {len(Clips(args.out))} samples, no faults")
-
-
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.command == "demo":
@@ -473,7 +465,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.command == "show":
         return show(args.out, args.to, args.samples)
     if args.command == "verify":
-        return run_verify(args)
+        return print_faults(args.out, args.workers)
     merging = args.command == "merge"
     report = merge(args.out, args.max_skipped) if merging else run_conversion(args)
     if report is None:

@@ -9,7 +9,10 @@ frame is on screen at each wanted time. The second pass decodes only what these 
 
 import io
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import pairwise
 from typing import BinaryIO
 
 import av
@@ -23,7 +26,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = 1 << 25  # Pillow refuses a picture with a longe
 # {option: least and greatest value}
 LIMITS = {"frames": (1, 1e6), "fps": (1e-6, 1e3), "short_side": (8, 1e5), "quality": (1, 100)}
 LIMITS |= {"per_class": (1, 1e9), "clip_seconds": (0.01, 1e6), "stride": (0.01, 1e6)}
-LIMITS["max_clips"] = (1, 1e9)
+LIMITS |= {"max_clips": (1, 1e9), "scene_cuts": (0.01, 1)}
 TURNS = {  # {EXIF orientation: what a viewer does}; others are no orientations
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -69,6 +72,8 @@ class Recipe:
         clip_seconds: cuts a video into clips of this length, each a sample; None for none.
         stride: seconds from the beginning of a clip to the next; None for clip_seconds.
         max_clips: of a video, from its beginning; None for all.
+        scene_cuts: cuts a video where FFmpeg's scene score, in [0, 1], is above this number. Each
+            scene is then cut into clips like a video of its own. None for no such cuts.
     """
 
     kind: str
@@ -81,6 +86,7 @@ class Recipe:
     clip_seconds: float | None = None
     stride: float | None = None
     max_clips: int | None = None
+    scene_cuts: float | None = None
 
     def __post_init__(self):
         for name, (low, high) in LIMITS.items():
@@ -88,8 +94,10 @@ class Recipe:
             if value is not None and not low <= value <= high:
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option} {value}: must be in [{low:g}, {high:g}]")
-        if (self.stride or self.max_clips) and not self.clip_seconds:
-            raise ValueError("--stride, --max-clips: give --clip-seconds too")
+        if self.stride and not self.clip_seconds:
+            raise ValueError("--stride: give --clip-seconds too")
+        if self.max_clips and not (self.clip_seconds or self.scene_cuts):
+            raise ValueError("--max-clips: give --clip-seconds or --scene-cuts too")
         try:
             ImageColor.getrgb(self.background)
         except ValueError:
@@ -215,14 +223,14 @@ def read_video(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]
     Wanted are the middles of `recipe.frames` equal sections, or multiples of 1 / `recipe.fps`. A
     video with fewer frames repeats some. A corrupt file raises ValueError or av.FFmpegError.
     """
-    return read_clips(file, replace(recipe, clip_seconds=None, stride=None, max_clips=None))[0]
+    whole = replace(recipe, clip_seconds=None, stride=None, max_clips=None, scene_cuts=None)
+    return read_clips(file, whole)[0]
 
 
 def read_clips(file: BinaryIO, recipe: Recipe) -> list[tuple[list[bytes], list[float]]]:
     """Cut a video file into clips, and decode the wanted frames of each, see read_video.
 
-    The timestamps are those of the film. What is left at its end is no clip, unless the whole film
-    is shorter than a clip.
+    The timestamps are in the video's time. No clip has frames of two scenes.
     """
     with open_video(file) as container:
         times, gap = scan_video(container)
@@ -231,23 +239,66 @@ def read_clips(file: BinaryIO, recipe: Recipe) -> list[tuple[list[bytes], list[f
     if times is None:
         times, unit = np.arange(count_frames(file)), gap
     seconds = times * unit
+    cuts = find_cuts(file, times, in_order, recipe.scene_cuts) if recipe.scene_cuts else []
+    chosen = []
+    for first, end in pairwise([0, *cuts, len(times)]):
+        chosen += [first + clip for clip in place_clips(seconds[first:end], gap, recipe)]
+    chosen = chosen[: recipe.max_clips]
+    wanted = set(times[np.concatenate(chosen)].tolist())
+    frames = decode_frames(file, times, wanted, in_order, recipe)
+    clips = []
+    for indices in chosen:
+        files = [frames[time] for time in times[indices].tolist()]
+        clips.append((files, seconds[indices].tolist()))
+    return clips
+
+
+def place_clips(seconds: np.ndarray, gap: float, recipe: Recipe) -> list[np.ndarray]:
+    """Return the indices of the frames of each clip in a video or scene.
+
+    The rest after the last clip is no clip, unless the whole scene is shorter than a clip.
+
+    Args:
+        seconds: times of all frames, ascending.
+        gap: median seconds between two frames.
+    """
     duration = seconds[-1] - seconds[0] + gap
     length = min(recipe.clip_seconds or duration, duration)
     last = duration - length + 0.5 * gap
-    begins = np.arange(0, last, recipe.stride or length)[: recipe.max_clips]
+    begins = np.arange(0, last, recipe.stride or length)
     if recipe.fps:
         wanted = np.arange(max(1, int(length * recipe.fps))) / recipe.fps
     else:
         wanted = (np.arange(recipe.frames) + 0.5) * length / recipe.frames
     wanted = begins[:, None] + wanted  # (clips, frames)
     # Containers round times to 1 ms, so a frame may seem to begin just after its wanted time.
-    on_screen = np.searchsorted(seconds, seconds[0] + wanted + 0.02 * gap, "right") - 1
-    frames = decode_frames(file, times, set(times[on_screen].flatten().tolist()), in_order, recipe)
-    clips = []
-    for indices in on_screen:
-        files = [frames[time] for time in times[indices].tolist()]
-        clips.append((files, seconds[indices].tolist()))
-    return clips
+    return list(np.searchsorted(seconds, seconds[0] + wanted + 0.02 * gap, "right") - 1)
+
+
+def find_cuts(file: BinaryIO, times: np.ndarray, in_order: bool, threshold: float) -> list[int]:
+    """Return the indices of the frames that begin a new scene, by FFmpeg's filter `select`.
+
+    Args:
+        times, in_order: see decode_frames.
+        threshold: of the scene score, in [0, 1].
+    """
+    graph = av.filter.Graph()
+    size = {"width": 160, "height": 90}  # pixels; enough for a score, and soon scaled
+    graph.link_nodes(
+        graph.add_buffer(**size, format="rgb24", time_base=Fraction(1)),
+        graph.add("select", f"gt(scene,{threshold})"),
+        graph.add("buffersink"),
+    ).configure()
+    cuts = set()
+    with open_video(file) as container:
+        for number, frame in enumerate(container.decode(container.streams.best("video"))):
+            time = times[min(number, len(times) - 1)] if in_order else time_of(frame, False)
+            small = frame.reformat(**size, format="rgb24", threads=1)
+            small.pts, small.time_base = time, Fraction(1)
+            graph.push(small)
+            with suppress(BlockingIOError):  # the filter keeps the frame
+                cuts.add(int(np.searchsorted(times, graph.pull().pts)))
+    return sorted(cuts - {0, len(times)})
 
 
 def count_frames(file: BinaryIO) -> int:

@@ -156,3 +156,14 @@ def draw_sample(sample: dict, classes: list[str], frames: int) -> Image.Image:
     for line, text in enumerate((label, sample["name"] + length)):
         draw.text((2, 2 + 15 * line), " ".join(text.split()), fill="black", font=font)
     return cell
+
+
+def print_faults(out: str, workers: int) -> None:
+    """Print the faults of a data set, see verify; raise ValueError if there are any."""
+    faults = verify(out, workers)
+    for fault in faults:
+        print(fault)
+    if faults:
+        remedy = "delete the parts that are named, and repeat the command that made the data set"
+        raise ValueError(f"{out} has {len(faults)} faults; {remedy}")
+    print(f"{out}: {len(Clips(out))} samples, no faults")

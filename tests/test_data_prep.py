@@ -140,8 +140,10 @@ def test_long_film_is_cut_into_clips_each_a_sample_of_the_film_s_label(tmp_path)
 
 
 def test_options_of_clips_need_their_length():
-    with pytest.raises(ValueError, match="--stride, --max-clips: give --clip-seconds too"):
+    with pytest.raises(ValueError, match="--stride: give --clip-seconds too"):
         Recipe("videos", stride=1.0)
+    with pytest.raises(ValueError, match="--max-clips: give --clip-seconds or --scene-cuts too"):
+        Recipe("videos", max_clips=1)
 
 
 def test_video_with_too_few_frames_repeats_them_in_order_and_counts_as_short(tmp_path):
