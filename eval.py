@@ -24,6 +24,7 @@ if __name__ == "__main__":  # before the imports of torch and Composer, which ta
 import contextlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -331,21 +332,21 @@ def report_accuracy(net: Classifier, run: Path, config: EvalConfig) -> dict[str,
     return result
 
 
-def read_files(net: ViCMAE | Classifier, run: Path, config: EvalConfig) -> dict[str, dict]:
-    """Predict and embed media files, see predict_files and embed_files."""
-    encoder, result = net.encoder, {}
-    settings = crops_of(config) | {"patch_size": encoder.patch_size}
-    sizes = (encoder.img_size, encoder.num_frames)
+def read_files(
+    net: ViCMAE | Classifier, run: Path, config: EvalConfig
+) -> Iterator[dict[str, dict]]:
+    """Predict and embed media files, and yield both results, see predict_files and embed_files."""
+    settings = crops_of(config) | {"patch_size": net.encoder.patch_size}
+    sizes = (net.encoder.img_size, net.encoder.num_frames)
     with autocast_of(config):
         if config.predict:
             classes = net.class_names or list(map(str, range(net.num_classes)))
             views = FileViews(find_media(config.predict), *sizes, **settings)
-            result["predict"] = predict_files(net, views, classes, run, config.num_workers)
+            yield {"predict": predict_files(net, views, classes, run, config.num_workers)}
         if config.embed:
             views = FileViews(find_media(config.embed), *sizes, **settings)
             workers = config.num_workers
-            result["embed"] = embed_files(encoder, views, run, config.patches, workers)
-    return result
+            yield {"embed": embed_files(net.encoder, views, run, config.patches, workers)}
 
 
 def crops_of(config: EvalConfig) -> dict[str, Any]:
@@ -377,6 +378,19 @@ def probe(net: nn.Module, run: Path, config: EvalConfig) -> dict[str, float]:
         return measure_probe(net.encoder, config.seed, run, **config.probe)
 
 
+def measurements(
+    net: ViCMAE | Classifier, run: Path, config: EvalConfig
+) -> Iterator[dict[str, Any]]:
+    """Carry out the measurements that a config asks for, and yield the result of each."""
+    yield {}
+    if config.probe:
+        yield probe(net, run, config)
+    if config.accuracy:
+        yield report_accuracy(net, run, config)
+    if dist.get_global_rank() == 0:
+        yield from read_files(net, run, config)
+
+
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Load a checkpoint and carry out the measurements that a config asks for."""
     check_request(config)
@@ -401,15 +415,14 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if config.random_weights or not config.checkpoint:
         result["random_weights"] = True
         print("the weights are random")
-    if config.probe:
-        result |= probe(net, run, config)
-    if config.export and dist.get_global_rank() == 0:
+    is_rank_zero = dist.get_global_rank() == 0
+    if config.export and is_rank_zero:
         export(net, config.export, crops_of(config).get("crop_pct", 0.875))
-    if config.accuracy:
-        result |= report_accuracy(net, run, config)
-    if dist.get_global_rank() == 0:
-        result |= read_files(net, run, config)
-        Storage(str(run)).write_json("eval.json", result)
+    for found in measurements(net, run, config):
+        result |= found
+        if is_rank_zero:
+            Storage(str(run)).write_json("eval.json", result)
+    if is_rank_zero:
         if config.reconstructions:
             draw_reconstructions(net, config.reconstructions, run / "reconstructions.png")
         if config.attention:

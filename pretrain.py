@@ -76,6 +76,7 @@ class PretrainConfig(RunConfig):
             them, except img_size. What they lack, such as a projector, begins at random.
         raw: folders of videos and images, which are converted to runs/{run_name}/data/ first, and
             join data.streams. A batch is lowered to a quarter of the samples, if it is larger.
+        recipe: how `raw` is converted, such as clip_seconds.
     """
 
     augment: Annotated[dict, PretrainingViews]
@@ -85,6 +86,7 @@ class PretrainConfig(RunConfig):
     make_demo: str | None = None
     pretrained: str | None = None
     raw: list[str] | None = None
+    recipe: Annotated[dict, Recipe, "kind"] | None = None
 
     @property
     def kind(self) -> type[ViCMAE]:
@@ -133,7 +135,7 @@ def kinds_in(source: str) -> list[str]:
     return kinds
 
 
-def convert_raw(sources: list[str], folder: Path) -> list[str]:
+def convert_raw(sources: list[str], recipe: dict[str, Any], folder: Path) -> list[str]:
     """Convert folders of videos and images into data sets in `folder`, and return their paths.
 
     The first rank of a machine converts; the others wait. If it fails, they try, and fail as well.
@@ -162,24 +164,29 @@ def convert_raw(sources: list[str], folder: Path) -> list[str]:
             time.sleep(1)
         with FileLock(folder / "raw.lock"):
             if not record.exists():
-                paths = convert_folders(sources, kinds, folder)
-                content = {"sources": sources, "paths": paths}
+                paths = convert_folders(sources, kinds, recipe, folder)
+                content = {"sources": sources, "recipe": recipe, "paths": paths}
                 Storage(str(folder)).write_json(record.name, content)
     converted = json.loads(record.read_text())
-    if converted["sources"] != sources:
-        listed = ", ".join(converted["sources"])
-        raise ValueError(f"raw: {folder} holds {listed}; choose another run_name, or delete it")
+    made_of = converted["sources"], converted.get("recipe", {})
+    if made_of != (sources, recipe):
+        raise ValueError(
+            f"raw: {folder} holds {', '.join(made_of[0])}, with recipe={made_of[1]}; "
+            "choose another run_name, or delete it"
+        )
     return converted["paths"]
 
 
-def convert_folders(sources: list[str], kinds: list[list[str]], folder: Path) -> list[str]:
+def convert_folders(
+    sources: list[str], kinds: list[list[str]], recipe: dict[str, Any], folder: Path
+) -> list[str]:
     """Convert the kinds of files of each source, see kinds_in, and return the paths."""
     paths = []
     for number, source in enumerate(sources):
         for kind in kinds[number]:
             path = str(folder / f"{number}-{Path(os.path.abspath(source)).name}-{kind}")
             print(f"converting the {kind} of {source} to {path}", flush=True)
-            report = data_prep.convert(source, path, Recipe(kind), max_skipped=0.5)
+            report = data_prep.convert(source, path, Recipe(kind, **recipe), max_skipped=0.5)
             print_summary(path, report)
             paths.append(path)
     return paths
@@ -189,7 +196,7 @@ def train_on_raw(config: PretrainConfig) -> PretrainConfig:
     """Return a config that trains on the folders of `raw`, with a batch that suits their size."""
     if not config.raw:
         return config
-    paths = convert_raw(config.raw, Path("runs", config.run_name, "data"))
+    paths = convert_raw(config.raw, config.recipe or {}, Path("runs", config.run_name, "data"))
     data = config.data | {"streams": [{"path": path} for path in paths] + config.data["streams"]}
     samples = sum(len(Clips(stream["path"])) for stream in data["streams"])
     limit = 2 ** int(math.log2(max(samples // 4, 2)))
@@ -284,11 +291,12 @@ def plan(config: PretrainConfig, machine: Machine) -> str:
     return training_report(plans, workers * ahead * micro_batch / machine.gpus * views)
 
 
-def report(run: Path, result: dict[str, Any]) -> None:
-    """Print the main result of a run."""
+def report(run: Path, result: dict[str, Any], pretrained: str | None) -> None:
+    """Print the main result of a run that began with weights, or with random weights."""
     if "knn/trained" in result:
         before, after = result.get("knn/random", math.nan), result["knn/trained"]
-        print(f"k-NN accuracy: {after:.3f} after pre-training, {before:.3f} with random weights")
+        weights = f"the weights of {pretrained}" if pretrained else "random weights"
+        print(f"k-NN accuracy: {after:.3f} after pre-training, {before:.3f} with {weights}")
     print(f"the run directory is {run}: report.html, metrics.jsonl, checkpoints/")
 
 
@@ -308,7 +316,7 @@ def main() -> None:
     fit(trainer)
     run, net = Path("runs", config.run_name), unwrapped(trainer.state)
     if dist.get_global_rank() == 0:
-        report(run, finish_run(run, {}))
+        report(run, finish_run(run, {}), config.pretrained)
     if net.decoder is not None:
         paths = [stream["path"] for stream in config.data["streams"]]
         # All ranks take part, since FSDP gathers the weights.

@@ -11,7 +11,8 @@ import csv
 import glob
 import io
 import os
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from shards.loader import Loader
 from shards.storage import Storage, write_file
 from shards.views import EvalViews
 
+BATCH = 64  # files
 TOP = 5  # classes of a prediction that are written
 SHOWN = 12  # files in predictions.png
 
@@ -115,22 +117,21 @@ class FileViews(EvalViews):
 
 @torch.no_grad()
 def run_on_files(
-    net: Classifier | Encoder, views: FileViews, batch_size: int, num_workers: int, patches: bool
-) -> tuple[Tensor, list[str]]:
-    """Return the probabilities (n, C) of a classifier, or the features of an encoder, in order.
+    net: Classifier | Encoder, views: FileViews, num_workers: int, patches: bool = False
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Yield the probabilities (B, C) of a classifier, or the features of an encoder, in order.
 
     Args:
-        patches: return the features of all patches, (n, N, D), or pooled over patches and views,
-            (n, D).
+        patches: yield the features of all patches, (B, N, D), not pooled over patches and views,
+            (B, D).
 
-    Returns:
+    Yields:
         The numbers, NaN for a file that cannot be decoded; and the reason for each file, "" if it
         was decoded.
     """
     device = next(net.parameters()).device
-    outputs, faults = [], []
     settings = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
-    loader = Loader(views, batch_size, views.sample_bytes, **settings)
+    loader = Loader(views, BATCH, views.sample_bytes, **settings)
     for batch in tqdm(loader, desc="files", unit="batch", disable=None, leave=False):
         inputs = normalise(batch["inputs"].to(device, non_blocking=True))  # (B, V, T, 3, H, W)
         if isinstance(net, Classifier):
@@ -143,9 +144,7 @@ def run_on_files(
         undecodable = torch.tensor([bool(fault) for fault in batch["fault"]])
         found = found.float().cpu()
         found[undecodable] = float("nan")
-        outputs.append(found)
-        faults += batch["fault"]
-    return torch.cat(outputs), faults
+        yield found, batch["fault"]
 
 
 def say_faults(files: list[str], faults: list[str], report: str) -> None:
@@ -179,9 +178,12 @@ def predict_files(
     Returns:
         predicted and undecodable, the numbers of files.
     """
-    probabilities, faults = run_on_files(net, views, 64, num_workers, patches=False)
+    outputs, faults = [], []
+    for probabilities, reasons in run_on_files(net, views, num_workers):
+        outputs.append(probabilities)
+        faults += reasons
     say_faults(views.files, faults, f"{run}/predictions.csv")
-    values, ranked = probabilities.topk(min(TOP, len(classes)), dim=1)
+    values, ranked = torch.cat(outputs).topk(min(TOP, len(classes)), dim=1)
     head = ["file", "fault"]
     for place in range(1, ranked.shape[1] + 1):
         head += [f"class_{place}", f"probability_{place}"]
@@ -217,24 +219,39 @@ def embed_files(
 ) -> dict[str, int]:
     """Write features.npz: files, faults and features; and features.csv, if they are pooled.
 
+    The features of patches are written batch by batch, so that memory does not grow with the files.
+
     Args:
         patches: write the features of all patches (n, N, D), or their mean (n, D).
 
     Returns:
         embedded and undecodable, the numbers of files.
     """
-    features, faults = run_on_files(encoder, views, 64, num_workers, patches)
+    rows, faults = [["file", "fault"]], []
+    temporary = run / "features.npz.tmp"
+    with zipfile.ZipFile(temporary, "w") as archive:  # as np.savez writes it, but batch by batch
+        with archive.open("features.npy", "w", force_zip64=True) as file:
+            for features, reasons in run_on_files(encoder, views, num_workers, patches):
+                if not faults:
+                    shape = (len(views), *features.shape[1:])
+                    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(features.numpy().tobytes())
+                names = views.files[len(faults) : len(faults) + len(reasons)]
+                faults += reasons
+                if not patches:
+                    rows += map(list, zip(names, reasons, *features.T.tolist(), strict=True))
+        for name, values in {"files": views.files, "faults": faults}.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, np.asarray(values), allow_pickle=False)
+    if all(faults):
+        temporary.unlink()
     say_faults(views.files, faults, f"{run}/features.npz")
-    buffer = io.BytesIO()
-    columns = {"files": views.files, "faults": faults, "features": features.numpy()}
-    np.savez(buffer, **{name: np.asarray(values) for name, values in columns.items()})
-    write_file(str(run / "features.npz"), buffer.getvalue())
+    temporary.replace(run / "features.npz")
     table = run / "features.csv"
     table.unlink(missing_ok=True)  # of earlier files
     if not patches:
-        head = ["file", "fault", *(f"feature_{number}" for number in range(features.shape[1]))]
-        rows = zip(views.files, faults, features.tolist(), strict=True)
-        lines = ([file, fault, *numbers] for file, fault, numbers in rows)
-        write_table(table, [head, *lines])
+        rows[0] += [f"feature_{number}" for number in range(features.shape[1])]
+        write_table(table, rows)
     undecodable = sum(map(bool, faults))
     return {"embedded": len(faults) - undecodable, "undecodable": undecodable}

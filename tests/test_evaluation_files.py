@@ -106,7 +106,10 @@ def test_features_of_files_equal_those_of_a_converted_data_set(media, classifier
     assert float(table[1].split(",")[2]) == pytest.approx(float(expected[0, 0]), rel=1e-5)
 
 
-def test_patch_features_average_to_the_pooled_ones(media, classifier, tmp_path):
+def test_patch_features_average_to_the_pooled_ones_in_batches(
+    media, classifier, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("evaluation.files.BATCH", 2)
     (media / "bad.png").unlink()
     arguments = ["checkpoint=classifier.pt", "device=cpu", "model={num_heads: 3}"]
     for name, patches in {"pooled": "false", "patches": "true"}.items():
@@ -132,7 +135,15 @@ def test_encoder_of_a_run_is_loaded_in_one_line(classifier, tmp_path, monkeypatc
         assert torch.equal(pool(encoder(images), "mean"), pool(classifier.encoder(images), "mean"))
 
 
-def test_files_that_cannot_be_decoded_at_all_are_an_error(media, classifier, tmp_path):
+def test_files_that_cannot_be_decoded_at_all_are_an_error_and_earlier_results_are_kept(
+    media, classifier, tmp_path
+):
     arguments = ["checkpoint=classifier.pt", "device=cpu", "model={num_heads: 3}"]
+    asked = [f"predict=[{media}/a.png]", f"embed=[{media}/bad.png]"]
     with pytest.raises(SystemExit, match="none of 1 files can be decoded"):
-        run_stage(evaluation, [*arguments, f"predict=[{media}/bad.png]"], tmp_path)
+        run_stage(evaluation, [*arguments, *asked], tmp_path)
+    run = tmp_path / "runs" / "files_eval"
+    found = json.loads((run / "eval.json").read_text())
+    assert found["predict"] == {"predicted": 1, "undecodable": 0}
+    assert "embed" not in found
+    assert not list(run.glob("features*"))
