@@ -11,6 +11,8 @@ from conftest import ROOT, error_of, losses, run_stage
 from filelock import FileLock
 
 import pretrain
+from pretrain import convert_raw
+from shards.format import Clips
 
 SMALL = [
     "trainer.max_duration=2ba",
@@ -55,6 +57,18 @@ def test_folders_are_converted_once_and_the_batch_suits_them(folder, tmp_path, c
     printed = capfd.readouterr().out
     assert "converting" not in printed
     assert len(losses(tmp_path, "own")) == 3
+
+
+def test_recipe_cuts_films_and_holds_for_all_folders_of_a_run(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data"
+    videos, images = convert_raw([str(folder)], {"clip_seconds": 0.5, "frames": 4}, data)
+    films = sorted(folder.rglob("*.mp4"))  # of 2 s
+    assert len(Clips(videos)) == 4 * len(films)
+    assert len(Clips(videos)[0]["timestamps"]) == 4
+    assert len(Clips(images)) == len(list(folder.rglob("*.jpg")))
+    with pytest.raises(ValueError, match=r"data holds .*mine, with recipe=\{'clip_seconds': 0.5"):
+        convert_raw([str(folder)], {}, data)
 
 
 @pytest.mark.parametrize(
