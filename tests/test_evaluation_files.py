@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import run_stage
 from PIL import Image
@@ -87,6 +88,26 @@ def test_predictions_are_the_classifiers_and_corrupt_files_are_named(
         assert rows[0][f"class_{place}"] == CLASSES[number]
         assert float(rows[0][f"probability_{place}"]) == pytest.approx(float(value), abs=1e-4)
     assert Image.open(run / "predictions.png").size == (4 + 3 * 140, 3 * 16 + 4 * 16 + 140)
+
+
+def test_export_for_timm_predicts_from_raw_files_as_we_do(demo, classifier, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos = demo / "raw" / "test" / "images"
+    arguments = ["checkpoint=classifier.pt", f"predict=[{photos}]", "export=timm:mine"]
+    run_stage(evaluation, [*arguments, "device=cpu", "model={num_heads: 3}"], tmp_path)
+    with open(tmp_path / "runs" / "files_eval" / "predictions.csv", newline="") as file:
+        ours = {row["file"]: row["class_1"] for row in csv.DictReader(file)}
+    net = timm.create_model("local-dir:mine", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
+    names = net.pretrained_cfg["label_names"]
+    equal = 0
+    with torch.no_grad():
+        for path, name in ours.items():
+            image = transform(Image.open(path).convert("RGB"))
+            equal += names[int(net(image[None]).argmax())] == name
+    # They differ by a JPEG file that is written on the way, and by a pixel of the size.
+    assert len(set(ours.values())) > 2
+    assert equal >= 0.9 * len(ours) > 50
 
 
 def test_features_of_files_equal_those_of_a_converted_data_set(media, classifier, tmp_path, capfd):

@@ -10,8 +10,10 @@ from composer.utils import dist
 from conftest import ROOT, error_of, losses, run_stage
 from filelock import FileLock
 
+import data_prep
 import pretrain
 from pretrain import convert_raw
+from shards.decode import Recipe
 from shards.format import Clips
 
 SMALL = [
@@ -69,6 +71,25 @@ def test_recipe_cuts_films_and_holds_for_all_folders_of_a_run(folder, tmp_path, 
     assert len(Clips(images)) == len(list(folder.rglob("*.jpg")))
     with pytest.raises(ValueError, match=r"data holds .*mine, with recipe=\{'clip_seconds': 0.5"):
         convert_raw([str(folder)], {}, data)
+
+
+def test_interrupted_conversion_is_resumed_and_what_is_done_is_kept(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data, convert = tmp_path / "data", data_prep.convert
+
+    def interrupt(source: str, out: str, recipe: Recipe, **settings) -> dict:
+        if recipe.kind == "images":
+            raise KeyboardInterrupt
+        return convert(source, out, recipe, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data_prep, "convert", interrupt)
+        convert_raw([str(folder)], {}, data)
+    (shard,) = data.rglob("*.mds")
+    written = shard.stat().st_mtime_ns
+    paths = convert_raw([str(folder)], {}, data)
+    assert shard.stat().st_mtime_ns == written
+    assert sum(len(Clips(path)) for path in paths) == 2 * len(list(folder.rglob("*.mp4")))
 
 
 @pytest.mark.parametrize(
