@@ -25,6 +25,8 @@ from benchmarks.bench_train import configure
 from evaluation.online import OnlineProbe, effective_rank
 
 STEPS = 100
+WARM_UP = 10  # steps that are not counted
+BATCH = 256  # pairs
 
 
 class Alternating(OnlineProbe):
@@ -56,18 +58,18 @@ def main() -> None:
         paths = ["demo/train_videos", "demo/train_images"]
         arguments = [
             "data.streams=[{path: demo/train_videos}, {path: demo/train_images}]",
-            f"data.epoch_size={256 * STEPS}",
+            f"data.epoch_size={BATCH * STEPS}",
             "trainer.max_duration=1ep",
         ]
-        trainer = pretrain.pretrain(configure(*arguments, model=None, batch=256))
+        trainer = pretrain.pretrain(configure(*arguments, model=None, batch=BATCH))
         watch = Alternating(paths)
         trainer.state.callbacks.append(watch)
         trainer.fit()
         trainer.close()
-    plain, watched = watch.seconds[10::2], watch.seconds[11::2]
+    plain, watched = watch.seconds[WARM_UP::2], watch.seconds[WARM_UP + 1 :: 2]
     ratios = [on / off for off, on in zip(plain, watched, strict=True)]
     step = statistics.median(plain)
-    rank = statistics.median(watch.seconds_of_rank[10:])
+    rank = statistics.median(watch.seconds_of_rank[WARM_UP:])
     line = {"steps": len(plain), "seconds_of_step": round(step, 4), "threads": 1}
     line |= {"probe_of_step": round(statistics.median(ratios) - 1, 4)}
     line |= {"rank_of_step": round(rank / step, 4), "rank_of_epoch": round(rank / step / 23, 5)}

@@ -33,6 +33,7 @@ from benchmarks import (
     bench_demo,
     bench_gpu,
     bench_train,
+    bench_watching,
     stress_resume,
 )
 from benchmarks.gpu_step import WINDOW, Case, Meter, idle_share, measure_ours, read_trace
@@ -336,6 +337,16 @@ def test_bench_train_measures_steps_waits_kills_ranks_and_memory(
     assert kill["repeated_steps"] == 1
     memory = [line for line in lines if "memory" in line["what"]]
     assert len(memory) == 4
+
+
+def test_bench_watching_alternates_steps_with_and_without_the_probe(small_demo, capfd, monkeypatch):
+    for name, value in {"STEPS": 6, "WARM_UP": 2, "BATCH": 8}.items():
+        monkeypatch.setattr(bench_watching, name, value)
+    assert run_main(bench_watching, monkeypatch) == 0
+    (line,) = lines_of(capfd)
+    assert line["steps"] == 2
+    assert line["seconds_of_step"] > 0
+    assert 0 < line["rank_of_epoch"] < line["rank_of_step"] < 1
 
 
 def test_stress_resume_interrupts_runs_that_end_as_they_must(small_demo, warm, capfd, monkeypatch):
