@@ -293,6 +293,8 @@ def find_cuts(file: BinaryIO, times: np.ndarray, in_order: bool, threshold: floa
     with open_video(file) as container:
         for number, frame in enumerate(container.decode(container.streams.best("video"))):
             time = times[min(number, len(times) - 1)] if in_order else time_of(frame, False)
+            if time is None:
+                continue
             small = frame.reformat(**size, format="rgb24", threads=1)
             small.pts, small.time_base = time, Fraction(1)
             graph.push(small)
