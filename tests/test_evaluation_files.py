@@ -144,16 +144,41 @@ def test_patch_features_average_to_the_pooled_ones_in_batches(
     np.testing.assert_allclose(features[1].mean(axis=1), features[0], rtol=1e-4, atol=1e-6)
 
 
-def test_encoder_of_a_run_is_loaded_in_one_line(classifier, tmp_path, monkeypatch):
+@pytest.fixture
+def mine(classifier, tmp_path) -> Path:
+    """The directory of a run of the classifier, whose validation crops half of a picture."""
     run = tmp_path / "runs" / "mine"
     (run / "checkpoints").mkdir(parents=True)
     (tmp_path / "classifier.pt").rename(run / "checkpoints" / LATEST)
-    (run / "config.yaml").write_text(json.dumps({"model": ENCODER, "eval_data": {}}))
+    (run / "config.yaml").write_text(json.dumps({"model": ENCODER, "eval_data": {"crop_pct": 0.5}}))
+    return run
+
+
+def test_encoder_of_a_run_is_loaded_in_one_line(classifier, mine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     encoder = load_encoder("mine")
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(pool(encoder(images), "mean"), pool(classifier.encoder(images), "mean"))
+
+
+def test_run_its_name_and_its_file_predict_alike_with_the_crop_of_its_validation(
+    media, classifier, mine, tmp_path
+):
+    rows = []
+    for number, name in enumerate(("mine", "runs/mine", f"runs/mine/checkpoints/{LATEST}")):
+        asked = [f"checkpoint={name}", f"predict=[{media}/a.png]", f"run_name=run{number}"]
+        run_stage(evaluation, [*asked, "device=cpu"], tmp_path)
+        rows.append((tmp_path / f"runs/run{number}/predictions.csv").read_text().splitlines()[1])
+    assert rows[0] == rows[1] == rows[2]
+    likeliest = {}
+    for crop_pct in (0.5, 0.875):
+        settings = {"patch_size": ENCODER["patch_size"], "crop_pct": crop_pct}
+        views = FileViews([str(media / "a.png")], ENCODER["img_size"], **settings)
+        with torch.no_grad():
+            logits = classifier({"inputs": normalise(views[0]["inputs"][None])})[0, 0]
+        likeliest[crop_pct] = f"{float(logits.softmax(dim=0).max()):.4f}"
+    assert rows[0].split(",")[3] == likeliest[0.5] != likeliest[0.875]
 
 
 def test_files_that_cannot_be_decoded_at_all_are_an_error_and_earlier_results_are_kept(

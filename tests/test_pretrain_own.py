@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 from composer.utils import dist
-from conftest import ROOT, error_of, losses, run_stage
+from conftest import ROOT, error_of, losses, run_stage, small
 from filelock import FileLock
 
 import data_prep
 import pretrain
-from pretrain import convert_raw
+from pretrain import PretrainConfig, convert_raw, train_on_raw
 from shards.decode import Recipe
 from shards.format import Clips
+from training.config import load_config
 
 SMALL = [
     "trainer.max_duration=2ba",
@@ -59,6 +60,12 @@ def test_folders_are_converted_once_and_the_batch_suits_them(folder, tmp_path, c
     printed = capfd.readouterr().out
     assert "converting" not in printed
     assert len(losses(tmp_path, "own")) == 3
+
+
+def test_batch_of_other_data_is_never_changed(demo):
+    config = PretrainConfig(**load_config(small(demo), PretrainConfig))
+    assert config.data["global_train_batch_size"] > 120 // 4
+    assert train_on_raw(config) is config
 
 
 def test_recipe_cuts_films_and_holds_for_all_folders_of_a_run(folder, tmp_path, monkeypatch):
