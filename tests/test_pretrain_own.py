@@ -135,7 +135,7 @@ def test_rank_that_waits_for_the_conversion_takes_its_result(folder, tmp_path, m
     data = tmp_path / "data"
     data.mkdir()
     with ThreadPoolExecutor(1) as pool, FileLock(data / "raw.lock"):
-        waiting = pool.submit(pretrain.convert_raw, [str(folder)], data)
+        waiting = pool.submit(pretrain.convert_raw, [str(folder)], {}, data)
         (data / "raw.json").write_text(json.dumps({"sources": [str(folder)], "paths": ["x"]}))
     assert waiting.result() == ["x"]
 
@@ -146,4 +146,4 @@ def test_several_machines_are_told_how_to_convert(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match=r"raw: 2 machines .* on one of them with trainer\.max_dur"
     ):
-        pretrain.convert_raw(["mine"], tmp_path)
+        pretrain.convert_raw(["mine"], {}, tmp_path)
