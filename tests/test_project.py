@@ -28,7 +28,7 @@ CONFIGS = {
 TOOLS = ("pytest", "apt-get", "ruff", "pip", "git", "cd", "export", "huggingface-cli")
 TOOLS += ("sbatch", "sky", "kubectl")  # tests/test_cluster.py looks at their arguments
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-for folder in (".", *WINGS, "benchmarks"):
+for folder in (".", *sorted(WINGS), "benchmarks"):
     PAGES += sorted((ROOT / folder).glob("*.py"))  # for the commands in their docstrings
 
 
