@@ -53,6 +53,7 @@ from training.export import check_export, check_exportable, export
 from training.help import stage_help
 from training.plan import Machine, forward_plan, size_of, split_plan_flags
 from training.precision import forbid_tf32
+from training.processor import name_processor_without_processes
 from training.report_page import write_report
 from training.run import check_data_sets
 from training.sizes import find_run, known_model
@@ -293,6 +294,7 @@ def measure_accuracy(
     net.average = config.average
     device = get_device(config.device)
     precision = config.precision if device.name == "gpu" else "fp32"
+    name_processor_without_processes()
     trainer = Trainer(
         model=net,
         eval_dataloader=evaluator,

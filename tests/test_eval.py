@@ -12,6 +12,7 @@ import safetensors.numpy
 import timm
 import torch
 from composer import Trainer
+from composer.utils import collect_env
 from conftest import (
     ROOT,
     corrupted_copy,
@@ -132,6 +133,13 @@ def test_corrupt_samples_do_not_count_and_too_many_are_an_error(demo, tmp_path):
     corrupted_copy(demo / "test_images", tmp_path, 1, 7)
     with pytest.raises(ValueError, match=r"2 samples cannot be decoded, see .*eval\.jsonl"):
         evaluate_file(tmp_path, run_name="again", accuracy=accuracy)
+
+
+def test_no_process_is_started_to_name_the_processor(demo, tmp_path, monkeypatch):
+    """The processes of py-cpuinfo would starve the ranks, see training/processor.py."""
+    monkeypatch.setattr(collect_env, "get_cpu_model", None)  # which starts them; a call would raise
+    save_classifier(tmp_path / "classifier.pt")
+    assert evaluate_file(tmp_path, accuracy={"paths": [str(demo / "test_images")]})
 
 
 def evaluate_rank(rank: int, folder: str, accuracy: dict) -> None:

@@ -9,7 +9,6 @@ docs/fault_tolerance.md lists what can happen to a run, and what follows.
 import io
 import math
 import os
-import platform
 import re
 import signal
 import sys
@@ -24,7 +23,7 @@ from typing import Literal
 
 import torch
 from composer import Callback, Event, Logger, State
-from composer.utils import collect_env, create_interval_scheduler, dist
+from composer.utils import create_interval_scheduler, dist
 from pydantic import NonNegativeFloat, PositiveInt
 from torch.distributed.checkpoint import BytesStorageMetadata
 
@@ -33,6 +32,7 @@ from training.announce import say_if_slow
 from training.config import Duration
 from training.copies import METADATA, Copies, CopyingUnfinished
 from training.peers import new_group
+from training.processor import name_processor_without_processes
 from training.safe_load import PlainReader, load_plain
 from training.weights import LATEST
 from training.writing import Writer, checksum, point_latest_to
@@ -156,10 +156,7 @@ class Checkpoints(Callback):
         exit_on_signals(self.signals)
         self.stop_reason = None  # of the first request to stop, such as the name of a signal
         self.saved_step = -1
-        # At each checkpoint, Composer has py-cpuinfo name the processor, and offers no option
-        # against it. The two processes of py-cpuinfo wait in a loop of sched_yield: with as many
-        # ranks as cores, on Linux 6.18, they starved all others for minutes.
-        collect_env.get_cpu_model = platform.processor
+        name_processor_without_processes()
 
     # Finding a checkpoint to resume from
 
