@@ -1,7 +1,7 @@
 """Conversion of raw videos and images to shards for training.
 
     python data_prep.py k400    kinetics/k400  data/k400/train  # or k600 k700 mit ssv2 places365
-    python data_prep.py in1k    imagenet       data/in1k/val --split val
+    python data_prep.py in1k    imagenet       data/in1k/val --split val  # or sunrgbd, with depth
     python data_prep.py videos  x.csv          s3://bucket/mine --part 3/16  # third of 16 machines
     python data_prep.py merge   s3://bucket/mine                # once all 16 are done
     python data_prep.py verify  data/k400/train                 # decodes every frame
@@ -37,18 +37,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from shards.decode import Recipe, has_second_film, read_clips, read_image
-from shards.demo import draw_demo
-from shards.format import COLUMNS, encode_clip, read_classes, read_json
+from shards.demo import CLASSES, draw_demo, draw_depth_demo
+from shards.format import COLUMNS, DEPTH_COLUMNS, encode_clip, read_classes, read_json
 from shards.inputs import (
     Manifest,
     describe_error,
+    find_label,
     is_system_error,
     part_name,
     read_inputs,
     write_manifest,
 )
 from shards.inspect import print_faults, show
-from shards.layouts import EXTENSIONS, LAYOUTS, Listing, list_any
+from shards.layouts import EXTENSIONS, LAYOUTS, Listing, list_any, list_sunrgbd
 from shards.report import Ignored, check_labels, join_reports, print_summary, printable
 from shards.storage import Storage
 from shards.workers import Report, exit_on_signals, run_parts
@@ -70,20 +71,6 @@ class Conversion:
     keep_local: bool  # whether the local copy stays
 
 
-def find_label(class_name: str | int | None, classes: list[str], labels: dict) -> int:
-    """Return the label of a class name, or the label that a sample of a tar has instead.
-
-    Raises:
-        ValueError: an unknown class, or a label without a class.
-    """
-    label = labels.get(class_name, class_name)
-    if isinstance(label, str):
-        raise ValueError(f"class {label!r}: unknown; list the classes with --classes")
-    if label < -1 or (classes and label >= len(classes)):
-        raise ValueError(f"label {label}: must be below {len(classes)}, or -1")
-    return label
-
-
 def write_part(
     job: Conversion, entries: list, out: Path, bad_inputs: dict[int, str], report: Report
 ) -> dict:
@@ -93,17 +80,17 @@ def write_part(
     """
     from streaming import MDSWriter
 
-    kind = job.recipe.kind
+    kind, read_depth = job.recipe.kind, job.listing.read_depth
+    columns = DEPTH_COLUMNS if read_depth else COLUMNS
     Image.MAX_IMAGE_PIXELS = None  # read_image has a limit of its own.
     labels = {name: label for label, name in enumerate(job.classes)} | {None: -1}
-    inputs, short = 0, 0
-    skipped, converted = [], Counter()
-    ignored, unlabelled = Ignored(), None
-    sides, joined = [], []
-    with MDSWriter(out=str(out), columns=COLUMNS, size_limit=SHARD_BYTES, hashes=["xxh64"]) as mds:
+    inputs, short, unlabelled = 0, 0, None
+    skipped, sides, joined = [], [], []
+    converted, ignored = Counter(), Ignored()
+    with MDSWriter(out=str(out), columns=columns, size_limit=SHARD_BYTES, hashes=["xxh64"]) as mds:
         for number, item in enumerate(read_inputs(job.listing, kind, entries, ignored)):
-            name, class_name, open_input = item
-            name = printable(name)
+            path, class_name, open_input = item
+            name = printable(path)
             report(number)
             inputs += 1
             try:
@@ -116,18 +103,18 @@ def write_part(
                         joined += [name] * has_second_film(file)
                     else:
                         clips = [read_image(file, job.recipe)]
+                depth = read_depth(path) if read_depth else None
             except Exception as error:  # Corrupt files make the libraries raise nearly anything.
                 if is_system_error(error):
                     raise
                 skipped.append([name, describe_error(error)])
                 continue
             converted[label] += len(clips)
-            if label < 0:
-                unlabelled = unlabelled or name
+            unlabelled = unlabelled or (name if label < 0 else None)
             for frames, timestamps in clips:
                 sides.append(min(simplejpeg.decode_jpeg_header(frames[0])[:2]))
                 short += len(set(timestamps)) < len(timestamps)
-                mds.write(encode_clip(frames, timestamps, label, name))
+                mds.write(encode_clip(frames, timestamps, label, name, depth))
     index = out / "index.json"
     shards = json.loads(index.read_text())["shards"]
     index.unlink()
@@ -326,26 +313,33 @@ def read_parts(target: Storage, names: list[str]) -> list[dict]:
 def make_demo(out: str, workers: int = 0, garments: int = 600) -> None:
     """Make the demonstration at `out`, with up to `garments` per class and split, unless complete.
 
-    It consists of raw files and of the data sets {train,test}_{videos,images}. The smaller sets
-    train_{videos,images}_200 have 20 samples of every class, for learning from few labels.
+    It consists of raw files and of the data sets {train,test}_{videos,images,depth}. The smaller
+    sets train_{videos,images}_200 have 20 samples of every class, for learning from few labels.
+    Of the demonstration of an earlier version, only the sets with depth maps are made.
     """
     if garments < 2:
         raise ValueError(f"--garments {garments}: must be at least 2, one video and one image")
-    raw = Path(out, "raw")
-    jobs = {}  # {name: (source, recipe)}
+    raw, raw_depth = Path(out, "raw"), Path(out, "raw_depth")
+    list_depth = functools.partial(list_sunrgbd, scenes=CLASSES)
+    jobs = {}  # {name: arguments of convert}
     for split in ("train", "test"):
         for kind in EXTENSIONS:
-            jobs[f"{split}_{kind}"] = (raw / split / kind, Recipe(kind))
+            jobs[f"{split}_{kind}"] = {"source": raw / split / kind, "recipe": Recipe(kind)}
+        depth = {"source": raw_depth, "list_inputs": list_depth, "split": split}
+        jobs[f"{split}_depth"] = depth | {"recipe": Recipe("images")}
     for kind in EXTENSIONS:
-        jobs[f"train_{kind}_200"] = (raw / "train" / kind, Recipe(kind, per_class=20))
-    if all(Path(out, name, "index.json").exists() for name in jobs):
-        return
-    if not raw.exists():
+        recipe = Recipe(kind, per_class=20)
+        jobs[f"train_{kind}_200"] = {"source": raw / "train" / kind, "recipe": recipe}
+    missing = [name for name in jobs if not Path(out, name, "index.json").exists()]
+    if not raw.exists() and any("depth" not in name for name in missing):
         if os.path.exists(out) and any(path.name != "raw.tmp" for path in Path(out).iterdir()):
             raise ValueError(f"OUT {out} exists and is not the demonstration; choose another OUT")
         draw_demo(raw, garments, workers or os.cpu_count())
-    for name, (source, recipe) in jobs.items():
-        convert(str(source), os.path.join(out, name), recipe, workers)
+    if not raw_depth.exists() and any("depth" in name for name in missing):
+        draw_depth_demo(raw_depth, min(garments, 60))
+    for name in missing:
+        arguments = jobs[name] | {"source": str(jobs[name]["source"])}
+        convert(out=os.path.join(out, name), workers=workers, **arguments)
 
 
 def parse_share(text: str) -> tuple[int, int]:

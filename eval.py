@@ -289,7 +289,8 @@ def measure_accuracy(
     labels = match_labels(net, config)
     size, frames = net.encoder.img_size, net.encoder.num_frames
     patch_size = net.encoder.patch_size
-    evaluator = load_eval(run, size, frames, patch_size, labels, **config.accuracy)
+    as_stored = getattr(net, "images_as_stored", False)
+    evaluator = load_eval(run, size, frames, patch_size, labels, as_stored, **config.accuracy)
     evaluator.metric_names.append("confusion")
     net.average = config.average
     device = get_device(config.device)

@@ -42,6 +42,7 @@ from methods.linear_probe import LinearProbe, ProbeHeads
 from methods.supervised import Omnivore
 from model import Batch, Classifier, ProperFraction
 from shards.augment import MEAN, normalise
+from shards.depth import decode_disparity
 from shards.format import (
     common_classes,
     decode_frame,
@@ -50,7 +51,16 @@ from shards.format import (
     shared_shards,
 )
 from shards.stream import load_stream
-from shards.views import UnitInterval, check_frames, crop_and_scale, draw_crop, pick_frames
+from shards.views import (
+    Box,
+    UnitInterval,
+    check_frames,
+    crop_and_scale,
+    crop_depth,
+    draw_crop,
+    pick_frames,
+    stored_frames,
+)
 from shards.workers import exit_on_signals
 from training.config import Choice, load_config
 from training.cost import flops_per_sample
@@ -74,6 +84,8 @@ class FinetuningViews:
     Args:
         labels: for each stream, the number that replaces each of its labels, see match_classes; ()
             for the labels as they are stored.
+        images: for each stream, whether it holds images, of which one frame is taken, with its
+            depth map if there is one; () if images become T equal frames.
         crop_scale, crop_ratio: of RandomResizedCrop.
         flip: probability; 0 if labels have a direction.
         frame_interval: seconds between two frames, for a part of the clip; None for a random frame
@@ -84,6 +96,7 @@ class FinetuningViews:
         mixup, cutmix: alpha of the beta distribution of the mixed share; 0 is off. One of the two
             is drawn for each batch.
         label_smoothing: in [0, 1).
+        drop_colours: probability that an image with depth loses its colours.
         held_out: fraction of the samples, by a checksum of their names, that are not trained on.
             They choose the learning rate of a linear probe.
 
@@ -95,6 +108,7 @@ class FinetuningViews:
     num_frames: int
     num_classes: int
     labels: Sequence[list[int]] = ()
+    images: Sequence[bool] = ()
     _: KW_ONLY
     crop_scale: tuple[UnitInterval, UnitInterval] = (0.08, 1.0)
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
@@ -105,6 +119,7 @@ class FinetuningViews:
     mixup: NonNegativeFloat = 0.8
     cutmix: NonNegativeFloat = 1.0
     label_smoothing: ProperFraction = 0.1
+    drop_colours: UnitInterval = 0.5
     held_out: UnitInterval = 0.0
 
     def __post_init__(self):
@@ -140,33 +155,38 @@ class FinetuningViews:
         """Crop, flip and augment a stored sample, in a data worker.
 
         The policy comes after crop and flip for images (source: timm), before them for clips
-        (source: SlowFast).
+        (source: SlowFast). It leaves images with depth as they are (source: OMNIVORE).
 
         Returns:
             `inputs` uint8 (1, T, 3, H, W); `target`; `held_out`, the label if the sample is held
-            out, else -1; `key`, which seeds the random numbers of apply.
+            out, else -1; `key`, which seeds the random numbers of apply; and see draw_depth.
 
         Raises:
             ValueError: the sample has no label. The stream records it and takes the next sample.
         """
         if sample["label"] < 0:
             raise ValueError("has no label")
+        is_image = bool(self.images) and self.images[sample["stream"]]
+        num_frames = 1 if is_image else self.num_frames
+        has_depth = is_image and "depth" in sample
+        policy = None if has_depth else self.policy
         position = rng.random()
         if self.frame_interval is None:
             # A generator of its own, so that T does not change what is drawn after it.
-            position = rng.spawn(1)[0].random(self.num_frames)
-        picked = pick_frames(sample["timestamps"], self.num_frames, self.frame_interval, position)
+            position = rng.spawn(1)[0].random(num_frames)
+        picked = pick_frames(sample["timestamps"], num_frames, self.frame_interval, position)
         frames = {index: decode_frame(sample, index) for index in set(picked)}
-        if self.policy and self.num_frames > 1:
+        if policy and num_frames > 1:
             seed = int(rng.integers(2**31))
             frames = {index: self.apply_policy(frame, seed) for index, frame in frames.items()}
         height, width = frames[picked[0]].shape[:2]
         box = draw_crop(rng, height, width, self.crop_scale, self.crop_ratio)
         crops = [crop_and_scale(frames[index], box, self.img_size) for index in picked]
         clip = torch.stack(crops)  # (T, 3, H, W)
-        if rng.random() < self.flip:
+        flipped = rng.random() < self.flip
+        if flipped:
             clip = clip.flip(3)
-        if self.policy and self.num_frames == 1:
+        if policy and num_frames == 1:
             image = clip[0].permute(1, 2, 0).numpy()  # (H, W, 3)
             image = self.apply_policy(image, int(rng.integers(2**31)))
             clip = torch.from_numpy(image).permute(2, 0, 1)[None]
@@ -174,13 +194,22 @@ class FinetuningViews:
         label = sample["label"]
         if self.labels:
             label = self.labels[sample["stream"]][label]
-        return {
+        drawn = {
             "inputs": clip[None],
             "target": label,
             "held_out": label if is_held_out else -1,
             # A string stays on the host, where it is read, when the batch moves to a GPU.
             "key": str(rng.integers(2**31)),
         }
+        return drawn | (self.draw_depth(sample, box, flipped, rng) if has_depth else {})
+
+    def draw_depth(self, sample: dict, box: Box, flipped: bool, rng: np.random.Generator) -> Batch:
+        """Return `depth` float32 (1, 1, 1, H, W), and `colours`, 0 if the image loses them."""
+        depth = crop_depth(decode_disparity(sample["depth"]), box, self.img_size)
+        if flipped:
+            depth = depth.flip(2)
+        colours = torch.tensor(float(rng.random() >= self.drop_colours))
+        return {"depth": depth[None, None], "colours": colours}
 
     def apply_policy(self, frame: np.ndarray, seed: int) -> np.ndarray:
         """Apply the policy to a frame (H, W, 3) uint8; timm draws from the global generators."""
@@ -196,14 +225,18 @@ class FinetuningViews:
         a resumed run repeats it.
 
         Returns:
-            `inputs` (B, 1, T, 3, H, W); `target` (B, C), 0 for a held-out sample; `held_out` (B,).
+            `inputs` (B, 1, T, 3, H, W), or (B, 1, 1, 4, H, W) with depth as fourth channel;
+            `target` (B, C), 0 for a held-out sample; `held_out` (B,).
         """
         key = int(batch["key"][0])
         random.seed(key)
         np.random.seed(key)
         torch.manual_seed(key)
-        inputs, target = batch["inputs"], batch["target"]
-        x = normalise(inputs).flatten(1, 3)  # (B, T * 3, H, W): one box for all frames
+        inputs, target = normalise(batch["inputs"]), batch["target"]
+        if "depth" in batch:
+            colours = inputs * batch["colours"][:, None, None, None, None, None]
+            inputs = torch.cat([colours, batch["depth"]], dim=3)
+        x = inputs.flatten(1, 3)  # (B, T * 3, H, W): one box for all frames
         if self.erasing:
             x = RandomErasing(self.erasing, mode="pixel", device=x.device)(x)
         if self.mix:
@@ -301,11 +334,10 @@ def check_blocks(config: FinetuneConfig) -> None:
         raise ValueError(
             f"method={config.method}: give one of eval_data.paths for each of data.streams"
         )
-    smoothing = config.augment.get("label_smoothing", FinetuningViews.label_smoothing)
-    if config.head_per_data_set and smoothing:
+    if config.model.get("depth_maps") and not config.data.get("one_stream_per_batch"):
         raise ValueError(
-            f"augment.label_smoothing={smoothing}: must be 0 with a head for each data set, since "
-            "it would reach the classes of other data sets"
+            "data.one_stream_per_batch=false: must be true with model.depth_maps, since images and "
+            "clips have other shapes"
         )
 
 
@@ -385,7 +417,10 @@ def finetune(config: FinetuneConfig) -> Trainer:
         if dist.get_global_rank() == 0:
             print(f"weights of {config.pretrained}:\n{describe(report)}")
     size, frames = net.encoder.img_size, net.encoder.num_frames
-    views = FinetuningViews(size, frames, net.num_classes, classes.training, **config.augment)
+    as_stored = getattr(net, "images_as_stored", False)
+    images = [stored_frames(path) == 1 for path in config.training_paths] if as_stored else ()
+    of_streams = (classes.training, images)
+    views = FinetuningViews(size, frames, net.num_classes, *of_streams, **config.augment)
     patch_size = net.encoder.patch_size
     with say_if_slow("opening the data sets"):
         loader, micro_size = load_stream(
@@ -402,7 +437,9 @@ def finetune(config: FinetuneConfig) -> Trainer:
         optimizer = build_lars(net, batch_size, **config.lars)
     else:
         optimizer = build_optimizer(net, batch_size, **config.optimizer)
-    validation = load_eval(run, size, frames, patch_size, classes.testing, **config.eval_data)
+    validation = load_eval(
+        run, size, frames, patch_size, classes.testing, as_stored, **config.eval_data
+    )
     return build_trainer(run, config, net, optimizer, loader, micro_size, validation, flops)
 
 

@@ -17,7 +17,7 @@ from shards.views import DataSets, EvalViews, PositiveFraction, check_frames
 
 def normalise_views(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Normalise `inputs` (B, V, T, 3, H, W) from bytes."""
-    return {"inputs": normalise(batch["inputs"]), "target": batch["target"]}
+    return batch | {"inputs": normalise(batch["inputs"])}
 
 
 def load_eval(
@@ -26,6 +26,7 @@ def load_eval(
     num_frames: int,
     patch_size: int,
     labels: Sequence[list[int]] = (),
+    images_as_stored: bool = False,
     *,
     paths: DataSets,
     temporal_views: PositiveInt = 1,
@@ -42,7 +43,7 @@ def load_eval(
 
     Args:
         patch_size: pixels; a sample of smaller frames counts as unreadable.
-        labels: see EvalViews.
+        labels, images_as_stored: see EvalViews.
         paths: labelled data sets.
         temporal_views, spatial_views, crop_pct, frame_interval: see EvalViews.
         batch_size: samples on each rank, with all their views.
@@ -58,6 +59,7 @@ def load_eval(
         crop_pct=crop_pct,
         frame_interval=frame_interval,
         labels=labels,
+        images_as_stored=images_as_stored,
         patch_size=patch_size,
         unreadable=run / UNREADABLE,
     )

@@ -106,12 +106,9 @@ class FileViews(EvalViews):
             check_size(sample, self.patch_size)
             views, fault = self.crop_views(sample), ""
         except Exception as error:  # a corrupt file makes the libraries raise nearly anything
-            num_views = self.temporal_views * self.spatial_views
-            shape = (num_views, self.num_frames, 3, self.img_size, self.img_size)
-            views = torch.zeros(shape, dtype=torch.uint8)
             if is_system_error(error):
                 raise
-            fault = describe_error(error)
+            views, fault = self.black()["inputs"], describe_error(error)
         return {"inputs": views, "number": number, "fault": fault}
 
 

@@ -1,7 +1,8 @@
 """All methods that are not ViC-MAE; a YAML names a method of these tables by its key `method`.
 
-A method is a subclass of ViCMAE or Classifier. It may have three more attributes: `needs_labels`
-(data sets must be labelled), `supports_fsdp`, and `algorithms()` (Composer algorithms of its own).
+A method is a subclass of ViCMAE or Classifier. It may have four more attributes: `needs_labels`
+(data sets must be labelled), `supports_fsdp`, `algorithms()` (Composer algorithms of its own), and
+`images_as_stored` (a classifier of clips sees an image as one frame, with its depth map).
 """
 
 from methods.contrastive import MoCoV2, SimCLR, SimSiam, Triplet, VICReg

@@ -1,8 +1,10 @@
 """Drawing of the demonstration's raw files: garments of Fashion-MNIST in colour, moving or still.
 
     draw_demo(Path("data/demo/raw"), garments=600, workers=2)
+    draw_depth_demo(Path("data/demo/raw_depth"), garments=60)
 
 Videos show a tinted garment that drifts and turns over clutter. Images show a garment at rest.
+Images with depth show it in front of a wall, which the camera does not face squarely.
 """
 
 import shutil
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from shards.workers import ignore_stop_signals
@@ -25,10 +27,17 @@ CLASSES = (
 SIDE = 40  # pixels
 FRAMES = 32
 RATE = 16  # frames per second
+FOCAL = 525.0  # pixels; of the imagined camera that sees the depth
 
 
-def draw_garment(garment: np.ndarray, rng: np.random.Generator, frames: int) -> np.ndarray:
-    """Draw a garment (28, 28) drifting and turning over clutter -> (frames, SIDE, SIDE, 3)."""
+def draw_garment(
+    garment: np.ndarray, rng: np.random.Generator, frames: int
+) -> tuple[np.ndarray, Image.Image]:
+    """Draw a garment (28, 28) drifting and turning over clutter.
+
+    Returns:
+        The frames (frames, SIDE, SIDE, 3); the opacity of the garment in the last frame, of 255.
+    """
     clutter = Image.fromarray(rng.uniform(0, 60, (5, 5, 3)).astype(np.uint8))
     clutter = np.asarray(clutter.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
     tint = rng.uniform(0.55, 1.0, 3)
@@ -45,14 +54,23 @@ def draw_garment(garment: np.ndarray, rng: np.random.Generator, frames: int) -> 
         moved = picture.rotate(angle + turn * time, Image.Resampling.BILINEAR, translate=shift)
         opacity = np.asarray(moved, np.float32)[..., None] / 255  # (SIDE, SIDE, 1)
         clip[frame] = clutter * (1 - opacity) + 255 * tint * opacity
-    return clip
+    return clip, moved
+
+
+def draw_depth(opacity: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    """Draw the depth of a garment in front of a wall -> millimetres (SIDE, SIDE) uint16."""
+    relief = opacity.filter(ImageFilter.GaussianBlur(1.0))  # The brighter a fold, the nearer it is.
+    height = np.asarray(relief, np.float32) / 255 * rng.uniform(3300, 3500)
+    row, column = np.mgrid[-0.5 : 0.5 : SIDE * 1j, -0.5 : 0.5 : SIDE * 1j]
+    wall = 4000 + rng.uniform(-400, 400) * row + rng.uniform(-400, 400) * column
+    return (wall - height + rng.normal(0, 3, height.shape)).round().astype(np.uint16)
 
 
 def draw_file(path: Path, garment: np.ndarray, seed: tuple[int, ...]) -> None:
     """Write a garment as an mp4 of FRAMES frames, or as a JPEG still."""
     rng = np.random.default_rng(seed)
     if path.suffix == ".jpg":
-        Image.fromarray(draw_garment(garment, rng, 1)[0]).save(path, quality=95)
+        Image.fromarray(draw_garment(garment, rng, 1)[0][0]).save(path, quality=95)
         return
     with av.open(str(path), "w") as container:
         # With mbtree and lookahead, x264 does not always write the same bytes.
@@ -62,7 +80,7 @@ def draw_file(path: Path, garment: np.ndarray, seed: tuple[int, ...]) -> None:
         stream.width = stream.height = SIDE
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
-        for pixels in draw_garment(garment, rng, FRAMES):
+        for pixels in draw_garment(garment, rng, FRAMES)[0]:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
 
@@ -97,4 +115,37 @@ def draw_demo(raw: Path, garments: int, workers: int) -> None:
         finished = as_completed(jobs)
         for job in tqdm(finished, total=len(jobs), desc=str(raw), unit="file", disable=None):
             job.result()
+    temporary.rename(raw)
+
+
+def draw_depth_demo(raw: Path, garments: int) -> None:
+    """Write images with depth maps in the layout of SUN RGB-D, complete or not at all.
+
+    Each class of a split has the first so many garments.
+    """
+    from scipy.io import savemat
+
+    temporary = raw.with_name(raw.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    folders = {}
+    for split_number, split in enumerate(("train", "test")):
+        folders[f"all{split}"] = []
+        for name, garment, key in garment_files(split, garments):
+            folder = Path("SUNRGBD", "kv1", split, f"{key[0]}_{name.stem}")
+            folders[f"all{split}"].append(f"/{folder}")
+            for part in ("image", "depth_bfx"):
+                (temporary / folder / part).mkdir(parents=True)
+            rng = np.random.default_rng((2, split_number, *key))
+            picture, opacity = draw_garment(garment, rng, 1)
+            depth = draw_depth(opacity, rng)
+            Image.fromarray(picture[0]).save(temporary / folder / "image" / "0.jpg", quality=95)
+            rotated = (depth << 3) | (depth >> 13)  # see read_rotated
+            Image.fromarray(rotated).save(temporary / folder / "depth_bfx" / "0.png")
+            centre = SIDE / 2
+            intrinsics = f"{FOCAL} 0 {centre} 0 {FOCAL} {centre} 0 0 1"
+            (temporary / folder / "intrinsics.txt").write_text(intrinsics)
+            (temporary / folder / "scene.txt").write_text(CLASSES[key[0]])
+    table = temporary / "SUNRGBDtoolbox" / "traintestSUNRGBD" / "allsplit.mat"
+    table.parent.mkdir(parents=True)
+    savemat(table, {name: np.array(paths, object) for name, paths in folders.items()})
     temporary.rename(raw)

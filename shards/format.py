@@ -5,8 +5,9 @@
     label = read_classes("data/k400/train")[clips[0]["label"]]
 
 Every sample is a clip: JPEG frames of one size with their timestamps. An image is a clip of one
-frame. The samples lie in MDS shards of mosaicml-streaming, described by `index.json`. Beside it,
-`classes.json` has the label names in order, and `report.json` what data_prep.py did.
+frame, and may have a depth map. The samples lie in MDS shards of mosaicml-streaming, described by
+`index.json`. Beside it, `classes.json` has the label names in order, and `report.json` what
+data_prep.py did.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
+from shards.depth import DepthMap, encode_depth
 from shards.storage import Storage
 
 COLUMNS = {
@@ -25,14 +27,24 @@ COLUMNS = {
     "label": "int",  # index into classes.json; -1 if unknown
     "name": "str",  # path inside the source
 }
+DEPTH_COLUMNS = COLUMNS | {"depth": "bytes"}  # of images with depth maps, see depth.py
 UNREADABLE = "unreadable_eval.jsonl"  # in a run directory: samples that evaluations cannot decode
 
 
-def encode_clip(frames: list[bytes], timestamps: list[float], label: int, name: str) -> dict:
-    """Pack JPEG files into one sample with the columns COLUMNS."""
+def encode_clip(
+    frames: list[bytes],
+    timestamps: list[float],
+    label: int,
+    name: str,
+    depth: DepthMap | None = None,
+) -> dict:
+    """Pack JPEG files into one sample with the columns COLUMNS, or DEPTH_COLUMNS with a depth."""
     ends = np.cumsum([len(frame) for frame in frames], dtype=np.uint32)
     times = np.asarray(timestamps, np.float64)
     packed = {"frames": b"".join(frames), "ends": ends, "timestamps": times}
+    if depth:
+        size = simplejpeg.decode_jpeg_header(frames[0])[:2]
+        packed["depth"] = encode_depth(depth, size)
     return packed | {"label": label, "name": name}
 
 

@@ -202,6 +202,20 @@ def read_tar(
         yield name, None, raise_error
 
 
+def find_label(class_name: str | int | None, classes: list[str], labels: dict) -> int:
+    """Return the label of a class name, or the label that a sample of a tar has instead.
+
+    Raises:
+        ValueError: an unknown class, or a label without a class.
+    """
+    label = labels.get(class_name, class_name)
+    if isinstance(label, str):
+        raise ValueError(f"class {label!r}: unknown; list the classes with --classes")
+    if label < -1 or (classes and label >= len(classes)):
+        raise ValueError(f"label {label}: must be below {len(classes)}, or -1")
+    return label
+
+
 def read_label(members: dict[str, bytes]) -> int | str | None:
     """Return the number or the class name in the .cls or .json member of a sample, if any."""
     try:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from shards.depth import decode_depth
 from shards.format import Clips, decode_frame, read_classes, read_json, spread
 from shards.inputs import part_name
 from shards.storage import Storage
@@ -43,6 +44,10 @@ def check_sample(sample: dict, classes: int, short_side: int) -> None:
         if min(height, width) > short_side:
             size = f"{width}x{height}"
             raise ValueError(f"frame {index} is {size}: its short side must be <= {short_side}")
+    if "depth" in sample:
+        height, width = decode_depth(sample["depth"]).millimetres.shape
+        if (height, width) != first[:2]:
+            raise ValueError(f"depth map is {width}x{height}, but its image {first[1]}x{first[0]}")
 
 
 def check_shard(storage: Storage, shard: dict, classes: int, short_side: int) -> list[str]:

@@ -16,11 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
+from shards.depth import DepthMap, read_sunrgbd
 from shards.report import Ignored
 from shards.storage import Storage, is_hidden
 
@@ -53,6 +56,11 @@ NO_CLASSES = TRAIN_SPLITS | OTHER_SPLITS | {"images", "videos", "labels", "annot
 LIST_ERRORS = (ValueError, TypeError, LookupError, AttributeError, FileNotFoundError, csv.Error)
 
 DEVKIT = "ILSVRC2012_devkit_t12/data"
+SCENES = (  # of SUN RGB-D, with more than 80 images each
+    *("bathroom", "bedroom", "classroom", "computer_room", "conference_room", "corridor"),
+    *("dining_area", "dining_room", "discussion_area", "furniture_store", "home_office", "kitchen"),
+    *("lab", "lecture_theatre", "library", "living_room", "office", "rest_space", "study_space"),
+)
 
 
 @dataclass
@@ -70,6 +78,7 @@ class Listing:
     ignored: Ignored = field(default_factory=Ignored)  # complete once `inputs` are exhausted
     candidates: Iterable[str] = ()  # files of which the inputs were chosen by a list
     empty_classes: Iterable[str] = ()  # class folders without any file
+    read_depth: Callable[[str], DepthMap] | None = None  # of an image, by its name
 
 
 @contextmanager
@@ -391,13 +400,22 @@ def read_truth(storage: Storage) -> dict[str, str]:
 
 def read_synsets(storage: Storage) -> dict[int, str]:
     """Return {ILSVRC2012_ID: wnid} from ImageNet's development kit."""
-    from scipy.io import loadmat
-
     name = f"{DEVKIT}/meta.mat"
-    with list_errors(storage.at(name)), storage.open(name) as file:
-        synsets = loadmat(file, squeeze_me=True)["synsets"]
+    with list_errors(storage.at(name)):
+        synsets = read_matlab(storage, name)["synsets"]
         numbers, wnids = synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist()
         return dict(zip(numbers, wnids, strict=True))
+
+
+def read_matlab(storage: Storage, name: str) -> dict:
+    """Return the variables of a MATLAB file; raise ValueError if it is corrupt."""
+    from scipy.io import loadmat
+
+    with storage.open(name) as file:
+        try:
+            return loadmat(file, squeeze_me=True)
+        except Exception as error:  # Corrupt files make scipy raise nearly anything.
+            raise ValueError(error) from error
 
 
 def list_places365(source: str, split: str) -> Listing:
@@ -431,6 +449,38 @@ def list_places365(source: str, split: str) -> Listing:
     return Listing(storage, read(table, find), classes, ignored=ignored, candidates=files)
 
 
+def list_sunrgbd(source: str, split: str, scenes: tuple[str, ...] = SCENES) -> Listing:
+    """List SUN RGB-D: SUNRGBD/SENSOR/ and SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat.
+
+    The images of the 19 scenes of its benchmark are listed, with their depth maps.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"--split {split}: SUN RGB-D has train and test")
+    storage, ignored = Storage(source), Ignored()
+    table = first_existing(storage, ("SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat",))
+    with list_errors(storage.at(table)):
+        # The list has the paths of its authors' disk, as /n/fs/sun3d/data/SUNRGBD/kv1/...
+        paths = np.atleast_1d(read_matlab(storage, table)[f"all{split}"]).tolist()
+        folders = ["SUNRGBD/" + path.split("/SUNRGBD/")[1].strip("/") for path in paths]
+
+    def find(folder: str) -> tuple | None:
+        image = next(storage.names(f"{folder}/image"), None)
+        if image is None:
+            return None
+        with list_errors(storage.at(f"{folder}/scene.txt")):
+            return image, storage.read(f"{folder}/scene.txt").decode().strip()
+
+    def select() -> Iterator[tuple | None]:
+        for found in map(find, folders):
+            if found and found[1] not in scenes:
+                ignored.add(found[0], "scene that is not in the benchmark")
+            else:
+                yield found
+
+    read_depth = partial(read_sunrgbd, storage)
+    return Listing(storage, select(), sorted(scenes), ignored=ignored, read_depth=read_depth)
+
+
 LAYOUTS = {  # {sub-command: (kind, function that lists a split)}
     "k400": ("videos", list_kinetics),
     "k600": ("videos", list_kinetics),
@@ -439,4 +489,5 @@ LAYOUTS = {  # {sub-command: (kind, function that lists a split)}
     "ssv2": ("videos", list_ssv2),
     "in1k": ("images", list_in1k),
     "places365": ("images", list_places365),
+    "sunrgbd": ("images", list_sunrgbd),
 }

@@ -195,20 +195,25 @@ def count_earlier(values: np.ndarray) -> np.ndarray:
 
 
 def open_stream(
-    *, path: str, proportion: PositiveFloat | None = None, cache: str | None = None
+    *,
+    path: str,
+    proportion: PositiveFloat | None = None,
+    repeat: PositiveFloat | None = None,
+    cache: str | None = None,
 ) -> Stream:
     """Open one data set of a mix.
 
     Args:
         path: folder, or s3:// address, of a data set of data_prep.py.
-        proportion: share of the epoch; without proportions, each sample comes once an epoch.
+        proportion: share of the epoch; without proportions, each sample comes `repeat` times.
+        repeat: times that each sample comes in an epoch, default 1; excludes proportions.
         cache: local folder for the shards of an s3:// address; default a folder of the run in
             `cache` of `data.download`. Runs at the same time need folders of their own.
     """
     read_classes(path)  # raises if the data set is incomplete
     if Storage(path).remote:
-        return CachedStream(remote=path, local=cache, proportion=proportion)
-    return Stream(local=path, proportion=proportion)
+        return CachedStream(remote=path, local=cache, proportion=proportion, repeat=repeat)
+    return Stream(local=path, proportion=proportion, repeat=repeat)
 
 
 def check_batch(batch_size: int, micro_size: int | None, repeats: int, ranks: int) -> None:
@@ -242,7 +247,7 @@ def check_batch(batch_size: int, micro_size: int | None, repeats: int, ranks: in
 
 
 def open_streams(
-    streams: list[dict], run: Path, patch_size: int, download: Download
+    streams: list[dict], run: Path, patch_size: int, download: Download, epoch_size: int | None
 ) -> list[Stream]:
     """Open all data sets of a mix; raise ValueError if they cannot be trained on."""
     if not streams:
@@ -253,6 +258,8 @@ def open_streams(
     have_proportion = {stream.get("proportion") is not None for stream in streams}
     if len(have_proportion) > 1:
         raise ValueError("data.streams: give a proportion to all streams or to none")
+    if any("repeat" in stream for stream in streams) and (True in have_proportion or epoch_size):
+        raise ValueError("data.streams: repeat excludes proportion and data.epoch_size")
     local = [stream["path"] for stream in streams if not Storage(stream["path"]).remote]
     if local and download.cache_limit:  # Streaming would delete the data set's own shards.
         problem = f"data.download.cache_limit={download.cache_limit}: {local[0]} is not in a bucket"
@@ -341,7 +348,7 @@ def load_stream(
     loaded = global_train_batch_size // ranks if one_stream_per_batch else share
     micro_batches = global_train_batch_size // (ranks * loaded)
     downloads = Download(**download or {})
-    opened = open_streams(streams, run, patch_size, downloads)
+    opened = open_streams(streams, run, patch_size, downloads, epoch_size)
     with one_job_at_a_time():
         dataset = DeterministicStream(
             transform,

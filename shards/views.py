@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from shards.augment import PARAMETERS
+from shards.depth import decode_disparity
 from shards.format import Clips, check_size, decode_frame, record_unreadable, spread
 
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
@@ -114,6 +115,11 @@ def crop_and_scale(frame: np.ndarray, box: Box, size: int) -> Tensor:
     pixels = torch.from_numpy(np.ascontiguousarray(crop))[None]  # (1, H, W, 3)
     pixels = pixels.permute(0, 3, 1, 2)  # after [None], else torch sees no channels-last tensor
     return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
+
+
+def crop_depth(disparity: np.ndarray, box: Box, size: int) -> Tensor:
+    """Crop and scale disparity (H, W, 1) in [0, 1], as an image -> (1, size, size) float32."""
+    return crop_and_scale(disparity, box, size).clamp_(0, 1)  # Bicubic interpolation overshoots.
 
 
 def draw_frame_pair(
@@ -351,7 +357,9 @@ def square_crops(height: int, width: int, side: int, count: int) -> list[Box]:
 class EvalViews(Dataset):
     """Deterministic views for evaluation: `inputs` uint8 (V, T, 3, H, W), and `target`.
 
-    V = temporal_views * spatial_views; all views of one temporal position are side by side.
+    V = temporal_views * spatial_views; all views of one temporal position are side by side. With
+    `images_as_stored`, there are also `depth` float32 (V, 1, H, W), see decode_disparity, and
+    `kind`: 0 for a clip, 1 for an image, 2 for an image with depth.
 
     Args:
         paths: data sets of data_prep.py.
@@ -364,6 +372,7 @@ class EvalViews(Dataset):
         labels: for each data set, the number that replaces each of its labels, see match_classes;
             () for the labels as they are stored.
         patch_size: pixels; a sample of smaller frames counts as unreadable.
+        images_as_stored: give depth and kind, for a model that sees an image as one frame.
         unreadable: file that lists unreadable samples, which become black with the target -1. If
             None, or if more than a fraction `max_unreadable` are unreadable, ValueError is raised.
     """
@@ -377,6 +386,7 @@ class EvalViews(Dataset):
     frame_interval: float | None = None
     labels: Sequence[list[int]] = ()
     patch_size: int = 1
+    images_as_stored: bool = False
     unreadable: Path | None = None
     max_unreadable: float = 0.001
 
@@ -389,8 +399,8 @@ class EvalViews(Dataset):
     @property
     def sample_bytes(self) -> int:
         """The size of the views of a sample."""
-        views = self.temporal_views * self.spatial_views
-        return views * self.num_frames * 3 * self.img_size**2
+        bytes_per_pixel = self.num_frames * 3 + 4 * self.images_as_stored
+        return self.temporal_views * self.spatial_views * bytes_per_pixel * self.img_size**2
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         """Return the views of a sample."""
@@ -398,7 +408,7 @@ class EvalViews(Dataset):
         try:
             sample = self.data[number]
             check_size(sample, self.patch_size)
-            views, label = self.crop_views(sample), sample["label"]
+            inputs, label = self.draw_inputs(sample), sample["label"]
         except (ValueError, IndexError, KeyError, TypeError) as error:  # corrupt frame or shard
             first_number = [0, *self.data.cumulative_sizes][data_set]
             name = f"{self.paths[data_set]}, sample {number - first_number}"
@@ -409,12 +419,34 @@ class EvalViews(Dataset):
             prefixes = tuple(f"{path}, sample " for path in self.paths)
             limit = self.max_unreadable * len(self)
             record_unreadable(self.unreadable, name, error, limit, prefixes)
-            num_views = self.temporal_views * self.spatial_views
-            shape = (num_views, self.num_frames, 3, self.img_size, self.img_size)
-            views, label = torch.zeros(shape, dtype=torch.uint8), -1
+            inputs, label = self.black(), -1
         if self.labels and label >= 0:
             label = self.labels[data_set][label]
-        return {"inputs": views, "target": torch.tensor(label)}
+        return inputs | {"target": torch.tensor(label)}
+
+    def black(self) -> dict[str, Tensor]:
+        """Return the views of an unreadable sample."""
+        num_views = self.temporal_views * self.spatial_views
+        shape = (num_views, self.num_frames, 3, self.img_size, self.img_size)
+        inputs = {"inputs": torch.zeros(shape, dtype=torch.uint8)}
+        if self.images_as_stored:
+            inputs |= {"depth": torch.zeros(num_views, 1, *shape[3:]), "kind": torch.tensor(0)}
+        return inputs
+
+    def draw_inputs(self, sample: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the views of a sample, with depth and kind if images are as stored."""
+        inputs = self.black() | {"inputs": self.crop_views(sample)}
+        if not self.images_as_stored or len(sample["ends"]) > 1:
+            return inputs
+        if "depth" not in sample:
+            return inputs | {"kind": torch.tensor(1)}
+        disparity = decode_disparity(sample["depth"])
+        boxes = self.boxes(*disparity.shape[:2])
+        depth = [crop_depth(disparity, box, self.img_size) for box in boxes]
+        return inputs | {
+            "kind": torch.tensor(2),
+            "depth": torch.stack(depth * self.temporal_views),
+        }
 
     def crop_views(self, sample: dict[str, Any]) -> Tensor:
         """Return the views of a sample -> (V, T, 3, H, W)."""
@@ -428,9 +460,12 @@ class EvalViews(Dataset):
         for position in positions:
             picked = pick_frames(times, self.num_frames, self.frame_interval, position)
             frames = {index: decode_frame(sample, index) for index in set(picked)}
-            height, width = frames[picked[0]].shape[:2]
-            side = max(1, round(min(height, width) * self.crop_pct))
-            for box in square_crops(height, width, side, self.spatial_views):
+            for box in self.boxes(*frames[picked[0]].shape[:2]):
                 crops = [crop_and_scale(frames[index], box, self.img_size) for index in picked]
                 views.append(torch.stack(crops))
         return torch.stack(views)
+
+    def boxes(self, height: int, width: int) -> list[Box]:
+        """Return the crops of the spatial views of a frame."""
+        side = max(1, round(min(height, width) * self.crop_pct))
+        return square_crops(height, width, side, self.spatial_views)

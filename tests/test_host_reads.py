@@ -73,9 +73,12 @@ def test_step_of_pretraining_reads_no_value_and_leaves_no_tensor_on_the_host(met
 @pytest.mark.parametrize("mixup", [0.0, 0.8])
 @pytest.mark.parametrize("kind", CLASSIFIERS.values())
 def test_step_of_fine_tuning_reads_no_value_and_leaves_no_tensor_on_the_host(kind, mixup):
-    frames = 32 if kind is TubeViT else 1
-    if issubclass(kind, Omnivore):
-        net = kind([3, 4], **ENCODER | ({"patch_size": 16} if frames > 1 else {}))
+    frames, depth = 32 if kind is TubeViT else 1, {}
+    if kind is Omnivore:
+        net = kind([3, 4], **ENCODER | CLIPS, depth_maps=True)
+        depth = {"depth": torch.empty(4, 1, 1, 1, 32, 32), "colours": torch.empty(4)}
+    elif kind is TubeViT:
+        net = kind([3, 4], **ENCODER | {"patch_size": 16})
     else:
         net = kind(7, **({"heads": 2} if kind is LinearProbe else {}), **ENCODER)
     if mixup and kind is LinearProbe:
@@ -90,6 +93,7 @@ def test_step_of_fine_tuning_reads_no_value_and_leaves_no_tensor_on_the_host(kin
             "target": torch.empty(4, dtype=torch.long),
             "held_out": torch.empty(4, dtype=torch.long),
         }
+        batch |= {name: value.to("meta") for name, value in depth.items()}
     take_step(net.to("meta"), views.apply(batch | {"key": ["1", "2", "3", "4"]}))
 
 

@@ -12,6 +12,7 @@ from training.config import load_config
 
 IN1K, K400, SSV2, PLACES = 1_281_167, 240_000, 169_000, 1_803_460  # training samples
 SLOWFAST = "SlowFast configs/masked_ssl/"
+OMNIVORE = "omnivore omnivision/config/experiments/omnivore/swin_train_in1k_k400_sun_concat"
 OMNIMAE = "omnivore omnivision/config/experiments/omnimae/"
 VIDEOMAE = "VideoMAE scripts/"
 VICMAE = "ViC-MAE scripts/"
@@ -80,16 +81,22 @@ PUBLISHED = [  # (files in yamls/, quantity, published value, source)
     ),
     (VITB + "methods/omnimae_paper.yaml", "lr", 1.6e-3, OMNIMAE + "omnimae_vitbase_ssv2_in1k"),
     (VITB + "methods/omnimae_paper.yaml", "warmup", 40, OMNIMAE + "omnimae_vitbase_ssv2_in1k"),
+    ("methods/omnivore_paper.yaml", "lr", 2e-3, OMNIVORE),
+    ("methods/omnivore_paper.yaml", "end", 2e-4 / 2e-3, OMNIVORE),
+    ("methods/omnivore_paper.yaml", "warmup", 30, OMNIVORE + ": 0.1 of 300"),
+    ("methods/omnivore_paper.yaml", "decay", 0.05, OMNIVORE),
+    ("methods/omnivore_paper.yaml", "updates", 300 * 860, OMNIVORE + ": repeat_factors 1, 50, 1"),
     (VITB + "methods/moco_v2_paper.yaml", "decay", 0.1, "moco-v3 CONFIG.md: AdamW with ViT-B"),
     (VITB + "methods/simclr_paper.yaml", "decay", 0.1, "moco-v3 CONFIG.md: AdamW with ViT-B"),
 ]
-SAMPLES = {"in1k": IN1K, "k400": K400, "ssv2": SSV2, "places365": PLACES}
+SAMPLES = {"in1k": IN1K, "k400": K400, "ssv2": SSV2, "places365": PLACES, "sunrgbd": 4845}
 # Seconds of the frames that the data_prep.py command in a file's header keeps of a clip
 CONVERTED = {"k400_7.5fps": np.arange(75) / 7.5, "ssv2": np.arange(48) * 4.0 / 48}
 
 
 def load(files: str) -> dict:
-    config = finetune.FinetuneConfig if files[0] in "fl" else pretrain.PretrainConfig
+    is_finetuning = files.startswith(("finetune", "linprobe", "methods/omnivore"))
+    config = finetune.FinetuneConfig if is_finetuning else pretrain.PretrainConfig
     return load_config([str(ROOT / "yamls" / name) for name in files.split()], config)
 
 
@@ -114,7 +121,9 @@ def quantity(name: str, config: dict) -> float:
     if name == "lr":
         return config["optimizer"]["base_lr"] * batch / 256
     if name == "updates":
-        samples = sum(SAMPLES[data_set.split("_")[0]] for data_set in names)
+        weights = [stream.get("repeat", 1) for stream in data["streams"]]
+        sizes = [SAMPLES[data_set.split("_")[0]] for data_set in names]
+        samples = np.dot(weights, sizes)
         return epochs * (samples * repeats // batch)
     if name in ("distinct", "span"):
         timestamps = CONVERTED[names[0]]

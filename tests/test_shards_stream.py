@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import shutil
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 
@@ -108,6 +109,23 @@ def test_repeated_sample_is_seeded_by_its_occurrence_too(demo):
         identities = [number + occurrence * 120 for occurrence in range(3)]
         generators = [np.random.default_rng((0, 0, identity, 0)) for identity in identities]
         assert drawn[name] == {generator.random() for generator in generators}
+
+
+def test_each_data_set_is_repeated_as_often_as_it_asks(demo):
+    streams = [
+        {"path": str(demo / "train_images"), "repeat": 2.5},
+        {"path": str(demo / "train_videos")},
+    ]
+    settings = {"streams": streams, "one_stream_per_batch": True, "batch_size": 30}
+    drawn = []
+    for batch in make_loader(demo, 0, draw_number, **settings):
+        assert len(set(batch["stream"].tolist())) == 1
+        drawn += names_and_draws(batch)
+    assert len(drawn) == len(set(drawn)) == 150 + 60
+    times = Counter(name for name, _ in drawn)
+    images = {times[name] for name in names_in(demo / "train_images")}
+    videos = {times[name] for name in names_in(demo / "train_videos")}
+    assert images == {2, 3} and videos == {1}
 
 
 def test_sample_knows_the_stream_that_it_comes_from(demo):
@@ -466,6 +484,13 @@ def test_proportion_of_some_streams_alone_is_refused(demo):
     streams = [{"path": "a"}, {"path": "b", "proportion": 1.0}]
     with pytest.raises(ValueError, match="give a proportion to all streams or to none"):
         make_loader(demo, streams=streams)
+
+
+@pytest.mark.parametrize("settings", [{"epoch_size": 20}, {}])
+def test_repeat_beside_another_weight_is_refused(demo, settings):
+    streams = [{"path": "a", "repeat": 2.0} | ({} if settings else {"proportion": 1.0})]
+    with pytest.raises(ValueError, match="repeat excludes proportion"):
+        make_loader(demo, streams=streams, **settings)
 
 
 def test_data_set_without_a_readable_frame_is_refused(demo, tmp_path):

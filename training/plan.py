@@ -51,12 +51,16 @@ PUBLISHED = {  # samples and classes of published data sets, by the last two par
     "ssv2/val": (24_777, 174),
     "places365/train": (1_803_460, 365),
     "places365/val": (36_500, 365),
+    "sunrgbd/train": (4845, 19),
+    "sunrgbd/test": (4659, 19),
     "demo/train_videos": (3000, 10),
     "demo/train_images": (3000, 10),
+    "demo/train_depth": (600, 10),
     "demo/train_videos_200": (200, 10),
     "demo/train_images_200": (200, 10),
     "demo/test_videos": (500, 10),
     "demo/test_images": (500, 10),
+    "demo/test_depth": (600, 10),
 }
 
 
@@ -320,7 +324,8 @@ def training_samples(data: dict[str, Any], max_duration: str) -> int:
     batch = data["global_train_batch_size"]
     epoch = data.get("epoch_size")
     if not epoch:
-        epoch = sum(size_of(stream["path"])[0] for stream in data["streams"])
+        streams = data["streams"]
+        epoch = sum(int(size_of(one["path"])[0] * one.get("repeat", 1)) for one in streams)
     epoch *= data.get("repeats", 1)
     steps = epoch // batch
     if not steps:
