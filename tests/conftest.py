@@ -33,6 +33,7 @@ import pretrain  # noqa: E402
 from shards.decode import Recipe  # noqa: E402
 from shards.storage import s3_client  # noqa: E402
 from shards.workers import STOP_SIGNALS  # noqa: E402
+from training.processor import name_processor_without_processes  # noqa: E402
 
 torch.set_num_threads(1)  # the models are small: more threads would only compete
 # A StreamingDataset attaches to the shared memory of all others, and keeps each file open until the
@@ -114,6 +115,7 @@ def join(
         "NODE_RANK": "0",
     }
     torch.set_num_threads(1)
+    name_processor_without_processes()
     if backend == "nccl":
         torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
