@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ import pretrain  # noqa: E402
 from shards.decode import Recipe  # noqa: E402
 from shards.storage import s3_client  # noqa: E402
 from shards.workers import STOP_SIGNALS  # noqa: E402
-from training.processor import name_processor_without_processes  # noqa: E402
 
 torch.set_num_threads(1)  # the models are small: more threads would only compete
 # A StreamingDataset attaches to the shared memory of all others, and keeps each file open until the
@@ -76,6 +75,16 @@ def seeded() -> None:
     np.random.seed(0)
 
 
+@pytest.fixture(autouse=True)
+def usual_priority() -> Iterator[None]:
+    """Undo what SVT-AV1 does, with which some tests write films: it makes its caller real-time.
+
+    All later tests and their ranks would starve every other process.
+    """
+    yield
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
     """The demonstration with 12 garments of every class: 60 clips and 60 stills in each split."""
@@ -115,7 +124,6 @@ def join(
         "NODE_RANK": "0",
     }
     torch.set_num_threads(1)
-    name_processor_without_processes()
     if backend == "nccl":
         torch.cuda.set_device(rank)
     torch.distributed.init_process_group(

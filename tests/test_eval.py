@@ -136,7 +136,7 @@ def test_corrupt_samples_do_not_count_and_too_many_are_an_error(demo, tmp_path):
 
 
 def test_no_process_is_started_to_name_the_processor(demo, tmp_path, monkeypatch):
-    """The processes of py-cpuinfo would starve the ranks, see training/processor.py."""
+    """The processes of py-cpuinfo take a second, see training/processor.py."""
     monkeypatch.setattr(collect_env, "get_cpu_model", None)  # which starts them; a call would raise
     save_classifier(tmp_path / "classifier.pt")
     assert evaluate_file(tmp_path, accuracy={"paths": [str(demo / "test_images")]})
