@@ -385,13 +385,13 @@ def measurements(
     net: ViCMAE | Classifier, run: Path, config: EvalConfig
 ) -> Iterator[dict[str, Any]]:
     """Carry out the measurements that a config asks for, and yield the result of each."""
-    yield {}
     if config.probe:
         yield probe(net, run, config)
     if config.accuracy:
         yield report_accuracy(net, run, config)
     if dist.get_global_rank() == 0:
         yield from read_files(net, run, config)
+    yield {}  # nothing is measured for pictures alone
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:

@@ -52,7 +52,8 @@ class Stage:
         pass
 
 
-def test_help_has_every_key_with_type_default_and_first_sentence():
+def test_help_has_every_key_with_type_default_and_first_sentence(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     printed = stage_help("Usage.", Stage).splitlines()
     assert printed == [
         "Usage.",
