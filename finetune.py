@@ -319,7 +319,7 @@ def check_blocks(config: FinetuneConfig) -> None:
         ValueError: they do not.
     """
     if (config.optimizer is None) == (config.lars is None):
-        raise ValueError("give one of the blocks optimizer (AdamW) and lars (for a linear probe)")
+        raise ValueError("give either the block optimizer (AdamW) or lars (for a linear probe)")
     if config.lars and config.kind is not LinearProbe:
         raise ValueError("lars: works for a linear probe only; give method=linear_probe")
     several = config.lars and len(config.lars["base_lrs"]) > 1

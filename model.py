@@ -14,7 +14,8 @@ the official code, https://github.com/jeffhernandez1995/ViC-MAE.
 Shapes, here and in every other file:
     B samples   V views of a sample   T frames of a clip   N patches of a view   K patches kept
     D width     P numbers of a patch (patch_size * patch_size * 3)   C classes   H, W pixels
-A tensor named `mask` is 1 where a patch is removed. A batch is the micro-batch of all ranks.
+A tensor named `mask` is 1 where a patch is removed. B counts the samples of the micro-batch of this
+rank, unless a line says "of all ranks".
 """
 
 import json
@@ -249,6 +250,9 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, ids_restore: Tensor, decoded: int | None = None) -> Tensor:
         """Predict the patches (B, N, P) from the visible tokens, CLS first.
 
+        The blocks see the patches in the order of their noise, each with its own position. Only the
+        predictions are put back in place.
+
         Args:
             tokens: (B, 1 + K, D) of the encoder.
             ids_restore: (B, N), see random_masking.
@@ -332,8 +336,9 @@ class Head(nn.Sequential):
 def all_gather(x: Tensor) -> Tensor:
     """Concatenate x of all ranks along dimension 0, with gradient. Return x itself on one rank.
 
-    All ranks then compute the same loss. The backward pass sums their gradients, and DDP divides by
-    the number of ranks: the gradient is that of one rank with the whole batch.
+    All ranks then compute the same InfoNCE. The backward pass sums the gradients of all ranks, and
+    DDP divides by their number: the gradient is that of one rank with the whole batch. The
+    reconstruction loss is each rank's own, of equally many patches: DDP averages its gradients.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x
@@ -346,7 +351,7 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def info_nce(predictions: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return InfoNCE (NT-Xent) of two views, and the fraction of views that find their partner.
+    """Return InfoNCE (NT-Xent) of two views, and the accuracy: how many views find their partner.
 
     Each prediction must find the target of its sample's other view among all 2B - 1 other targets.
 
@@ -459,7 +464,7 @@ class ViCMAE(ComposerModel):
             raise ValueError("weight_recon=0, weight_contrast=0: one of them must be positive")
 
     def flatten_views(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return views (B * V, 3, H, W) and their noise (B * V, N)."""
+        """Return views (B * V, [T,] 3, H, W) and their noise (B * V, N)."""
         views = batch["views"].flatten(0, 1)
         N = self.encoder.steps * (views.shape[-1] // self.encoder.patch_size) ** 2
         return views, batch["noise"].flatten(0, 1)[:, :N]
@@ -469,7 +474,7 @@ class ViCMAE(ComposerModel):
         return random_masking(noise, self.mask_ratio)
 
     def reconstruct(self, views: Tensor, noise: Tensor) -> Tensors:
-        """Encode and decode views (B, 3, H, W) under the masks that noise (B, N) gives.
+        """Encode and decode views (B, [T,] 3, H, W) under the masks that noise (B, N) gives.
 
         Returns:
             features (B, D); pred (B, N, P); mask (B, N); scored (B, N), 1 = removed and decoded.
@@ -492,7 +497,7 @@ class ViCMAE(ComposerModel):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def project(self, features: Tensor, batch: Batch) -> Tensors:
-        """Project the pooled features (B, V, D) of all ranks.
+        """Gather the pooled features (B, V, D) of all ranks, and project them.
 
         Returns:
             predictions and targets, (B of all ranks, V, out); without a predictor, the same.
@@ -553,7 +558,8 @@ class ViCMAE(ComposerModel):
         """Return total = weight_recon * reconstruction + ramp * weight_contrast * contrastive.
 
         Returns:
-            Scalars: total, reconstruction, contrastive; accuracy, see contrastive_term; and
+            Scalars, each logged as loss/train/NAME; Composer minimises total. total,
+            reconstruction, contrastive; accuracy, see contrastive_term; and
             feature_std, which shows collapse.
         """
         reconstruction = self.reconstruction_term(outputs, batch)

@@ -138,8 +138,8 @@ def kinds_in(source: str) -> list[str]:
 def convert_raw(sources: list[str], recipe: dict[str, Any], folder: Path) -> list[str]:
     """Convert folders of videos and images into data sets in `folder`, and return their paths.
 
-    The first rank of a machine converts; the others wait. If it fails, they try, and fail as well.
-    An interrupted conversion is resumed, and a finished one kept.
+    The first rank of a machine converts, and the others wait. If it fails, each of them tries, too,
+    and raises the same error. An interrupted conversion is resumed, and a finished one kept.
 
     Raises:
         ValueError: see kinds_in; or the conversion fails, or other folders were converted.

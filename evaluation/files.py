@@ -2,7 +2,7 @@
 
     files = find_media(["a.mp4", "photos/", "clips/*.webm"])
     views = FileViews(files, img_size=224)
-    features, faults = embed_files(encoder, views)      # (n, D), {file: reason}
+    embed_files(encoder, views, run)                    # writes features.npz into the folder run
 
 Each file is decoded as data_prep.py would, and then cropped as in every evaluation.
 """
@@ -72,7 +72,7 @@ def find_media(patterns: Iterable[str]) -> list[str]:
 class FileViews(EvalViews):
     """Views of media files: `inputs` as in EvalViews, `number` of the file.
 
-    A file that cannot be decoded is black, and named in `faults`, if it is read in this process.
+    A file that cannot be decoded becomes a black view; `fault` has the reason.
 
     Args:
         files: videos and images.

@@ -50,7 +50,7 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"  # green and red, dark enough for text
 
 
 def draws_safely(draw: Callable[..., None]) -> Callable[..., None]:
-    """Make a function that draws a picture `to` print a line where it would raise an error."""
+    """Wrap a function that draws a picture `to`: print its errors in a line, do not raise them."""
 
     @functools.wraps(draw)
     def draw_or_warn(*args, **keywords) -> None:

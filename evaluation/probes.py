@@ -249,10 +249,10 @@ def fit_linear(
 
 
 def linear_accuracy(bank: Labelled, queries: Labelled) -> float:
-    """Return the accuracy on queries of a linear head that is fitted on a bank in random order.
+    """Fit a linear head on a bank in random order, and return its accuracy on the queries.
 
-    The regularisation is chosen on the first fifth of the bank. The head is then fitted on all of
-    it.
+    The regularisation is chosen on the first fifth of the bank. The head is then fitted on the
+    entire bank.
     """
     x, y = bank
     num_classes = int(y.max()) + 1

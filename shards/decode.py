@@ -106,9 +106,9 @@ class Recipe:
 
 
 def has_second_film(file: BinaryIO) -> bool:
-    """Return whether another film is joined to a film in mp4, flv or asf: FFmpeg reads the first.
+    """Return whether an mp4, flv or asf file consists of several films, of which FFmpeg reads one.
 
-    In other containers, FFmpeg reads both.
+    In other containers, FFmpeg reads all of them.
     """
     file.seek(0)
     start = file.read(16)
@@ -256,7 +256,7 @@ def read_clips(file: BinaryIO, recipe: Recipe) -> list[tuple[list[bytes], list[f
 def place_clips(seconds: np.ndarray, gap: float, recipe: Recipe) -> list[np.ndarray]:
     """Return the indices of the frames of each clip in a video or scene.
 
-    The rest after the last clip is no clip, unless the whole scene is shorter than a clip.
+    What remains after the last clip is left out. A scene shorter than a clip becomes one clip.
 
     Args:
         seconds: times of all frames, ascending.

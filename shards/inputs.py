@@ -2,8 +2,8 @@
 
     manifest, counts = write_manifest(list_kinetics("k400", "train"), file, None, 256)
     entries = manifest.read_entries("part-000000")
-    for name, class_name, open_input in read_inputs(listing, "videos", entries):
-        frames, timestamps = read_video(open_input(), recipe)
+    for name, class_name, open_input in read_inputs(listing, "videos", entries, Ignored()):
+        clips = read_clips(open_input(), recipe)
 
 The manifest is a file of one line per input, so that memory does not grow with the data set.
 """

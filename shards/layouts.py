@@ -3,7 +3,8 @@
     listing = list_kinetics("raw/k400", "train")
     for name, class_name in listing.inputs: ...
 
-To add a layout, write a function like list_mit and name it in LAYOUTS.
+To add a layout, write a function like list_mit and name it in LAYOUTS. The first line of its
+docstring, "List ...", becomes the help of its command.
 """
 
 import csv
@@ -65,9 +66,10 @@ SCENES = (  # of SUN RGB-D, with more than 80 images each
 
 @dataclass
 class Listing:
-    """The inputs of a source: (name, class name or None), or None if it is listed but absent.
+    """The inputs of a source.
 
-    A tar inside a tar has two values more: its first byte and size.
+    An input is (name, class name); the class name is None if it is unknown. A file that is listed
+    but absent is None. A tar inside a tar has two values more: its first byte and size.
     """
 
     storage: Storage  # The names of inputs are relative to it.

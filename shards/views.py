@@ -195,9 +195,9 @@ def pick_frames(
 def count_distinct(
     path: str, num_frames: int, frame_interval: float | None
 ) -> tuple[list[int], list[int]]:
-    """Return the distinct frames of some views of a data set, and how many they could have.
+    """Return how many distinct frames some views of a data set have, and how many they could have.
 
-    Views of 16 samples are counted. A video that is short, or that has fewer frames than are
+    The views are of 16 samples. A video that is short, or that has fewer frames than are
     stored, explains repeated frames itself: its timestamps end early, or repeat.
 
     Args:
@@ -237,8 +237,8 @@ def check_frames(
     """Print a line for each data set whose views repeat more than a quarter of their frames.
 
     Raises:
-        ValueError: the same, if frame_interval names the rate that the data should have; or all
-            temporal views have the same frames.
+        ValueError: views repeat more than a quarter of their frames although frame_interval is set;
+            or all temporal views have the same frames.
     """
     if num_frames == 1:
         return

@@ -57,6 +57,6 @@ class GradientNorm(Algorithm):
             norm = torch.nn.utils.get_total_norm(gradients_of(state))
             self.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             return
-        # Not before: Composer has waited for the device meanwhile, to log the losses of this step.
+        # Read here, after Composer has waited for the device to log the losses of this step.
         step = state.timestamp.batch.value - 1
         logger.log_metrics({"gradient_norm": float(self.norm)}, step)

@@ -2,7 +2,7 @@
 
     config, sources = merge_sources(["yamls/demo.yaml", "model.depth=6"])
 
-This file imports neither torch nor Composer, see known_keys.
+This file imports neither torch nor Composer: training/keys.py needs it before their import.
 """
 
 import difflib
