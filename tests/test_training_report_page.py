@@ -127,7 +127,7 @@ def test_commands_after_a_pretraining_on_clips_keep_their_frames_and_offer_no_ti
     assert all("export" not in options for options in options_of(page, "eval.py"))
 
 
-@pytest.mark.parametrize("method", ["linear_probe", "omnivore"])
+@pytest.mark.parametrize("method", ["linear_probe", "omnivore", "tubevit"])
 def test_commands_after_a_finetuning_measure_predict_and_export(run, method):
     eval_data = {"paths": ["data/test"], "crop_pct": 0.9, "temporal_views": 2}
     config = PRETRAINED | {"method": method, "eval_data": eval_data}

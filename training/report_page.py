@@ -200,7 +200,8 @@ def next_commands(run: Path, config: dict[str, Any]) -> dict[str, str]:
     """Return the commands that use the checkpoint of a run with this config, by their purpose."""
     device = config["trainer"].get("device") or "null"
     measure = ["python", "eval.py", f"checkpoint={run}", f"device={device}"]
-    frames, has_one_head = config["model"].get("num_frames", 1), config.get("method") != "omnivore"
+    frames = config["model"].get("num_frames", 1)
+    has_one_head = config.get("method") not in ("omnivore", "tubevit")
     if "eval_data" in config:
         listed = {"Accuracy": [*measure, f"accuracy={flow(config['eval_data'])}"]}
         if has_one_head:
