@@ -267,7 +267,8 @@ def load_model(config: EvalConfig) -> ViCMAE | Classifier:
     if config.reconstructions and getattr(net, "decoder", None) is None:
         raise ValueError(f"reconstructions: {type(net).__name__} has no decoder")
     if config.checkpoint and not config.random_weights:
-        report = load_pretrained(net, config.checkpoint)
+        # ST-MAE of earlier versions predicts all frames of a tubelet.
+        report = load_pretrained(net, config.checkpoint, ("decoder.pred",))
         needed = ("head.", "neck.") if isinstance(net, Classifier) else ()
         if config.reconstructions:
             needed = ("decoder.",)

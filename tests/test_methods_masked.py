@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import CLIPS, TINY, random_batch
+from torch import nn
 
+import eval as evaluation
 from methods.masked import MAE, STMAE, OmniMAE, VideoMAE, tube_masking
 from model import ViCMAE, random_masking
 
@@ -99,6 +101,17 @@ def test_reconstruction_of_clips_equals_a_loop_over_the_removed_tubelets(method)
         errors.append(float((pred - target).square().mean()))
     found = net.loss(outputs, batch)["reconstruction"]
     assert len(errors) == 2 * 24 and float(found) == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_stmae_of_earlier_versions_which_predicts_all_frames_is_evaluated(tmp_path):
+    net = STMAE(**TINY, **CLIPS)
+    net.decoder.pred = nn.Linear(24, 2 * 64 * 3)
+    torch.save(net.state_dict(), tmp_path / "old.pt")
+    sizes = {"model": TINY | CLIPS, "method": "st_mae", "checkpoint": str(tmp_path / "old.pt")}
+    encoder = evaluation.load_model(evaluation.EvalConfig(**sizes)).encoder
+    assert torch.equal(encoder.blocks[1].mlp.fc1.weight, net.encoder.blocks[1].mlp.fc1.weight)
+    with pytest.raises(ValueError, match=r"lacks decoder\.pred"):
+        evaluation.load_model(evaluation.EvalConfig(**sizes, reconstructions=["x"]))
 
 
 def test_encoder_of_clips_does_not_see_removed_tubelets():
