@@ -24,14 +24,14 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         return gathered.view(-1, *x.shape)[own]
 
 
-class ProbeHeads(nn.ModuleList):
+class ProbeHeads(nn.Sequential):  # FSDP refuses nn.ModuleList
     """Linear heads on the same features, each trained at its own learning rate.
 
     The best head has most held-out training samples right; a step counts 0.98 times the next step.
     """
 
     def __init__(self, heads: list[nn.Linear]):
-        super().__init__(heads)
+        super().__init__(*heads)
         self.register_buffer("right", torch.zeros(len(heads)))  # discounted counts
 
     def best(self) -> int:

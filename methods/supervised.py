@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from model import Batch, Classifier, LayerNorm, pool
 
 
-class DataSetHeads(nn.ModuleList):
+class DataSetHeads(nn.Sequential):  # FSDP refuses nn.ModuleList
     """A linear head for each data set; classes are numbered over all data sets in turn."""
 
     def __init__(self, heads: list[nn.Linear]):
-        super().__init__(heads)
+        super().__init__(*heads)
         counts = [head.out_features for head in heads]
         owner = torch.cat([torch.full((count,), number) for number, count in enumerate(counts)])
         self.register_buffer("owner", owner, persistent=False)  # (C,), the data set of a class
@@ -126,7 +126,7 @@ class Omnivore(Classifier):
 
     def first_classes(self) -> list[int]:
         """Return the number of the first class of each head."""
-        return [0, *accumulate(head.out_features for head in self.head[:-1])]
+        return [0, *accumulate(head.out_features for head in list(self.head)[:-1])]
 
     def forward(self, batch: Batch) -> Tensor:
         """Return log-probabilities (B, V, C), see DataSetHeads.

@@ -11,15 +11,22 @@ import torch
 from conftest import ROOT, error_of, read_result, run_stage, signal_at
 from timm.data.mixup import Mixup
 from tiny_models import CLIPS, ENCODER
-from torch import Tensor
+from torch import Tensor, nn
 
 import eval as evaluation
 import finetune
+from methods.linear_probe import LinearProbe
 from methods.supervised import DepthEmbedding, Omnivore
 from model import Classifier
 from shards.format import Clips
 from training.checkpoints import Checkpoints
 from training.weights import LATEST
+
+
+def test_heads_are_no_containers_that_fsdp_refuses():
+    for net in (Omnivore([4, 3], **ENCODER), LinearProbe(4, 2, **ENCODER)):
+        assert not isinstance(net.head, nn.ModuleList | nn.ModuleDict)
+        assert "head.1.weight" in net.state_dict()
 
 
 def test_each_head_trains_and_classifies_the_samples_of_its_own_data_set_alone():
