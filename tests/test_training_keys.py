@@ -1,5 +1,6 @@
 """The check of keys before anything heavy is imported, against load_config."""
 
+import os
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from training.keys import check_keys
 
 PRETRAIN = (pretrain.PretrainConfig, "yamls/demo.yaml")
 FINETUNE = (finetune.FinetuneConfig, "yamls/finetune_demo.yaml")
+TUBEVIT = (finetune.FinetuneConfig, "yamls/methods/tubevit.yaml")
 EVAL = (evaluation.EvalConfig, "yamls/eval_demo.yaml")
 
 
@@ -53,6 +55,7 @@ def early_error(stage: type, arguments: list[str]) -> str | None:
         (FINETUNE, "augment.hue=1"),
         (FINETUNE, "eval_data.pths=1"),
         (FINETUNE, "lars.base_lr=1"),
+        (TUBEVIT, "model.tubes=[{kernel: [1, 8, 8], strid: [1, 8, 8]}]"),
         (EVAL, "trainer.device=cpu"),
         (EVAL, "probe.bnk=1"),
         (EVAL, "accuracy.pths=1"),
@@ -77,6 +80,18 @@ def test_all_that_are_no_keys_are_left_to_load_config(stage, argument, monkeypat
     if config is evaluation.EvalConfig and argument.startswith(("callbacks", "data")):
         argument = "model={any: 1}"
     assert early_error(config, [file, argument]) is None
+
+
+def test_files_are_read_as_utf8_whatever_the_locale_is(tmp_path):
+    (tmp_path / "cjk.yaml").write_text("checkpoint: runs/猫\n", encoding="utf-8")
+    (tmp_path / "cjk_stage.py").write_text("Config = '猫'\n", encoding="utf-8")
+    arguments = ("cjk_stage.py", "Config", [str(tmp_path / "cjk.yaml")])
+    check = f"from training.keys import check_keys; check_keys(*{arguments})"
+    command = [sys.executable, "-c", check]
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    paths = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    result = subprocess.run(command, env=os.environ | locale | paths, capture_output=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_keys_are_those_of_the_method_that_is_chosen(monkeypatch):

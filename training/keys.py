@@ -46,7 +46,7 @@ def names_of(module: str) -> dict[str, ast.AST]:
     path = Path(folders[0], *inner) if folders else Path(spec.origin)
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     names: dict[str, ast.AST] = {}
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.parse(path.read_bytes()).body:
         match node:
             case ast.FunctionDef() | ast.ClassDef():
                 names[node.name] = node
@@ -158,11 +158,13 @@ def check_block(
                 if isinstance(arguments, dict):
                     check_block(arguments, known[name], [*path, name], config, [])
         case ast.FunctionDef() | ast.ClassDef():
+            keywords: dict[str, Code] = {}
             with suppress(*UNREADABLE):
                 keywords = without(keywords_in(target), omitted)
                 check_names(block, keywords, path)
-                for name, value in block.items():
-                    check(value, keywords[name], [*path, name], config)
+            for name in filter(keywords.__contains__, block):
+                with suppress(*UNREADABLE):  # an unusual hint of one key hides no other key
+                    check(block[name], keywords[name], [*path, name], config)
 
 
 def check_keys(file: str, config: str, arguments: list[str]) -> None:

@@ -101,7 +101,8 @@ def read_sources(arguments: list[str]) -> list[tuple[str, Any]]:
         except (OSError, UnicodeError, YAMLError, OmegaConfBaseException) as error:
             remedy = "" if is_file else f"; {QUOTED}"
             raise ValueError(f"{argument}: {one_line(error)}{remedy}") from error
-        with open(argument) if is_file else io.StringIO(argument.partition("=")[2]) as text:
+        value = io.StringIO(argument.partition("=")[2])
+        with open(argument, encoding="utf-8") if is_file else value as text:
             check_bases(argument, text)
         sources.append((argument, source))
     return sources
