@@ -258,7 +258,8 @@ def open_streams(
     have_proportion = {stream.get("proportion") is not None for stream in streams}
     if len(have_proportion) > 1:
         raise ValueError("data.streams: give a proportion to all streams or to none")
-    if any("repeat" in stream for stream in streams) and (True in have_proportion or epoch_size):
+    repeated = any(stream.get("repeat") is not None for stream in streams)
+    if repeated and (True in have_proportion or epoch_size):
         raise ValueError("data.streams: repeat excludes proportion and data.epoch_size")
     local = [stream["path"] for stream in streams if not Storage(stream["path"]).remote]
     if local and download.cache_limit:  # Streaming would delete the data set's own shards.

@@ -137,6 +137,8 @@ def test_samples_of_a_training_are_whole_batches():
     assert training_samples(DATA | {"epoch_size": 5000}, "3ep") == 3 * 4 * 1024
     repeated = {"streams": [{"path": "sunrgbd/train", "repeat": 50}]}
     assert training_samples(DATA | repeated, "1ep") == 50 * 4845 // 1024 * 1024
+    repeated["streams"][0]["repeat"] = None
+    assert training_samples(DATA | repeated, "1ep") == 4845 // 1024 * 1024
 
 
 @pytest.mark.parametrize(

@@ -325,7 +325,7 @@ def training_samples(data: dict[str, Any], max_duration: str) -> int:
     epoch = data.get("epoch_size")
     if not epoch:
         streams = data["streams"]
-        epoch = sum(int(size_of(one["path"])[0] * one.get("repeat", 1)) for one in streams)
+        epoch = sum(int(size_of(one["path"])[0] * (one.get("repeat") or 1)) for one in streams)
     epoch *= data.get("repeats", 1)
     steps = epoch // batch
     if not steps:
