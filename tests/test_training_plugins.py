@@ -1,6 +1,7 @@
 """training/plugins.py: Composer's algorithms do with these models what they promise."""
 
 import inspect
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +45,14 @@ def test_files_of_callbacks_and_loggers_are_in_the_run_directory_unless_placed(m
     given = {"TensorboardLogger": {"log_dir": "mine"}, "MLFlowLogger": {}}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost")
     assert place_files(given, Path("runs/x")) == given
+
+
+def test_log_file_of_a_resumed_run_is_another_file(monkeypatch):
+    names = set()
+    for second in (1, 2):
+        monkeypatch.setattr(time, "strftime", lambda _, second=second: f"second{second}")
+        names.add(place_files({"FileLogger": None}, Path("runs/x"))["FileLogger"]["filename"])
+    assert names == {f"runs/x/logs-second{second}-rank{{rank}}.txt" for second in (1, 2)}
 
 
 def test_low_precision_layernorm_replaces_every_norm():

@@ -5,6 +5,7 @@ its module, as `my_module.MyCallback` (docs/code.md).
 """
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,9 @@ LOGGERS = Named(
 
 def place_files(block: dict[str, dict | None] | None, run: Path) -> dict[str, dict]:
     """Return a block of callbacks or loggers whose files are in a run directory by default."""
+    start = time.strftime("%Y%m%d-%H%M%S")  # Composer would overwrite the log of an earlier start.
     places: dict[str, dict[str, Any]] = {
-        "FileLogger": {"filename": f"{run}/logs-rank{{rank}}.txt"},
+        "FileLogger": {"filename": f"{run}/logs-{start}-rank{{rank}}.txt"},
         "MLFlowLogger": {"tracking_uri": f"{run}/mlruns"},
         "MemorySnapshot": {"folder": f"{run}/torch_traces"},
         "OOMObserver": {"folder": f"{run}/torch_traces"},
