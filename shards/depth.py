@@ -6,6 +6,7 @@ disparity = decode_disparity(column)        # (H, W, 1) float32 in (0, 1]
 """
 
 import io
+import math
 from itertools import chain
 from typing import BinaryIO, NamedTuple
 
@@ -79,9 +80,12 @@ def decode_depth(column: bytes) -> DepthMap:
     """Decode what encode_depth returned; a corrupt map raises ValueError."""
     try:
         with Image.open(io.BytesIO(column)) as image:
-            return DepthMap(np.asarray(image), float(image.info["scale"]))
+            depth = DepthMap(np.asarray(image), float(image.info["scale"]))
     except Exception as error:  # Corrupt data makes Pillow raise nearly anything.
         raise ValueError(f"its depth map is corrupt ({type(error).__name__}: {error})") from error
+    if not 0 < depth.scale < math.inf:
+        raise ValueError(f"its depth map has the scale {depth.scale}: must be positive and finite")
+    return depth
 
 
 def decode_disparity(column: bytes) -> np.ndarray:

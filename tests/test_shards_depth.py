@@ -77,6 +77,13 @@ def test_corrupt_map_is_an_unreadable_sample(damage):
         decode_disparity(damage)
 
 
+@pytest.mark.parametrize("scale", ["nan", "inf", "0.0", "-1.0"])
+def test_scale_that_gives_no_disparity_is_an_error(scale):
+    column = encode_depth(DepthMap(ALL_VALUES, float(scale)), ALL_VALUES.shape)
+    with pytest.raises(ValueError, match=f"has the scale {scale}: must be positive and finite"):
+        decode_disparity(column)
+
+
 def lay_scene(folder: Path, scene: str, depth: np.ndarray, maps: str, focal: float) -> None:
     """Write an image of SUN RGB-D in the folder of its own."""
     for name in ("image", maps):
