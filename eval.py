@@ -43,7 +43,6 @@ from evaluation.files import FileViews, embed_files, find_media, predict_files
 from evaluation.pictures import draw_attention, draw_confusion, draw_reconstructions
 from evaluation.probes import measure_probe
 from methods import CLASSIFIERS, PRETRAINING
-from methods.supervised import Omnivore
 from model import Classifier, Encoder, ViCMAE
 from shards.format import labelled_classes, match_classes, read_classes
 from shards.storage import Storage
@@ -169,7 +168,7 @@ def count_classes(kind: type[Classifier], config: EvalConfig, weights: dict) -> 
     Raises:
         ValueError: the checkpoint has no head.
     """
-    if issubclass(kind, Omnivore):
+    if kind.head_per_data_set:
         return kind.classes_in(weights)
     if "head.bias" in weights:
         return len(weights["head.bias"])
@@ -187,15 +186,13 @@ def match_labels(net: Classifier, config: EvalConfig) -> list[list[int]]:
         ValueError: a data set has classes that the classifier lacks, or another number of classes.
     """
     paths, owner = config.accuracy["paths"], f"checkpoint={config.checkpoint}"
-    names, firsts = [net.class_names], [0]
-    if isinstance(net, Omnivore):
+    names, firsts, heads = [net.class_names], [0], [0] * len(paths)
+    if net.head_per_data_set:
         names, firsts = net.class_names, net.first_classes()
+        heads = range(len(paths)) if net.data_set is None else [net.data_set] * len(paths)
     counts = [last - first for first, last in pairwise([*firsts, net.num_classes])]
     labels = []
-    for number, path in enumerate(paths):
-        head = 0
-        if isinstance(net, Omnivore):
-            head = number if net.data_set is None else net.data_set
+    for head, path in zip(heads, paths, strict=True):
         if head >= len(counts):
             raise ValueError(f"{owner}: has heads for {len(counts)} data sets, not for {path}")
         if net.class_names:
@@ -246,7 +243,7 @@ def build_model(config: EvalConfig, planned_classes: int | None = None) -> ViCMA
             raise ValueError(f"accuracy: needs a classifier, and method={method} is none")
         return kind(**sizes)
     if planned:
-        return kind([planned_classes] if issubclass(kind, Omnivore) else planned_classes, **sizes)
+        return kind([planned_classes] if kind.head_per_data_set else planned_classes, **sizes)
     net = kind(count_classes(kind, config, weights), **sizes)
     net.class_names = class_names_in(weights)
     return net
@@ -260,7 +257,7 @@ def load_model(config: EvalConfig) -> ViCMAE | Classifier:
         ValueError: see build_model; or the checkpoint lacks weights that are needed.
     """
     net = build_model(config)
-    if config.predict and (not isinstance(net, Classifier) or isinstance(net, Omnivore)):
+    if config.predict and (not isinstance(net, Classifier) or net.head_per_data_set):
         raise ValueError(f"predict: {type(net).__name__} is no classifier with one head")
     if config.export:
         check_exportable(net, config.export)

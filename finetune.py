@@ -39,7 +39,6 @@ from timm.optim import Lars
 from evaluation.accuracy import load_eval
 from methods import CLASSIFIERS
 from methods.linear_probe import LinearProbe, ProbeHeads
-from methods.supervised import Omnivore
 from model import Batch, Classifier, ProperFraction
 from shards.augment import MEAN, normalise
 from shards.depth import decode_disparity
@@ -299,10 +298,6 @@ class FinetuneConfig(RunConfig):
         return CLASSIFIERS[self.method or "classifier"]
 
     @property
-    def head_per_data_set(self) -> bool:
-        return issubclass(self.kind, Omnivore)
-
-    @property
     def training_paths(self) -> list[str]:
         return [stream["path"] for stream in self.data["streams"]]
 
@@ -330,7 +325,7 @@ def check_blocks(config: FinetuneConfig) -> None:
     if config.random_weights and not config.pretrained:
         raise ValueError("random_weights: needs the checkpoint pretrained, whose sizes it takes")
     testing = config.eval_data["paths"]
-    if config.head_per_data_set and len(config.training_paths) != len(testing):
+    if config.kind.head_per_data_set and len(config.training_paths) != len(testing):
         raise ValueError(
             f"method={config.method}: give one of eval_data.paths for each of data.streams"
         )
@@ -378,7 +373,7 @@ def find_classes(config: FinetuneConfig) -> Classes:
         ValueError: data sets that are missing, have no labels, or classes that the first lacks.
     """
     training, testing = config.training_paths, config.eval_data["paths"]
-    if not config.head_per_data_set:
+    if not config.kind.head_per_data_set:
         names, labels = common_classes(training + testing)
         return Classes(names, labels[: len(training)], labels[len(training) :])
     classes, first = Classes([], [], []), 0
@@ -458,7 +453,7 @@ def plan(config: FinetuneConfig, machine: Machine) -> str:
     check_blocks(config)
     config = complete_sizes(config, planned=True)
     classes = [size_of(path)[1] for path in config.training_paths]
-    net, batch = on_meta_device(config, classes if config.head_per_data_set else classes[0])
+    net, batch = on_meta_device(config, classes if config.kind.head_per_data_set else classes[0])
     return str(training_plans(net, batch, config.given(), machine)[0])
 
 

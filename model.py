@@ -597,6 +597,7 @@ class Classifier(ComposerModel):
         head_init_std: standard deviation of the head's initial weights.
     """
 
+    head_per_data_set = False
     group_matcher = layer_groups
 
     def __init__(

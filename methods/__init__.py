@@ -1,8 +1,13 @@
 """All methods that are not ViC-MAE; a YAML names a method of these tables by its key `method`.
 
-A method is a subclass of ViCMAE or Classifier. It may have four more attributes: `needs_labels`
-(data sets must be labelled), `supports_fsdp`, `algorithms()` (Composer algorithms of its own), and
-`images_as_stored` (a classifier of clips sees an image as one frame, with its depth map).
+A method is a subclass of ViCMAE or Classifier. It may have more attributes:
+
+    supports_fsdp       False if FSDP must not shard it
+    algorithms()        Composer algorithms of its own
+    needs_labels        a pre-training's data sets must be labelled
+    images_as_stored    a classifier of clips sees an image as one frame, with its depth map
+    head_per_data_set   a classifier is built with the number of classes of each data set; it has
+                        `data_set`, first_classes() and classes_in(), see Omnivore
 """
 
 from methods.contrastive import MoCoV2, SimCLR, SimSiam, Triplet, VICReg

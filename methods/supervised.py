@@ -92,6 +92,8 @@ class Omnivore(Classifier):
         ValueError: data_set is too large, or depth_maps without clips.
     """
 
+    head_per_data_set = True
+
     def __init__(
         self,
         classes: list[int],

@@ -20,7 +20,6 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from methods.linear_probe import LinearProbe
-from methods.supervised import Omnivore
 from model import Classifier, ViCMAE
 from shards.augment import MEAN, STD
 from shards.storage import write_file
@@ -56,7 +55,7 @@ def check_exportable(net: ViCMAE | Classifier, to: str) -> None:
     kind = to.rpartition(":")[0]
     if net.encoder.num_frames > 1:
         raise ValueError("export: timm has no ViT for clips; export an encoder of images")
-    if isinstance(net, Omnivore) and net.data_set is None:
+    if isinstance(net, Classifier) and net.head_per_data_set and net.data_set is None:
         raise ValueError("export: give model.data_set, the number of the head to be exported")
     if kind == "vit_mae" and (isinstance(net, Classifier) or net.decoder is None):
         raise ValueError("export: vit_mae needs a decoder; give transformers:FOLDER")

@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 
 from evaluation.pictures import draws_safely
+from methods import CLASSIFIERS
 from shards.storage import write_file
 from training.sizes import find_run
 
@@ -200,8 +201,8 @@ def next_commands(run: Path, config: dict[str, Any]) -> dict[str, str]:
     """Return the commands that use the checkpoint of a run with this config, by their purpose."""
     device = config["trainer"].get("device") or "null"
     measure = ["python", "eval.py", f"checkpoint={run}", f"device={device}"]
-    frames = config["model"].get("num_frames", 1)
-    has_one_head = config.get("method") not in ("omnivore", "tubevit")
+    frames, kind = config["model"].get("num_frames", 1), CLASSIFIERS.get(config.get("method"))
+    has_one_head = not (kind and kind.head_per_data_set)
     if "eval_data" in config:
         listed = {"Accuracy": [*measure, f"accuracy={flow(config['eval_data'])}"]}
         if has_one_head:
