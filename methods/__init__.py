@@ -7,7 +7,7 @@ A method is a subclass of ViCMAE or Classifier. It may have more attributes:
     needs_labels        a pre-training's data sets must be labelled
     images_as_stored    a classifier of clips sees an image as one frame, with its depth map
     head_per_data_set   a classifier is built with the number of classes of each data set; it has
-                        `data_set`, first_classes() and classes_in(), see Omnivore
+                        `data_set`, first_classes() and classes_in(), see MultiHead
 """
 
 from methods.contrastive import MoCoV2, SimCLR, SimSiam, Triplet, VICReg

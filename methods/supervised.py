@@ -70,39 +70,22 @@ class DepthEmbedding(nn.Conv3d):
         return F.pad(embedded, (0, 0, 0, 0, 0, self.steps - embedded.shape[2]))
 
 
-class Omnivore(Classifier):
-    """OMNIVORE (Girdhar et al. 2022) with a ViT in place of the Swin transformer.
-
-    A sample trains and is classified by the head of its own data set.
+class MultiHead(Classifier):
+    """A classifier with a head for each data set, which trains and classifies its samples.
 
     Args:
         classes: number of classes of each data set, in the order of data.streams.
-        depth_maps: see an image as one frame, padded with 0 to a tubelet, with its depth map if it
-            has one, as in OMNIVORE; `dropout` is for clips alone. Otherwise, an image is a clip of
-            equal frames, as in earlier versions.
-        modality: of images with depth; colours or depth alone for evaluation.
         data_set: number of the data set whose head evaluates and is exported, from 0; None for the
             head of each sample's own data set.
         classifier: arguments of Classifier.
 
-    Attributes:
-        images_as_stored: the inputs are those of `depth_maps`, see forward.
-
     Raises:
-        ValueError: data_set is too large, or depth_maps without clips.
+        ValueError: data_set is too large.
     """
 
     head_per_data_set = True
 
-    def __init__(
-        self,
-        classes: list[int],
-        *,
-        depth_maps: bool = False,
-        modality: Literal["rgbd", "rgb", "depth"] = "rgbd",
-        data_set: NonNegativeInt | None = None,
-        **classifier,
-    ):
+    def __init__(self, classes: list[int], *, data_set: NonNegativeInt | None = None, **classifier):
         super().__init__(sum(classes), **classifier)
         if data_set is not None and data_set >= len(classes):
             raise ValueError(
@@ -110,13 +93,6 @@ class Omnivore(Classifier):
             )
         self.head = DataSetHeads([self.new_head(count) for count in classes])
         self.data_set = data_set
-        self.images_as_stored = depth_maps
-        self.modality = modality
-        if depth_maps:
-            if self.encoder.num_frames == 1:
-                raise ValueError("model.depth_maps: needs clips; give model.num_frames=16, say")
-            embedding = DepthEmbedding(self.encoder.patch_embed["proj"], self.encoder.steps)
-            self.encoder.patch_embed["proj"] = embedding
 
     @staticmethod
     def classes_in(weights: dict[str, Tensor]) -> list[int]:
@@ -129,6 +105,68 @@ class Omnivore(Classifier):
     def first_classes(self) -> list[int]:
         """Return the number of the first class of each head."""
         return [0, *accumulate(head.out_features for head in list(self.head)[:-1])]
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the cross-entropy within the head of each sample's data set."""
+        if batch["target"].ndim == 2:
+            batch = batch | {"target": self.within_data_set(batch["target"])}
+        # cross_entropy normalises once more; the probabilities of all heads sum to their number.
+        return super().loss(outputs, batch) - math.log(len(self.head))
+
+    def within_data_set(self, target: Tensor) -> Tensor:
+        """Return targets (B, C) whose label smoothing stays within the data sets of a sample.
+
+        Smoothing gives each class the same share; a class that has more is a label.
+        """
+        data_sets = torch.arange(len(self.head), device=target.device)
+        member = (self.head.owner[:, None] == data_sets).to(target.dtype)  # (C, data sets)
+        smoothing = target.amin(dim=1, keepdim=True)
+        labels = target - smoothing
+        share = (
+            labels @ member / labels.sum(dim=1, keepdim=True).clamp(min=1e-6)
+        )  # of each data set
+        return labels + smoothing * target.shape[1] * (share / member.sum(dim=0)) @ member.T
+
+    def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> Tensor:
+        """Return probabilities (B, C); classes of data sets other than the sample's own have 0."""
+        probabilities = super().eval_forward(batch, outputs) * len(self.head)
+        owner = self.head.owner
+        return probabilities * (owner == owner[batch["target"]][:, None])
+
+
+class Omnivore(MultiHead):
+    """OMNIVORE (Girdhar et al. 2022) with a ViT in place of the Swin transformer.
+
+    Args:
+        depth_maps: see an image as one frame, padded with 0 to a tubelet, with its depth map if it
+            has one, as in OMNIVORE; `dropout` is for clips alone. Otherwise, an image is a clip of
+            equal frames, as in earlier versions.
+        modality: of images with depth; colours or depth alone for evaluation.
+        multi_head: arguments of MultiHead.
+
+    Attributes:
+        images_as_stored: the inputs are those of `depth_maps`, see forward.
+
+    Raises:
+        ValueError: depth_maps without clips; or see MultiHead.
+    """
+
+    def __init__(
+        self,
+        classes: list[int],
+        *,
+        depth_maps: bool = False,
+        modality: Literal["rgbd", "rgb", "depth"] = "rgbd",
+        **multi_head,
+    ):
+        super().__init__(classes, **multi_head)
+        self.images_as_stored = depth_maps
+        self.modality = modality
+        if depth_maps:
+            if self.encoder.num_frames == 1:
+                raise ValueError("model.depth_maps: needs clips; give model.num_frames=16, say")
+            embedding = DepthEmbedding(self.encoder.patch_embed["proj"], self.encoder.steps)
+            self.encoder.patch_embed["proj"] = embedding
 
     def forward(self, batch: Batch) -> Tensor:
         """Return log-probabilities (B, V, C), see DataSetHeads.
@@ -169,30 +207,3 @@ class Omnivore(Classifier):
         if frames > 1:
             features = self.neck(features)
         return features.unflatten(0, (B, V))
-
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the cross-entropy within the head of each sample's data set."""
-        if batch["target"].ndim == 2:
-            batch = batch | {"target": self.within_data_set(batch["target"])}
-        # cross_entropy normalises once more; the probabilities of all heads sum to their number.
-        return super().loss(outputs, batch) - math.log(len(self.head))
-
-    def within_data_set(self, target: Tensor) -> Tensor:
-        """Return targets (B, C) whose label smoothing stays within the data sets of a sample.
-
-        Smoothing gives each class the same share; a class that has more is a label.
-        """
-        data_sets = torch.arange(len(self.head), device=target.device)
-        member = (self.head.owner[:, None] == data_sets).to(target.dtype)  # (C, data sets)
-        smoothing = target.amin(dim=1, keepdim=True)
-        labels = target - smoothing
-        share = (
-            labels @ member / labels.sum(dim=1, keepdim=True).clamp(min=1e-6)
-        )  # of each data set
-        return labels + smoothing * target.shape[1] * (share / member.sum(dim=0)) @ member.T
-
-    def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> Tensor:
-        """Return probabilities (B, C); classes of data sets other than the sample's own have 0."""
-        probabilities = super().eval_forward(batch, outputs) * len(self.head)
-        owner = self.head.owner
-        return probabilities * (owner == owner[batch["target"]][:, None])

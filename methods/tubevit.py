@@ -19,7 +19,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from methods.supervised import Omnivore
+from methods.supervised import MultiHead
 from model import Batch, Encoder, LayerNorm, is_block, sincos
 
 Size = tuple[PositiveInt, PositiveInt, PositiveInt]  # frames, rows, columns
@@ -206,20 +206,20 @@ class TubeEncoder(nn.Module):
         return x if present is None else x * present[:, 0, 0, :, None]
 
 
-class TubeViT(Omnivore):
+class TubeViT(MultiHead):
     """TubeViT: "Rethinking Video ViTs: Sparse Video Tubes" (Piergiovanni et al., CVPR 2023).
 
     Attention pooling joins the tokens of a clip or an image. A linear head for each data set
     follows, and the loss of a sample is of its own head.
 
     Args:
-        classes: see Omnivore.
+        classes: see MultiHead.
         num_frames: T.
         tubelet_size: 1, since the tubes have sizes of their own.
         pool: attention, with a learned query and an MLP, in which the dropout is.
         tubes: kernel, stride, offset and space_to_depth of each shape of tubes, see Tube. The
             default, as published, has 539 tokens.
-        classifier: other arguments of Omnivore.
+        multi_head: other arguments of MultiHead.
     """
 
     def __init__(
@@ -230,9 +230,9 @@ class TubeViT(Omnivore):
         tubelet_size: Literal[1] = 1,
         pool: Literal["attention"] = "attention",
         tubes: list[Annotated[dict, Tube]] = TUBES,
-        **classifier,
+        **multi_head,
     ):
-        super().__init__(classes, **classifier)
+        super().__init__(classes, **multi_head)
         self.encoder = TubeEncoder(self.encoder, num_frames, tubes)
         self.pool = pool
         width, heads = self.head[0].in_features, self.encoder.blocks[0].attn.num_heads

@@ -246,6 +246,8 @@ def test_two_ranks_train_as_one(arguments, uninterrupted, tmp_path, on_ranks):
         ("model.tubes=[{kernel: [1, 8], stride: [1, 8, 8]}]", "model.tubes"),
         ("model.tubes=[{kernel: [1, 8, 8], stride: [1, 0, 8]}]", "model.tubes"),
         ("model.tubes=[]", "exactly one must be a patch"),
+        ("model.depth_maps=true", "model.depth_maps=true: is not a key of this block"),
+        ("model.modality=depth", "model.modality=depth: is not a key of this block"),
     ],
 )
 def test_mistake_in_the_tubes_is_named(arguments, tmp_path, change, message):
