@@ -29,6 +29,7 @@ from torch.distributed import PrefixStore, ProcessGroup, TCPStore
 from torch.distributed.checkpoint.api import CheckpointException
 
 from shards.workers import STOPPED
+from training.sources import one_line
 
 INTERVAL = 5.0  # seconds between two signs of life
 LIMIT = 40.0  # seconds without a sign of life after which a rank is lost
@@ -47,10 +48,6 @@ def new_group() -> ProcessGroup | None:
     if dist.get_world_size() == 1:
         return None
     return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def is_connection_lost(error: BaseException) -> bool:
@@ -160,7 +157,7 @@ class PeerWatch:
         if is_connection_lost(error):
             with suppress(RuntimeError):
                 self.end_if_failed()
-            self.end_lost(f"the connection to another rank is lost ({one_line(error)})")
+            self.end_lost(f"the connection to another rank is lost ({one_line(error)[:200]})")
         traceback.print_exception(kind, error, place)
 
     def say_farewell(self) -> None:

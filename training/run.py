@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from composer import Callback, Evaluator, Event, Logger, State, Trainer
+from composer import Callback, Evaluator, Event, State, Trainer
 from composer.algorithms import EMA
 from composer.core import DataSpec, TimeUnit, ensure_time
 from composer.optim import CosineAnnealingWithWarmupScheduler
@@ -46,10 +46,11 @@ from training.config import RunName, build_named
 from training.copies import CopyingUnfinished
 from training.fsdp import GlooGradientMean, OneReduction, fsdp_config
 from training.logs import GradientNorm, JsonLines
-from training.peers import is_connection_lost, one_line, peer_watch
+from training.peers import is_connection_lost, peer_watch
 from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS, place_files
-from training.precision import forbid_tf32
+from training.precision import BFloat16OnCPU, forbid_tf32
 from training.progress import Progress
+from training.sources import one_line
 from training.spot import SpotNotice
 
 TrainerBlock = Annotated[  # Composer's Trainer, without the arguments that build_trainer gives
@@ -220,7 +221,7 @@ def join_ranks(device: str | None, timeout: float) -> None:
     except RuntimeError as error:
         if not is_connection_lost(error):
             raise
-        problem = f"the other ranks have not joined ({one_line(error)})"
+        problem = f"the other ranks have not joined ({one_line(error)[:200]})"
         print(f"{problem}; run the same command again", file=sys.stderr, flush=True)
         os._exit(STOPPED)
 
@@ -251,22 +252,6 @@ def check_data_sets(run: Path, paths: list[str]) -> dict[str, dict]:
     if found[0]:
         raise ValueError(found[0])
     return before | now
-
-
-class BFloat16OnCPU(Callback):
-    """Runs the forward pass in bfloat16 on the CPU, where Composer refuses amp_bf16."""
-
-    def __init__(self):
-        self.autocast = torch.autocast("cpu", torch.bfloat16)
-
-    def before_forward(self, state: State, logger: Logger) -> None:
-        self.autocast.__enter__()
-
-    def after_forward(self, state: State, logger: Logger) -> None:
-        self.autocast.__exit__(None, None, None)
-
-    eval_before_forward = before_forward
-    eval_after_forward = after_forward
 
 
 def trainer_settings(config: RunConfig, model: nn.Module) -> tuple[dict[str, Any], list[Callback]]:

@@ -149,7 +149,7 @@ def sets(source: Any, path: list) -> bool:
     return True
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return the text of an error without line breaks."""
     return " ".join(str(error).split())
 
