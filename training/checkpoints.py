@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 import uuid
-import zipfile
 from collections.abc import Iterable
 from multiprocessing import active_children
 from pathlib import Path
@@ -33,7 +32,7 @@ from training.config import Duration
 from training.copies import METADATA, Copies, CopyingUnfinished
 from training.peers import new_group
 from training.processor import name_processor_without_processes
-from training.safe_load import PlainReader, load_plain
+from training.safe_load import PlainReader, check_zip, load_plain
 from training.weights import LATEST
 from training.writing import Writer, checksum, point_latest_to
 
@@ -57,10 +56,7 @@ def check_checkpoint(path: Path) -> None:
         if path.is_dir():
             check_shards(path)
             return
-        with zipfile.ZipFile(path) as file:
-            corrupt = file.testzip()
-        if corrupt is not None:
-            raise ValueError(f"{corrupt} in it has another checksum")
+        check_zip(path)
         load_plain(str(path), mmap=True)
     except Exception as error:  # a corrupt pickle raises nearly anything
         raise ValueError(f"{path} is corrupt ({error})") from error

@@ -12,6 +12,7 @@ import os
 import pathlib
 import pickle
 import re
+import zipfile
 from typing import IO, Any
 
 import numpy as np
@@ -89,6 +90,13 @@ def load_plain(file: str | IO[bytes], mmap: bool = False) -> Any:
             remedy = "save the weights alone, torch.save(model.state_dict(), ...)"
             reason = f"it holds a {name[1]}, which is no plain value; {remedy}"
         raise pickle.UnpicklingError(reason) from error
+
+
+def check_zip(path: str | pathlib.Path) -> None:
+    """Raise ValueError or BadZipFile if a part of a file of torch.save is corrupt."""
+    with zipfile.ZipFile(path) as file:
+        if corrupt := file.testzip():
+            raise ValueError(f"{corrupt} in it has another checksum")
 
 
 def read_shards(path: str) -> dict[str, Tensor]:

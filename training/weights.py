@@ -11,13 +11,13 @@ import json
 import math
 import os
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from glob import escape as glob_escape
 from glob import glob
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from training.announce import say_if_slow
 from training.huggingface import FILES, find_in_cache, find_in_folder, timm_names
-from training.safe_load import load_plain, read_shards
+from training.safe_load import check_zip, load_plain, read_shards
 
 # Composer's name for a link to the newest checkpoint, which is a folder if sharded.
 LATEST = "latest-rank0.pt"  # in a run's checkpoints/: a link to the newest checkpoint
@@ -155,12 +155,9 @@ def check_file(path: str) -> None:
         raise ValueError(f"{path} is empty")
     if start.startswith(b"PK"):
         try:
-            with zipfile.ZipFile(path) as file:
-                corrupt = file.testzip()
-        except zipfile.BadZipFile as error:
+            check_zip(path)
+        except (ValueError, BadZipFile) as error:
             raise ValueError(f"{path} is truncated or corrupt ({error})") from error
-        if corrupt:
-            raise ValueError(f"{path} is corrupt: {corrupt} in it has another checksum")
 
 
 def find_vit(content: Any) -> tuple[dict[str, Tensor], str]:
