@@ -40,7 +40,7 @@ from methods import PRETRAINING
 from model import Batch, ViCMAE
 from shards.augment import augment_batch
 from shards.decode import Recipe
-from shards.format import Clips, common_classes
+from shards.format import Clips, same_classes
 from shards.layouts import EXTENSIONS
 from shards.loader import prefetch
 from shards.report import print_summary
@@ -215,12 +215,8 @@ def check_data(net: ViCMAE, config: PretrainConfig, views: int, micro_batch: int
         ValueError: too few views or samples for a contrastive term, or labels that are missing.
     """
     if getattr(net, "needs_labels", False):
-        classes, labels = common_classes([stream["path"] for stream in config.data["streams"]])
-        if any(numbers != list(range(len(classes))) for numbers in labels):
-            raise ValueError(
-                "data.streams: the data sets differ in their classes; "
-                f"method={config.method} needs the same classes in the same order"
-            )
+        paths = [stream["path"] for stream in config.data["streams"]]
+        same_classes(paths, f"method={config.method}")
     if net.projector is None:
         return
     name = type(net).__name__

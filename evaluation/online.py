@@ -14,7 +14,7 @@ from composer.utils import dist
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
-from shards.format import common_classes
+from shards.format import same_classes
 
 
 def effective_rank(features: Tensor) -> float:
@@ -64,10 +64,7 @@ class OnlineProbe(Callback):
     """
 
     def __init__(self, paths: list[str], *, learning_rate: PositiveFloat = 0.1):
-        classes, labels = common_classes(paths)
-        if any(numbers != list(range(len(classes))) for numbers in labels):
-            raise ValueError("callbacks.OnlineProbe: the data sets differ in their classes")
-        self.num_classes = len(classes)
+        self.num_classes = len(same_classes(paths, "callbacks.OnlineProbe"))
         self.learning_rate = learning_rate
         self.head: nn.Module | None = None  # made when the width of the features is known
         self.counts = torch.zeros(2)  # samples that were right, and all

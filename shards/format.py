@@ -127,6 +127,15 @@ def common_classes(paths: list[str]) -> tuple[list[str], list[list[int]]]:
     return classes, [match_classes(path, classes, paths[0]) for path in paths]
 
 
+def same_classes(paths: list[str], owner: str) -> list[str]:
+    """Return the classes of data.streams; raise ValueError if they differ, or their order does."""
+    classes, labels = common_classes(paths)
+    if any(numbers != list(range(len(classes))) for numbers in labels):
+        problem = "data.streams: the data sets differ in their classes"
+        raise ValueError(f"{problem}; {owner} needs the same classes in the same order")
+    return classes
+
+
 def shard_hashes(path: str) -> list[str]:
     """Return a hash of the samples in each shard of a data set."""
     shards = [shard["raw_data"] for shard in read_json(path, "index.json")["shards"]]
