@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from evaluation.accuracy import load_eval
 from evaluation.files import FileViews, embed_files, find_media, predict_files
 from evaluation.pictures import draw_attention, draw_confusion, draw_reconstructions
-from evaluation.probes import measure_probe
+from evaluation.probes import encode_views, measure_probe
 from methods import CLASSIFIERS, PRETRAINING
 from model import Classifier, Encoder, ViCMAE
 from shards.format import labelled_classes, match_classes, read_classes
@@ -177,7 +177,7 @@ def count_classes(kind: type[Classifier], config: EvalConfig, weights: dict) -> 
     return len(labelled_classes(config.accuracy["paths"][0]))
 
 
-def match_labels(net: Classifier, config: EvalConfig) -> list[list[int]]:
+def label_numbers(net: Classifier, config: EvalConfig) -> list[list[int]]:
     """Return for each data set the numbers of its labels among the classifier's classes, by name.
 
     Classes of a checkpoint without names are compared by number.
@@ -284,7 +284,7 @@ def measure_accuracy(
         top1, top5, average and samples_per_second; the confusion matrix, (C, C) counts with true
         classes as rows.
     """
-    labels = match_labels(net, config)
+    labels = label_numbers(net, config)
     size, frames = net.encoder.img_size, net.encoder.num_frames
     patch_size = net.encoder.patch_size
     as_stored = getattr(net, "images_as_stored", False)
@@ -461,8 +461,7 @@ class Embedder(nn.Module):
         self.encoder = encoder
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        x = batch["inputs"].flatten(0, 1)
-        return self.encoder(x.flatten(0, 1) if self.encoder.num_frames == 1 else x)
+        return encode_views(self.encoder, batch["inputs"])
 
 
 def main() -> None:

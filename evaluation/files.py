@@ -22,7 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluation.pictures import draw_tiles, draws_safely, shortened
-from model import Classifier, Encoder, pool
+from evaluation.probes import encode_views
+from model import Classifier, Encoder
 from shards.augment import normalise
 from shards.decode import Recipe, read_image, read_video
 from shards.format import check_size, encode_clip
@@ -134,10 +135,7 @@ def run_on_files(
         if isinstance(net, Classifier):
             found = net.eval_forward({"inputs": inputs})  # (B, C)
         else:
-            images = inputs.flatten(0, 2) if net.num_frames == 1 else inputs.flatten(0, 1)
-            tokens = net(images)  # (B * V, 1 + N, D)
-            features = tokens[:, 1:] if patches else pool(tokens, "mean")
-            found = features.unflatten(0, (len(inputs), -1)).mean(dim=1)
+            found = encode_views(net, inputs, patches)
         undecodable = torch.tensor([bool(fault) for fault in batch["fault"]])
         found = found.float().cpu()
         found[undecodable] = float("nan")

@@ -38,6 +38,18 @@ SIMILARITIES = 2**28  # of queries and bank: 1 GB
 ROWS = 2**16  # features that pass through a linear head
 
 
+def encode_views(encoder: Encoder, inputs: Tensor, patches: bool = False) -> Tensor:
+    """Return the features (B, D) of normalised views (B, V, T, 3, H, W), averaged over the views.
+
+    Args:
+        encoder: if it takes images, the features are averaged over the frames too.
+        patches: return the features of all patches, (B, N, D), not their mean.
+    """
+    tokens = encoder(inputs.flatten(0, 2 if encoder.num_frames == 1 else 1))  # (.., 1 + N, D)
+    features = tokens[:, 1:] if patches else pool(tokens, "mean")
+    return features.unflatten(0, (len(inputs), -1)).mean(dim=1)
+
+
 @torch.no_grad()
 def embed(
     encoder: Encoder,
@@ -70,9 +82,7 @@ def embed(
         if before_batch:
             before_batch()
         inputs = normalise(batch["inputs"].to(device, non_blocking=True))  # (B, V, T, 3, H, W)
-        images = inputs.flatten(0, 2) if encoder.num_frames == 1 else inputs.flatten(0, 1)
-        pooled = pool(encoder(images), "mean")  # (B * V [* T], D)
-        features.append(pooled.unflatten(0, (len(inputs), -1)).mean(dim=1).float())
+        features.append(encode_views(encoder, inputs).float())
         labels.append(batch["target"].to(device, non_blocking=True))
     encoder.train(training)
     features = interleave_on_rank_0(torch.cat(features))
