@@ -122,9 +122,8 @@ class MultiHead(Classifier):
         member = (self.head.owner[:, None] == data_sets).to(target.dtype)  # (C, data sets)
         smoothing = target.amin(dim=1, keepdim=True)
         labels = target - smoothing
-        share = (
-            labels @ member / labels.sum(dim=1, keepdim=True).clamp(min=1e-6)
-        )  # of each data set
+        total = labels.sum(dim=1, keepdim=True).clamp(min=1e-6)
+        share = labels @ member / total  # of each data set
         return labels + smoothing * target.shape[1] * (share / member.sum(dim=0)) @ member.T
 
     def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> Tensor:

@@ -103,9 +103,7 @@ def timm_state(net: ViCMAE | Classifier) -> dict[str, Tensor]:
     """Return the weights by timm's names. The BatchNorm of a linear probe is part of the head."""
     state = net.encoder.state_dict()
     if isinstance(net, Classifier):
-        head = net.head
-        if not isinstance(head, nn.Linear):  # a head for each data set
-            head = head[net.data_set]
+        head = net.head[net.data_set] if net.head_per_data_set else net.head
         weight, bias = head.weight.detach(), head.bias.detach()
         if isinstance(net, LinearProbe):
             weight = weight / (net.neck.running_var + net.neck.eps).sqrt()
@@ -126,8 +124,7 @@ def timm_arguments(net: ViCMAE | Classifier) -> dict[str, Any]:
         "num_classes": 0,
     }
     if isinstance(net, Classifier):
-        own_head = isinstance(net.head, nn.Linear)  # or a head for each data set
-        head = net.head if own_head else net.head[net.data_set]
+        head = net.head[net.data_set] if net.head_per_data_set else net.head
         sizes["num_classes"] = head.out_features
         if net.pool == "mean":
             sizes |= {"global_pool": "avg", "fc_norm": False}
