@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from composer import Callback, Evaluator, Event, State, Trainer
+from composer import Algorithm, Callback, Evaluator, Event, State, Trainer
 from composer.algorithms import EMA
 from composer.core import DataSpec, TimeUnit, ensure_time
+from composer.loggers import LoggerDestination
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.trainer.trainer import get_device
 from composer.utils import dist, reproducibility
@@ -275,6 +276,46 @@ def trainer_settings(config: RunConfig, model: nn.Module) -> tuple[dict[str, Any
 
 
 @say_if_slow("building the trainer, and loading its newest checkpoint")
+def chosen_algorithms(config: RunConfig, model: nn.Module) -> list[Algorithm]:
+    """Return the algorithms of a config, of the method, and of every run."""
+    own = model.algorithms() if hasattr(model, "algorithms") else []
+    # Composer reverses the order after a step: mean, norm, then clipping.
+    return [*build_named(ALGORITHMS, config.algorithms), *own, GradientNorm(), GlooGradientMean()]
+
+
+def chosen_callbacks(config: RunConfig, run: Path, checkpoints: Checkpoints) -> list[Callback]:
+    """Return the callbacks of a config, and the checkpoints."""
+    # KNN calls this between batches, so that a stop signal does not wait for the measurement.
+    given = {
+        KNN: (checkpoints.save_and_exit_if_stopped,),
+        SpotNotice: (checkpoints.request_stop,),
+        OnlineProbe: ([stream["path"] for stream in config.data["streams"]],),
+    }
+    return [*build_named(CALLBACKS, place_files(config.callbacks, run), given), checkpoints]
+
+
+def chosen_loggers(config: RunConfig, run: Path) -> list[LoggerDestination]:
+    """Return the loggers of a config, and of every run."""
+    # Composer's bar is one for each epoch, with a block of settings before it.
+    shown = [] if config.trainer.get("progress_bar") else [Progress()]
+    named = build_named(LOGGERS, place_files(config.loggers, run))
+    return [JsonLines(run / "metrics.jsonl"), *shown, *named]
+
+
+@contextmanager
+def errors_of_blocks() -> Iterator[None]:
+    """Raise what Composer and the named classes raise, which is nearly anything, as ValueError."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        if is_connection_lost(error):
+            raise
+        blocks = "trainer, algorithms, callbacks or loggers"
+        raise ValueError(f"{blocks}: {type(error).__name__}: {error}") from error
+
+
 def build_trainer(
     run: Path,
     config: RunConfig,
@@ -300,22 +341,12 @@ def build_trainer(
     fsdp = (settings.get("parallelism_config") or {}).get("fsdp")
     checkpoints.check_shared_folder(bool(fsdp) and fsdp.state_dict_type == "sharded")
     newest = checkpoints.newest()
-    # KNN calls this between batches, so that a stop signal does not wait for the measurement.
-    given = {
-        KNN: (checkpoints.save_and_exit_if_stopped,),
-        SpotNotice: (checkpoints.request_stop,),
-        OnlineProbe: ([stream["path"] for stream in config.data["streams"]],),
-    }
     if flops_per_sample:  # SpeedMonitor looks for this attribute.
         model.flops_per_batch = lambda batch: flops_per_sample * samples_in(batch)
-    own_algorithms = model.algorithms() if hasattr(model, "algorithms") else []
-    algorithms = build_named(ALGORITHMS, config.algorithms) + own_algorithms
-    # Composer's bar is one for each epoch, with a block of settings before it.
-    shown = [] if settings.setdefault("progress_bar", False) else [Progress()]
     run.mkdir(parents=True, exist_ok=True)  # Weights & Biases does not make it.
-    try:
+    with errors_of_blocks():
         trainer = Trainer(
-            **settings,
+            **{"progress_bar": False} | settings,
             run_name=run.name,
             load_path=str(newest) if newest else None,
             # In sharded checkpoints, Composer looks for the state of every callback of this start,
@@ -328,26 +359,10 @@ def build_trainer(
             train_dataloader=loader,
             eval_dataloader=evaluator,
             device_train_microbatch_size=micro_size,
-            # Composer reverses the order after a step: mean, norm, then clipping.
-            algorithms=[*algorithms, GradientNorm(), GlooGradientMean()],
-            callbacks=[
-                *build_named(CALLBACKS, place_files(config.callbacks, run), given),
-                checkpoints,
-                *callbacks,
-            ],
-            loggers=[
-                JsonLines(run / "metrics.jsonl"),
-                *shown,
-                *build_named(LOGGERS, place_files(config.loggers, run)),
-            ],
+            algorithms=chosen_algorithms(config, model),
+            callbacks=[*chosen_callbacks(config, run, checkpoints), *callbacks],
+            loggers=chosen_loggers(config, run),
         )
-    except ValueError:
-        raise
-    except Exception as error:  # Composer and the named classes raise nearly anything
-        if is_connection_lost(error):
-            raise
-        blocks = "trainer, algorithms, callbacks or loggers"
-        raise ValueError(f"{blocks}: {type(error).__name__}: {error}") from error
     forbid_tf32()
     rename_averages(trainer.state)
     if flops_per_sample and trainer.state.timestamp.batch == 0:
