@@ -15,6 +15,7 @@ import pretrain
 from pretrain import PretrainConfig, convert_raw, train_on_raw
 from shards.decode import Recipe
 from shards.format import Clips
+from shards.storage import Storage
 from training.config import load_config
 
 SMALL = [
@@ -136,7 +137,8 @@ def test_rank_that_waits_for_the_conversion_takes_its_result(folder, tmp_path, m
     data.mkdir()
     with ThreadPoolExecutor(1) as pool, FileLock(data / "raw.lock"):
         waiting = pool.submit(pretrain.convert_raw, [str(folder)], {}, data)
-        (data / "raw.json").write_text(json.dumps({"sources": [str(folder)], "paths": ["x"]}))
+        record = {"sources": [str(folder)], "paths": ["x"]}
+        Storage(str(data)).write_json("raw.json", record)  # at once, as convert_raw does
     assert waiting.result() == ["x"]
 
 
