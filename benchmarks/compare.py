@@ -1,6 +1,6 @@
 """Compare methods that are trained for the same time; collect finished runs in a table.
 
-    python benchmarks/compare.py yamls/compare.yaml     # trains and probes all methods, 55 minutes
+    python benchmarks/compare.py yamls/compare.yaml     # trains and probes all methods
     python benchmarks/compare.py yamls/table.yaml       # collects the results of finished runs
 
 An interrupted comparison continues when the same command is given again.
@@ -12,14 +12,15 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -33,16 +34,25 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the stages are not a pa
 
 from evaluation.probes import measure_probe
 from finetune import FinetuneConfig, complete_sizes
+from finetune import main as run_finetune
 from model import Encoder
 from pretrain import PretrainConfig
+from pretrain import main as run_pretrain
 from shards.format import read_json
 from shards.storage import Storage, write_file, write_picture
 from training.config import RunName, load_config
 from training.run import RunConfig, changed_settings, read_config
+from training.sizes import ENCODER_SIZES
 from training.sources import one_line_errors
 from training.weights import LATEST, load_pretrained
 
-STAGES = {"pretrain.py": PretrainConfig, "finetune.py": FinetuneConfig}
+STAGES = {
+    "pretrain.py": (run_pretrain, PretrainConfig),
+    "finetune.py": (run_finetune, FinetuneConfig),
+}
+LOCK = "runs/comparison.lock"
+# Every run has no callbacks, one checkpoint at its end, and a warm-up of 7 % of its steps.
+OVERRIDES = ["callbacks=null", "checkpoints.interval=1000000ba", "schedule.t_warmup=0.07dur"]
 
 
 def find_result(run: str, key: str) -> float | None:
@@ -90,17 +100,27 @@ def write_table(
     write_file(to, ("\n".join(lines) + "\n").encode())
 
 
+def stage_of(command: list[str]) -> tuple[Callable[[], None], type[RunConfig]]:
+    """Return the main function of a command's stage, and the class of its configuration.
+
+    Raises:
+        ValueError: the command does not begin with a stage that trains.
+    """
+    stage = STAGES.get(Path(command[0]).name) if command else None
+    if stage is None:
+        names = " or ".join(STAGES)
+        raise ValueError(f"comparison.methods: {command} must begin with {names}")
+    return stage
+
+
 def config_of(command: list[str]) -> RunConfig:
     """Return the configuration of a command such as [pretrain.py, yamls/demo.yaml, seed=1].
 
     Raises:
         ValueError: the command does not begin with a stage that trains, or has a mistake.
     """
-    stage = STAGES.get(Path(command[0]).name) if command else None
-    if stage is None:
-        names = " or ".join(STAGES)
-        raise ValueError(f"comparison.methods: {command} must begin with {names}")
-    return stage(**load_config(command[1:], stage))
+    _, kind = stage_of(command)
+    return kind(**load_config(command[1:], kind))
 
 
 def new_encoder(command: list[str]) -> Encoder:
@@ -111,11 +131,8 @@ def new_encoder(command: list[str]) -> Encoder:
     return config.new_model([1] if config.kind.head_per_data_set else 1).encoder
 
 
-def train(run_name: str, command: list[str], lock: IO) -> dict[str, float]:
+def train(run_name: str, command: list[str]) -> dict[str, float]:
     """Return the result of a run, which is started or resumed if it has not finished.
-
-    Args:
-        lock: an open, locked file. The run inherits it, so that the lock lasts as long as the run.
 
     Raises:
         ValueError: the run was made with other settings; or it fails, with its last line.
@@ -135,11 +152,12 @@ def train(run_name: str, command: list[str], lock: IO) -> dict[str, float]:
             f"{run} was made with other values of {', '.join(changed)}; delete it to make it anew"
         )
     if not (run / "result.json").exists():
-        argv, pipe = [sys.executable, *words], subprocess.PIPE
-        done = subprocess.run(argv, stdout=pipe, stderr=pipe, text=True, pass_fds=[lock.fileno()])
-        if done.returncode:
-            last = (done.stderr.strip() or "no output").splitlines()[-1]
-            raise ValueError(f"{' '.join(words)} failed: {last}")
+        main_of_stage, _ = stage_of(command)
+        sys.argv = words
+        try:
+            main_of_stage()
+        except SystemExit as error:
+            raise ValueError(f"{' '.join(words)} failed: {error}") from error
     return json.loads((run / "result.json").read_text())
 
 
@@ -179,39 +197,108 @@ def probe_encoder(
     return result
 
 
-def finetune_encoder(
-    run: Path, seed: int, commands: dict[str, list[str]], source: list[str], lock: IO
+def measure(
+    command: list[str],
+    seed: int,
+    run: str,
+    steps: int | None,
+    probes: dict[str, dict],
+    finetunings: dict[str, list[str]],
 ) -> dict[str, float]:
-    """Return the accuracy of an encoder after each fine-tuning, which is a run of its own.
+    """Train an encoder for some steps, and return its accuracies by column.
 
     Args:
-        run: the run of the encoder.
-        commands: of finetune.py, by the columns of the table.
-        source: arguments that choose the weights to start from.
+        command: see config_of.
+        run: run_name of the training.
+        steps: None for random weights.
+        probes: see probe_encoder.
+        finetunings: commands of finetune.py by columns, which start from the encoder.
     """
-    result = {}
-    for column, command in commands.items():
-        name = f"{run.name}_{re.sub('[^a-z0-9]+', '_', column.lower())}"
-        done = train(name, [*command, *source, f"seed={seed}"], lock)
-        result[column] = done["metrics/eval/top1"]
+    checkpoint = None
+    if steps:
+        train(run, [*command, *OVERRIDES, f"seed={seed}", f"trainer.max_duration={steps}ba"])
+        checkpoint = str(Path("runs", run, "checkpoints", LATEST))
+    result = probe_encoder(Path("runs", run), command, seed, probes, checkpoint)
+    for column, finetuning in finetunings.items():
+        arguments = [f"seed={seed}", *encoder_arguments(command, checkpoint)]
+        name = f"{run}_{re.sub('[^a-z0-9]+', '_', column.lower())}"
+        result[column] = train(name, [*finetuning, *arguments])["metrics/eval/top1"]
     return result
 
 
+def encoder_arguments(command: list[str], checkpoint: str | None) -> list[str]:
+    """Return arguments of finetune.py that choose an encoder; checkpoint None: random weights."""
+    with torch.device("meta"):
+        frames = new_encoder(command).num_frames
+    arguments = [f"model.num_frames={frames}"] if frames > 1 else []
+    if checkpoint:
+        return [f"pretrained={checkpoint}", *arguments]
+    for key, value in config_of(command).model.items():
+        if key in ENCODER_SIZES:
+            arguments.append(f"model.{key}={value}")
+    return ["pretrained=null", *arguments]
+
+
+def enter_process(threads: int) -> None:
+    """Prepare a process that trains: few threads, no output, a share of the lock."""
+    torch.set_num_threads(threads)
+    set_start_method("fork", force=True)  # of the workers that read data
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
+    # The lock is held until the last process has ended, even if the first is killed.
+    fcntl.flock(os.open(LOCK, os.O_RDWR), fcntl.LOCK_SH)
+
+
 @contextmanager
-def exclusive_lock() -> Iterator[IO]:
-    """Hold a lock on this folder's runs: two trainings at once would slow each other.
+def training_processes(jobs: int) -> Iterator[Executor]:
+    """Yield an executor of `jobs` processes. Each task has a process of its own.
 
     Raises:
-        ValueError: another comparison, or a run that it has left behind, holds the lock.
+        ValueError: another comparison, or a run that it has left behind, trains in this folder.
     """
     os.makedirs("runs", exist_ok=True)
-    with open("runs/comparison.lock", "w") as file:
+    with open(LOCK, "w") as lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = "another comparison, or a run that it left behind"
-            raise ValueError(f"runs/comparison.lock: held by {holder}; wait, or end it") from error
-        yield file
+            raise ValueError(f"{LOCK}: held by {holder}; wait, or end it") from error
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        # A server that has imported Composer forks each process, which saves its start.
+        server = get_context("forkserver")
+        server.set_forkserver_preload(["pretrain", "finetune"])
+        threads = max(1, os.cpu_count() // jobs)
+        executor = ProcessPoolExecutor(
+            jobs, server, enter_process, (threads,), max_tasks_per_child=1
+        )
+        with executor:
+            try:
+                yield executor
+            finally:
+                executor.shutdown(cancel_futures=True)
+
+
+def result_of(task: Future) -> dict[str, float]:
+    """Return the result of a task.
+
+    Raises:
+        ValueError: its process was killed; or as the task.
+    """
+    try:
+        return task.result()
+    except BrokenExecutor as error:
+        raise ValueError("a run was killed; run the same command again to continue") from error
+
+
+def steps_of(methods: dict[str, list[str]], seconds: float) -> dict[str, int]:
+    """Return how many steps each method makes in a time, alone on this machine."""
+    timed = ["callbacks={SpeedMonitor: {window_size: 20}}", "trainer.max_duration=40ba"]
+    steps = {}
+    with training_processes(1) as executor:
+        for method, command in methods.items():
+            arguments = (f"compare_{method}_speed", [*command, *OVERRIDES, *timed])
+            speed = result_of(executor.submit(train, *arguments))["throughput/batches_per_sec"]
+            steps[method] = max(1, round(seconds * speed))
+    return steps
 
 
 def compare(
@@ -223,6 +310,7 @@ def compare(
     clips: Annotated[dict, measure_probe],
     finetune: dict[str, list[str]] | None = None,
     seeds: PositiveInt = 3,
+    jobs: PositiveInt = 1,
 ) -> None:
     """Train methods for the same time on this machine, and compare their encoders.
 
@@ -234,11 +322,13 @@ def compare(
         to: file of the table; the picture has its name, with .png.
         methods: the command of each method, without run_name. The encoder of the first is also
             measured with random weights.
-        seconds: of training steps. The number of steps is computed from the speed of 40 steps.
+        seconds: of training steps, alone on the machine. The number of steps is computed from the
+            speed of 40 steps.
         stills, clips: see measure_probe.
         finetune: commands of finetune.py by columns, without run_name; an encoder of clips sees
             stills as clips without motion.
         seeds: number of runs of each method, for mean and standard deviation.
+        jobs: runs at a time, after the speeds are measured; they share the cores.
 
     Raises:
         ValueError: a command has a mistake; a run fails, or was made with other settings; another
@@ -247,39 +337,29 @@ def compare(
     if not Path(to).absolute().parent.is_dir():
         raise ValueError(f"comparison.to={to}: its folder does not exist")
     with torch.device("meta"):
-        frames = {method: new_encoder(command).num_frames for method, command in methods.items()}
-    overrides = ["callbacks=null", "checkpoints.interval=1000000ba", "schedule.t_warmup=0.07dur"]
-    timed = ["callbacks={SpeedMonitor: {window_size: 20}}", "trainer.max_duration=40ba"]
+        for command in methods.values():  # a mistake in the last is told before the first trains
+            new_encoder(command)
     cores = f"{os.cpu_count()} cores ({platform.machine()})"
     budget = f"{seconds:g} s of training steps each, {seeds} seeds, {cores}"
+    steps = steps_of(methods, seconds)
     probes = {"stills": stills, "clips": clips}
-    steps, rows = {}, {}
-    with exclusive_lock() as lock:
-        # The speeds of all methods first: the machine is idle alike.
-        for method, command in methods.items():
-            speed = train(f"compare_{method}_speed", [*command, *overrides, *timed], lock)
-            steps[method] = max(1, round(seconds * speed["throughput/batches_per_sec"]))
-        for method, command in methods.items():
-            random, trained = [], []
-            for seed in range(seeds):
-                run = Path(f"runs/compare_{method}_{steps[method]}_{seed}")
-                duration = f"trainer.max_duration={steps[method]}ba"
-                train(run.name, [*command, *overrides, f"seed={seed}", duration], lock)
-                checkpoint = str(run / "checkpoints" / LATEST)
-                source = [f"pretrained={checkpoint}"]
-                if frames[method] > 1:
-                    source.append(f"model.num_frames={frames[method]}")
-                tuned = finetune_encoder(run, seed, finetune or {}, source, lock)
-                trained.append(probe_encoder(run, command, seed, probes, checkpoint) | tuned)
-                if not rows:
-                    run = Path(f"runs/compare_random_{seed}")
-                    source.append("random_weights=true")
-                    tuned = finetune_encoder(run, seed, finetune or {}, source, lock)
-                    random.append(probe_encoder(run, command, seed, probes, None) | tuned)
-            if not rows:
-                rows["random weights"] = table_values(0, random)
-            rows[method] = table_values(steps[method], trained)
-            write_comparison(rows, to, budget)
+    first = next(iter(methods.values()))
+    rows = {"random weights": (first, "compare_random", None)}
+    for method, command in methods.items():
+        rows[method] = (command, f"compare_{method}_{steps[method]}", steps[method])
+    with training_processes(jobs) as executor:
+        tasks = {}
+        for name, (command, run, count) in rows.items():
+            arguments = (count, probes, finetune or {})
+            tasks[name] = [
+                executor.submit(measure, command, seed, f"{run}_{seed}", *arguments)
+                for seed in range(seeds)
+            ]
+        finished = {}
+        for name, of_seeds in tasks.items():
+            results = [result_of(task) for task in of_seeds]
+            finished[name] = table_values(rows[name][2] or 0, results)
+            write_comparison(finished, to, budget)
 
 
 def table_values(steps: int, results: list[dict[str, float]]) -> dict[str, list[float]]:
