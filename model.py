@@ -55,9 +55,9 @@ def sincos(dim: int, coordinate: np.ndarray) -> Tensor:
 
 
 def sincos_positions(dim: int, grid: int) -> Tensor:
-    """Return fixed 2-D positions of a grid x grid square, CLS first: (1, 1 + grid * grid, dim).
+    """Return fixed 2-D positions of a grid x grid square, after a zero for CLS: (1, 1 + N, dim).
 
-    The position of CLS is zero. The first half of the width encodes the column. Source: MAE.
+    The first half of the width encodes the column. Source: MAE.
     """
     row, column = np.divmod(np.arange(grid * grid), grid)
     patches = torch.cat([sincos(dim // 2, column), sincos(dim // 2, row)], dim=2)  # (1, N, D)
@@ -92,11 +92,7 @@ def patchify(views: Tensor, patch_size: int, tubelet_size: int = 1) -> Tensor:
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the visible patches of every view: the K patches with the smallest noise.
-
-    Args:
-        noise: (B, N) uniform random numbers, the only source of randomness.
-        mask_ratio: fraction of the patches that is removed, in (0, 1).
+    """Keep the K patches of every view with the smallest noise (B, N), which is uniform.
 
     Returns:
         ids_keep: (B, K) indices of the visible patches, in the order of their noise.
@@ -130,15 +126,10 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def check_width(name: str, width: int, heads: int) -> None:
-    if width % heads or width % 4:
-        raise ValueError(f"{name}={width}: must be a multiple of 4 and of the {heads} heads")
-
-
 class Encoder(nn.Module):
     """A ViT that sees only the visible patches of an image, or of a clip cut into tubelets.
 
-    Parameters have the names of timm's and MAE's ViTs.
+    Parameters have timm's names.
 
     Args:
         img_size, patch_size: pixels; img_size is a multiple of patch_size.
@@ -164,7 +155,9 @@ class Encoder(nn.Module):
         super().__init__()
         if img_size % patch_size:
             raise ValueError(f"img_size={img_size}: must be a multiple of patch_size={patch_size}")
-        check_width("embed_dim", embed_dim, num_heads)
+        if embed_dim % num_heads or embed_dim % 4:
+            text = f"must be a multiple of 4 and of the {num_heads} heads"
+            raise ValueError(f"embed_dim={embed_dim}: {text}")
         if num_frames % tubelet_size:
             raise ValueError(f"num_frames={num_frames}: must be k * tubelet_size={tubelet_size}")
         self.img_size, self.patch_size = img_size, patch_size
@@ -201,12 +194,10 @@ class Encoder(nn.Module):
     fsdp_wrap_fn = activation_checkpointing_fn = is_block  # Composer looks these names up
 
     def forward(self, x: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Return tokens after the final norm, CLS first: (B, 1 + N, D), or (B, 1 + K, D).
+        """Return tokens after the final norm, CLS first: (B, 1 + K, D), with ids_keep=None all N.
 
-        Args:
-            x: (B, 3, H, W), or (B, T, 3, H, W) if num_frames > 1, with H = W. If H is another
-                multiple of patch_size than img_size, positions are interpolated.
-            ids_keep: (B, K), the visible patches; None for all.
+        Images x are (B, 3, H, W), clips (B, T, 3, H, W), with H = W. If H is not img_size, but
+        another multiple of patch_size, positions are interpolated.
         """
         grid = x.shape[-1] // self.patch_size
         pos_embed = positions_for(self.pos_embed, grid, self.temporal_embed)
@@ -227,7 +218,9 @@ class Decoder(nn.Module):
 
     def __init__(self, encoder: Encoder, embed_dim: int, depth: int, num_heads: int):
         super().__init__()
-        check_width("decoder_embed_dim", embed_dim, num_heads)
+        if embed_dim % num_heads or embed_dim % 4:
+            text = f"must be a multiple of 4 and of the {num_heads} heads"
+            raise ValueError(f"decoder_embed_dim={embed_dim}: {text}")
         self.steps = encoder.steps
         self.embed = nn.Linear(encoder.norm.normalized_shape[0], embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -248,16 +241,14 @@ class Decoder(nn.Module):
     fsdp_wrap_fn = activation_checkpointing_fn = is_block
 
     def forward(self, tokens: Tensor, ids_restore: Tensor, decoded: int | None = None) -> Tensor:
-        """Predict the patches (B, N, P) from the visible tokens, CLS first.
+        """Predict the patches (B, N, P) from the tokens (B, 1 + K, D) of the encoder.
 
-        The blocks see the patches in the order of their noise, each with its own position. Only the
-        predictions are put back in place.
+        The blocks see the patches in the order of their noise, each with its own position.
 
         Args:
-            tokens: (B, 1 + K, D) of the encoder.
             ids_restore: (B, N), see random_masking.
-            decoded: number of patches that are decoded: the visible and, in the order of their
-                noise, some of the removed. The predictions of other patches are 0. None for all N.
+            decoded: number of patches that are decoded, in the order of their noise; the
+                predictions of the others are 0. None for all N.
         """
         x = self.embed(tokens)
         B, L, D = x.shape
@@ -281,12 +272,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def reconstruction_loss(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean squared error over the removed patches, computed at least in fp32.
-
-    Args:
-        pred, target: (B, N, P).
-        mask: (B, N), 1 = removed.
-    """
+    """Return the mean squared error of pred and target (B, N, P) where mask (B, N) is 1."""
     error = (at_least_fp32(pred) - at_least_fp32(target)).square().mean(dim=-1)  # (B, N)
     return (error * mask).sum() / mask.sum()
 
@@ -297,11 +283,9 @@ PoolKind = Literal["mean", "max", "gem", "cls"]
 
 
 def pool(tokens: Tensor, kind: PoolKind) -> Tensor:
-    """Pool the tokens (B, 1 + N, D) of a view into one vector: (B, D).
+    """Pool the tokens (B, 1 + N, D) of a view into one vector (B, D): CLS, or the patches.
 
-    Args:
-        kind: "cls", or over the patches without CLS: "mean", "max" or "gem", the generalised mean
-            with exponent 3 of the positive part (Radenovic et al. 2018).
+    "gem" is the generalised mean with exponent 3 of the positive part (Radenovic et al. 2018).
     """
     patches = tokens[:, 1:]
     if kind == "cls":
@@ -351,13 +335,10 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def info_nce(predictions: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return InfoNCE (NT-Xent) of two views, and the accuracy: how many views find their partner.
+    """Return InfoNCE (NT-Xent), and the fraction of views that find their partner.
 
     Each prediction must find the target of its sample's other view among all 2B - 1 other targets.
-
-    Args:
-        predictions, targets: (B, 2, out) of the global batch; often the same tensor.
-        temperature: divides the cosine similarities, > 0.
+    Both are (B of all ranks, 2, out), and often the same tensor.
 
     Deviation: the official code numbers samples within a rank, so that samples of different ranks
     count as positives, and computes exp, sum and log. Here the loss is a cross-entropy in fp32.
@@ -391,10 +372,10 @@ class ViCMAE(ComposerModel):
 
     Args:
         img_size, patch_size: pixels.
-        embed_dim, depth, num_heads: sizes of the encoder.
+        embed_dim, depth, num_heads: of the encoder.
             S 384/12/6, B 768/12/12, L 1024/24/16, H 1280/32/16 with patch 14.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder. 512/8/16, S 256/8/8.
-        projector_hidden_dim, projector_out_dim: sizes of the contrastive head.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: 512/8/16, S 256/8/8.
+        projector_hidden_dim, projector_out_dim: widths of the contrastive head.
         predictor: add a second head like the projector, which predicts the projection of the other
             view (yamls/paper.yaml). Without it, the projection itself is the prediction.
         mask_ratio: fraction of the patches of each view that is removed, in (0, 1).
@@ -405,17 +386,11 @@ class ViCMAE(ComposerModel):
         chunk_size: pairs that pass through encoder and decoder at a time if a rank has more; the
             backward pass recomputes their activations. InfoNCE still sees the whole batch.
 
-    Attributes:
-        num_frames, tubelet_size: 1: views are images. Subclasses that learn from clips set them.
-        decode_ratio: fraction of the removed patches that is decoded in training, in (0, 1].
-        ramp: factor of weight_contrast, in [0, 1]; training/speedups.py sets it and decode_ratio.
-
     Raises:
         ValueError: sizes that do not divide, or a mask_ratio that keeps or removes no patch.
     """
 
-    num_frames = 1
-    tubelet_size = 1
+    num_frames = tubelet_size = 1  # images; subclasses that learn from clips set both
     group_matcher = layer_groups
 
     def __init__(
@@ -453,8 +428,9 @@ class ViCMAE(ComposerModel):
         self.weight_recon, self.weight_contrast = weight_recon, weight_contrast
         self.norm_pix_loss = norm_pix_loss
         self.chunk_size = chunk_size
-        self.decode_ratio = 1.0
-        self.ramp = 1.0
+        # Algorithms of training/speedups.py change both during training.
+        self.decode_ratio = 1.0  # fraction of the removed patches that is decoded, in (0, 1]
+        self.ramp = 1.0  # factor of weight_contrast, in [0, 1]
 
         N = self.encoder.num_patches
         kept = self.masking(torch.zeros(1, N))[0].shape[1]
@@ -476,8 +452,7 @@ class ViCMAE(ComposerModel):
     def reconstruct(self, views: Tensor, noise: Tensor) -> Tensors:
         """Encode and decode views (B, [T,] 3, H, W) under the masks that noise (B, N) gives.
 
-        Returns:
-            features (B, D); pred (B, N, P); mask (B, N); scored (B, N), 1 = removed and decoded.
+        Returns features (B, D), pred (B, N, P), mask and scored (B, N; 1 = removed and decoded).
         """
         ids_keep, ids_restore, mask = self.masking(noise)
         K, N = ids_keep.shape[1], noise.shape[1]
@@ -497,10 +472,7 @@ class ViCMAE(ComposerModel):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def project(self, features: Tensor, batch: Batch) -> Tensors:
-        """Gather the pooled features (B, V, D) of all ranks, and project them.
-
-        Returns:
-            predictions and targets, (B of all ranks, V, out); without a predictor, the same.
+        """Return predictions and targets (B of all ranks, V, out) of features (B, V, D).
 
         Deviation: the official projector sees the samples of one GPU. Here features are gathered
         first: BatchNorm spans the global batch, and the number of ranks changes no result.
@@ -511,15 +483,11 @@ class ViCMAE(ComposerModel):
         return {"predictions": predictions, "targets": targets}
 
     def forward(self, batch: Batch) -> Tensors:
-        """Reconstruct all views, and project their pooled visible tokens.
+        """Return the outputs of reconstruct, with dimensions (B, V) in place of B, and of project.
 
         Args:
             batch: `views` (B, V, 3, H, W), normalised; `noise` (B, V, N), uniform, of which smaller
                 views use the first numbers.
-
-        Returns:
-            The outputs of reconstruct for all views: features (B, V, D), pred (B, V, N, P), mask
-            and scored (B, V, N); and the outputs of project.
         """
         B, V = batch["views"].shape[:2]
         views, noise = self.flatten_views(batch)
@@ -555,12 +523,9 @@ class ViCMAE(ComposerModel):
         return info_nce(outputs["predictions"], outputs["targets"], self.temperature)
 
     def loss(self, outputs: Tensors, batch: Batch) -> Tensors:
-        """Return total = weight_recon * reconstruction + ramp * weight_contrast * contrastive.
+        """Return scalars that are logged as loss/train/NAME; Composer minimises total.
 
-        Returns:
-            Scalars, each logged as loss/train/NAME; Composer minimises total. total,
-            reconstruction, contrastive; accuracy, see contrastive_term; and
-            feature_std, which shows collapse.
+        total = weight_recon * reconstruction + ramp * weight_contrast * contrastive
         """
         reconstruction = self.reconstruction_term(outputs, batch)
         with torch.autocast(reconstruction.device.type, enabled=False):
@@ -578,17 +543,12 @@ class ViCMAE(ComposerModel):
 # Section 4: transfer
 
 
-def keep_class_names(module: nn.Module, state: dict, prefix: str, *_) -> None:
-    """Let a classifier load the checkpoints of earlier versions, which lack class names."""
-    state.setdefault(f"{prefix}_extra_state", module.get_extra_state())
-
-
 class Classifier(ComposerModel):
     """The encoder on whole images or clips, pooled, with a linear head.
 
     Args:
         num_classes: C.
-        img_size, patch_size, embed_dim, depth, num_heads: sizes of the encoder, as pre-trained.
+        img_size, patch_size, embed_dim, depth, num_heads: as pre-trained.
         num_frames: 1 for images, T for clips, which are cut into tubelets (source: mae_st).
         tubelet_size: frames of a tubelet; without effect on images.
         pool: "cls", or "mean" over the patches; both after the final norm.
@@ -627,7 +587,11 @@ class Classifier(ComposerModel):
         self.pool = pool
         self.class_names: list = []  # in the order of the logits; empty if unknown
         self.average = "softmax"  # of the views in evaluation: of their "softmax" or "logits"
-        self.register_load_state_dict_pre_hook(keep_class_names)
+
+    def _load_from_state_dict(self, state: Batch, prefix: str, *arguments: object) -> None:
+        # Checkpoints of earlier versions lack class names.
+        state.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state, prefix, *arguments)
 
     def get_extra_state(self) -> Tensor:
         """Return what a checkpoint holds beside the weights: the class names, as bytes of JSON."""
@@ -646,10 +610,8 @@ class Classifier(ComposerModel):
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (B, V, C) of `inputs` (B, V, T, 3, H, W), normalised; T = 1 for images."""
         x = batch["inputs"]
-        B, V = x.shape[:2]
-        x = x.flatten(0, 1)  # (B * V, T, 3, H, W)
-        if x.shape[1] == 1:
-            x = x.squeeze(1)  # (B * V, 3, H, W)
+        B, V, T = x.shape[:3]
+        x = x.flatten(0, 1 if T > 1 else 2)  # (B * V, T, 3, H, W), or (B * V, 3, H, W)
         features = pool(self.encoder(x), self.pool)  # (B * V, D)
         return self.head(self.neck(features)).unflatten(0, (B, V))
 
