@@ -69,7 +69,8 @@ class Recipe:
         quality: of the JPEG files, in [1, 100].
         per_class: keeps the first so many inputs of each class; None for all.
         background: colour behind transparent pixels: a name or #rrggbb.
-        clip_seconds: cuts a video into clips of this length, each a sample; None for none.
+        clip_seconds: cuts a video into clips of this length, each a sample; None for none. A clip
+            in which no frame begins is left out.
         stride: seconds from the beginning of a clip to the next; None for clip_seconds.
         max_clips: of a video, from its beginning; None for all.
         scene_cuts: cuts a video where FFmpeg's scene score, in [0, 1], is above this number. Each
@@ -256,7 +257,8 @@ def read_clips(file: BinaryIO, recipe: Recipe) -> list[tuple[list[bytes], list[f
 def place_clips(seconds: np.ndarray, gap: float, recipe: Recipe) -> list[np.ndarray]:
     """Return the indices of the frames of each clip in a video or scene.
 
-    What remains after the last clip is left out. A scene shorter than a clip becomes one clip.
+    What remains after the last clip is left out, and a clip without a frame of its own, as in a gap
+    of a recording. A scene shorter than a clip becomes one clip.
 
     Args:
         seconds: times of all frames, ascending.
@@ -266,6 +268,9 @@ def place_clips(seconds: np.ndarray, gap: float, recipe: Recipe) -> list[np.ndar
     length = min(recipe.clip_seconds or duration, duration)
     last = duration - length + 0.5 * gap
     begins = np.arange(0, last, recipe.stride or length)
+    # A frame that began up to a gap before a clip is its own: it has not been on screen for longer.
+    edges = np.searchsorted(seconds - seconds[0], [begins - 1.02 * gap, begins + length])
+    begins = begins[edges[0] < edges[1]]
     if recipe.fps:
         wanted = np.arange(max(1, int(length * recipe.fps))) / recipe.fps
     else:
