@@ -20,6 +20,7 @@ from evaluation.probes import embed
 from model import Classifier, pool
 from shards.augment import normalise
 from shards.decode import Recipe
+from shards.format import encode_clip
 from shards.views import EvalViews
 from training.weights import LATEST
 
@@ -107,6 +108,28 @@ def test_features_of_files_are_near_those_of_a_converted_data_set(
     table = (tmp_path / "runs" / "files" / "features.csv").read_text().splitlines()
     assert len(table) == 3
     assert float(table[1].split(",")[2]) == pytest.approx(float(features[0, 0]), rel=1e-5)
+
+
+def test_image_that_needs_no_scaling_has_the_views_of_a_converted_data_set(tmp_path):
+    file = tmp_path / "a.jpg"
+    pixels = np.random.default_rng(0).integers(0, 256, (36, 61, 3), np.uint8)
+    Image.fromarray(pixels).save(file)
+    views = FileViews([str(file)], 32, 4, temporal_views=2, spatial_views=3)  # 36 = 32 / 0.875
+    expected = views.crop_views(encode_clip([file.read_bytes()], [0.0], -1, ""))
+    assert expected.shape == (6, 4, 3, 32, 32) and not torch.equal(expected[0], expected[1])
+    assert torch.equal(views[0]["inputs"], expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"crop_pct": 0.001}, "too large: 40000x32000 pixels before the crop"),
+        ({"patch_size": 16}, "frames of 15x12 are smaller than model.patch_size=16"),
+    ],
+)
+def test_image_that_suits_no_crop_is_a_fault_of_its_file(tmp_path, settings, fault):
+    Image.new("RGB", (15, 12)).save(tmp_path / "a.png")
+    assert fault in FileViews([str(tmp_path / "a.png")], 32, **settings)[0]["fault"]
 
 
 def test_patch_features_average_to_the_pooled_ones_in_batches(
