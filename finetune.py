@@ -324,6 +324,10 @@ def check_blocks(config: FinetuneConfig) -> None:
         )
     if config.random_weights and not config.pretrained:
         raise ValueError("random_weights: needs the checkpoint pretrained, whose sizes it takes")
+    erasing = config.augment.get("erasing", FinetuningViews.erasing)
+    if erasing and getattr(config.kind, "images_are_equal_frames", False):
+        reason = f"must be 0 with method={config.method}, which knows an image by its equal frames"
+        raise ValueError(f"augment.erasing={erasing}: {reason}")
     testing = config.eval_data["paths"]
     if config.kind.head_per_data_set and len(config.training_paths) != len(testing):
         raise ValueError(

@@ -147,10 +147,8 @@ def convert_raw(sources: list[str], recipe: dict[str, Any], folder: Path) -> lis
     record = folder / RAW
     machines = dist.get_world_size() // dist.get_local_world_size()
     if not record.exists() and machines > 1:
-        remedy = (
-            "run this command on one of them with trainer.max_duration=1ba, with a shared runs/"
-        )
-        raise ValueError(f"raw: {machines} machines cannot convert together; first {remedy}")
+        remedy = "run data_prep.py to a shared folder or bucket, and give raw=null and data.streams"
+        raise ValueError(f"raw: {machines} machines cannot convert together; {remedy}")
     if dist.get_global_rank() == 0 and record.exists():
         print(f"raw: takes what is in {folder}; files that are new since then are not in it")
     if not record.exists():

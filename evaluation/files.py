@@ -4,16 +4,19 @@
     views = FileViews(files, img_size=224)
     embed_files(encoder, views, run)                    # writes features.npz into the folder run
 
-Each file is decoded as data_prep.py would, and then cropped as in every evaluation.
+Each file is decoded as data_prep.py would. A video is cropped as in every evaluation. An image is
+scaled from its own size, without a JPEG file in between, as timm's transform does.
 """
 
 import csv
 import glob
 import io
+import math
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -25,13 +28,13 @@ from evaluation.pictures import draw_tiles, draws_safely, shortened
 from evaluation.probes import encode_views
 from model import Classifier, Encoder
 from shards.augment import normalise
-from shards.decode import Recipe, read_image, read_video
-from shards.format import check_size, encode_clip
+from shards.decode import MAX_PIXELS, Recipe, open_image, read_video, upright_rgb
+from shards.format import check_sides, check_size, encode_clip
 from shards.inputs import describe_error, is_system_error
 from shards.layouts import EXTENSIONS
 from shards.loader import Loader
 from shards.storage import Storage, write_file
-from shards.views import EvalViews
+from shards.views import EvalViews, square_crops
 
 BATCH = 64  # files
 TOP = 5  # classes of a prediction that are written
@@ -90,22 +93,47 @@ class FileViews(EvalViews):
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, file: str) -> dict:
-        """Return a file as a sample of a data set; a corrupt file raises nearly anything."""
+    def recipe(self, kind: str) -> Recipe:
+        """Return how a file is decoded."""
         stored = max(16, self.num_frames * self.temporal_views)
         rate = self.frame_interval and 1 / self.frame_interval
         short_side = round(self.img_size / self.crop_pct)
-        recipe = Recipe(kind_of(file) or "videos", stored, rate, max(8, short_side))
-        read_file = read_image if recipe.kind == "images" else read_video
-        Image.MAX_IMAGE_PIXELS = None  # read_image has a limit of its own.
-        with open(file, "rb") as opened:
-            return encode_clip(*read_file(opened, recipe), -1, file)
+        return Recipe(kind, stored, rate, max(8, short_side))
+
+    def views_of_video(self, file: BinaryIO, name: str) -> Tensor:
+        """Return the views of a video -> (V, T, 3, H, W); a corrupt one raises nearly anything."""
+        sample = encode_clip(*read_video(file, self.recipe("videos")), -1, name)
+        check_size(sample, self.patch_size)
+        return self.crop_views(sample)
+
+    def views_of_image(self, file: BinaryIO) -> Tensor:
+        """Return the views of an image -> (V, T, 3, H, W); a corrupt one raises nearly anything.
+
+        Its pixels equal torchvision's Resize and CenterCrop, with which timm evaluates.
+        """
+        Image.MAX_IMAGE_PIXELS = None  # open_image has a limit of its own.
+        recipe = self.recipe("images")
+        image = upright_rgb(open_image(file.read(), recipe), recipe)
+        check_sides(image.height, image.width, self.patch_size)
+        least, short_side = min(image.size), math.floor(self.img_size / self.crop_pct)
+        width, height = (int(short_side * side / least) for side in image.size)
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"too large: {width}x{height} pixels before the crop")
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        crops = []
+        for top, left, *_ in square_crops(height, width, self.img_size, self.spatial_views):
+            crop = image.crop((left, top, left + self.img_size, top + self.img_size))
+            crops.append(torch.from_numpy(np.array(crop)).permute(2, 0, 1))
+        views = torch.stack(crops * self.temporal_views)[:, None]  # (V, 1, 3, H, W)
+        return views.expand(-1, self.num_frames, -1, -1, -1)
 
     def __getitem__(self, number: int) -> dict[str, Tensor | str]:
+        name = self.files[number]
         try:
-            sample = self.read(self.files[number])
-            check_size(sample, self.patch_size)
-            views, fault = self.crop_views(sample), ""
+            with open(name, "rb") as file:
+                is_image = kind_of(name) == "images"
+                views = self.views_of_image(file) if is_image else self.views_of_video(file, name)
+            fault = ""
         except Exception as error:  # a corrupt file makes the libraries raise nearly anything
             if is_system_error(error):
                 raise

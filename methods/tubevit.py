@@ -127,8 +127,7 @@ class TubeEncoder(nn.Module):
     """A ViT on the tubes of a clip, or on the tubes that touch an image.
 
     An image is the first frame of a clip whose other frames are 0. It has the tokens of the tubes
-    that begin at this frame. A clip of equal frames counts as an image; random erasing would make
-    its frames differ.
+    that begin at this frame. A clip of equal frames counts as an image.
 
     Args:
         encoder: of images; its blocks, norm and CLS token become part of this encoder.
@@ -221,6 +220,8 @@ class TubeViT(MultiHead):
             default, as published, has 539 tokens.
         multi_head: other arguments of MultiHead.
     """
+
+    images_are_equal_frames = True  # so random erasing, which changes frames, is refused
 
     def __init__(
         self,

@@ -69,7 +69,8 @@ class Recipe:
         quality: of the JPEG files, in [1, 100].
         per_class: keeps the first so many inputs of each class; None for all.
         background: colour behind transparent pixels: a name or #rrggbb.
-        clip_seconds: cuts a video into clips of this length, each a sample; None for none.
+        clip_seconds: cuts a video into clips of this length, each a sample; None for none. A clip
+            in which no frame begins is left out.
         stride: seconds from the beginning of a clip to the next; None for clip_seconds.
         max_clips: of a video, from its beginning; None for all.
         scene_cuts: cuts a video where FFmpeg's scene score, in [0, 1], is above this number. Each
@@ -256,7 +257,8 @@ def read_clips(file: BinaryIO, recipe: Recipe) -> list[tuple[list[bytes], list[f
 def place_clips(seconds: np.ndarray, gap: float, recipe: Recipe) -> list[np.ndarray]:
     """Return the indices of the frames of each clip in a video or scene.
 
-    What remains after the last clip is left out. A scene shorter than a clip becomes one clip.
+    What remains after the last clip is left out, and a clip without a frame of its own, as in a gap
+    of a recording. A scene shorter than a clip becomes one clip.
 
     Args:
         seconds: times of all frames, ascending.
@@ -266,6 +268,9 @@ def place_clips(seconds: np.ndarray, gap: float, recipe: Recipe) -> list[np.ndar
     length = min(recipe.clip_seconds or duration, duration)
     last = duration - length + 0.5 * gap
     begins = np.arange(0, last, recipe.stride or length)
+    # A frame that began up to a gap before a clip is its own: it has not been on screen for longer.
+    edges = np.searchsorted(seconds - seconds[0], [begins - 1.02 * gap, begins + length])
+    begins = begins[edges[0] < edges[1]]
     if recipe.fps:
         wanted = np.arange(max(1, int(length * recipe.fps))) / recipe.fps
     else:
@@ -407,36 +412,50 @@ def on_background(image: Image.Image, recipe: Recipe) -> Image.Image:
     return Image.alpha_composite(background, image).convert("RGB")
 
 
+def open_image(data: bytes, recipe: Recipe) -> Image.Image:
+    """Open and decode an image file; a large JPEG at a half, a quarter or an eighth of its size.
+
+    Raises:
+        OSError, ValueError: the file is corrupt, or has too many pixels or bits.
+    """
+    image = Image.open(io.BytesIO(data))
+    # A progressive JPEG holds all coefficients in memory, at whatever size it is decoded.
+    if "progressive" not in image.info and image.width * image.height > MAX_PIXELS // 8:
+        image.draft(None, (2 * recipe.short_side, 2 * recipe.short_side))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"too large: {image.width}x{image.height} pixels")
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits per pixel, of unknown range")
+    image.load()
+    return image
+
+
+def upright_rgb(image: Image.Image, recipe: Recipe) -> Image.Image:
+    """Return an image of any mode as RGB, as a viewer turns it, on the background."""
+    orientation = read_orientation(image)
+    if orientation in TURNS:
+        image = image.transpose(TURNS[orientation])
+    if image.mode.startswith("I;16"):  # Pillow would clip it instead of scaling.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return on_background(image, recipe) if image.has_transparency_data else to_rgb(image)
+
+
 def read_image(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]]:
     """Read an image file -> one upright RGB JPEG file, timestamp 0.
 
-    A JPEG file that needs no change is stored byte for byte. A large one is decoded at a half, a
-    quarter or an eighth of its size. A corrupt file raises OSError or ValueError.
+    A JPEG file that needs no change is stored byte for byte. Raises the errors of open_image.
     """
     data = file.read()
-    with Image.open(io.BytesIO(data)) as image:
-        fits = min(image.size) <= recipe.short_side
-        # A progressive JPEG holds all coefficients in memory, at whatever size it is decoded.
-        if "progressive" not in image.info and image.width * image.height > MAX_PIXELS // 8:
-            image.draft(None, (2 * recipe.short_side, 2 * recipe.short_side))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"too large: {image.width}x{image.height} pixels")
-        if image.mode in ("I", "F"):
-            raise ValueError("32 bits per pixel, of unknown range")
-        image.load()
-        orientation = read_orientation(image)
-        if fits and orientation not in TURNS and is_plain_jpeg(image, data):
-            return [data], [0.0]
-        if orientation in TURNS:
-            image = image.transpose(TURNS[orientation])
-        if image.mode.startswith("I;16"):  # Pillow would clip it instead of scaling.
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = on_background(image, recipe) if image.has_transparency_data else to_rgb(image)
-        scale = recipe.short_side / min(image.size)
-        if scale < 1:
-            size = [max(1, round(side * scale)) for side in image.size]
-            image = image.resize(size, Image.Resampling.BICUBIC)
-        return [encode_jpeg(np.asarray(image), recipe)], [0.0]
+    image = open_image(data, recipe)
+    fits = min(image.size) <= recipe.short_side
+    if fits and read_orientation(image) not in TURNS and is_plain_jpeg(image, data):
+        return [data], [0.0]
+    image = upright_rgb(image, recipe)
+    scale = recipe.short_side / min(image.size)
+    if scale < 1:
+        size = [max(1, round(side * scale)) for side in image.size]
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    return [encode_jpeg(np.asarray(image), recipe)], [0.0]
 
 
 def read_orientation(image: Image.Image) -> object:

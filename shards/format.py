@@ -56,9 +56,13 @@ def decode_frame(sample: dict, index: int) -> np.ndarray:
 
 
 def check_size(sample: dict, smallest: int) -> None:
-    """Raise ValueError if the frames of a sample are smaller than a patch of `smallest` pixels."""
+    """Raise ValueError if the frames of a sample have a side below `smallest` pixels."""
     first = memoryview(sample["frames"])[: int(sample["ends"][0])]
-    height, width = simplejpeg.decode_jpeg_header(first)[:2]
+    check_sides(*simplejpeg.decode_jpeg_header(first)[:2], smallest)
+
+
+def check_sides(height: int, width: int, smallest: int) -> None:
+    """Raise ValueError if a side in pixels is below `smallest`."""
     if min(height, width) < smallest:
         patch = f"model.patch_size={smallest}"
         raise ValueError(f"frames of {width}x{height} are smaller than {patch}")

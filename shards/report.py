@@ -54,7 +54,7 @@ def join_reports(request: dict, parts: list[dict]) -> dict:
     return request | {
         "inputs": inputs,
         "samples": sum(samples),
-        "short": sum(part["short"] for part in parts),  # videos that repeat frames
+        "short": sum(part["short"] for part in parts),  # videos or clips that repeat frames
         # videos with another film after the first, which alone is read
         "joined": [name for part in parts for name in part.get("joined", ())],
         "short_sides": [min(sides), max(sides)] if sides else None,  # pixels

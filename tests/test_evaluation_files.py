@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from conftest import run_stage
 from PIL import Image
@@ -21,6 +20,7 @@ from evaluation.probes import embed
 from model import Classifier, pool
 from shards.augment import normalise
 from shards.decode import Recipe
+from shards.format import encode_clip
 from shards.views import EvalViews
 from training.weights import LATEST
 
@@ -33,9 +33,9 @@ def media(demo, tmp_path) -> Path:
     folder = tmp_path / "media"
     (folder / "inside").mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for name, size in {"a.png": (70, 50), "inside/b.JPG": (40, 90)}.items():
-        pixels = rng.integers(0, 256, (*size, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / name)
+    for name, size in {"a.png": (50, 70), "inside/b.JPG": (90, 40)}.items():
+        picture = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
+        picture.resize(size, Image.Resampling.BICUBIC).save(folder / name, quality=95)
     clip = next((demo / "raw" / "train" / "videos").rglob("*.mp4"))
     (folder / "c.mp4").write_bytes(clip.read_bytes())
     (folder / "bad.png").write_bytes(b"no picture")
@@ -90,41 +90,46 @@ def test_predictions_are_the_classifiers_and_corrupt_files_are_named(
     assert Image.open(run / "predictions.png").size == (4 + 3 * 140, 3 * 16 + 4 * 16 + 140)
 
 
-def test_export_for_timm_predicts_from_raw_files_as_we_do(demo, classifier, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    photos = demo / "raw" / "test" / "images"
-    arguments = ["checkpoint=classifier.pt", f"predict=[{photos}]", "export=timm:mine"]
-    run_stage(evaluation, [*arguments, "device=cpu", "model={num_heads: 3}"], tmp_path)
-    with open(tmp_path / "runs" / "files_eval" / "predictions.csv", newline="") as file:
-        ours = {row["file"]: row["class_1"] for row in csv.DictReader(file)}
-    net = timm.create_model("local-dir:mine", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
-    names = net.pretrained_cfg["label_names"]
-    equal = 0
-    with torch.no_grad():
-        for path, name in ours.items():
-            image = transform(Image.open(path).convert("RGB"))
-            equal += names[int(net(image[None]).argmax())] == name
-    # They differ by a JPEG file that is written on the way, and by a pixel of the size.
-    assert len(set(ours.values())) > 2
-    assert equal >= 0.9 * len(ours) > 50
-
-
-def test_features_of_files_equal_those_of_a_converted_data_set(media, classifier, tmp_path, capfd):
+def test_features_of_files_are_near_those_of_a_converted_data_set(
+    media, classifier, tmp_path, capfd
+):
     (media / "bad.png").unlink()
     (media / "inside" / "b.JPG").rename(media / "b.JPG")
-    size = ENCODER["img_size"]
     data = str(tmp_path / "data")
-    data_prep.convert(str(media), data, Recipe("images", short_side=round(size / 0.875)), 1)
-    expected, _ = embed(classifier.encoder, EvalViews([data], size))
+    data_prep.convert(str(media), data, Recipe("images"), 1)
+    expected, _ = embed(classifier.encoder, EvalViews([data], ENCODER["img_size"]))
     arguments = ["checkpoint=classifier.pt", f"embed=[{media}/*.png, {media}/b.JPG]", "device=cpu"]
     run_stage(evaluation, [*arguments, "run_name=files", "model={num_heads: 3}"], tmp_path)
     found = np.load(tmp_path / "runs" / "files" / "features.npz")
     assert [os.path.basename(name) for name in found["files"]] == ["a.png", "b.JPG"]
-    np.testing.assert_allclose(found["features"], expected, rtol=1e-5, atol=1e-6)
+    features = torch.from_numpy(found["features"])
+    cosines = torch.cosine_similarity(features[:, None], expected[None], dim=2)
+    assert cosines.diag().min() > 0.99 > 0.95 > cosines[0, 1]  # JPEG files and sizes differ
     table = (tmp_path / "runs" / "files" / "features.csv").read_text().splitlines()
     assert len(table) == 3
-    assert float(table[1].split(",")[2]) == pytest.approx(float(expected[0, 0]), rel=1e-5)
+    assert float(table[1].split(",")[2]) == pytest.approx(float(features[0, 0]), rel=1e-5)
+
+
+def test_image_that_needs_no_scaling_has_the_views_of_a_converted_data_set(tmp_path):
+    file = tmp_path / "a.jpg"
+    pixels = np.random.default_rng(0).integers(0, 256, (36, 61, 3), np.uint8)
+    Image.fromarray(pixels).save(file)
+    views = FileViews([str(file)], 32, 4, temporal_views=2, spatial_views=3)  # 36 = 32 / 0.875
+    expected = views.crop_views(encode_clip([file.read_bytes()], [0.0], -1, ""))
+    assert expected.shape == (6, 4, 3, 32, 32) and not torch.equal(expected[0], expected[1])
+    assert torch.equal(views[0]["inputs"], expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"crop_pct": 0.001}, "too large: 40000x32000 pixels before the crop"),
+        ({"patch_size": 16}, "frames of 15x12 are smaller than model.patch_size=16"),
+    ],
+)
+def test_image_that_suits_no_crop_is_a_fault_of_its_file(tmp_path, settings, fault):
+    Image.new("RGB", (15, 12)).save(tmp_path / "a.png")
+    assert fault in FileViews([str(tmp_path / "a.png")], 32, **settings)[0]["fault"]
 
 
 def test_patch_features_average_to_the_pooled_ones_in_batches(

@@ -248,6 +248,10 @@ def test_two_ranks_train_as_one(arguments, uninterrupted, tmp_path, on_ranks):
         ("model.tubes=[]", "exactly one must be a patch"),
         ("model.depth_maps=true", "model.depth_maps=true: is not a key of this block"),
         ("model.modality=depth", "model.modality=depth: is not a key of this block"),
+        (
+            "augment.erasing=0.25",
+            "augment.erasing=0.25: must be 0 with method=tubevit",
+        ),
     ],
 )
 def test_mistake_in_the_tubes_is_named(arguments, tmp_path, change, message):

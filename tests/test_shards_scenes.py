@@ -1,5 +1,6 @@
 """Cuts of a film at changes of its scene."""
 
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -68,6 +69,25 @@ def test_film_of_one_scene_is_cut_as_without_the_option(tmp_path):
     clips = read_clips((tmp_path / "a.mp4").open("rb"), plain)
     assert len(clips) == 7
     assert read_clips((tmp_path / "a.mp4").open("rb"), cut) == clips
+
+
+def test_clip_without_a_frame_of_its_own_is_left_out(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in [*range(10), *range(50, 60)]:  # nothing from 1 to 5 s
+            pixels = np.full((48, 64, 3), 4 * number, np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    recipe = Recipe("videos", frames=5, clip_seconds=0.8)
+    clips = read_clips((tmp_path / "a.mkv").open("rb"), recipe)
+    first = [times[0] for _, times in clips]  # the third clip begins at 4.8 s
+    assert first == pytest.approx([0.0, 0.8, 0.9], abs=0.01)
+    assert [len(set(times)) for _, times in clips] == [5, 2, 5]
+    whole = read_clips((tmp_path / "a.mkv").open("rb"), Recipe("videos", frames=60))
+    assert len(whole) == 1 and len(set(whole[0][1])) == 20
 
 
 def test_cuts_of_a_real_film_are_where_its_frames_differ_most(tmp_path):

@@ -10,14 +10,15 @@ import torch
 from composer.algorithms.low_precision_layernorm import LowPrecisionLayerNorm
 from composer.algorithms.low_precision_layernorm.low_precision_layernorm import LPLayerNorm
 from composer.core import Event, Precision
-from conftest import losses, run_stage, small
+from conftest import ROOT, losses, run_stage, small
 from tiny_models import TINY, random_batch
 from torch import nn
 
 import pretrain
 from model import ViCMAE
+from pretrain import PretrainConfig
 from training.checkpoints import Checkpoints
-from training.config import build_named
+from training.config import build_named, load_config
 from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS, place_files
 
 
@@ -33,7 +34,7 @@ LOGGER = SimpleNamespace(log_metrics=lambda metrics: None)
 def test_files_of_callbacks_and_loggers_are_in_the_run_directory_unless_placed(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     classes = {known.__name__: known for known in CALLBACKS.classes + LOGGERS.classes}
-    placed = place_files(dict.fromkeys(classes), Path("runs/x"))
+    placed = place_files({name: {} for name in classes}, Path("runs/x"))
     arguments = {name: found for name, found in placed.items() if found}
     assert len(arguments) == 6 and placed.keys() == classes.keys()
     for name, found in arguments.items():
@@ -47,11 +48,22 @@ def test_files_of_callbacks_and_loggers_are_in_the_run_directory_unless_placed(m
     assert place_files(given, Path("runs/x")) == given
 
 
+def test_null_switches_off_one_class_of_a_block():
+    yaml = str(ROOT / "yamls" / "demo.yaml")
+    off = ["callbacks.KNN=null", "algorithms.EMA=null", "loggers.FileLogger=null"]
+    config = PretrainConfig(**load_config([yaml, "algorithms.SAM={}", *off], PretrainConfig))
+    assert config.callbacks.keys() == {"LRMonitor"}
+    assert config.algorithms == {"SAM": {}} and config.loggers == {}
+    assert config.data_sets == [stream["path"] for stream in config.data["streams"]]
+    with pytest.raises(ValueError, match=r"callbacks\.KNM=null: is not a key of this block"):
+        load_config([yaml, "callbacks.KNM=null"], PretrainConfig)
+
+
 def test_log_file_of_a_resumed_run_is_another_file(monkeypatch):
     names = set()
     for second in (1, 2):
         monkeypatch.setattr(time, "strftime", lambda _, second=second: f"second{second}")
-        names.add(place_files({"FileLogger": None}, Path("runs/x"))["FileLogger"]["filename"])
+        names.add(place_files({"FileLogger": {}}, Path("runs/x"))["FileLogger"]["filename"])
     assert names == {f"runs/x/logs-second{second}-rank{{rank}}.txt" for second in (1, 2)}
 
 

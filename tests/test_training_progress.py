@@ -3,12 +3,14 @@
 import io
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
+from composer.core import Time, Timestamp
 from conftest import run_stage, small
 
 import pretrain
-from training.progress import describe_time
+from training.progress import Progress, describe_time
 
 
 class Terminal(io.StringIO):
@@ -56,6 +58,15 @@ def test_log_file_says_that_the_first_step_is_prepared_if_that_is_slow(
     waiting = printed.index("preparing the first step: k-NN before training, compilation ...")
     assert printed.index("opening the data sets ...") < waiting < len(printed) - 1
     assert printed[-1].startswith("step 1/1")
+
+
+@pytest.mark.parametrize(("step", "task"), [(5, "preparing the first"), (6, "repeating the eval")])
+def test_start_that_only_repeats_an_evaluation_does_not_announce_a_step(step, task, monkeypatch):
+    announced = []
+    monkeypatch.setattr("training.progress.announce_later", announced.append)
+    state = SimpleNamespace(timestamp=Timestamp(batch=step), max_duration=Time.from_batch(6))
+    Progress().after_load(state, None)
+    assert announced[0].startswith(task)
 
 
 def test_terminal_has_one_bar_for_the_whole_training(arguments, tmp_path, monkeypatch):

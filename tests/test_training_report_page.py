@@ -163,6 +163,18 @@ def test_page_of_an_evaluation_has_every_name_as_it_is_and_the_commands_of_its_r
     assert options_of(page, "eval.py")[0]["checkpoint"] == str(run)
 
 
+def test_evaluation_in_the_directory_of_a_training_adds_a_table_to_its_page(run):
+    write_run(run, PRETRAINED | {"callbacks": {"KNN": KNN}}, RESULT)
+    before = write_page(run)
+    (run / "eval.yaml").write_text("checkpoint: runs/other\n")
+    (run / "eval.json").write_text(json.dumps({"knn": 0.25, "linear_all": 0.5}))
+    page = write_page(run)
+    assert page.source.count("<dt>") == before.source.count("<dt>") == 1
+    assert "pre-training, 30 epochs" in page.text and page.commands == before.commands
+    table = page.text[page.text.index("evaluation of runs/other") :]
+    assert "25.0 %" in table and "linear_all" in table and "checkpoint: runs/other" in table
+
+
 def test_page_of_a_run_without_a_log_and_of_foreign_weights_is_written(run):
     (run / "config.yaml").write_text(yaml.safe_dump(PRETRAINED))
     assert "pre-training, no log, seed 3" in write_page(run).text

@@ -83,6 +83,8 @@ class Choice:
 class Named:
     """Blocks of keyword arguments under class names: `{LRMonitor: {}, my_module.Mine: {every: 3}}`.
 
+    null in place of the arguments switches a class off.
+
     Args:
         classes: may be named without their module.
         base: any subclass of it may be named as module.Class; Python must find the module.
@@ -117,19 +119,19 @@ class Named:
 
 
 def build_named(
-    named: Named, block: dict[str, dict | None] | None, given: Mapping[type, tuple] | None = None
+    named: Named, block: dict[str, dict] | None, given: Mapping[type, tuple] | None = None
 ) -> list:
     """Return the objects of the classes that a block names, in its order.
 
     Args:
-        block: keyword arguments by class name; None for a class without arguments.
+        block: keyword arguments by class name.
         given: positional arguments that the program supplies, by class.
     """
     objects = []
     for name, arguments in (block or {}).items():
         found = named.find(name)
         supplied = (given or {}).get(found, ())
-        objects.append(found(*supplied, **(arguments or {})))
+        objects.append(found(*supplied, **arguments))
     return objects
 
 
@@ -196,14 +198,15 @@ def convert(value: Any, hint: Any, path: list, config: dict[str, Any]) -> Any:
 
 
 def convert_named(block: dict, named: Named, path: list, config: dict[str, Any]) -> dict[str, Any]:
-    """Return a block of classes with their arguments converted; see Named."""
+    """Return a block of classes with their arguments converted, without null; see Named."""
     converted = {}
     for name, arguments in block.items():
         try:
             found = named.find(str(name))
         except ValueError as error:
             raise ConfigError([*path, name], str(error), arguments) from error
-        converted[name] = convert(arguments, Annotated[dict, found] | None, [*path, name], config)
+        if arguments is not None:
+            converted[name] = convert(arguments, Annotated[dict, found], [*path, name], config)
     return converted
 
 

@@ -6,10 +6,11 @@
     export(net, "vit_mae:exports/mae")     # the same with the decoder, as ViTMAEForPreTraining
     export(net, "demo.onnx")               # any batch size; needs the extra onnx
 
-Each prints the line of Python that loads the export.
+Each prints the line of Python that loads the export, and the line that prepares its pictures.
 """
 
 import json
+import math
 import os
 from typing import Any
 
@@ -65,18 +66,21 @@ def check_exportable(net: ViCMAE | Classifier, to: str) -> None:
 
 
 def export(net: ViCMAE | Classifier, to: str, crop_pct: float = 0.875) -> None:
-    """Write an export, see check_export, and print how it is loaded.
+    """Write an export, see check_export, and print how it is loaded and its pictures prepared.
 
     Args:
-        crop_pct: side of the crop as a fraction of the shorter side, for the image processor.
+        crop_pct: side of the crop as a fraction of the shorter side, see FileViews.
 
     Raises:
         ValueError: see check_exportable.
     """
     check_exportable(net, to)
     kind, _, path = to.rpartition(":")
-    names = class_names(net)
+    names, size = class_names(net), net.encoder.img_size
+    settings = f'interpolation="bicubic", crop_pct={crop_pct}'  # mean and std are timm's default
+    transform = f"timm.data.create_transform({size}, {settings})"
     if kind in ("transformers", "vit_mae"):
+        transform = f'transformers.AutoImageProcessor.from_pretrained("{path}")'
         line = export_transformers(net, path, names, crop_pct, with_decoder=kind == "vit_mae")
     elif kind == "timm":
         labels = {"label_names": names or None}
@@ -91,6 +95,7 @@ def export(net: ViCMAE | Classifier, to: str, crop_pct: float = 0.875) -> None:
         given = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(net).items())
         line = f'timm.create_model("{ARCHITECTURE}", checkpoint_path="{to}", {given})'
     print(f"exported; load it with {line}")
+    print(f"prepare its pictures, upright and in RGB, with {transform}")
 
 
 def class_names(net: ViCMAE | Classifier) -> list[str]:
@@ -135,6 +140,7 @@ def timm_model(net: ViCMAE | Classifier, crop_pct: float = 0.875) -> nn.Module:
     """Return timm's ViT with the same weights, and with our normalisation in its configuration."""
     size = net.encoder.img_size
     overlay = {"input_size": (3, size, size), "mean": MEAN, "std": STD, "crop_pct": crop_pct}
+    overlay |= {"interpolation": "bicubic", "crop_mode": "center"}
     arguments = timm_arguments(net)
     model = timm.create_model(ARCHITECTURE, pretrained_cfg_overlay=overlay, **arguments)
     model.load_state_dict(timm_state(net))
@@ -172,7 +178,7 @@ def export_transformers(
     )
     model.save_pretrained(folder)
     CLIPImageProcessor(
-        size={"shortest_edge": round(size / crop_pct)},
+        size={"shortest_edge": math.floor(size / crop_pct)},
         crop_size={"height": size, "width": size},
         image_mean=list(MEAN),
         image_std=list(STD),

@@ -91,7 +91,7 @@ LOGGERS = Named(
 )
 
 
-def place_files(block: dict[str, dict | None] | None, run: Path) -> dict[str, dict]:
+def place_files(block: dict[str, dict] | None, run: Path) -> dict[str, dict]:
     """Return a block of callbacks or loggers whose files are in a run directory by default."""
     start = time.strftime("%Y%m%d-%H%M%S")  # Composer would overwrite the log of an earlier start.
     places: dict[str, dict[str, Any]] = {
@@ -104,7 +104,7 @@ def place_files(block: dict[str, dict | None] | None, run: Path) -> dict[str, di
     }
     if {"MLFLOW_TRACKING_URI", "DATABRICKS_TOKEN"} & os.environ.keys():
         del places["MLFlowLogger"]  # The user has a server.
-    placed = {name: arguments or {} for name, arguments in (block or {}).items()}
+    placed = dict(block or {})
     for name in placed.keys() & places.keys():
         placed[name] = OmegaConf.to_container(OmegaConf.merge(places[name], placed[name]))
     return placed

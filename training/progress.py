@@ -50,8 +50,11 @@ class Progress(LoggerDestination):
         self.metrics |= {key: value for key, value in metrics.items() if key.startswith(shown)}
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Watch what comes before the first step: the trainer has been built."""
-        self.waiting = announce_later("preparing the first step: k-NN before training, compilation")
+        """Watch what comes next: the trainer has been built, and its checkpoint is loaded."""
+        task = "preparing the first step: k-NN before training, compilation"
+        if state.timestamp >= state.max_duration:
+            task = "repeating the evaluation after the last step, which was interrupted"
+        self.waiting = announce_later(task)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self.begin, self.begin_step = time.monotonic(), state.timestamp.batch.value

@@ -176,12 +176,16 @@ def pictures(run: Path) -> Iterator[str]:
             yield f"<figure>{embedded(file, f'{title}. {text}')}</figure>"
 
 
-def tables(run: Path, result: dict[str, Any]) -> Iterator[str]:
-    """Yield tables of all results, of the accuracy of each class, and of the first predictions."""
+def results(title: str, result: dict[str, Any]) -> Iterator[str]:
+    """Yield a table of all results."""
     if result:
         kept = {key: value for key, value in result.items() if not key.startswith(BOOKKEEPING)}
-        yield "<h2>Results</h2>"
+        yield f"<h2>{escape(title)}</h2>"
         yield table([(key, shown(value, key)) for key, value in kept.items()])
+
+
+def tables(run: Path) -> Iterator[str]:
+    """Yield tables of the accuracy of each class, and of the first predictions."""
     if classes := read_json(run / "per_class.json"):
         rows = [(name, "" if share is None else f"{share:.1%}") for name, share in classes.items()]
         yield folded(f"Accuracy of each of {len(rows)} classes", table(rows))
@@ -246,7 +250,7 @@ def after_pretraining(
 
 def describe(config: dict, settings: dict, result: dict) -> str:
     """Return in words which kind of run it is, and how far it got."""
-    if settings:
+    if not config:
         weights = "random weights, sizes of " if settings.get("random_weights") else ""
         return f"evaluation of {weights}{settings.get('checkpoint') or 'random weights'}"
     stage = "fine-tuning" if "eval_data" in config else "pre-training"
@@ -257,11 +261,18 @@ def describe(config: dict, settings: dict, result: dict) -> str:
 
 @draws_safely
 def write_report(run: Path, to: Path) -> None:
-    """Write the page of a training or an evaluation from the files of its run directory."""
+    """Write the page of a training or an evaluation from the files of its run directory.
+
+    The page of a training has a table of what an evaluation measured in the same directory.
+    """
     config, settings = read_yaml(run / "config.yaml"), read_yaml(run / "eval.yaml")
-    result = read_json(run / "result.json") | read_json(run / "eval.json")
-    sections = [cards(result), *pictures(run), *tables(run, result)]
-    trained = find_run(settings.get("checkpoint") or "") if settings else run
+    measured = read_json(run / "eval.json")
+    result = read_json(run / "result.json") if config else measured
+    sections = [cards(result), *pictures(run), *results("Results", result)]
+    if config:
+        sections += results(describe({}, settings, {}), measured)
+    sections += tables(run)
+    trained = run if config else find_run(settings.get("checkpoint") or "")
     if trained and (trained / "config.yaml").exists():
         sections.append(f"<h2>What next</h2>\n<p class=note>{NEXT}</p>")
         for purpose, command in next_commands(trained, read_yaml(trained / "config.yaml")).items():

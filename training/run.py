@@ -86,7 +86,7 @@ class RunConfig:
     def data_sets(self) -> list[str]:
         """The paths of all data sets that the run trains or is measured on."""
         streams = [stream["path"] for stream in self.data["streams"]]
-        knn = (self.callbacks or {}).get("KNN") or {}
+        knn = (self.callbacks or {}).get("KNN", {})
         measured = [*knn.get("bank", ()), *knn.get("queries", ())]
         return [*streams, *getattr(self, "eval_data", {}).get("paths", ()), *measured]
 
