@@ -178,9 +178,10 @@ def start_run(config: RunConfig) -> Path:
     """
     warnings = (config.checkpoints or {}).get("stop_signals", ())
     exit_on_signals(signal.Signals[name] for name in warnings)
+    peer_watch().start()
     join_ranks(config.trainer.get("device"), config.trainer.get("dist_timeout", 300.0))
     exit_on_signals()
-    peer_watch().start()
+    peer_watch().report_errors()
     reproducibility.seed_all(config.seed)  # the same initial weights on every rank
     run = Path("runs", config.run_name)
     found = [[], False]
