@@ -46,6 +46,10 @@ def import_for_long() -> None:
     threading.Event().wait()
 
 
+def start() -> None:
+    peer_watch().start()
+
+
 def join() -> None:
     join_ranks("cpu", 60.0)
     peer_watch().report_errors()
@@ -53,26 +57,25 @@ def join() -> None:
 
 def joined(behaviour) -> list:
     """Return what a rank does that joins the others, and then behaves in some way."""
-    return [join, behaviour]
+    return [start, join, behaviour]
 
 
 def await_announcements(count: int) -> None:
     """Wait until ranks below `count` have announced themselves, and have seen that of this one."""
     watch = peer_watch()
-    watch.connected.wait()
+    watch.tried.wait()
     ranks = range(count)
     while not all(watch.store.add(f"beat/{other}", 0) > 1 for other in ranks):
         threading.Event().wait(0.05)
 
 
 def run_rank(rank: int, ranks: int, port: int, output: str, actions: list) -> None:
-    """Start a rank as a launcher would, and let it do something after its announcement."""
+    """Start a rank as a launcher would, and let it do something."""
     variables = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     variables |= {"NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in variables.items()}
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
     training.peers.INTERVAL, training.peers.LIMIT = 0.1, 1.5
-    peer_watch().start()
     try:
         for action in actions:
             action()
@@ -128,19 +131,25 @@ def test_ranks_that_leave_in_order_are_not_lost(tmp_path):
 
 
 def test_rank_that_is_lost_before_it_joins_ends_all_others_wherever_they_are(tmp_path):
-    killed = [partial(await_announcements, 3), be_killed]
-    codes, lines = exits_of(tmp_path, [join], killed, [import_for_long])
+    killed = [start, partial(await_announcements, 3), be_killed]
+    codes, lines = exits_of(tmp_path, [start, join], killed, [start, import_for_long])
     assert codes == [STOPPED, -signal.SIGKILL, STOPPED]
     assert lines[0].startswith("rank 0: no sign of life from rank 1 for ")
     assert lines[2] == lines[0]
 
 
 def test_rank_0_that_is_lost_before_it_joins_ends_all_others_wherever_they_are(tmp_path):
-    killed = [partial(await_announcements, 3), be_killed]
-    codes, lines = exits_of(tmp_path, killed, [join], [import_for_long])
+    killed = [start, partial(await_announcements, 3), be_killed]
+    codes, lines = exits_of(tmp_path, killed, [start, join], [start, import_for_long])
     assert codes == [-signal.SIGKILL, STOPPED, STOPPED]
     assert "run the same command" in lines[1]  # by the store's end, or as rank 2
     assert lines[2].startswith("rank 2: no answer from the machine of rank 0 for ")
+
+
+def test_rank_0_that_never_starts_is_waited_for_as_long_as_was_asked(tmp_path):
+    codes, lines = exits_of(tmp_path, [], [start, partial(join_ranks, "cpu", 1.0)])
+    assert codes[1] == STOPPED
+    assert lines[1] == "rank 0 has not started within 1 s; run the same command again"
 
 
 def test_rank_that_has_not_started_is_waited_for_and_one_that_is_silent_is_lost(monkeypatch):

@@ -85,7 +85,7 @@ class PeerWatch:
     def __init__(self):
         self.store = None
         self.started = False
-        self.connected = threading.Event()
+        self.tried = threading.Event()  # to connect to the store
         self.left = threading.Event()
         self.beats = {}  # {rank: (its last number, when that was first seen)}
         self.heard = math.inf  # when the store answered last
@@ -116,7 +116,11 @@ class PeerWatch:
         store.set_timeout(timedelta(seconds=LIMIT))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = PrefixStore(f"peers/{attempt}", store)
-        self.connected.set()
+        self.heard = monotonic()
+
+    def rank_0_is_there(self, timeout: float) -> bool:
+        """Return whether rank 0 has started, after waiting for it for some seconds at most."""
+        return not self.started or self.tried.wait(timeout)
 
     def report_errors(self) -> None:
         """Tell the other ranks from now on when this one ends with an error.
@@ -124,7 +128,6 @@ class PeerWatch:
         Call this after the ranks have joined.
         """
         if self.started:
-            self.connected.wait(LIMIT)
             sys.excepthook = self.end_by_exception
             atexit.register(self.say_farewell)
 
@@ -141,6 +144,7 @@ class PeerWatch:
         watched = range(1, rank_count()) if rank == 0 else [0]
         with suppress(RuntimeError):  # init_process_group raises the same
             self.connect()
+        self.tried.set()
         while self.store is not None:
             with suppress(RuntimeError):  # end_without_answer notices it
                 self.store.add(f"beat/{rank}", 1)
