@@ -16,6 +16,9 @@ from training.keys import check_keys
 if __name__ == "__main__":  # before the imports of torch and Composer, which take 6 s
     check_keys(__file__, "FinetuneConfig", sys.argv[1:])
     announce("importing torch and Composer")
+    from training.peers import peer_watch
+
+    peer_watch().start()
 
 import math
 import random

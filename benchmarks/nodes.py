@@ -13,10 +13,12 @@ import signal
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import boto3
 from moto.server import ThreadedMotoServer
+from torch.distributed import PrefixStore, TCPStore
 
 ROOT = Path(__file__).parent.parent
 UNSHARE = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"])]
@@ -31,6 +33,16 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def have_met(port: int, count: int) -> bool:
+    """Return whether all nodes of a launch have announced themselves, see training/peers.py."""
+    limit = timedelta(seconds=1)
+    with contextlib.suppress(RuntimeError):  # Rank 0 has not made the store yet.
+        store = TCPStore("127.0.0.1", port, is_master=False, timeout=limit, wait_for_workers=False)
+        numbers = [PrefixStore("peers/0", store).add(f"beat/{rank}", 0) for rank in range(count)]
+        return all(numbers)
+    return False
 
 
 def start_bucket(demo: Path) -> None:

@@ -32,6 +32,7 @@ from benchmarks import (
     bench_data,
     bench_demo,
     bench_gpu,
+    bench_knn,
     bench_train,
     bench_watching,
     stress_resume,
@@ -347,6 +348,16 @@ def test_bench_watching_alternates_steps_with_and_without_the_probe(small_demo, 
     assert line["steps"] == 2
     assert line["seconds_of_step"] > 0
     assert 0 < line["rank_of_epoch"] < line["rank_of_step"] < 1
+
+
+def test_bench_knn_classifies_all_queries_and_measures_memory(capfd, monkeypatch):
+    for name, value in {"BANK": 2000, "QUERIES": 50, "WIDTH": 64, "CLASSES": 10}.items():
+        monkeypatch.setattr(bench_knn, name, value)
+    assert run_main(bench_knn, monkeypatch) == 0
+    (line,) = lines_of(capfd)
+    assert line["accuracy"] == 1.0
+    assert line["peak_gb"] >= line["before_gb"] > 0
+    assert line["ms_per_query"] > 0
 
 
 def test_stress_resume_interrupts_runs_that_end_as_they_must(small_demo, warm, capfd, monkeypatch):

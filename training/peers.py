@@ -1,18 +1,21 @@
 """The ranks of a run as seen from one of them: groups that may wait, and ranks that are lost.
 
     watch = peer_watch()    # one for each process
-    watch.start()           # after the ranks have joined
+    watch.start()           # first of all, before Composer is imported
+    watch.report_errors()   # after the ranks have joined
     ...                     # if a rank is lost, the program ends with the exit code STOPPED
     watch.leave()           # before the ranks part
 
 A killed process closes its connections, so that gloo raises an exception on the other ranks at
-once. NCCL may wait until its timeout, and a cut network closes nothing. Therefore each rank counts
-up a number in the store through which the ranks have found each other. Rank 0 looks at all
-numbers, and the other ranks look at the number of rank 0.
+once. NCCL may wait until its timeout, a cut network closes nothing, and ranks that have not joined
+yet wait for as long as machines may need to start. Therefore each rank counts up a number in the
+store through which the ranks find each other. Rank 0 looks at all numbers, and the other ranks look
+at the number of rank 0. A rank without a number has not started yet, and is not lost.
 """
 
 import atexit
 import functools
+import math
 import os
 import re
 import sys
@@ -24,7 +27,6 @@ from time import monotonic
 from types import TracebackType
 
 import torch
-from composer.utils import dist
 from torch.distributed import PrefixStore, ProcessGroup, TCPStore
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -32,12 +34,23 @@ from shards.workers import STOPPED
 from training.sources import one_line
 
 INTERVAL = 5.0  # seconds between two signs of life
-LIMIT = 40.0  # seconds without a sign of life after which a rank is lost
+LIMIT = 35.0  # seconds without a sign of life after which a rank is lost
 PATIENCE = timedelta(hours=12)
 CONNECTION_LOST = re.compile(
-    r"gloo/transport|[Cc]onnection (was likely )?(closed|reset|refused)|ncclRemoteError|"
-    r"[Tt]imed out|Broken pipe|remote process exited"
+    r"gloo/transport|connection (was likely )?(closed|reset|refused)|ncclRemoteError|timed out|"
+    r"(wait|socket) timeout|broken pipe|failed to (recv|send), |remote process exited",
+    re.IGNORECASE,
 )
+
+
+def this_rank() -> int:
+    """Return the number of this rank. Composer, which could tell, is not imported here."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def rank_count() -> int:
+    """Return the number of ranks of the run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def new_group() -> ProcessGroup | None:
@@ -45,7 +58,7 @@ def new_group() -> ProcessGroup | None:
 
     Its collectives run on the CPU, beside the default group's. All ranks call this together.
     """
-    if dist.get_world_size() == 1:
+    if rank_count() == 1:
         return None
     return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -71,84 +84,123 @@ class PeerWatch:
 
     def __init__(self):
         self.store = None
+        self.started = False
+        self.tried = threading.Event()  # to connect to the store
         self.left = threading.Event()
         self.beats = {}  # {rank: (its last number, when that was first seen)}
-        self.heard = 0.0  # when the store answered last
+        self.heard = math.inf  # when the store answered last
 
     def start(self) -> None:
-        """Watch from now on. Does nothing for a single rank, or without MASTER_ADDR."""
-        ranks = dist.get_world_size()
-        if ranks == 1 or "MASTER_ADDR" not in os.environ:
+        """Announce this rank, and watch the others from now on, which may start much later.
+
+        Does nothing a second time, for a single rank, or without MASTER_ADDR.
+        """
+        if self.started or rank_count() == 1 or "MASTER_ADDR" not in os.environ:
             return
-        address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=LIMIT))
-        # torchrun keeps its store when it starts the ranks again.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = PrefixStore(f"peers/{attempt}", store)
-        self.store.set(self.beat_of(dist.get_global_rank()), "0")
-        dist.barrier()  # Now every rank has a number.
-        sys.excepthook = self.end_by_exception
-        atexit.register(self.say_farewell)
-        self.heard = monotonic()
+        self.started = True
         for target in (self.look, self.end_without_answer):
             threading.Thread(target=target, daemon=True).start()
+
+    def connect(self) -> None:
+        """Connect to the store, as soon as there is one; rank 0 makes it."""
+        # torchrun makes the store, and keeps it when it starts the ranks again.
+        of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=this_rank() == 0 and not of_torchrun,
+            timeout=PATIENCE,
+            wait_for_workers=False,
+            multi_tenant=True,  # The process group will use the same store.
+        )
+        store.set_timeout(timedelta(seconds=LIMIT))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = PrefixStore(f"peers/{attempt}", store)
+        self.heard = monotonic()
+
+    def rank_0_is_there(self, timeout: float) -> bool:
+        """Return whether rank 0 has started, after waiting for it for some seconds at most."""
+        return not self.started or self.tried.wait(timeout)
+
+    def report_errors(self) -> None:
+        """Tell the other ranks from now on when this one ends with an error.
+
+        Call this after the ranks have joined.
+        """
+        if self.started:
+            sys.excepthook = self.end_by_exception
+            atexit.register(self.say_farewell)
 
     def leave(self) -> None:
         """Stop watching, before this rank ends in order."""
         if self.store is not None and not self.left.is_set():
             with suppress(RuntimeError):
-                self.store.set(f"left/{dist.get_global_rank()}", "1")
+                self.store.set(f"left/{this_rank()}", "1")
         self.left.set()
-
-    def beat_of(self, rank: int) -> str:
-        return f"beat/{rank}"
 
     def look(self) -> None:
         """Give a sign of life in a loop, and look for signs of the other ranks."""
-        rank = dist.get_global_rank()
-        watched = range(1, dist.get_world_size()) if rank == 0 else [0]
-        number = 0
-        while not self.left.wait(INTERVAL):
-            number += 1
+        rank = this_rank()
+        watched = range(1, rank_count()) if rank == 0 else [0]
+        with suppress(RuntimeError):  # init_process_group raises the same
+            self.connect()
+        self.tried.set()
+        while self.store is not None:
             with suppress(RuntimeError):  # end_without_answer notices it
-                self.store.set(self.beat_of(rank), str(number))
-                self.end_if_failed()
-                values = self.store.multi_get([self.beat_of(other) for other in watched])
+                self.store.add(f"beat/{rank}", 1)
+                self.end_if_told()
+                for other in watched:
+                    self.compare(other, self.store.add(f"beat/{other}", 0))
                 self.heard = monotonic()
-                for other, value in zip(watched, values, strict=True):
-                    self.compare(other, value)
+            if self.left.wait(INTERVAL):
+                return
 
-    def compare(self, rank: int, value: bytes) -> None:
-        """End the program if the number of a rank has not changed for long."""
+    def compare(self, rank: int, number: int) -> None:
+        """End the program if the number of a rank has not changed for long; 0 is not started."""
         now = monotonic()
-        last, since = self.beats.setdefault(rank, (value, now))
-        if value != last:
-            self.beats[rank] = (value, now)
-        elif now - since > LIMIT and not self.store.check([f"left/{rank}"]):
-            self.end_lost(f"no sign of life from rank {rank} for {LIMIT:.0f} s")
+        last, since = self.beats.get(rank, (0, now))
+        if number != last:
+            self.beats[rank] = (number, now)
+        elif number and now - since > LIMIT and not self.store.check([f"left/{rank}"]):
+            line = lost_line(f"no sign of life from rank {rank} for {LIMIT:.0f} s")
+            alive = [since for _, since in self.beats.values() if now - since <= LIMIT]
+            self.tell(STOPPED, line, 1 + len(alive))
+            self.end(STOPPED, line)
 
     def end_without_answer(self) -> None:
         """End the program if the store, which is on the machine of rank 0, no longer answers."""
         while not self.left.wait(INTERVAL):
-            if monotonic() - self.heard > LIMIT + 2 * INTERVAL:
-                self.end_lost(f"no answer from the machine of rank 0 for {LIMIT:.0f} s")
+            if monotonic() - self.heard > LIMIT + INTERVAL:
+                reason = f"no answer from the machine of rank 0 for {LIMIT:.0f} s"
+                self.end(STOPPED, lost_line(reason))
 
-    def end_lost(self, reason: str) -> None:
-        """End the program with STOPPED and one line, without waiting for any thread."""
-        if self.left.is_set():
-            return
-        remedy = "the checkpoints are intact; run the same command to resume"
-        print(f"rank {dist.get_global_rank()}: {reason}; {remedy}", file=sys.stderr, flush=True)
-        os._exit(STOPPED)
+    def tell(self, code: int, line: str, readers: int) -> None:
+        """Make the other ranks end with a code and a line.
 
-    def end_if_failed(self) -> None:
-        """End the program with 1 if another rank has ended with an error."""
-        if self.left.is_set() or not self.store.check(["failed"]):
+        Args:
+            readers: ranks that will read it, this one included. Rank 0, with which the store ends,
+                waits for them.
+        """
+        self.store.compare_set("end", "", f"{code} {line}")
+        done = self.store.add("read", 1)
+        deadline = monotonic() + 2 * INTERVAL
+        while this_rank() == 0 and done < readers and monotonic() < deadline:
+            threading.Event().wait(0.1)
+            done = self.store.add("read", 0)
+
+    def end_if_told(self) -> None:
+        """End the program if another rank has told it to."""
+        if self.left.is_set() or not self.store.check(["end"]):
             return
-        failed = self.store.get("failed").decode()
+        code, _, line = self.store.get("end").decode().partition(" ")
         self.store.add("read", 1)
-        print(f"rank {failed} has ended with an error, see its output", file=sys.stderr, flush=True)
-        os._exit(1)
+        self.end(int(code), line)
+
+    def end(self, code: int, line: str) -> None:
+        """End the program with a code and a line, without waiting for any thread."""
+        if not self.left.is_set():
+            print(line, file=sys.stderr, flush=True)
+            os._exit(code)
 
     def end_by_exception(
         self, kind: type[BaseException], error: BaseException, place: TracebackType | None
@@ -156,22 +208,22 @@ class PeerWatch:
         """End the program by an exception that nothing has caught; stands for sys.excepthook."""
         if is_connection_lost(error):
             with suppress(RuntimeError):
-                self.end_if_failed()
-            self.end_lost(f"the connection to another rank is lost ({one_line(error)[:200]})")
+                self.end_if_told()
+            reason = f"the connection to another rank is lost ({one_line(error)[:200]})"
+            self.end(STOPPED, lost_line(reason))
         traceback.print_exception(kind, error, place)
 
     def say_farewell(self) -> None:
         """Tell the other ranks that this one ends early, with an error."""
-        if self.left.is_set():
+        if self.left.is_set() or self.store is None:
             return
         self.left.set()
         with suppress(RuntimeError):
-            self.store.compare_set("failed", "", str(dist.get_global_rank()))
-            readers = self.store.add("read", 1)
-            # The store ends with rank 0.
-            deadline = monotonic() + 3 * INTERVAL
-            while dist.get_global_rank() == 0 and readers < dist.get_world_size():
-                if monotonic() > deadline:
-                    break
-                threading.Event().wait(0.1)
-                readers = self.store.add("read", 0)
+            line = f"rank {this_rank()} has ended with an error, see its output"
+            self.tell(1, line, rank_count())
+
+
+def lost_line(reason: str) -> str:
+    """Return the line with which a rank ends because another is lost."""
+    remedy = "the checkpoints are intact; run the same command to resume"
+    return f"rank {this_rank()}: {reason}; {remedy}"

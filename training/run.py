@@ -178,9 +178,10 @@ def start_run(config: RunConfig) -> Path:
     """
     warnings = (config.checkpoints or {}).get("stop_signals", ())
     exit_on_signals(signal.Signals[name] for name in warnings)
+    peer_watch().start()
     join_ranks(config.trainer.get("device"), config.trainer.get("dist_timeout", 300.0))
     exit_on_signals()
-    peer_watch().start()
+    peer_watch().report_errors()
     reproducibility.seed_all(config.seed)  # the same initial weights on every rank
     run = Path("runs", config.run_name)
     found = [[], False]
@@ -217,14 +218,18 @@ def join_ranks(device: str | None, timeout: float) -> None:
     # A handler would wait for as long as init_process_group does.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    try:
-        dist.initialize_dist(get_device(device), timeout)
-    except RuntimeError as error:
-        if not is_connection_lost(error):
-            raise
-        problem = f"the other ranks have not joined ({one_line(error)[:200]})"
-        print(f"{problem}; run the same command again", file=sys.stderr, flush=True)
-        os._exit(STOPPED)
+    problem = f"rank 0 has not started within {timeout:g} s"
+    # init_process_group would wait for rank 0 for twice the time.
+    if peer_watch().rank_0_is_there(timeout):
+        try:
+            dist.initialize_dist(get_device(device), timeout)
+            return
+        except RuntimeError as error:
+            if not is_connection_lost(error):
+                raise
+            problem = f"the other ranks have not joined ({one_line(error)[:200]})"
+    print(f"{problem}; run the same command again", file=sys.stderr, flush=True)
+    os._exit(STOPPED)
 
 
 @say_if_slow("comparing the data sets with those of the run")
