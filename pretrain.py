@@ -37,6 +37,7 @@ from filelock import FileLock
 import data_prep
 from evaluation.pictures import draw_reconstructions
 from methods import PRETRAINING
+from methods.masked import OmniMAE
 from model import Batch, ViCMAE
 from shards.augment import augment_batch
 from shards.decode import Recipe
@@ -212,8 +213,21 @@ def check_data(net: ViCMAE, config: PretrainConfig, views: int, micro_batch: int
     """Check that the data suit the method.
 
     Raises:
-        ValueError: too few views or samples for a contrastive term, or labels that are missing.
+        ValueError: too few views or samples for a contrastive term, labels that are missing, or
+            images of fewer frames that the method or the batches do not allow.
     """
+    if frames := config.augment.get("image_frames"):
+        if not isinstance(net, OmniMAE):
+            raise ValueError(f"augment.image_frames={frames}: works with method=omnimae only")
+        if frames % net.tubelet_size or frames > net.num_frames:
+            count = f"a multiple of model.tubelet_size={net.tubelet_size}"
+            limit = f"at most model.num_frames={net.num_frames}"
+            raise ValueError(f"augment.image_frames={frames}: must be {count}, and {limit}")
+        if not config.data.get("one_stream_per_batch"):
+            raise ValueError(
+                "data.one_stream_per_batch=false: must be true with augment.image_frames, since "
+                "images and clips have other shapes"
+            )
     if getattr(net, "needs_labels", False):
         paths = [stream["path"] for stream in config.data["streams"]]
         same_classes(paths, f"method={config.method}")
