@@ -47,7 +47,7 @@ from shards.loader import prefetch
 from shards.report import print_summary
 from shards.storage import Storage
 from shards.stream import load_stream
-from shards.views import PretrainingViews, check_frames
+from shards.views import PretrainingViews, check_frames, stored_frames
 from shards.workers import exit_on_signals
 from training.config import Choice, keywords_of, load_config
 from training.cost import flops_per_sample
@@ -256,13 +256,15 @@ def pretrain(config: PretrainConfig) -> Trainer:
         if dist.get_global_rank() == 0:
             print(f"weights of {config.pretrained}:\n{table}")
     sizes = (net.encoder.img_size, net.encoder.num_patches, net.encoder.num_frames)
-    views = PretrainingViews(*sizes, **config.augment)
+    paths = [stream["path"] for stream in config.data["streams"]]
+    by_stream = config.augment.get("image_frames")
+    images = [stored_frames(path) == 1 for path in paths] if by_stream else ()
+    views = PretrainingViews(*sizes, images, **config.augment)
     patch_size = net.encoder.patch_size
     with say_if_slow("opening the data sets"):
         loader, micro_size = load_stream(
             views, augment_batch, config.seed, patch_size, run, **config.data
         )
-    paths = [stream["path"] for stream in config.data["streams"]]
     check_frames(paths, net.encoder.num_frames, views.frame_interval)
     check_data(net, config, views.views, micro_size * dist.get_world_size())
     optimizer = build_optimizer(net, config.data["global_train_batch_size"], **config.optimizer)
