@@ -40,6 +40,7 @@ from filelock import FileLock
 import data_prep
 from evaluation.pictures import draw_reconstructions
 from methods import PRETRAINING
+from methods.masked import OmniMAE
 from model import Batch, ViCMAE
 from shards.augment import augment_batch
 from shards.decode import Recipe
@@ -49,7 +50,7 @@ from shards.loader import prefetch
 from shards.report import print_summary
 from shards.storage import Storage
 from shards.stream import load_stream
-from shards.views import PretrainingViews, check_frames
+from shards.views import PretrainingViews, check_frames, stored_frames
 from shards.workers import exit_on_signals
 from training.config import Choice, keywords_of, load_config
 from training.cost import flops_per_sample
@@ -213,8 +214,21 @@ def check_data(net: ViCMAE, config: PretrainConfig, views: int, micro_batch: int
     """Check that the data suit the method.
 
     Raises:
-        ValueError: too few views or samples for a contrastive term, or labels that are missing.
+        ValueError: too few views or samples for a contrastive term, labels that are missing, or
+            images of fewer frames that the method or the batches do not allow.
     """
+    if frames := config.augment.get("image_frames"):
+        if not isinstance(net, OmniMAE):
+            raise ValueError(f"augment.image_frames={frames}: works with method=omnimae only")
+        if frames % net.tubelet_size or frames > net.num_frames:
+            count = f"a multiple of model.tubelet_size={net.tubelet_size}"
+            limit = f"at most model.num_frames={net.num_frames}"
+            raise ValueError(f"augment.image_frames={frames}: must be {count}, and {limit}")
+        if not config.data.get("one_stream_per_batch"):
+            raise ValueError(
+                "data.one_stream_per_batch=false: must be true with augment.image_frames, since "
+                "images and clips have other shapes"
+            )
     if getattr(net, "needs_labels", False):
         paths = [stream["path"] for stream in config.data["streams"]]
         same_classes(paths, f"method={config.method}")
@@ -243,13 +257,15 @@ def pretrain(config: PretrainConfig) -> Trainer:
         if dist.get_global_rank() == 0:
             print(f"weights of {config.pretrained}:\n{table}")
     sizes = (net.encoder.img_size, net.encoder.num_patches, net.encoder.num_frames)
-    views = PretrainingViews(*sizes, **config.augment)
+    paths = [stream["path"] for stream in config.data["streams"]]
+    by_stream = config.augment.get("image_frames")
+    images = [stored_frames(path) == 1 for path in paths] if by_stream else ()
+    views = PretrainingViews(*sizes, images, **config.augment)
     patch_size = net.encoder.patch_size
     with say_if_slow("opening the data sets"):
         loader, micro_size = load_stream(
             views, augment_batch, config.seed, patch_size, run, **config.data
         )
-    paths = [stream["path"] for stream in config.data["streams"]]
     check_frames(paths, net.encoder.num_frames, views.frame_interval)
     check_data(net, config, views.views, micro_size * dist.get_world_size())
     optimizer = build_optimizer(net, config.data["global_train_batch_size"], **config.optimizer)

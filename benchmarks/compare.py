@@ -227,10 +227,17 @@ def measure(
 
 
 def encoder_arguments(command: list[str], checkpoint: str | None) -> list[str]:
-    """Return arguments of finetune.py that choose an encoder; checkpoint None: random weights."""
+    """Return arguments of finetune.py that choose an encoder; checkpoint None: random weights.
+
+    An encoder that Classifier does not have, such as TubeViT's, is tuned in its method's class.
+    """
     with torch.device("meta"):
-        frames = new_encoder(command).num_frames
+        encoder = new_encoder(command)
+    frames = encoder.num_frames
     arguments = [f"model.num_frames={frames}"] if frames > 1 else []
+    if not isinstance(encoder, Encoder):
+        config = config_of(command)
+        arguments = [f"method={config.method}", f"model={json.dumps(config.model)}"]
     if checkpoint:
         return [f"pretrained={checkpoint}", *arguments]
     for key, value in config_of(command).model.items():

@@ -35,11 +35,15 @@ class SimCLR(ViCMAE):
 
     Args:
         masked: mask and reconstruct the views as ViC-MAE does.
+        projector_layers: linear layers of the projector; 3 as in ViC-MAE, or 2 as published.
         vicmae: arguments of ViCMAE. The sizes of the decoder have no effect if masked is false.
     """
 
-    def __init__(self, *, masked: bool = False, **vicmae):
+    def __init__(self, *, masked: bool = False, projector_layers: Literal[2, 3] = 3, **vicmae):
         super().__init__(**vicmae)
+        if projector_layers == 2:
+            first, *_, last = self.projector
+            self.projector = Head(first.in_features, first.out_features, last.out_features)
         if not masked:
             self.decoder = None
             if not self.weight_contrast:

@@ -5,18 +5,23 @@
 Differences from the published methods are listed in docs/methods.md.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from model import (
     Batch,
+    ProperFraction,
     Tensors,
     ViCMAE,
     at_least_fp32,
     feature_std,
     init_weights,
     patchify,
+    pool,
     random_masking,
 )
 
@@ -62,11 +67,17 @@ class ClipMAE(MAE):
 class STMAE(ClipMAE):
     """ST-MAE (Feichtenhofer et al. 2022): clips, masked at random in space and time.
 
-    The first frame of each tubelet is predicted (source: SlowFast).
+    The first frame of each tubelet is predicted, and the positions in space and in time are learnt
+    (source: SlowFast and mae_st).
     """
 
     def __init__(self, **clip_mae):
         super().__init__(**clip_mae)
+        for part in (self.encoder, self.decoder):
+            for name, positions in part.named_parameters(recurse=False):
+                if name.endswith("_embed"):
+                    nn.init.trunc_normal_(positions, std=0.02)
+                    positions.requires_grad_(True)
         width, patch_size = self.decoder.pred.in_features, self.encoder.patch_size
         self.decoder.pred = nn.Linear(width, patch_size**2 * 3)
         init_weights(self.decoder.pred)
@@ -86,7 +97,47 @@ class ChannelTargets(ClipMAE):
 
 
 class OmniMAE(ChannelTargets):
-    """OmniMAE (Girdhar et al. 2023): random masks of clips, and of images as still clips."""
+    """OmniMAE (Girdhar et al. 2023): random masks of clips, and of images as still clips.
+
+    A batch of images may have fewer frames than T, see augment.image_frames. They are the first
+    frames of a clip: no patch of a later frame is encoded, decoded or predicted.
+
+    Args:
+        image_mask_ratio: fraction of the patches of such an image that is removed, in (0, 1).
+        clip_mae: arguments of ClipMAE. Its mask_ratio is for clips.
+
+    Raises:
+        ValueError: image_mask_ratio keeps or removes no patch of an image; or see ViCMAE.
+    """
+
+    def __init__(self, *, image_mask_ratio: ProperFraction = 0.9, **clip_mae):
+        super().__init__(**clip_mae)
+        self.image_mask_ratio = image_mask_ratio
+        places = self.encoder.grid**2
+        if not 0 < int(places * (1 - image_mask_ratio)) < places:
+            of_image = f"must keep and remove some of the {places} patches of an image"
+            raise ValueError(f"image_mask_ratio={image_mask_ratio}: {of_image}")
+
+    def reconstruct(self, views: Tensor, noise: Tensor) -> Tensors:
+        """Return what ViCMAE returns; of images with fewer frames than T, for their patches."""
+        missing = self.num_frames - views.shape[1]
+        if not missing:
+            return super().reconstruct(views, noise)
+        B, N = noise.shape
+        n = N * views.shape[1] // self.num_frames  # patches of an image
+        ids_keep, ids_restore, mask = random_masking(noise[:, :n], self.image_mask_ratio)
+        K = ids_keep.shape[1]
+        decoded = K + math.ceil((n - K) * self.decode_ratio) if self.training else n
+        clips = F.pad(views, (0, 0, 0, 0, 0, 0, 0, missing))
+        tokens = self.encoder(clips, ids_keep)  # (B, 1 + K, D)
+        later = torch.arange(n, N, device=noise.device).expand(B, -1)
+        pred = self.decoder(tokens, torch.cat([ids_restore, later], dim=1), decoded)
+        return {
+            "features": pool(tokens, self.pool),
+            "pred": pred[:, :n],
+            "mask": mask,
+            "scored": mask * (ids_restore < decoded),
+        }
 
 
 def tube_masking(noise: Tensor, mask_ratio: float, steps: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from composer.utils import dist
-from pydantic import Field, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
@@ -270,17 +270,20 @@ class PretrainingViews:
         img_size: H and W of a view, in pixels.
         num_patches: N, patches of a view.
         num_frames: T, frames of a view; 1 for views that are images, which have no axis T.
+        images: for each stream, whether it holds images; without use if image_frames is None.
         video, image: how to draw the views of clips and of images.
         views: V, views of a sample.
         frame_gap, sections: for views that are images, see draw_frame_pair.
         clip_seconds: both frames of such a pair are in a window this long, which is drawn anew in
             each epoch; None for the entire clip.
         frame_interval: for views that are clips, see pick_frames.
+        image_frames: equal frames of a view in streams of images, for OmniMAE; None for T.
     """
 
     img_size: int
     num_patches: int
     num_frames: int = 1
+    images: Sequence[bool] = ()
     _: KW_ONLY
     # For the YAML, the arguments of a ViewRecipe; __post_init__ makes ViewRecipes of them.
     video: Annotated[dict, ViewRecipe] = field(default_factory=dict)
@@ -290,6 +293,7 @@ class PretrainingViews:
     sections: Annotated[int, Field(ge=2)] = 2
     clip_seconds: PositiveFloat | None = None
     frame_interval: PositiveFloat | None = None
+    image_frames: PositiveInt | None = None
 
     def __post_init__(self):
         if self.views not in (1, 2):
@@ -324,12 +328,15 @@ class PretrainingViews:
         }
 
     def draw_frames(self, sample: dict, rng: np.random.Generator) -> list[list[int]]:
-        """Draw the indices of the frames of each view -> V lists of T indices."""
+        """Draw the indices of the frames of each view -> V lists of T, or image_frames, indices."""
         if self.num_frames == 1:
             first, frames = draw_window(rng, sample["timestamps"], self.clip_seconds)
             pair = draw_frame_pair(rng, frames, self.frame_gap, self.sections)
             return [[first + index] for index in pair[: self.views]]
-        pick = partial(pick_frames, sample["timestamps"], self.num_frames, self.frame_interval)
+        count = self.num_frames
+        if self.image_frames and self.images[sample["stream"]]:
+            count = self.image_frames
+        pick = partial(pick_frames, sample["timestamps"], count, self.frame_interval)
         return [pick(position) for position in rng.random(self.views)]
 
     def crop_view(self, frames: dict[int, np.ndarray], indices: list[int], box: Box) -> Tensor:

@@ -123,6 +123,26 @@ def test_fine_tunings_start_from_the_encoders_of_the_methods(compared):
         assert row[-1] == f"{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f}"
 
 
+def test_fine_tuning_of_tubevit_keeps_its_tubes_and_pooling_and_learns_a_new_head(demo, tmp_path):
+    command = ["finetune.py", str(METHODS / "tubevit.yaml"), "model.head_init_std=0.5"]
+    net = compare.config_of(command).new_model([10, 10])
+    net.class_names = [list("abcdefghij")] * 2
+    torch.save(net.state_dict(), tmp_path / "trained.pt")
+    tuning = [str(ROOT / "yamls" / name) for name in ("finetune_demo.yaml", "finetune_stills.yaml")]
+    tuning += [f"data.streams=[{{path: {demo}/train_images}}]", "schedule.t_warmup=0ba"]
+    tuning += [f"eval_data.paths=[{demo}/test_images]", "data.num_workers=0"]
+    tuning += ["trainer.max_duration=1ba", "trainer.eval_interval=1ba", "optimizer.base_lr=1e-12"]
+    source = compare.encoder_arguments(command, str(tmp_path / "trained.pt"))
+    run_stage(finetune, [*tuning, *source, "run_name=tuned"], tmp_path)
+    before, after = net.state_dict(), read_checkpoint(str(tmp_path / "runs" / "tuned"))
+    kept = [name for name in before if name.startswith(("encoder.", "neck."))]
+    assert {"encoder.patch_embed.tubes.2.weight", "neck.latent"} < set(kept)
+    for name in kept:
+        torch.testing.assert_close(after[name], before[name], atol=1e-5, rtol=0)
+    assert "head.1.weight" not in after
+    assert not torch.allclose(after["head.0.weight"], before["head.0.weight"], atol=0.1)
+
+
 def test_finished_comparison_trains_and_measures_nothing_again(compared, demo, trains_nothing):
     before = (compared / "compare.md").read_text()
     run_compare(arguments_of(demo), compared)

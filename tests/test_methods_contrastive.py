@@ -52,6 +52,23 @@ def test_total_of_an_unmasked_method_is_its_weighted_contrastive_term():
     torch.testing.assert_close(found["total"], 0.5 * 0.4 * found["contrastive"])
 
 
+@pytest.mark.parametrize("method", [SimCLR, MoCoV2])
+def test_published_projector_has_two_layers_and_the_default_three(method):
+    for layers, widths in ((2, [64, 16]), (3, [64, 64, 16])):
+        net = method(**TINY, projector_layers=layers, temperature=0.2)
+        linear = [layer for layer in net.projector if isinstance(layer, nn.Linear)]
+        assert [layer.out_features for layer in linear] == widths
+        outputs = net(random_batch(4))
+        if method is MoCoV2:
+            average = net.momentum.projector.state_dict()
+            assert average.keys() == net.projector.state_dict().keys()
+        features = outputs["features"][:, 1]
+        for layer in linear[:-1]:
+            x = layer(features)
+            features = F.relu((x - x.mean(dim=0)) / (x.var(dim=0, unbiased=False) + 1e-5).sqrt())
+        torch.testing.assert_close(outputs["predictions"][:, 1], linear[-1](features))
+
+
 def test_masked_simclr_is_vicmae():
     torch.manual_seed(0)
     vicmae, batch = ViCMAE(**TINY), random_batch()

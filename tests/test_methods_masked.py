@@ -1,12 +1,16 @@
 """methods/masked.py: masks in space and time, clips, and methods without a contrastive term."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, error_of, losses, read_result, run_stage, small
 from tiny_models import CLIPS, TINY, random_batch
 from torch import nn
 
 import eval as evaluation
+import pretrain
 from methods.masked import MAE, STMAE, OmniMAE, VideoMAE, tube_masking
 from model import ViCMAE, random_masking
 
@@ -112,6 +116,129 @@ def test_stmae_of_earlier_versions_which_predicts_all_frames_is_evaluated(tmp_pa
     assert torch.equal(encoder.blocks[1].mlp.fc1.weight, net.encoder.blocks[1].mlp.fc1.weight)
     with pytest.raises(ValueError, match=r"lacks decoder\.pred"):
         evaluation.load_model(evaluation.EvalConfig(**sizes, reconstructions=["x"]))
+
+
+def test_image_of_omnimae_is_the_first_tubelet_of_a_clip_and_has_a_mask_ratio_of_its_own():
+    net = OmniMAE(**TINY, **CLIPS, mask_ratio=0.75, image_mask_ratio=0.5)
+    clips, images = random_batch(2, views=1, frames=4), random_batch(2, views=1, frames=4)
+    images["views"] = images["views"][:, :, :1].expand(-1, -1, 2, -1, -1, -1)
+    assert net(clips)["mask"].sum(dim=2).tolist() == [[24], [24]]  # of 2 x 16 patches
+    outputs = net(images)
+    assert outputs["mask"].shape == (2, 1, 16) and (outputs["mask"].sum(dim=2) == 8).all()
+
+    errors = []
+    for sample in (0, 1):
+        noise, view = images["noise"][sample, 0, :16], images["views"][sample, 0]
+        kept = noise.argsort()[:8]
+        assert not outputs["mask"][sample, 0, kept].any()
+        pixels = view.unfold(2, 8, 8).unfold(3, 8, 8)  # (2, 3, 4, 4, 8, 8)
+        pixels = pixels.permute(2, 3, 1, 0, 4, 5).flatten(0, 1)  # (16, 3, 2, 8, 8)
+        proj = net.encoder.patch_embed["proj"]
+        tokens = pixels.flatten(1) @ proj.weight.flatten(1).T + proj.bias
+        tokens = tokens + net.encoder.pos_embed[0, 1:] + net.encoder.temporal_embed[0, 0]
+        x = torch.cat([net.encoder.cls_token[0], tokens[kept]])[None]
+        for block in net.encoder.blocks:
+            x = block(x)
+        x = net.encoder.norm(x)
+        torch.testing.assert_close(outputs["features"][sample, 0], x[0, 1:].mean(dim=0))
+
+        decoder, order = net.decoder, noise.argsort()
+        x = decoder.embed(x)
+        x = torch.cat([x, decoder.mask_token.expand(1, 8, -1)], dim=1)
+        x[:, 1:] += decoder.pos_embed[:, 1:][:, order] + decoder.temporal_embed[:, :1]
+        for block in decoder.blocks:
+            x = block(x)
+        pred = decoder.pred(decoder.norm(x))[0, 1:]
+        for number, place in enumerate(order[8:].tolist()):
+            target = pixels[place].flatten(1)  # (3, 2 * 64)
+            mean, std = target.mean(dim=1, keepdim=True), target.var(dim=1, keepdim=True)
+            target = ((target - mean) / (std + 1e-6).sqrt()).T.flatten()
+            errors.append(float((pred[8 + number] - target).detach().square().mean()))
+    found = net.loss(outputs, images)["reconstruction"]
+    assert float(found) == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_partial_decoding_of_an_image_scores_the_removed_patches_of_smallest_noise():
+    net, batch = OmniMAE(**TINY, **CLIPS, image_mask_ratio=0.75), random_batch(3, 0, 1, frames=4)
+    net.decode_ratio = 0.5
+    outputs = net.train()(batch | {"views": batch["views"][:, :, :2]})
+    for sample in range(3):
+        order = batch["noise"][sample, 0, :16].argsort()
+        assert outputs["scored"][sample, 0].nonzero()[:, 0].tolist() == sorted(order[4:10].tolist())
+
+
+def test_image_mask_ratio_that_leaves_no_patch_is_an_error():
+    with pytest.raises(ValueError, match=r"image_mask_ratio=0\.95: must keep and remove some of "):
+        OmniMAE(**TINY, **CLIPS, image_mask_ratio=0.95)  # would keep none of 16 patches
+
+
+def test_positions_of_stmae_are_learnt():
+    net, batch = STMAE(**TINY, **CLIPS), random_batch(2, views=1, frames=4)
+    net.loss(net(batch), batch)["total"].backward()
+    for part in (net.encoder, net.decoder):
+        for positions in (part.pos_embed, part.temporal_embed):
+            assert 0.01 < float(positions.detach().std()) < 0.03
+            assert positions.grad.abs().sum(dim=2).min() > 0  # of CLS, all places and all times
+
+
+@pytest.fixture
+def images_and_clips(demo) -> list[str]:
+    """The arguments of four steps of OmniMAE, two of clips and two of images of two frames."""
+    base, *settings = small(demo)
+    return [
+        base,
+        str(ROOT / "yamls" / "methods" / "omnimae.yaml"),
+        *settings,
+        "data.global_train_batch_size=30",
+        "data.one_stream_per_batch=true",
+        "data.num_workers=0",
+        "augment.image_frames=2",
+        "model.image_mask_ratio=0.75",
+        "trainer.max_duration=1ep",
+        "callbacks=null",
+    ]
+
+
+def pretrain_rank(rank: int, folder: str, arguments: list[str]) -> None:
+    run_stage(pretrain, arguments, Path(folder))
+
+
+def test_steps_of_images_and_steps_of_clips_train_on_two_ranks_as_on_one(
+    images_and_clips, tmp_path, on_ranks, monkeypatch
+):
+    frames, reconstruct = [], OmniMAE.reconstruct
+
+    def spy(net, views, noise):
+        frames.append(views.shape[1])
+        return reconstruct(net, views, noise)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OmniMAE, "reconstruct", spy)
+        run_stage(pretrain, [*images_and_clips, "run_name=one"], tmp_path)
+    assert sorted(frames) == [2] * 2 + [16] * 2
+    on_ranks(2, pretrain_rank, str(tmp_path), [*images_and_clips, "run_name=two"])
+    assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), rel=1e-5)
+    assert read_result(tmp_path, "two")["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.one_stream_per_batch=false", "must be true with augment.image_frames, since images"),
+        ("augment.image_frames=3", "augment.image_frames=3: must be a multiple of model.tubelet_s"),
+        ("augment.image_frames=18", "and at most model.num_frames=16"),
+        ("augment.image_frames=0", "augment.image_frames=0: "),
+        ("model.image_mask_ratio=1", "model.image_mask_ratio=1: "),
+    ],
+)
+def test_mistake_in_the_images_of_omnimae_is_named(images_and_clips, tmp_path, change, message):
+    assert message in error_of(pretrain, [*images_and_clips, change], tmp_path)
+
+
+def test_other_methods_refuse_images_of_fewer_frames(images_and_clips, tmp_path):
+    other = [word for word in images_and_clips if "image_mask_ratio" not in word]
+    message = error_of(pretrain, [*other, "method=videomae"], tmp_path)
+    assert "augment.image_frames=2: works with method=omnimae only" in message
 
 
 def test_encoder_of_clips_does_not_see_removed_tubelets():

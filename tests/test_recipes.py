@@ -79,6 +79,8 @@ PUBLISHED = [  # (files in yamls/, quantity, published value, source)
         VITB + "methods/videomae_paper.yaml",
         *("end", 1e-5 / 1.5e-4, "VideoMAE run_mae_pretraining.py: min_lr, scaled as lr"),
     ),
+    (VITB + "methods/omnimae_paper.yaml", "mask_ratio", 0.95, "OmniMAE, section 4: of a video"),
+    (VITB + "methods/omnimae_paper.yaml", "image_mask_ratio", 0.9, "OmniMAE: of an image"),
     (VITB + "methods/omnimae_paper.yaml", "lr", 1.6e-3, OMNIMAE + "omnimae_vitbase_ssv2_in1k"),
     (VITB + "methods/omnimae_paper.yaml", "warmup", 40, OMNIMAE + "omnimae_vitbase_ssv2_in1k"),
     ("methods/omnivore_paper.yaml", "lr", 2e-3, OMNIVORE),
@@ -86,6 +88,13 @@ PUBLISHED = [  # (files in yamls/, quantity, published value, source)
     ("methods/omnivore_paper.yaml", "warmup", 30, OMNIVORE + ": 0.1 of 300"),
     ("methods/omnivore_paper.yaml", "decay", 0.05, OMNIVORE),
     ("methods/omnivore_paper.yaml", "updates", 300 * 860, OMNIVORE + ": repeat_factors 1, 50, 1"),
+    (VITB + "methods/moco_v2_paper.yaml", "projector_layers", 2, "moco main_moco.py: --mlp"),
+    (
+        VITB + "methods/simclr_paper.yaml",
+        "projector_layers",
+        2,
+        "SimCLR, section 2: one hidden layer",
+    ),
     (VITB + "methods/moco_v2_paper.yaml", "decay", 0.1, "moco-v3 CONFIG.md: AdamW with ViT-B"),
     (VITB + "methods/simclr_paper.yaml", "decay", 0.1, "moco-v3 CONFIG.md: AdamW with ViT-B"),
 ]
@@ -112,7 +121,7 @@ def quantity(name: str, config: dict) -> float:
 
     lr: highest learning rate; end: final / highest; warmup: epochs; updates: optimiser steps;
     passes: times that a sample is seen; distinct, span: frames of a training clip that differ, and
-    seconds from the first to the last.
+    seconds from the first to the last; decay: weight decay; others: keys of the block model.
     """
     data, trainer = config["data"], config["trainer"]
     batch, repeats = data["global_train_batch_size"], data.get("repeats", 1)
@@ -136,10 +145,9 @@ def quantity(name: str, config: dict) -> float:
         "end": lambda: config["schedule"]["alpha_f"],
         "warmup": lambda: epochs_of(config["schedule"]["t_warmup"], config),
         "passes": lambda: epochs * repeats,
-        "mask_ratio": lambda: config["model"]["mask_ratio"],
         "decay": lambda: config["optimizer"]["weight_decay"],
     }
-    return values[name]()
+    return values[name]() if name in values else config["model"][name]
 
 
 @pytest.mark.parametrize(("files", "name", "published", "source"), PUBLISHED)
