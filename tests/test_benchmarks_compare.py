@@ -1,9 +1,10 @@
 """The comparison of methods, and the table of finished runs beside the paper's numbers."""
 
+import fcntl
 import json
 import os
-import subprocess
 import sys
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,6 @@ import torch
 from conftest import ROOT, error_of, read_result, run_stage, small
 
 import finetune
-import pretrain
 from benchmarks import compare
 from training.weights import read_checkpoint
 
@@ -28,16 +28,31 @@ def error_of_compare(arguments: list[str], folder: Path) -> str:
     return error_of(SimpleNamespace(__name__="compare", main=compare.main), arguments, folder)
 
 
-def run_in_this_process(command: list[str], **settings) -> SimpleNamespace:
-    """Do what subprocess.run does with a stage, without starting an interpreter."""
-    stage = finetune if command[1].endswith("finetune.py") else pretrain
-    run_stage(stage, command[2:], Path.cwd())
-    return SimpleNamespace(returncode=0)
+class ThisProcess(Executor):
+    """An executor that runs each task at once, which saves the start of an interpreter."""
+
+    def submit(self, function, *arguments) -> Future:
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except ValueError as error:
+            future.set_exception(error)
+        return future
+
+
+def main_replaced(main) -> dict[str, tuple]:
+    """Return compare.STAGES with another main function."""
+    return {name: (main, config) for name, (_, config) in compare.STAGES.items()}
 
 
 @pytest.fixture
-def trains_nothing(monkeypatch) -> None:
-    monkeypatch.setattr(compare, "subprocess", None)
+def in_this_process(monkeypatch) -> None:
+    monkeypatch.setattr(compare, "training_processes", lambda jobs: ThisProcess())
+
+
+@pytest.fixture
+def trains_nothing(monkeypatch, in_this_process) -> None:
+    monkeypatch.setattr(compare, "STAGES", main_replaced(None))
     monkeypatch.setattr(compare, "measure_probe", None)
 
 
@@ -73,8 +88,7 @@ def compared(demo, tmp_path_factory) -> Path:
     """The folder of a finished comparison."""
     folder = tmp_path_factory.mktemp("compared")
     with pytest.MonkeyPatch.context() as patch:
-        here = SimpleNamespace(run=run_in_this_process, PIPE=subprocess.PIPE)
-        patch.setattr(compare, "subprocess", here)
+        patch.setattr(compare, "training_processes", lambda jobs: ThisProcess())
         run_compare(arguments_of(demo), folder)
     return folder
 
@@ -149,8 +163,7 @@ def test_finished_comparison_trains_and_measures_nothing_again(compared, demo, t
     assert (compared / "compare.md").read_text() == before
 
 
-def test_other_probes_are_measured_anew(compared, demo, monkeypatch):
-    monkeypatch.setattr(compare, "subprocess", None)
+def test_other_probes_are_measured_anew(compared, demo, trains_nothing, monkeypatch):
     monkeypatch.setattr(compare, "measure_probe", lambda *_, **block: {"knn": block["k"] / 100})
     other = ["comparison.clips.k=5", "comparison.stills.k=7", "comparison.to=other.md"]
     run_compare([*arguments_of(demo), *other], compared)
@@ -191,27 +204,29 @@ def test_mistake_in_a_comparison_is_named(compared, demo, trains_nothing, change
     assert complaint in error_of_compare([*arguments_of(demo), change], compared)
 
 
-def test_comparison_waits_for_the_run_that_another_comparison_left_behind(
-    compared, demo, trains_nothing, monkeypatch
-):
-    orphan = [sys.executable, "-c", "print('running', flush=True); input()"]
-    with monkeypatch.context() as patch:
-        patch.chdir(compared)
-        with compare.exclusive_lock() as lock:
-            left = subprocess.Popen(
-                orphan, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[lock.fileno()]
-            )
-    assert left.stdout.readline() == b"running\n"
-    assert "runs/comparison.lock: held by" in error_of_compare(arguments_of(demo), compared)
-    left.communicate(b"\n")
-    run_compare(arguments_of(demo), compared)
+def test_comparison_waits_for_the_run_that_another_comparison_left_behind(compared, demo):
+    with open(compared / "runs" / "comparison.lock", "w") as left_behind:
+        fcntl.flock(left_behind, fcntl.LOCK_SH)
+        assert "runs/comparison.lock: held by" in error_of_compare(arguments_of(demo), compared)
 
 
-def test_last_line_of_a_run_that_fails_is_the_error(demo, tmp_path, monkeypatch):
-    failed = SimpleNamespace(returncode=1, stderr="a traceback\nout of memory\n")
-    broken = SimpleNamespace(run=lambda *_, **settings: failed, PIPE=subprocess.PIPE)
-    monkeypatch.setattr(compare, "subprocess", broken)
-    assert "failed: out of memory" in error_of_compare(arguments_of(demo), tmp_path)
+def test_each_task_has_a_process_with_its_share_of_the_cores_and_of_the_lock(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with compare.training_processes(os.cpu_count()) as executor:
+        first, second = executor.submit(os.getpid), executor.submit(os.getpid)
+        threads = executor.submit(torch.get_num_threads)
+        locks = executor.submit(Path.read_text, Path("/proc/locks"))
+    assert len({os.getpid(), first.result(), second.result()}) == 3
+    assert threads.result() == 1
+    number = str((tmp_path / "runs" / "comparison.lock").stat().st_ino)
+    held = [line for line in locks.result().splitlines() if f":{number} " in line]
+    assert len(held) >= 2 and all("FLOCK" in line and "READ" in line for line in held)
+
+
+def test_last_line_of_a_run_that_fails_is_the_error(demo, tmp_path, monkeypatch, in_this_process):
+    monkeypatch.setattr(compare, "STAGES", main_replaced(lambda: sys.exit("out of memory")))
+    with pytest.raises(SystemExit, match="failed: out of memory"):
+        run_compare(arguments_of(demo), tmp_path)
 
 
 def test_table_has_the_papers_numbers_and_ours_and_says_which_are_not_run(tmp_path):
