@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
+from mmap import ACCESS_READ, mmap
 from typing import BinaryIO
 
 import av
@@ -37,23 +38,9 @@ TURNS = {  # {EXIF orientation: what a viewer does}; others are no orientations
     8: Image.Transpose.ROTATE_90,
 }
 CLOCKED = ("mpegts", "mpeg")  # containers whose times jump where files are joined
-# Beginnings of flv and asf, and the kinds of boxes that an mp4 or mov consists of.
-JOINED = (
-    re.compile(rb"FLV\x01.\0\0\0\t\0\0\0", re.DOTALL),
-    re.compile(b"0&\xb2u\x8ef\xcf\x11\xa6\xd9"),
-)
-TOP_BOXES = (
-    b"ftyp",
-    b"moov",
-    b"mdat",
-    b"free",
-    b"skip",
-    b"wide",
-    b"uuid",
-    b"moof",
-    b"mfra",
-    b"sidx",
-)
+MP4_HEADER = re.compile(rb"moov....mvhd", re.DOTALL)
+FLV_HEADER = re.compile(rb"FLV\x01.\0\0\0\t\0\0\0", re.DOTALL)
+ASF_HEADER = re.compile(rb"0&\xb2u\x8ef\xcf\x11\xa6\xd9")
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders drop alpha.
 
 
@@ -110,24 +97,12 @@ def has_second_film(file: BinaryIO) -> bool:
 
     In other containers, FFmpeg reads all of them.
     """
-    file.seek(0)
-    start = file.read(16)
-    for beginning in JOINED:
-        if beginning.match(start):
-            file.seek(0)
-            return len(beginning.findall(file.read())) > 1
-    films, begin = 0, 0
-    while start[4:8] in TOP_BOXES:
-        films += start[4:8] == b"moov"
-        size = int.from_bytes(start[:4])
-        if size == 1:
-            size = int.from_bytes(start[8:])
-        if size < 8:  # The box reaches to the end of the file.
-            break
-        begin += size
-        file.seek(begin)
-        start = file.read(16)
-    return films > 1
+    in_memory = isinstance(file, io.BytesIO)
+    data = file.getbuffer() if in_memory else mmap(file.fileno(), 0, access=ACCESS_READ)
+    with data:
+        headers = (FLV_HEADER, ASF_HEADER)
+        header = next((header for header in headers if header.match(data)), MP4_HEADER)
+        return len(header.findall(data)) > 1
 
 
 def open_video(file: BinaryIO) -> av.container.InputContainer:
