@@ -122,7 +122,7 @@ def write_part(
         "inputs": inputs,
         "samples": sum(converted.values()),
         "skipped": skipped,
-        "ignored": ignored.as_json(),
+        "ignored": ignored,
         "short": short,
         "joined": joined,
         "short_sides": [min(sides), max(sides)] if sides else [],

@@ -154,9 +154,9 @@ def find_files(storage: Storage, kind: str, ignored: Ignored, *folders: str) -> 
             parts = name.split("/")
             extension = os.path.splitext(name)[1].lower()
             if is_hidden(name) or not SYSTEM_NAMES.isdisjoint(parts):
-                ignored.add(name, "hidden or system file")
+                ignored.add("hidden or system file", [name])
             elif extension not in EXTENSIONS[kind]:
-                ignored.add(name, f"extension {extension}" if extension else "no extension")
+                ignored.add(f"extension {extension}" if extension else "no extension", [name])
             else:
                 yield name
 
@@ -220,7 +220,7 @@ def list_csv(source: str, kind: str) -> Listing:
                 labels[path] = label
                 yield (path, label) if storage.has(path) else None
             elif labels[path] == label:
-                ignored.add(path, "listed twice")
+                ignored.add("listed twice", [path])
             else:
                 raise ValueError(f"{source}: {path} has the labels {labels[path]} and {label}")
 
@@ -475,7 +475,7 @@ def list_sunrgbd(source: str, split: str, scenes: tuple[str, ...] = SCENES) -> L
     def select() -> Iterator[tuple | None]:
         for found in map(find, folders):
             if found and found[1] not in scenes:
-                ignored.add(found[0], "scene that is not in the benchmark")
+                ignored.add("scene that is not in the benchmark", found[:1])
             else:
                 yield found
 
