@@ -167,7 +167,7 @@ def convert(
     keep_local: bool = True,
     classes: list[str] | None = None,
 ) -> dict | None:
-    """Convert a source of videos or images into a data set.
+    """Convert a source into a data set; return its report, or None for a share of the parts.
 
     Args:
         source: folder, .csv list or tars, or the root of a published layout; local or s3://.
@@ -178,10 +178,7 @@ def convert(
         list_inputs: lists `split` of a published layout, see LAYOUTS; list_any if None.
         share: (k, n) converts the k-th of n shares of the parts; `merge` then joins them.
         keep_local: whether the local folder keeps what was uploaded.
-        classes: names in the order of the labels; default the source's.
-
-    Returns:
-        The report, or None if `share` is not (1, 1).
+        classes: names in the order of the labels; None for the source's.
 
     Raises:
         ValueError: `source` has no inputs; `out` is something else; or see merge.

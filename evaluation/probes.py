@@ -285,13 +285,14 @@ def choose(labels: Tensor, limits: Tensor, seed: int) -> Tensor:
         labels: (n,).
         limits: (C,).
     """
-    labels, limits = labels.cpu(), limits.cpu()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    grouped, by_class = labels[order].sort(stable=True)
-    counts = labels.bincount()
-    first_of_class = counts.cumsum(dim=0) - counts
-    number_in_class = torch.arange(len(labels)) - first_of_class[grouped]
-    return order[by_class[number_in_class < limits[grouped]].sort().values]
+    classes, left = labels.tolist(), limits.tolist()
+    chosen = []
+    for index in order.tolist():
+        left[classes[index]] -= 1
+        if left[classes[index]] >= 0:
+            chosen.append(index)
+    return torch.tensor(chosen)
 
 
 def label_limits(labels: Tensor, per_class: list[int | None], fractions: list[float]) -> dict:
@@ -304,19 +305,6 @@ def label_limits(labels: Tensor, per_class: list[int | None], fractions: list[fl
         # The product may exceed the whole number that it should be, such as 0.07 * 100.
         limits[f"{100 * fraction:g}%"] = (counts.double() * fraction - 1e-9).ceil()
     return limits
-
-
-def write_features(path: str, bank: Labelled, queries: Labelled, classes: list[str]) -> None:
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        classes=np.array(classes),
-        bank_features=bank[0].cpu(),
-        bank_labels=bank[1].cpu(),
-        queries_features=queries[0].cpu(),
-        queries_labels=queries[1].cpu(),
-    )
-    write_file(path, buffer.getvalue())
 
 
 def measure_probe(
@@ -355,18 +343,20 @@ def measure_probe(
     """
     classes, *labels = match_labels("probe", bank, queries)
     sizes = (encoder.img_size, encoder.num_frames)
-    settings = {"crop_pct": crop_pct, "patch_size": encoder.patch_size}
-    settings["unreadable"] = run / UNREADABLE
-    views, found = [], []
-    for paths, numbers in zip((bank, queries), labels, strict=True):
-        data = EvalViews(paths, *sizes, labels=numbers, **settings)
-        views.append(data)
-        found.append(embed(encoder, data, num_workers))
+    report = run / UNREADABLE
+    settings = {"crop_pct": crop_pct, "patch_size": encoder.patch_size, "unreadable": report}
+    pairs = zip((bank, queries), labels, strict=True)
+    views = [EvalViews(paths, *sizes, labels=numbers, **settings) for paths, numbers in pairs]
+    found = [embed(encoder, data, num_workers) for data in views]
 
     def measure() -> dict[str, float]:
         learn, test = labelled(*found[0]), labelled(*found[1])
         if features:
-            write_features(features, learn, test, classes)
+            buffer, arrays = io.BytesIO(), {"classes": np.array(classes)}
+            for name, (x, y) in {"bank": learn, "queries": test}.items():
+                arrays |= {f"{name}_features": x.cpu(), f"{name}_labels": y.cpu()}
+            np.savez(buffer, **arrays)
+            write_file(features, buffer.getvalue())
         if neighbours:
             kept = [(labels >= 0).nonzero()[:, 0].tolist() for _, labels in found]
             subsets = [Subset(data, numbers) for data, numbers in zip(views, kept, strict=True)]
