@@ -42,8 +42,7 @@ def load_eval(
     removes the padding before it counts.
 
     Args:
-        patch_size: pixels; a sample of smaller frames counts as unreadable.
-        labels, images_as_stored: see EvalViews.
+        patch_size, labels, images_as_stored: see EvalViews.
         paths: labelled data sets.
         temporal_views, spatial_views, crop_pct, frame_interval: see EvalViews.
         batch_size: samples on each rank, with all their views.

@@ -20,6 +20,7 @@ from matplotlib.transforms import Bbox, IdentityTransform
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import normalize
+from torchvision.utils import make_grid
 
 from model import Encoder, ViCMAE
 from shards.augment import MEAN, STD, normalise
@@ -108,14 +109,13 @@ def draw_tiles(
     line = max(16, side // 10)  # pixels from line to line
     above = line * max((text.count("\n") + 1 for text in captions), default=0)
     height, width = above + side + 2 * BORDER + GAP, side + 2 * BORDER + GAP
-    sheet = torch.ones(-(-count // columns) * columns, 3, height, width)
+    cells = torch.ones(count, 3, height, width)
     colours = colours or ["white"] * count
     frames = torch.tensor([to_rgb(colour) for colour in colours])
-    sheet[:count, :, above:-GAP, :-GAP] = frames[:, :, None, None]
+    cells[:, :, above:-GAP, :-GAP] = frames[:, :, None, None]
     inner = slice(above + BORDER, above + BORDER + side), slice(BORDER, BORDER + side)
-    sheet[:count, :, *inner] = tiles.cpu()
-    sheet = sheet.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, h, columns, w, 3)
-    sheet = sheet.flatten(2, 3).flatten(0, 1)
+    cells[:, :, *inner] = tiles.cpu()
+    sheet = make_grid(cells, columns, padding=0, pad_value=1.0).permute(1, 2, 0)
     left, top = 2 * line if rows else BORDER, len(sheet)
     size = max(left + sheet.shape[1], line * len(title)), top + 3 * line
     figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI)

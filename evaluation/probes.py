@@ -60,12 +60,11 @@ def embed(
 ) -> Labelled:
     """Return the feature and the label of every sample, in order, on the encoder's device.
 
-    All ranks call this together. Only rank 0 returns the samples, the others return none.
+    All ranks call this together. Only rank 0 returns the samples, the others return none. Samples
+    without a label, and samples that cannot be decoded, have the label -1, see labelled.
 
     Args:
         before_batch: called on all ranks before each batch; may end the program.
-
-    Samples without a label, and samples that cannot be decoded, have the label -1, see labelled.
     """
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
     # All ranks take the same number of samples, since FSDP's forward pass is collective. The last
@@ -145,8 +144,8 @@ def match_labels(
     """Return the class names of a bank, and the labels of bank and queries, see match_classes.
 
     Raises:
-        ValueError: data sets that are missing or have no labels; queries with classes that the bank
-            lacks, or with the samples of the bank.
+        ValueError: missing or unlabelled data sets; queries with samples of the bank, or with
+            classes that it lacks.
     """
     classes, labels = common_classes(bank + queries)
     for path, count in shared_shards(queries, bank).items():
@@ -169,7 +168,7 @@ class KNN(Callback):
         num_workers: data worker processes.
 
     Raises:
-        ValueError: data sets that are missing, have no labels or differ in their classes.
+        ValueError: see match_labels.
     """
 
     def __init__(
@@ -231,11 +230,8 @@ def fit_linear(
 ) -> Callable[[Tensor], Tensor]:
     """Fit multinomial logistic regression by L-BFGS on standardised features, on their device.
 
-    Args:
-        l2: weight of half the squared norm of the weights, relative to the mean cross-entropy.
-
-    Returns:
-        A function from features (n, D) to logits (n, C).
+    The result is a function from features (n, D) to logits (n, C). `l2` weighs half the squared
+    norm of the weights, relative to the mean cross-entropy.
     """
     mean, std = features.mean(dim=0), features.std(dim=0) + 1e-6
     x = (features - mean) / std
@@ -279,11 +275,9 @@ def linear_accuracy(bank: Labelled, queries: Labelled) -> float:
 
 
 def choose(labels: Tensor, limits: Tensor, seed: int) -> Tensor:
-    """Return indices of at most limits[c] random samples of each class c, in random order.
+    """Return indices into labels (n,) of at most limits[c] random samples of each class c.
 
-    Args:
-        labels: (n,).
-        limits: (C,).
+    The indices are in random order.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     classes, left = labels.tolist(), limits.tolist()
@@ -339,7 +333,7 @@ def measure_probe(
         num_workers: data worker processes.
 
     Raises:
-        ValueError: data sets that are missing, have no labels or differ in their classes.
+        ValueError: see match_labels.
     """
     classes, *labels = match_labels("probe", bank, queries)
     sizes = (encoder.img_size, encoder.num_frames)

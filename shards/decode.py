@@ -1,8 +1,5 @@
 """Decoding of one video or image into the frames of a clip, as JPEG files.
 
-    with open("x.mp4", "rb") as file:
-        frames, timestamps = read_video(file, Recipe("videos", frames=16))
-
 A video is read in two passes. The first reads its packets without decoding them, and finds which
 frame is on screen at each wanted time. The second pass decodes only what these frames need.
 """
@@ -251,11 +248,10 @@ def place_clips(seconds: np.ndarray, gap: float, recipe: Recipe) -> list[np.ndar
 
 
 def find_cuts(file: BinaryIO, times: np.ndarray, in_order: bool, threshold: float) -> list[int]:
-    """Return the indices of the frames that begin a new scene, by FFmpeg's filter `select`.
+    """Return the indices of the frames that begin a new scene.
 
-    Args:
-        times, in_order: see decode_frames.
-        threshold: of the scene score, in [0, 1].
+    It begins where the score of FFmpeg's filter `select` is above `threshold`, in [0, 1]. For
+    `times` and `in_order`, see decode_frames.
     """
     graph = av.filter.Graph()
     size = {"width": 160, "height": 90}  # pixels; enough for a score, and soon scaled

@@ -104,8 +104,7 @@ def labelled_classes(path: str) -> list[str]:
 def match_classes(path: str, classes: list[str], owner: str, first: int = 0) -> list[int]:
     """Return for each label of a data set its number by name, first + index into `classes`.
 
-    Raises:
-        ValueError: the data set has no labels, or has classes that `owner` lacks.
+    A data set without labels, or with classes that `owner` lacks, raises ValueError.
     """
     numbers = {name: first + number for number, name in enumerate(classes)}
     names = labelled_classes(path)

@@ -1,10 +1,5 @@
 """Inputs of a conversion: the manifest of a source, and the reading of files and samples of tars.
 
-    manifest, counts = write_manifest(list_kinetics("k400", "train"), file, None, 256)
-    entries = manifest.read_entries("part-000000")
-    for name, class_name, open_input in read_inputs(listing, "videos", entries, Ignored()):
-        clips = read_clips(open_input(), recipe)
-
 The manifest is a file of one line per input, so that memory does not grow with the data set.
 """
 
@@ -204,8 +199,7 @@ def read_tar(
 def find_label(class_name: str | int | None, classes: list[str], labels: dict) -> int:
     """Return the label of a class name, or the label that a sample of a tar has instead.
 
-    Raises:
-        ValueError: an unknown class, or a label without a class.
+    An unknown class, or a label without a class, raises ValueError.
     """
     label = labels.get(class_name, class_name)
     if isinstance(label, str):

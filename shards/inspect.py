@@ -1,8 +1,4 @@
-"""Inspection of a finished data set: a check of every sample, and a contact sheet.
-
-faults = verify("data/k400/train")
-show("data/k400/train", "sheet.png")
-"""
+"""Inspection of a finished data set: a check of every sample, and a contact sheet."""
 
 import functools
 import os
@@ -95,8 +91,7 @@ def check_counts(shards: list[dict], report: dict) -> list[str]:
 def verify(path: str, workers: int = 0) -> list[str]:
     """Read every sample of a data set, and return all faults of hashes, frames, counts and labels.
 
-    Raises:
-        ValueError: `path` is not a complete data set.
+    An incomplete data set raises ValueError.
     """
     shards = read_json(path, "index.json")["shards"]
     report = read_json(path, "report.json")

@@ -1,8 +1,5 @@
 """Published layouts of data sets: which files they hold, of which class, and which are missing.
 
-    listing = list_kinetics("raw/k400", "train")
-    for name, class_name in listing.inputs: ...
-
 To add a layout, write a function like list_mit and name it in LAYOUTS. The first line of its
 docstring, "List ...", becomes the help of its command.
 """
@@ -197,9 +194,7 @@ def empty_folders(source: str) -> list[str]:
     """Return the names of the folders in SOURCE that hold no file at all."""
     folders = [entry.name for entry in os.scandir(source) if entry.is_dir()]
     visible = [name for name in folders if not is_hidden(name) and name not in SYSTEM_NAMES]
-    return [
-        name for name in visible if next(Storage(source).names(name, hidden=True), None) is None
-    ]
+    return [name for name in visible if not any(Storage(source).names(name, hidden=True))]
 
 
 def list_csv(source: str, kind: str) -> Listing:

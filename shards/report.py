@@ -1,8 +1,5 @@
 """The report of a conversion: what became of each file of a source.
 
-    report = join_reports(request, parts)           # for report.json
-    print_summary("data/mine", report)
-
 Every file is converted, skipped (it cannot be decoded), ignored (for a reason that is named) or
 absent (listed, but not there).
 """

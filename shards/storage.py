@@ -1,9 +1,5 @@
 """Access to files in a local folder or under an s3:// address, through one interface.
 
-    storage = Storage("s3://bucket/k400")
-    index = json.loads(storage.read("index.json"))
-    storage.write_json("report.json", {"samples": 240_000})
-
 A file is written completely or not at all. Every failure is an OSError that names the address.
 boto3 reaches S3 with its usual credentials, at S3_ENDPOINT_URL if that is set.
 """

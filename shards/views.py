@@ -198,10 +198,7 @@ def count_distinct(
     """Return how many distinct frames some views of clips have, and how many they could have.
 
     A video that is short, or that has fewer frames than are stored, explains repeated frames
-    itself: its timestamps end early, or repeat.
-
-    Args:
-        num_frames, frame_interval: see pick_frames.
+    itself: its timestamps end early, or repeat. For the arguments, see pick_frames.
     """
     distinct, possible = [], []
     for times in timestamps:
@@ -344,10 +341,9 @@ class PretrainingViews:
 
 
 def square_crops(height: int, width: int, fraction: float, count: int) -> list[Box]:
-    """Return `count` squares, evenly spaced along the longer side of a frame.
+    """Return `count` squares evenly spaced along the longer side of a frame.
 
-    Args:
-        fraction: side of the squares, of the shorter side of the frame.
+    Their side is a fraction of the shorter side of the frame.
     """
     side = max(1, round(min(height, width) * fraction))
     positions = np.linspace(0, 1, count) if count > 1 else [0.5]
@@ -367,7 +363,6 @@ class EvalViews(Dataset):
     `kind`: 0 for a clip, 1 for an image, 2 for an image with depth.
 
     Args:
-        paths: data sets of data_prep.py.
         img_size: H and W, in pixels.
         num_frames, frame_interval: T and seconds, see pick_frames.
         temporal_views: positions in the clip, evenly spaced from first to last; 1 is the middle.

@@ -97,8 +97,12 @@ def run_parts(work: Work, parts: list[str], workers: int, bar: tqdm) -> None:
         while waiting or running:
             while waiting and len(running) < workers:
                 part = waiting.pop()
-                receiver, worker = start_worker(work, part, bad_inputs[part], list(running))
-                running[receiver] = worker
+                receiver, sender = Pipe(duplex=False)
+                arguments = (work, part, bad_inputs[part], sender, [*running, receiver])
+                process = get_context("fork").Process(target=run_part, args=arguments)
+                process.start()
+                sender.close()
+                running[receiver] = Worker(process, part)
             for receiver in wait(list(running), timeout=1):
                 worker = running[receiver]
                 try:
@@ -125,21 +129,6 @@ def run_parts(work: Work, parts: list[str], workers: int, bar: tqdm) -> None:
         for worker in running.values():
             worker.process.kill()
             worker.process.join()
-
-
-def start_worker(
-    work: Work, part: str, bad_inputs: dict[int, str], receivers: list[Connection]
-) -> tuple[Connection, Worker]:
-    """Start the process of a part, and return the connection on which it reports.
-
-    `receivers` are the connections of the other workers.
-    """
-    receiver, sender = Pipe(duplex=False)
-    arguments = (work, part, bad_inputs, sender, [*receivers, receiver])
-    process = get_context("fork").Process(target=run_part, args=arguments)
-    process.start()
-    sender.close()
-    return receiver, Worker(process, part)
 
 
 def crash_reason(worker: Worker, bad_inputs: dict[int, str]) -> str:
