@@ -52,7 +52,7 @@ from shards.inspect import print_faults, show
 from shards.layouts import EXTENSIONS, LAYOUTS, Listing, list_any, list_sunrgbd
 from shards.report import Ignored, check_labels, join_reports, print_summary, printable
 from shards.storage import Storage
-from shards.workers import Report, exit_on_signals, run_parts
+from shards.workers import Progress, exit_on_signals, run_parts
 
 PART_SIZE = 256  # inputs: the most that an interruption costs each worker
 SHARD_BYTES = 1 << 26
@@ -72,7 +72,7 @@ class Conversion:
 
 
 def write_part(
-    job: Conversion, entries: list, out: Path, bad_inputs: dict[int, str], report: Report
+    job: Conversion, entries: list, out: Path, bad_inputs: dict[int, str], progress: Progress
 ) -> dict:
     """Convert entries of the manifest into MDS shards in the folder `out`; see shards/workers.py.
 
@@ -91,7 +91,7 @@ def write_part(
         for number, item in enumerate(read_inputs(job.listing, kind, entries, ignored)):
             path, class_name, open_input = item
             name = printable(path)
-            report(number)
+            progress(number)
             inputs += 1
             try:
                 if number in bad_inputs:
@@ -133,12 +133,14 @@ def write_part(
     }
 
 
-def convert_part(job: Conversion, part: str, bad_inputs: dict[int, str], report: Report) -> None:
+def convert_part(
+    job: Conversion, part: str, bad_inputs: dict[int, str], progress: Progress
+) -> None:
     """Write one part to a temporary folder, upload it if the target is a bucket, and rename it."""
     temporary = job.folder / f"{part}.{os.getpid()}.tmp"
     entries = job.manifest.read_entries(part)
-    result = write_part(job, entries, temporary, bad_inputs, report)
-    report(None)  # The time limit is for inputs, not for what follows.
+    result = write_part(job, entries, temporary, bad_inputs, progress)
+    progress(None)  # The time limit is for inputs, not for what follows.
     Storage(str(temporary)).write_json("part.json", result)
     if job.target.remote:
         # A part counts as finished once it has its part.json, which is therefore uploaded last.

@@ -24,7 +24,6 @@ from torchvision.utils import make_grid
 
 from model import Encoder, ViCMAE
 from shards.augment import MEAN, STD, normalise
-from shards.format import UNREADABLE
 from shards.storage import write_picture
 from shards.views import EvalViews
 
@@ -214,8 +213,7 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
 def pick_samples(paths: list[str], encoder: Encoder, run: Path, count: int) -> Tensor:
     """Return `count` views uint8 (T, 3, H, W), evenly spaced over some data sets in turn."""
     size, frames = encoder.img_size, encoder.num_frames
-    report = run / UNREADABLE
-    sets = [EvalViews([path], size, frames, crop_pct=1.0, unreadable=report) for path in paths]
+    sets = [EvalViews([path], size, frames, crop_pct=1.0, run=run) for path in paths]
     picked = []
     for number in range(count):
         data = sets[number % len(sets)]
@@ -350,7 +348,7 @@ def draw_attention(encoder: Encoder, paths: list[str], to: Path, count: int = 8)
     sample from black, the least of the image, to yellow, the most. The attention of CLS is not
     drawn: ViC-MAE's losses do not train CLS.
     """
-    views = EvalViews(paths, encoder.img_size, crop_pct=1.0, unreadable=to.parent / UNREADABLE)
+    views = EvalViews(paths, encoder.img_size, crop_pct=1.0, run=to.parent)
     images = first_frames(views, torch.linspace(0, len(views) - 1, count).long())
     normalised = normalize(images.to(encoder.cls_token.device), MEAN, STD)
     attention = last_attention(encoder, normalised).cpu()

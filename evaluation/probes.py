@@ -27,7 +27,7 @@ from tqdm import tqdm
 from evaluation.pictures import draw_neighbours
 from model import Encoder, pool
 from shards.augment import normalise
-from shards.format import UNREADABLE, common_classes, shared_shards
+from shards.format import common_classes, shared_shards
 from shards.loader import Loader
 from shards.storage import write_file
 from shards.views import DataSets, EvalViews, PositiveFraction
@@ -190,16 +190,10 @@ class KNN(Callback):
 
     def embed(self, paths: list[str], labels: list[list[int]], state: State) -> Labelled:
         encoder = getattr(state.model, "module", state.model).encoder  # without DDP's wrapper
-        report = Path("runs", state.run_name, UNREADABLE)
-        data = EvalViews(
-            paths,
-            encoder.img_size,
-            encoder.num_frames,
-            crop_pct=self.crop_pct,
-            labels=labels,
-            patch_size=encoder.patch_size,
-            unreadable=report,
-        )
+        sizes = (encoder.img_size, encoder.num_frames)
+        settings = {"crop_pct": self.crop_pct, "patch_size": encoder.patch_size}
+        run = Path("runs", state.run_name)
+        data = EvalViews(paths, *sizes, labels=labels, run=run, **settings)
         return embed(encoder, data, self.num_workers, lambda: self.before_batch(state))
 
     def measure(self, name: str, state: State, logger: Logger) -> None:
@@ -337,8 +331,7 @@ def measure_probe(
     """
     classes, *labels = match_labels("probe", bank, queries)
     sizes = (encoder.img_size, encoder.num_frames)
-    report = run / UNREADABLE
-    settings = {"crop_pct": crop_pct, "patch_size": encoder.patch_size, "unreadable": report}
+    settings = {"crop_pct": crop_pct, "patch_size": encoder.patch_size, "run": run}
     pairs = zip((bank, queries), labels, strict=True)
     views = [EvalViews(paths, *sizes, labels=numbers, **settings) for paths, numbers in pairs]
     found = [embed(encoder, data, num_workers) for data in views]

@@ -350,7 +350,7 @@ def to_pixels(
     else:
         width, height = size if on_its_side else size[::-1]
     # An image with a palette may have transparent colours.
-    alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+    alpha = frame.format.has_palette or any(plane.is_alpha for plane in frame.format.components)
     # One thread, because PyAV would start more for each frame.
     pixels = frame.to_ndarray(
         format="rgba" if alpha else "rgb24",

@@ -129,8 +129,8 @@ def draw_depth_demo(raw: Path, garments: int) -> None:
         for name, garment, key in garment_files(split, garments):
             folder = Path("SUNRGBD", "kv1", split, f"{key[0]}_{name.stem}")
             folders[f"all{split}"].append(f"/{folder}")
-            for part in ("image", "depth_bfx"):
-                (temporary / folder / part).mkdir(parents=True)
+            for kind in ("image", "depth_bfx"):
+                (temporary / folder / kind).mkdir(parents=True)
             rng = np.random.default_rng((2, split_number, *key))
             picture, opacity = draw_garment(garment, rng, 1)
             depth = draw_depth(opacity, rng)

@@ -324,8 +324,8 @@ def list_ssv2(source: str, split: str) -> Listing:
         return (name, class_name or None) if name in files else None
 
     classes = read("labels", lambda numbers: sorted(numbers, key=lambda name: int(numbers[name])))
-    part = {"val": "validation"}.get(split, split)
-    inputs = read(part, lambda clips: [find(clip) for clip in clips])
+    name = {"val": "validation"}.get(split, split)
+    inputs = read(name, lambda clips: [find(clip) for clip in clips])
     # The folder holds all splits, so that the clips of the others count as not listed.
     return Listing(storage, inputs, classes, ignored=ignored, candidates=files)
 

@@ -32,6 +32,7 @@ DataSets = Annotated[list[str], Field(min_length=1)]  # paths of data sets of da
 FrameGap = NonNegativeInt | Literal["any", "distant"]
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 Range = tuple[float, float]  # least and greatest value
+UNREADABLE = "unreadable_eval.jsonl"  # lists the samples that evaluations cannot decode
 
 
 @dataclass(frozen=True)
@@ -373,8 +374,8 @@ class EvalViews(Dataset):
             () for the labels as they are stored.
         patch_size: pixels; a sample of smaller frames counts as unreadable.
         images_as_stored: give depth and kind, for a model that sees an image as one frame.
-        unreadable: file that lists unreadable samples, which become black with the target -1. If
-            None, or if more than 0.1 % are unreadable, ValueError is raised.
+        run: run directory, where UNREADABLE lists unreadable samples, which become black with the
+            target -1. If None, or if more than 0.1 % are unreadable, ValueError is raised.
     """
 
     paths: list[str]
@@ -387,7 +388,7 @@ class EvalViews(Dataset):
     labels: Sequence[list[int]] = ()
     patch_size: int = 1
     images_as_stored: bool = False
-    unreadable: Path | None = None
+    run: Path | None = None
 
     def __post_init__(self):
         self.data = ConcatDataset([Clips(path) for path in self.paths])
@@ -411,13 +412,13 @@ class EvalViews(Dataset):
         except (ValueError, IndexError, KeyError, TypeError) as error:  # corrupt frame or shard
             first_number = [0, *self.data.cumulative_sizes][data_set]
             name = f"{self.paths[data_set]}, sample {number - first_number}"
-            if self.unreadable is None:
+            if self.run is None:
                 remedy = "run data_prep.py verify"
                 raise ValueError(f"{name} cannot be decoded ({error}); {remedy}") from error
             # The list can have samples of other data sets, from other EvalViews of the run.
             prefixes = tuple(f"{path}, sample " for path in self.paths)
             limit = 0.001 * len(self)
-            record_unreadable(self.unreadable, name, error, limit, prefixes)
+            record_unreadable(self.run / UNREADABLE, name, error, limit, prefixes)
             inputs, label = self.black(), -1
         if self.labels and label >= 0:
             label = self.labels[data_set][label]
