@@ -17,7 +17,7 @@ from shards.inputs import part_name
 from shards.storage import Storage
 from shards.workers import ignore_stop_signals
 
-COLUMNS = 8  # frames of a row of the contact sheet
+PER_ROW = 8  # frames of a row of the contact sheet
 CELL = 160  # pixels of the contact sheet for one frame
 CAPTION = 34  # pixels above each frame, for two lines
 
@@ -107,9 +107,9 @@ def verify(path: str, workers: int = 0) -> list[str]:
 
 
 def show(out: str, to: str = "sheet.png", samples: int = 12) -> None:
-    """Draw a contact sheet of a data set: `samples` rows of a sample with up to COLUMNS frames.
+    """Draw a contact sheet of a data set: `samples` rows of a sample with up to PER_ROW frames.
 
-    A row of a data set of images has COLUMNS samples. Samples are spread evenly over the data set,
+    A row of a data set of images has PER_ROW samples. Samples are spread evenly over the data set,
     and frames evenly over their sample. The folder of the picture `to` is made.
 
     Raises:
@@ -125,10 +125,10 @@ def show(out: str, to: str = "sheet.png", samples: int = 12) -> None:
     numbers = spread(len(clips), samples)
     per_row = 1
     if all(len(clips[number]["ends"]) == 1 for number in numbers):
-        numbers, per_row = spread(len(clips), samples * COLUMNS), COLUMNS
-    cells = [draw_sample(clips[number], classes, COLUMNS // per_row) for number in numbers]
+        numbers, per_row = spread(len(clips), samples * PER_ROW), PER_ROW
+    cells = [draw_sample(clips[number], classes, PER_ROW // per_row) for number in numbers]
     lines = -(-len(cells) // per_row)
-    sheet = Image.new("RGB", (CELL * COLUMNS, (CELL + CAPTION) * lines), "white")
+    sheet = Image.new("RGB", (CELL * PER_ROW, (CELL + CAPTION) * lines), "white")
     for place, cell in enumerate(cells):
         row, column = divmod(place, per_row)
         sheet.paste(cell, (column * CELL, row * (CELL + CAPTION)))
