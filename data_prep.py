@@ -52,7 +52,7 @@ from shards.inspect import print_faults, show
 from shards.layouts import EXTENSIONS, LAYOUTS, Listing, list_any, list_sunrgbd
 from shards.report import Ignored, check_labels, join_reports, print_summary, printable
 from shards.storage import Storage
-from shards.workers import Report, exit_on_signals, run_parts
+from shards.workers import Progress, exit_on_signals, run_parts
 
 PART_SIZE = 256  # inputs: the most that an interruption costs each worker
 SHARD_BYTES = 1 << 26
@@ -72,7 +72,7 @@ class Conversion:
 
 
 def write_part(
-    job: Conversion, entries: list, out: Path, bad_inputs: dict[int, str], report: Report
+    job: Conversion, entries: list, out: Path, bad_inputs: dict[int, str], progress: Progress
 ) -> dict:
     """Convert entries of the manifest into MDS shards in the folder `out`; see shards/workers.py.
 
@@ -91,7 +91,7 @@ def write_part(
         for number, item in enumerate(read_inputs(job.listing, kind, entries, ignored)):
             path, class_name, open_input = item
             name = printable(path)
-            report(number)
+            progress(number)
             inputs += 1
             try:
                 if number in bad_inputs:
@@ -122,7 +122,7 @@ def write_part(
         "inputs": inputs,
         "samples": sum(converted.values()),
         "skipped": skipped,
-        "ignored": ignored.as_json(),
+        "ignored": ignored,
         "short": short,
         "joined": joined,
         "short_sides": [min(sides), max(sides)] if sides else [],
@@ -133,12 +133,14 @@ def write_part(
     }
 
 
-def convert_part(job: Conversion, part: str, bad_inputs: dict[int, str], report: Report) -> None:
+def convert_part(
+    job: Conversion, part: str, bad_inputs: dict[int, str], progress: Progress
+) -> None:
     """Write one part to a temporary folder, upload it if the target is a bucket, and rename it."""
     temporary = job.folder / f"{part}.{os.getpid()}.tmp"
     entries = job.manifest.read_entries(part)
-    result = write_part(job, entries, temporary, bad_inputs, report)
-    report(None)  # The time limit is for inputs, not for what follows.
+    result = write_part(job, entries, temporary, bad_inputs, progress)
+    progress(None)  # The time limit is for inputs, not for what follows.
     Storage(str(temporary)).write_json("part.json", result)
     if job.target.remote:
         # A part counts as finished once it has its part.json, which is therefore uploaded last.
@@ -167,7 +169,7 @@ def convert(
     keep_local: bool = True,
     classes: list[str] | None = None,
 ) -> dict | None:
-    """Convert a source of videos or images into a data set.
+    """Convert a source into a data set; return its report, or None for a share of the parts.
 
     Args:
         source: folder, .csv list or tars, or the root of a published layout; local or s3://.
@@ -178,10 +180,7 @@ def convert(
         list_inputs: lists `split` of a published layout, see LAYOUTS; list_any if None.
         share: (k, n) converts the k-th of n shares of the parts; `merge` then joins them.
         keep_local: whether the local folder keeps what was uploaded.
-        classes: names in the order of the labels; default the source's.
-
-    Returns:
-        The report, or None if `share` is not (1, 1).
+        classes: names in the order of the labels; None for the source's.
 
     Raises:
         ValueError: `source` has no inputs; `out` is something else; or see merge.
@@ -324,12 +323,12 @@ def make_demo(out: str, workers: int = 0, garments: int = 600) -> None:
     jobs = {}  # {name: arguments of convert}
     for split in ("train", "test"):
         for kind in EXTENSIONS:
-            jobs[f"{split}_{kind}"] = {"source": raw / split / kind, "recipe": Recipe(kind)}
-        depth = {"source": raw_depth, "list_inputs": list_depth, "split": split}
+            jobs[f"{split}_{kind}"] = {"source": str(raw / split / kind), "recipe": Recipe(kind)}
+        depth = {"source": str(raw_depth), "list_inputs": list_depth, "split": split}
         jobs[f"{split}_depth"] = depth | {"recipe": Recipe("images")}
     for kind in EXTENSIONS:
-        recipe = Recipe(kind, per_class=20)
-        jobs[f"train_{kind}_200"] = {"source": raw / "train" / kind, "recipe": recipe}
+        few = {"recipe": Recipe(kind, per_class=20)}
+        jobs[f"train_{kind}_200"] = jobs[f"train_{kind}"] | few
     missing = [name for name in jobs if not Path(out, name, "index.json").exists()]
     if not raw.exists() and any("depth" not in name for name in missing):
         if os.path.exists(out) and any(path.name != "raw.tmp" for path in Path(out).iterdir()):
@@ -338,8 +337,7 @@ def make_demo(out: str, workers: int = 0, garments: int = 600) -> None:
     if not raw_depth.exists() and any("depth" in name for name in missing):
         draw_depth_demo(raw_depth, min(garments, 60))
     for name in missing:
-        arguments = jobs[name] | {"source": str(jobs[name]["source"])}
-        convert(out=os.path.join(out, name), workers=workers, **arguments)
+        convert(out=os.path.join(out, name), workers=workers, **jobs[name])
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -350,11 +348,11 @@ def parse_share(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-OPTIONS = {  # {argument: settings of add_argument}
+OPTIONS = {  # {argument: settings of add_argument}; the functions have the defaults
     "source": dict(metavar="SOURCE", help="folder or s3:// address; x.csv; x-{0..9}.tar"),
     "out": dict(metavar="OUT", help="folder or s3:// address of the data set"),
-    "--split": dict(default="train", help="train, val or test (train)"),
-    "--frames": dict(type=int, default=16, help="per video, evenly spaced (16; mit: 8)"),
+    "--split": dict(help="train, val or test (train)"),
+    "--frames": dict(type=int, help="per video, evenly spaced (16; mit: 8)"),
     "--fps": dict(type=float, help="frames per second of video, instead of --frames"),
     "--clip-seconds": dict(type=float, help="cut videos into clips of this length (whole videos)"),
     "--stride": dict(type=float, help="seconds from clip to clip (--clip-seconds)"),
@@ -362,35 +360,35 @@ OPTIONS = {  # {argument: settings of add_argument}
     "--scene-cuts": dict(
         type=float, nargs="?", const=0.3, metavar="SCORE", help="cut between scenes, too (no; 0.3)"
     ),
-    "--short-side": dict(type=int, default=256, help="pixels; frames are never enlarged (256)"),
+    "--short-side": dict(type=int, help="pixels; frames are never enlarged (256)"),
     "--classes": dict(metavar="FILE", help="class names, one a line (those of SOURCE, sorted)"),
     "--like": dict(metavar="DATASET", help="take the classes of another data set of data_prep.py"),
-    "--quality": dict(type=int, default=90, help="of the JPEG frames, 1-100 (90)"),
-    "--background": dict(default="white", help="behind transparent pixels: black, #rrggbb (white)"),
+    "--quality": dict(type=int, help="of the JPEG frames, 1-100 (90)"),
+    "--background": dict(help="behind transparent pixels: black, #rrggbb (white)"),
     "--per-class": dict(type=int, help="convert only the first so many inputs of each class (all)"),
-    "--max-skipped": dict(type=float, default=0.01, help="fraction that may be undecodable (0.01)"),
-    "--workers": dict(type=int, default=0, help="processes (one per core)"),
-    "--part": dict(type=parse_share, default=(1, 1), help="K/N: convert share K of N (1/1)"),
-    "--keep-local": dict(choices=("yes", "no"), default="yes", help="keep what is uploaded (yes)"),
-    "--garments": dict(type=int, default=600, help="per class and split, at most (600)"),
-    "--to": dict(default="sheet.png", help="picture to write (sheet.png)"),
-    "--samples": dict(type=int, default=12, help="rows (12)"),
+    "--max-skipped": dict(type=float, help="fraction that may be undecodable (0.01)"),
+    "--workers": dict(type=int, help="processes (one per core)"),
+    "--part": dict(type=parse_share, dest="share", help="K/N: convert share K of N (1/1)"),
+    "--keep-local": dict(choices=("yes", "no"), help="keep what is uploaded (yes)"),
+    "--garments": dict(type=int, help="per class and split, at most (600)"),
+    "--to": dict(help="picture to write (sheet.png)"),
+    "--samples": dict(type=int, help="rows (12)"),
 }
 CONVERSION = (
     *("source", "out", "--workers", "--max-skipped", "--short-side", "--quality"),
     *("--background", "--per-class", "--classes", "--like", "--part", "--keep-local"),
 )
 VIDEOS = ("--frames", "--fps", "--clip-seconds", "--stride", "--max-clips", "--scene-cuts")
-COMMANDS = {  # {command other than a conversion: (description, its arguments)}
-    "merge": ("Join the shares of several machines.", ("out", "--max-skipped")),
-    "verify": ("Decode every frame and name what is corrupt.", ("out", "--workers")),
-    "show": ("Draw a contact sheet of a data set.", ("out", "--to", "--samples")),
-    "demo": ("Make the demonstration.", ("out", "--workers", "--garments")),
+COMMANDS = {  # {command other than a conversion: (function, description, its arguments)}
+    "merge": (merge, "Join the shares of several machines.", ("out", "--max-skipped")),
+    "verify": (print_faults, "Decode every frame and name corrupt ones.", ("out", "--workers")),
+    "show": (show, "Draw a contact sheet of a data set.", ("out", "--to", "--samples")),
+    "demo": (make_demo, "Make the demonstration.", ("out", "--workers", "--garments")),
 }
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Return the parsed command line; raise ValueError if an option is out of range."""
+    """Return the command and the options that are given; raise ValueError for a wrong value."""
     commands = {}
     for name in (*LAYOUTS, *EXTENSIONS):
         kind, list_inputs = LAYOUTS.get(name, (name, list_any))
@@ -398,13 +396,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         of_layout = ["--split"] if name in LAYOUTS else []
         of_videos = VIDEOS if kind == "videos" else ()
         commands[name] = (text, [*CONVERSION, *of_layout, *of_videos])
-    commands |= COMMANDS
+    commands |= {name: (text, options) for name, (_, text, options) in COMMANDS.items()}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (text, options) in commands.items():
-        command = subparsers.add_parser(name, help=text)
+        command = subparsers.add_parser(name, help=text, argument_default=argparse.SUPPRESS)
         for option in options:
             command.add_argument(option, **OPTIONS[option])
         if name == "mit":
@@ -417,57 +415,46 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def run_conversion(args: argparse.Namespace) -> dict | None:
+def run_conversion(command: str, args: dict) -> dict | None:
     """Convert as the command line says; return the report, or None for a share."""
-    kind, list_inputs = LAYOUTS.get(args.command, (args.command, None))
-    names = [field.name for field in fields(Recipe) if hasattr(args, field.name)]
-    given = {name: getattr(args, name) for name in names}
-    return convert(
-        args.source,
-        args.out,
-        Recipe(kind, **given),
-        workers=args.workers,
-        max_skipped=args.max_skipped,
-        list_inputs=list_inputs,
-        split=getattr(args, "split", ""),
-        share=args.part,
-        keep_local=args.keep_local == "yes",
-        classes=given_classes(args),
-    )
+    kind, list_inputs = LAYOUTS.get(command, (command, None))
+    recipe = {field.name: args.pop(field.name) for field in fields(Recipe) if field.name in args}
+    classes = given_classes(args.pop("classes", None), args.pop("like", None))
+    keep_local = args.pop("keep_local", "yes") == "yes"
+    settings = {"list_inputs": list_inputs, "classes": classes, "keep_local": keep_local}
+    return convert(recipe=Recipe(kind, **recipe), **settings, **args)
 
 
-def given_classes(args: argparse.Namespace) -> list[str] | None:
+def given_classes(file: str | None, like: str | None) -> list[str] | None:
     """Return the class names of --classes or --like; None without them."""
-    if args.like and args.classes:
+    if like and file:
         raise ValueError("give --classes or --like, not both")
-    if args.like:
-        return read_classes(args.like)
-    if not args.classes:
+    if like:
+        return read_classes(like)
+    if not file:
         return None
-    text = Path(args.classes).read_text("utf-8-sig")
-    names = json.loads(text) if args.classes.endswith(".json") else text.split("\n")
+    text = Path(file).read_text("utf-8-sig")
+    names = json.loads(text) if file.endswith(".json") else text.split("\n")
     names = [name.strip() for name in map(str, names) if name.strip()]
     if len(set(names)) < len(names) or not names:
-        raise ValueError(f"--classes {args.classes}: must name each class once, one a line")
+        raise ValueError(f"--classes {file}: must name each class once, one a line")
     return names
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse(arguments)
-    if args.command == "demo":
-        return make_demo(args.out, args.workers, args.garments)
-    if args.command == "show":
-        return show(args.out, args.to, args.samples)
-    if args.command == "verify":
-        return print_faults(args.out, args.workers)
-    merging = args.command == "merge"
-    report = merge(args.out, args.max_skipped) if merging else run_conversion(args)
-    if report is None:
-        number, count = args.part
-        remedy = f"after all {count}, run: data_prep.py merge {args.out}"
-        print(f"{args.out}: share {number} of {count} is done; {remedy}")
-        return
-    print_summary(args.out, report)
+    args = vars(parse(arguments))
+    command = args.pop("command")
+    if command in COMMANDS:
+        function, _, _ = COMMANDS[command]
+        report = function(**args)
+    else:
+        report = run_conversion(command, args)
+    if report:
+        print_summary(args["out"], report)
+    elif "share" in args:
+        number, count = args["share"]
+        remedy = f"after all {count}, run: data_prep.py merge {args['out']}"
+        print(f"{args['out']}: share {number} of {count} is done; {remedy}")
 
 
 if __name__ == "__main__":

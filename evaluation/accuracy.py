@@ -10,7 +10,6 @@ from composer.utils import dist
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from shards.augment import normalise
-from shards.format import UNREADABLE
 from shards.loader import Loader
 from shards.views import DataSets, EvalViews, PositiveFraction, check_frames
 
@@ -42,8 +41,7 @@ def load_eval(
     removes the padding before it counts.
 
     Args:
-        patch_size: pixels; a sample of smaller frames counts as unreadable.
-        labels, images_as_stored: see EvalViews.
+        patch_size, labels, images_as_stored: see EvalViews.
         paths: labelled data sets.
         temporal_views, spatial_views, crop_pct, frame_interval: see EvalViews.
         batch_size: samples on each rank, with all their views.
@@ -61,7 +59,7 @@ def load_eval(
         labels=labels,
         images_as_stored=images_as_stored,
         patch_size=patch_size,
-        unreadable=run / UNREADABLE,
+        run=run,
     )
     sampler = dist.get_sampler(data, drop_last=False, shuffle=False)
     settings = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}

@@ -20,10 +20,10 @@ from matplotlib.transforms import Bbox, IdentityTransform
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import normalize
+from torchvision.utils import make_grid
 
 from model import Encoder, ViCMAE
 from shards.augment import MEAN, STD, normalise
-from shards.format import UNREADABLE
 from shards.storage import write_picture
 from shards.views import EvalViews
 
@@ -108,14 +108,13 @@ def draw_tiles(
     line = max(16, side // 10)  # pixels from line to line
     above = line * max((text.count("\n") + 1 for text in captions), default=0)
     height, width = above + side + 2 * BORDER + GAP, side + 2 * BORDER + GAP
-    sheet = torch.ones(-(-count // columns) * columns, 3, height, width)
+    cells = torch.ones(count, 3, height, width)
     colours = colours or ["white"] * count
     frames = torch.tensor([to_rgb(colour) for colour in colours])
-    sheet[:count, :, above:-GAP, :-GAP] = frames[:, :, None, None]
+    cells[:, :, above:-GAP, :-GAP] = frames[:, :, None, None]
     inner = slice(above + BORDER, above + BORDER + side), slice(BORDER, BORDER + side)
-    sheet[:count, :, *inner] = tiles.cpu()
-    sheet = sheet.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, h, columns, w, 3)
-    sheet = sheet.flatten(2, 3).flatten(0, 1)
+    cells[:, :, *inner] = tiles.cpu()
+    sheet = make_grid(cells, columns, padding=0, pad_value=1.0).permute(1, 2, 0)
     left, top = 2 * line if rows else BORDER, len(sheet)
     size = max(left + sheet.shape[1], line * len(title)), top + 3 * line
     figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI)
@@ -214,8 +213,7 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
 def pick_samples(paths: list[str], encoder: Encoder, run: Path, count: int) -> Tensor:
     """Return `count` views uint8 (T, 3, H, W), evenly spaced over some data sets in turn."""
     size, frames = encoder.img_size, encoder.num_frames
-    report = run / UNREADABLE
-    sets = [EvalViews([path], size, frames, crop_pct=1.0, unreadable=report) for path in paths]
+    sets = [EvalViews([path], size, frames, crop_pct=1.0, run=run) for path in paths]
     picked = []
     for number in range(count):
         data = sets[number % len(sets)]
@@ -350,7 +348,7 @@ def draw_attention(encoder: Encoder, paths: list[str], to: Path, count: int = 8)
     sample from black, the least of the image, to yellow, the most. The attention of CLS is not
     drawn: ViC-MAE's losses do not train CLS.
     """
-    views = EvalViews(paths, encoder.img_size, crop_pct=1.0, unreadable=to.parent / UNREADABLE)
+    views = EvalViews(paths, encoder.img_size, crop_pct=1.0, run=to.parent)
     images = first_frames(views, torch.linspace(0, len(views) - 1, count).long())
     normalised = normalize(images.to(encoder.cls_token.device), MEAN, STD)
     attention = last_attention(encoder, normalised).cpu()

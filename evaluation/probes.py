@@ -27,7 +27,7 @@ from tqdm import tqdm
 from evaluation.pictures import draw_neighbours
 from model import Encoder, pool
 from shards.augment import normalise
-from shards.format import UNREADABLE, common_classes, shared_shards
+from shards.format import common_classes, shared_shards
 from shards.loader import Loader
 from shards.storage import write_file
 from shards.views import DataSets, EvalViews, PositiveFraction
@@ -60,12 +60,11 @@ def embed(
 ) -> Labelled:
     """Return the feature and the label of every sample, in order, on the encoder's device.
 
-    All ranks call this together. Only rank 0 returns the samples, the others return none.
+    All ranks call this together. Only rank 0 returns the samples, the others return none. Samples
+    without a label, and samples that cannot be decoded, have the label -1, see labelled.
 
     Args:
         before_batch: called on all ranks before each batch; may end the program.
-
-    Samples without a label, and samples that cannot be decoded, have the label -1, see labelled.
     """
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
     # All ranks take the same number of samples, since FSDP's forward pass is collective. The last
@@ -146,8 +145,8 @@ def match_labels(
     """Return the class names of a bank, and the labels of bank and queries, see match_classes.
 
     Raises:
-        ValueError: data sets that are missing or have no labels; queries with classes that the bank
-            lacks, or with the samples of the bank.
+        ValueError: missing or unlabelled data sets; queries with samples of the bank, or with
+            classes that it lacks.
     """
     classes, labels = common_classes(bank + queries)
     for path, count in shared_shards(queries, bank).items():
@@ -170,7 +169,7 @@ class KNN(Callback):
         num_workers: data worker processes.
 
     Raises:
-        ValueError: data sets that are missing, have no labels or differ in their classes.
+        ValueError: see match_labels.
     """
 
     def __init__(
@@ -192,16 +191,10 @@ class KNN(Callback):
 
     def embed(self, paths: list[str], labels: list[list[int]], state: State) -> Labelled:
         encoder = getattr(state.model, "module", state.model).encoder  # without DDP's wrapper
-        report = Path("runs", state.run_name, UNREADABLE)
-        data = EvalViews(
-            paths,
-            encoder.img_size,
-            encoder.num_frames,
-            crop_pct=self.crop_pct,
-            labels=labels,
-            patch_size=encoder.patch_size,
-            unreadable=report,
-        )
+        sizes = (encoder.img_size, encoder.num_frames)
+        settings = {"crop_pct": self.crop_pct, "patch_size": encoder.patch_size}
+        run = Path("runs", state.run_name)
+        data = EvalViews(paths, *sizes, labels=labels, run=run, **settings)
         return embed(encoder, data, self.num_workers, lambda: self.before_batch(state))
 
     def measure(self, name: str, state: State, logger: Logger) -> None:
@@ -232,11 +225,8 @@ def fit_linear(
 ) -> Callable[[Tensor], Tensor]:
     """Fit multinomial logistic regression by L-BFGS on standardised features, on their device.
 
-    Args:
-        l2: weight of half the squared norm of the weights, relative to the mean cross-entropy.
-
-    Returns:
-        A function from features (n, D) to logits (n, C).
+    The result is a function from features (n, D) to logits (n, C). `l2` weighs half the squared
+    norm of the weights, relative to the mean cross-entropy.
     """
     mean, std = features.mean(dim=0), features.std(dim=0) + 1e-6
     x = (features - mean) / std
@@ -280,19 +270,18 @@ def linear_accuracy(bank: Labelled, queries: Labelled) -> float:
 
 
 def choose(labels: Tensor, limits: Tensor, seed: int) -> Tensor:
-    """Return indices of at most limits[c] random samples of each class c, in random order.
+    """Return indices into labels (n,) of at most limits[c] random samples of each class c.
 
-    Args:
-        labels: (n,).
-        limits: (C,).
+    The indices are in random order.
     """
-    labels, limits = labels.cpu(), limits.cpu()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    grouped, by_class = labels[order].sort(stable=True)
-    counts = labels.bincount()
-    first_of_class = counts.cumsum(dim=0) - counts
-    number_in_class = torch.arange(len(labels)) - first_of_class[grouped]
-    return order[by_class[number_in_class < limits[grouped]].sort().values]
+    classes, left = labels.tolist(), limits.tolist()
+    chosen = []
+    for index in order.tolist():
+        left[classes[index]] -= 1
+        if left[classes[index]] >= 0:
+            chosen.append(index)
+    return torch.tensor(chosen)
 
 
 def label_limits(labels: Tensor, per_class: list[int | None], fractions: list[float]) -> dict:
@@ -305,19 +294,6 @@ def label_limits(labels: Tensor, per_class: list[int | None], fractions: list[fl
         # The product may exceed the whole number that it should be, such as 0.07 * 100.
         limits[f"{100 * fraction:g}%"] = (counts.double() * fraction - 1e-9).ceil()
     return limits
-
-
-def write_features(path: str, bank: Labelled, queries: Labelled, classes: list[str]) -> None:
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        classes=np.array(classes),
-        bank_features=bank[0].cpu(),
-        bank_labels=bank[1].cpu(),
-        queries_features=queries[0].cpu(),
-        queries_labels=queries[1].cpu(),
-    )
-    write_file(path, buffer.getvalue())
 
 
 def measure_probe(
@@ -352,22 +328,23 @@ def measure_probe(
         num_workers: data worker processes.
 
     Raises:
-        ValueError: data sets that are missing, have no labels or differ in their classes.
+        ValueError: see match_labels.
     """
     classes, *labels = match_labels("probe", bank, queries)
     sizes = (encoder.img_size, encoder.num_frames)
-    settings = {"crop_pct": crop_pct, "patch_size": encoder.patch_size}
-    settings["unreadable"] = run / UNREADABLE
-    views, found = [], []
-    for paths, numbers in zip((bank, queries), labels, strict=True):
-        data = EvalViews(paths, *sizes, labels=numbers, **settings)
-        views.append(data)
-        found.append(embed(encoder, data, num_workers))
+    settings = {"crop_pct": crop_pct, "patch_size": encoder.patch_size, "run": run}
+    pairs = zip((bank, queries), labels, strict=True)
+    views = [EvalViews(paths, *sizes, labels=numbers, **settings) for paths, numbers in pairs]
+    found = [embed(encoder, data, num_workers) for data in views]
 
     def measure() -> dict[str, float]:
         learn, test = labelled(*found[0]), labelled(*found[1])
         if features:
-            write_features(features, learn, test, classes)
+            buffer, arrays = io.BytesIO(), {"classes": np.array(classes)}
+            for name, (x, y) in {"bank": learn, "queries": test}.items():
+                arrays |= {f"{name}_features": x.cpu(), f"{name}_labels": y.cpu()}
+            np.savez(buffer, **arrays)
+            write_file(features, buffer.getvalue())
         if neighbours:
             kept = [(labels >= 0).nonzero()[:, 0].tolist() for _, labels in found]
             subsets = [Subset(data, numbers) for data, numbers in zip(views, kept, strict=True)]

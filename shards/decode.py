@@ -1,8 +1,5 @@
 """Decoding of one video or image into the frames of a clip, as JPEG files.
 
-    with open("x.mp4", "rb") as file:
-        frames, timestamps = read_video(file, Recipe("videos", frames=16))
-
 A video is read in two passes. The first reads its packets without decoding them, and finds which
 frame is on screen at each wanted time. The second pass decodes only what these frames need.
 """
@@ -13,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
+from mmap import ACCESS_READ, mmap
 from typing import BinaryIO
 
 import av
@@ -37,23 +35,9 @@ TURNS = {  # {EXIF orientation: what a viewer does}; others are no orientations
     8: Image.Transpose.ROTATE_90,
 }
 CLOCKED = ("mpegts", "mpeg")  # containers whose times jump where files are joined
-# Beginnings of flv and asf, and the kinds of boxes that an mp4 or mov consists of.
-JOINED = (
-    re.compile(rb"FLV\x01.\0\0\0\t\0\0\0", re.DOTALL),
-    re.compile(b"0&\xb2u\x8ef\xcf\x11\xa6\xd9"),
-)
-TOP_BOXES = (
-    b"ftyp",
-    b"moov",
-    b"mdat",
-    b"free",
-    b"skip",
-    b"wide",
-    b"uuid",
-    b"moof",
-    b"mfra",
-    b"sidx",
-)
+MP4_HEADER = re.compile(rb"moov....mvhd", re.DOTALL)
+FLV_HEADER = re.compile(rb"FLV\x01.\0\0\0\t\0\0\0", re.DOTALL)
+ASF_HEADER = re.compile(rb"0&\xb2u\x8ef\xcf\x11\xa6\xd9")
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders drop alpha.
 
 
@@ -111,24 +95,12 @@ def has_second_film(file: BinaryIO) -> bool:
 
     In other containers, FFmpeg reads all of them.
     """
-    file.seek(0)
-    start = file.read(16)
-    for beginning in JOINED:
-        if beginning.match(start):
-            file.seek(0)
-            return len(beginning.findall(file.read())) > 1
-    films, begin = 0, 0
-    while start[4:8] in TOP_BOXES:
-        films += start[4:8] == b"moov"
-        size = int.from_bytes(start[:4])
-        if size == 1:
-            size = int.from_bytes(start[8:])
-        if size < 8:  # The box reaches to the end of the file.
-            break
-        begin += size
-        file.seek(begin)
-        start = file.read(16)
-    return films > 1
+    in_memory = isinstance(file, io.BytesIO)
+    data = file.getbuffer() if in_memory else mmap(file.fileno(), 0, access=ACCESS_READ)
+    with data:
+        headers = (FLV_HEADER, ASF_HEADER)
+        header = next((header for header in headers if header.match(data)), MP4_HEADER)
+        return len(header.findall(data)) > 1
 
 
 def open_video(file: BinaryIO) -> av.container.InputContainer:
@@ -281,11 +253,10 @@ def place_clips(seconds: np.ndarray, gap: float, recipe: Recipe) -> list[np.ndar
 
 
 def find_cuts(file: BinaryIO, times: np.ndarray, in_order: bool, threshold: float) -> list[int]:
-    """Return the indices of the frames that begin a new scene, by FFmpeg's filter `select`.
+    """Return the indices of the frames that begin a new scene.
 
-    Args:
-        times, in_order: see decode_frames.
-        threshold: of the scene score, in [0, 1].
+    It begins where the score of FFmpeg's filter `select` is above `threshold`, in [0, 1]. For
+    `times` and `in_order`, see decode_frames.
     """
     graph = av.filter.Graph()
     size = {"width": 160, "height": 90}  # pixels; enough for a score, and soon scaled
@@ -384,7 +355,7 @@ def to_pixels(
     else:
         width, height = size if on_its_side else size[::-1]
     # An image with a palette may have transparent colours.
-    alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+    alpha = frame.format.has_palette or any(plane.is_alpha for plane in frame.format.components)
     # One thread, because PyAV would start more for each frame.
     pixels = frame.to_ndarray(
         format="rgba" if alpha else "rgb24",

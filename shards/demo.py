@@ -1,14 +1,11 @@
 """Drawing of the demonstration's raw files: garments of Fashion-MNIST in colour, moving or still.
 
-    draw_demo(Path("data/demo/raw"), garments=600, workers=2)
-    draw_depth_demo(Path("data/demo/raw_depth"), garments=60)
-
 Videos show a tinted garment that drifts and turns over clutter. Images show a garment at rest.
 Images with depth show it in front of a wall, which the camera does not face squarely.
 """
 
 import shutil
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -33,10 +30,9 @@ FOCAL = 525.0  # pixels; of the imagined camera that sees the depth
 def draw_garment(
     garment: np.ndarray, rng: np.random.Generator, frames: int
 ) -> tuple[np.ndarray, Image.Image]:
-    """Draw a garment (28, 28) drifting and turning over clutter.
+    """Draw a garment (28, 28) drifting and turning over clutter -> (frames, SIDE, SIDE, 3).
 
-    Returns:
-        The frames (frames, SIDE, SIDE, 3); the opacity of the garment in the last frame, of 255.
+    The opacity of the garment in the last frame, of 255, is returned too.
     """
     clutter = Image.fromarray(rng.uniform(0, 60, (5, 5, 3)).astype(np.uint8))
     clutter = np.asarray(clutter.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
@@ -105,16 +101,16 @@ def draw_demo(raw: Path, garments: int, workers: int) -> None:
     """
     temporary = raw.with_name(raw.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    jobs = []
+    jobs = []  # arguments of draw_file
+    for split_number, split in enumerate(("train", "test")):
+        for name, garment, key in garment_files(split, garments):
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            jobs.append((path, garment, (split_number, *key)))
     with ProcessPoolExecutor(workers, get_context("fork"), ignore_stop_signals) as pool:
-        for split_number, split in enumerate(("train", "test")):
-            for name, garment, key in garment_files(split, garments):
-                path = temporary / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                jobs.append(pool.submit(draw_file, path, garment, (split_number, *key)))
-        finished = as_completed(jobs)
-        for job in tqdm(finished, total=len(jobs), desc=str(raw), unit="file", disable=None):
-            job.result()
+        finished = pool.map(draw_file, *zip(*jobs, strict=True), chunksize=16)
+        for _ in tqdm(finished, total=len(jobs), desc=str(raw), unit="file", disable=None):
+            pass
     temporary.rename(raw)
 
 
@@ -133,8 +129,8 @@ def draw_depth_demo(raw: Path, garments: int) -> None:
         for name, garment, key in garment_files(split, garments):
             folder = Path("SUNRGBD", "kv1", split, f"{key[0]}_{name.stem}")
             folders[f"all{split}"].append(f"/{folder}")
-            for part in ("image", "depth_bfx"):
-                (temporary / folder / part).mkdir(parents=True)
+            for kind in ("image", "depth_bfx"):
+                (temporary / folder / kind).mkdir(parents=True)
             rng = np.random.default_rng((2, split_number, *key))
             picture, opacity = draw_garment(garment, rng, 1)
             depth = draw_depth(opacity, rng)

@@ -1,9 +1,4 @@
-"""Depth maps: as SUN RGB-D publishes them, as shards store them, and as a model sees them.
-
-depth = read_sunrgbd(storage, "SUNRGBD/kv1/NYUdata/NYU0001/image/NYU0001.jpg")
-column = encode_depth(depth, (H, W))        # a PNG file of 16 bits
-disparity = decode_disparity(column)        # (H, W, 1) float32 in (0, 1]
-"""
+"""Depth maps: as SUN RGB-D publishes them, as shards store them, and as a model sees them."""
 
 import io
 import math
@@ -30,10 +25,8 @@ class DepthMap(NamedTuple):
 def read_rotated(file: BinaryIO) -> np.ndarray:
     """Return the millimetres (H, W) uint16 of a PNG file of SUN RGB-D.
 
-    The file has them rotated by 3 bits to the left (source: read3dPoints.m of SUNRGBDtoolbox).
-
-    Raises:
-        ValueError: the file does not have 16 bits per pixel.
+    The file has them rotated by 3 bits to the left (source: read3dPoints.m of SUNRGBDtoolbox). A
+    file that does not have 16 bits per pixel raises ValueError.
     """
     with Image.open(file) as image:
         if image.mode != "I;16":
@@ -45,8 +38,7 @@ def read_rotated(file: BinaryIO) -> np.ndarray:
 def read_sunrgbd(storage: Storage, image: str) -> DepthMap:
     """Return the depth map of an image of SUN RGB-D, with its holes filled if there is such a map.
 
-    Raises:
-        ValueError, OSError: the map or the intrinsics are missing or corrupt.
+    Missing or corrupt maps or intrinsics raise ValueError or OSError.
     """
     folder = image.rsplit("/", 2)[0]
     maps = chain(storage.names(f"{folder}/depth_bfx"), storage.names(f"{folder}/depth"))

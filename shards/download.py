@@ -43,9 +43,8 @@ class Download:
         """
         content = f"{path} {fingerprint(path)['samples']}"
         name = f"{run.name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-        if self.cache:
-            return str(Path(self.cache, name))
-        return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vicmae", name))
+        user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return str(Path(self.cache or Path(user_cache, "vicmae"), name))
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of StreamingDataset."""

@@ -28,7 +28,6 @@ COLUMNS = {
     "name": "str",  # path inside the source
 }
 DEPTH_COLUMNS = COLUMNS | {"depth": "bytes"}  # of images with depth maps, see depth.py
-UNREADABLE = "unreadable_eval.jsonl"  # in a run directory: samples that evaluations cannot decode
 
 
 def encode_clip(
@@ -108,8 +107,7 @@ def labelled_classes(path: str) -> list[str]:
 def match_classes(path: str, classes: list[str], owner: str, first: int = 0) -> list[int]:
     """Return for each label of a data set its number by name, first + index into `classes`.
 
-    Raises:
-        ValueError: the data set has no labels, or has classes that `owner` lacks.
+    A data set without labels, or with classes that `owner` lacks, raises ValueError.
     """
     numbers = {name: first + number for number, name in enumerate(classes)}
     names = labelled_classes(path)
@@ -186,20 +184,20 @@ class Clips:
 
 
 def record_unreadable(
-    report: Path, name: str, error: Exception, limit: float, prefixes: tuple[str, ...] = ("",)
+    file: Path, name: str, error: Exception, limit: float, prefixes: tuple[str, ...] = ("",)
 ) -> None:
     """Add a sample that cannot be decoded to a list of (name, reason).
 
     Raises:
         ValueError: more than `limit` samples, and more than one, of these prefixes are in the list.
     """
-    report.parent.mkdir(parents=True, exist_ok=True)
-    with report.open("a") as file:
-        file.write(json.dumps([name, " ".join(str(error).split())]) + "\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as opened:
+        opened.write(json.dumps([name, " ".join(str(error).split())]) + "\n")
     # Another process may be writing its line, which then has no end yet.
-    lines = [line for line in report.read_text().splitlines() if line.endswith("]")]
+    lines = [line for line in file.read_text().splitlines() if line.endswith("]")]
     names = {json.loads(line)[0] for line in lines}
     count = sum(listed.startswith(prefixes) for listed in names)
     if count > max(1, limit):
-        remedy = f"see {report}; run data_prep.py verify"
+        remedy = f"see {file}; run data_prep.py verify"
         raise ValueError(f"{count} samples cannot be decoded, {remedy}")

@@ -1,10 +1,5 @@
 """Inputs of a conversion: the manifest of a source, and the reading of files and samples of tars.
 
-    manifest, counts = write_manifest(list_kinetics("k400", "train"), file, None, 256)
-    entries = manifest.read_entries("part-000000")
-    for name, class_name, open_input in read_inputs(listing, "videos", entries, Ignored()):
-        clips = read_clips(open_input(), recipe)
-
 The manifest is a file of one line per input, so that memory does not grow with the data set.
 """
 
@@ -19,6 +14,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import BinaryIO
@@ -34,9 +30,6 @@ SYSTEM_ERRORS = {
     *(errno.EACCES, errno.EPERM, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
 }
-
-
-LABELS = (".cls", ".json")  # members of a tar that may hold labels
 
 
 def is_system_error(error: Exception) -> bool:
@@ -107,7 +100,7 @@ def write_manifest(
             raise ValueError(f"{at} {fault}; move it out of SOURCE")
         taken[class_name] += 1
         if per_class and taken[class_name] > per_class:
-            listing.ignored.add(name, "beyond --per-class")
+            listing.ignored.add("beyond --per-class", [name])
             continue
         if listed % part_size == 0:
             starts.append(file.tell())
@@ -117,8 +110,8 @@ def write_manifest(
         digest.update(text.encode("utf-8", "surrogateescape"))
         listed += 1
     file.flush()
-    for name in sorted(unlisted):
-        listing.ignored.add(name, "not in the list")
+    if unlisted:
+        listing.ignored.add("not in the list", sorted(unlisted), len(unlisted))
     named = set(listing.truth.values()) or taken.keys() - {None}
     named |= set(map(printable, listing.empty_classes if named else ()))
     if are_splits(named) and not known:
@@ -131,7 +124,7 @@ def write_manifest(
         "absent": absent,
         "classes": listing.classes or sorted(named),
         "listing": digest.hexdigest(),
-        "ignored": listing.ignored.as_json(),
+        "ignored": listing.ignored,
     }
     return Manifest(file.name, starts, part_size), counts
 
@@ -139,9 +132,7 @@ def write_manifest(
 def read_inputs(listing: Listing, kind: str, entries: list, ignored: Ignored) -> Iterator[tuple]:
     """Yield (name, class name or label or None, a function that opens it) for every input.
 
-    If the inputs are tars, their samples are yielded instead, and all other members counted as
-    `ignored`. A corrupt tar yields its intact samples, and then an input of its own name that
-    raises ValueError when opened.
+    Of tars, the samples are yielded instead, and all other members counted as `ignored`.
     """
     if listing.tars:
         for name, class_name, *span in entries:
@@ -162,7 +153,8 @@ def read_tar(
     """Yield the samples of a tar; `span` is its first byte and size if it lies in another tar.
 
     The members of a sample differ in their extensions and stand side by side; a label may also
-    stand earlier. Unlike in webdataset, an extension begins at the last dot.
+    stand earlier. Unlike in webdataset, an extension begins at the last dot. A corrupt tar yields
+    its intact samples, and then an input of its own name that raises ValueError when opened.
     """
     from webdataset.tariterators import tar_file_expander
 
@@ -178,12 +170,14 @@ def read_tar(
                 members = {os.path.splitext(file["fname"])[1]: file["data"] for file in group}
                 media = [ending for ending in members if ending.lower() in EXTENSIONS[kind]]
                 label = read_label(members)
-                others = set(members) - set(media[:1]) - set(LABELS if label is not None else ())
+                others = set(members) - set(media[:1])
+                if label is not None:
+                    others -= {".cls", ".json"}
                 for ending in sorted(others):
-                    ignored.add(f"{name}/{key}{ending}", f"extension {ending.lower()}")
+                    ignored.add(f"extension {ending.lower()}", [f"{name}/{key}{ending}"])
                 if not media:
                     if label is not None and key in unlabelled:
-                        ignored.add(f"{name}/{key}", LATE_LABEL)
+                        ignored.add(LATE_LABEL, [f"{name}/{key}"])
                     labels[key] = label
                     continue
                 label = labels.pop(key, None) if label is None else label
@@ -205,8 +199,7 @@ def read_tar(
 def find_label(class_name: str | int | None, classes: list[str], labels: dict) -> int:
     """Return the label of a class name, or the label that a sample of a tar has instead.
 
-    Raises:
-        ValueError: an unknown class, or a label without a class.
+    An unknown class, or a label without a class, raises ValueError.
     """
     label = labels.get(class_name, class_name)
     if isinstance(label, str):
@@ -218,15 +211,14 @@ def find_label(class_name: str | int | None, classes: list[str], labels: dict) -
 
 def read_label(members: dict[str, bytes]) -> int | str | None:
     """Return the number or the class name in the .cls or .json member of a sample, if any."""
-    try:
+    text = ""
+    if ".cls" in members:
         text = members[".cls"].decode().strip()
-    except KeyError:
-        try:
+    elif ".json" in members:
+        with suppress(ValueError, TypeError):  # some other JSON file
             content = json.loads(members[".json"])
             found = [content[key] for key in ("label", "class", "cls") if key in content]
-        except (KeyError, ValueError, TypeError):
-            return None
-        text = str(found[0]) if found else ""
+            text = str(found[0]) if found else ""
     try:
         return int(text)
     except ValueError:

@@ -1,8 +1,4 @@
-"""Inspection of a finished data set: a check of every sample, and a contact sheet.
-
-faults = verify("data/k400/train")
-show("data/k400/train", "sheet.png")
-"""
+"""Inspection of a finished data set: a check of every sample, and a contact sheet."""
 
 import functools
 import os
@@ -21,6 +17,7 @@ from shards.inputs import part_name
 from shards.storage import Storage
 from shards.workers import ignore_stop_signals
 
+PER_ROW = 8  # frames of a row of the contact sheet
 CELL = 160  # pixels of the contact sheet for one frame
 CAPTION = 34  # pixels above each frame, for two lines
 
@@ -94,8 +91,7 @@ def check_counts(shards: list[dict], report: dict) -> list[str]:
 def verify(path: str, workers: int = 0) -> list[str]:
     """Read every sample of a data set, and return all faults of hashes, frames, counts and labels.
 
-    Raises:
-        ValueError: `path` is not a complete data set.
+    An incomplete data set raises ValueError.
     """
     shards = read_json(path, "index.json")["shards"]
     report = read_json(path, "report.json")
@@ -110,36 +106,35 @@ def verify(path: str, workers: int = 0) -> list[str]:
     return faults
 
 
-def show(path: str, to: str, samples: int = 12, frames: int = 8) -> None:
-    """Draw a contact sheet: `samples` rows of a sample with up to `frames` frames.
+def show(out: str, to: str = "sheet.png", samples: int = 12) -> None:
+    """Draw a contact sheet of a data set: `samples` rows of a sample with up to PER_ROW frames.
 
-    A row of a data set of images has `frames` samples. Samples are spread evenly over the data set,
+    A row of a data set of images has PER_ROW samples. Samples are spread evenly over the data set,
     and frames evenly over their sample. The folder of the picture `to` is made.
 
     Raises:
-        ValueError: `path` is no data set, or Pillow cannot write a file with the ending of `to`.
+        ValueError: `out` is no data set, or Pillow cannot write a file with the ending of `to`.
     """
-    classes = read_classes(path)
-    for option, value in (("samples", samples), ("frames", frames)):
-        if value < 1:
-            raise ValueError(f"--{option} {value}: must be at least 1")
+    classes = read_classes(out)
+    if samples < 1:
+        raise ValueError(f"--samples {samples}: must be at least 1")
     kind = Image.registered_extensions().get(os.path.splitext(to)[1].lower())
     if kind not in Image.SAVE:
         raise ValueError(f"--to {to}: must be a picture such as sheet.png")
-    clips = Clips(path)
+    clips = Clips(out)
     numbers = spread(len(clips), samples)
     per_row = 1
     if all(len(clips[number]["ends"]) == 1 for number in numbers):
-        numbers, per_row = spread(len(clips), samples * frames), frames
-    cells = [draw_sample(clips[number], classes, frames // per_row) for number in numbers]
+        numbers, per_row = spread(len(clips), samples * PER_ROW), PER_ROW
+    cells = [draw_sample(clips[number], classes, PER_ROW // per_row) for number in numbers]
     lines = -(-len(cells) // per_row)
-    sheet = Image.new("RGB", (CELL * frames, (CELL + CAPTION) * lines), "white")
+    sheet = Image.new("RGB", (CELL * PER_ROW, (CELL + CAPTION) * lines), "white")
     for place, cell in enumerate(cells):
         row, column = divmod(place, per_row)
         sheet.paste(cell, (column * CELL, row * (CELL + CAPTION)))
     os.makedirs(os.path.dirname(to) or ".", exist_ok=True)
     sheet.save(to)
-    print(f"{to}: {len(cells)} of the {len(clips)} samples of {path}")
+    print(f"{to}: {len(cells)} of the {len(clips)} samples of {out}")
 
 
 def draw_sample(sample: dict, classes: list[str], frames: int) -> Image.Image:
@@ -163,7 +158,7 @@ def draw_sample(sample: dict, classes: list[str], frames: int) -> Image.Image:
     return cell
 
 
-def print_faults(out: str, workers: int) -> None:
+def print_faults(out: str, workers: int = 0) -> None:
     """Print the faults of a data set, see verify; raise ValueError if there are any."""
     faults = verify(out, workers)
     for fault in faults:

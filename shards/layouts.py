@@ -1,8 +1,5 @@
 """Published layouts of data sets: which files they hold, of which class, and which are missing.
 
-    listing = list_kinetics("raw/k400", "train")
-    for name, class_name in listing.inputs: ...
-
 To add a layout, write a function like list_mit and name it in LAYOUTS. The first line of its
 docstring, "List ...", becomes the help of its command.
 """
@@ -154,9 +151,9 @@ def find_files(storage: Storage, kind: str, ignored: Ignored, *folders: str) -> 
             parts = name.split("/")
             extension = os.path.splitext(name)[1].lower()
             if is_hidden(name) or not SYSTEM_NAMES.isdisjoint(parts):
-                ignored.add(name, "hidden or system file")
+                ignored.add("hidden or system file", [name])
             elif extension not in EXTENSIONS[kind]:
-                ignored.add(name, f"extension {extension}" if extension else "no extension")
+                ignored.add(f"extension {extension}" if extension else "no extension", [name])
             else:
                 yield name
 
@@ -197,9 +194,7 @@ def empty_folders(source: str) -> list[str]:
     """Return the names of the folders in SOURCE that hold no file at all."""
     folders = [entry.name for entry in os.scandir(source) if entry.is_dir()]
     visible = [name for name in folders if not is_hidden(name) and name not in SYSTEM_NAMES]
-    return [
-        name for name in visible if next(Storage(source).names(name, hidden=True), None) is None
-    ]
+    return [name for name in visible if not any(Storage(source).names(name, hidden=True))]
 
 
 def list_csv(source: str, kind: str) -> Listing:
@@ -220,7 +215,7 @@ def list_csv(source: str, kind: str) -> Listing:
                 labels[path] = label
                 yield (path, label) if storage.has(path) else None
             elif labels[path] == label:
-                ignored.add(path, "listed twice")
+                ignored.add("listed twice", [path])
             else:
                 raise ValueError(f"{source}: {path} has the labels {labels[path]} and {label}")
 
@@ -329,8 +324,8 @@ def list_ssv2(source: str, split: str) -> Listing:
         return (name, class_name or None) if name in files else None
 
     classes = read("labels", lambda numbers: sorted(numbers, key=lambda name: int(numbers[name])))
-    part = {"val": "validation"}.get(split, split)
-    inputs = read(part, lambda clips: [find(clip) for clip in clips])
+    name = {"val": "validation"}.get(split, split)
+    inputs = read(name, lambda clips: [find(clip) for clip in clips])
     # The folder holds all splits, so that the clips of the others count as not listed.
     return Listing(storage, inputs, classes, ignored=ignored, candidates=files)
 
@@ -475,7 +470,7 @@ def list_sunrgbd(source: str, split: str, scenes: tuple[str, ...] = SCENES) -> L
     def select() -> Iterator[tuple | None]:
         for found in map(find, folders):
             if found and found[1] not in scenes:
-                ignored.add(found[0], "scene that is not in the benchmark")
+                ignored.add("scene that is not in the benchmark", found[:1])
             else:
                 yield found
 

@@ -1,37 +1,23 @@
 """The report of a conversion: what became of each file of a source.
 
-    report = join_reports(request, parts)           # for report.json
-    print_summary("data/mine", report)
-
 Every file is converted, skipped (it cannot be decoded), ignored (for a reason that is named) or
 absent (listed, but not there).
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 LATE_LABEL = "label after its sample"  # of a tar: the reason for which a label is ignored
 
 
-@dataclass
-class Ignored:
-    """The files of a source that are not converted: how many, and the first few, by reason."""
+class Ignored(dict):
+    """The files that are not converted: {reason: {"count": files, "first": up to 10 names}}."""
 
-    counts: Counter = field(default_factory=Counter)
-    first: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, name: str, reason: str) -> None:
-        self.counts[reason] += 1
-        names = self.first.setdefault(reason, [])
-        if len(names) < 10:
-            names.append(printable(name))
-
-    def as_json(self) -> dict[str, dict]:
-        """Return {reason: {"count": files, "first": names of up to 10 files}}."""
-        return {
-            reason: {"count": count, "first": self.first[reason]}
-            for reason, count in sorted(self.counts.items())
-        }
+    def add(self, reason: str, names: Iterable[str], count: int = 1) -> None:
+        """Add `count` files, of which some names are given."""
+        found = self.setdefault(reason, {"count": 0, "first": []})
+        found["count"] += count
+        found["first"] = [*found["first"], *map(printable, names)][:10]
 
 
 def printable(name: str) -> str:
@@ -50,7 +36,10 @@ def join_reports(request: dict, parts: list[dict]) -> dict:
     inputs = sum(part["inputs"] for part in parts)
     samples = [part.get("samples", part["inputs"] - len(part["skipped"])) for part in parts]
     sides = [side for part in parts for side in part.get("short_sides", ())]
-    ignored = [request.get("ignored", {}), *(part.get("ignored", {}) for part in parts)]
+    ignored = Ignored()
+    for report in (request, *parts):
+        for reason, found in report.get("ignored", {}).items():
+            ignored.add(reason, found["first"], found["count"])
     return request | {
         "inputs": inputs,
         "samples": sum(samples),
@@ -59,20 +48,9 @@ def join_reports(request: dict, parts: list[dict]) -> dict:
         "joined": [name for part in parts for name in part.get("joined", ())],
         "short_sides": [min(sides), max(sides)] if sides else None,  # pixels
         "samples_per_class": count_classes(request["classes"], parts),
-        "ignored": join_ignored(ignored),
+        "ignored": dict(sorted(ignored.items())),
         "skipped": skipped,
     }
-
-
-def join_ignored(reports: list[dict]) -> dict[str, dict]:
-    """Return the sum of several results of Ignored.as_json."""
-    total = Ignored()
-    for report in reports:
-        for reason, found in report.items():
-            for name in found["first"]:
-                total.add(name, reason)
-            total.counts[reason] += found["count"] - len(found["first"])
-    return total.as_json()
 
 
 def count_classes(classes: list[str], parts: list[dict]) -> dict[str, int] | None:

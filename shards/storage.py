@@ -1,9 +1,5 @@
 """Access to files in a local folder or under an s3:// address, through one interface.
 
-    storage = Storage("s3://bucket/k400")
-    index = json.loads(storage.read("index.json"))
-    storage.write_json("report.json", {"samples": 240_000})
-
 A file is written completely or not at all. Every failure is an OSError that names the address.
 boto3 reaches S3 with its usual credentials, at S3_ENDPOINT_URL if that is set.
 """
@@ -52,16 +48,9 @@ def is_hidden(name: str) -> bool:
 class Storage:
     """A folder, which need not exist yet, or all files under an address s3://bucket/prefix.
 
-    Guarantees of its methods:
-        names, has: include every file whose write has returned. Hidden files are never listed.
-        read, open, stream: raise FileNotFoundError if the file is missing.
-        write, write_json: are atomic. Readers see the old file or the new, also if the writing
-            process is killed midway. A bucket confirms the SHA-256 of what it received.
-        upload: is atomic like write, and sends large files in pieces. For buckets only.
-        download: replaces the local file once its copy is complete. For buckets only.
-        delete: succeeds also if the file is missing. For buckets only.
-
-    Every method raises OSError for whatever prevents it.
+    Writes are atomic: readers see the old file or the new, also if the writing process is killed
+    midway. Methods raise FileNotFoundError if a file to read is missing, and OSError for whatever
+    else prevents them. `upload`, `download` and `delete` are for buckets only.
     """
 
     root: str
@@ -158,7 +147,7 @@ class Storage:
         return io.BytesIO(self.read(name)) if self.remote else open(self.at(name), "rb")
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file atomically, and check what a bucket received."""
+        """Write a file, and check the SHA-256 of what a bucket received."""
         if not self.remote:
             temporary = Path(f"{self.at(name)}.{os.getpid()}.tmp")
             temporary.write_bytes(data)
@@ -175,24 +164,24 @@ class Storage:
             raise OSError(errno.EIO, message, self.at(name))
 
     def write_json(self, name: str, value: object) -> None:
-        """Write a value as a JSON file atomically."""
+        """Write a value as a JSON file."""
         self.write(name, json.dumps(value, indent=1, ensure_ascii=False).encode())
 
     def upload(self, path: Path, name: str) -> None:
-        """Copy a local file into the bucket atomically, in checked pieces."""
+        """Copy a local file into the bucket, in checked pieces."""
         bucket, key = self.key(name).values()
         options = {"ChecksumAlgorithm": "SHA256"}
         with bucket_errors(self.at(name)):
             s3_client(os.getpid()).upload_file(str(path), bucket, key, ExtraArgs=options)
 
     def download(self, name: str, path: Path) -> None:
-        """Copy a file out of the bucket to a local path."""
+        """Copy a file out of the bucket; the local file is replaced once the copy is complete."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with bucket_errors(self.at(name)):
             s3_client(os.getpid()).download_file(*self.key(name).values(), str(path))
 
     def delete(self, name: str) -> None:
-        """Delete a file of the bucket."""
+        """Delete a file of the bucket, if it is there."""
         with bucket_errors(self.at(name)):
             s3_client(os.getpid()).delete_object(**self.key(name))
 

@@ -57,8 +57,7 @@ class DeterministicStream(StreamingDataset):
         transform: called with a stored sample and its generator. The sample has a further entry
             `stream`, the index of its stream. A ValueError declares the sample unreadable; the
             next sample of the data then takes its place.
-        patch_size: pixels; a sample of smaller frames counts as unreadable.
-        unreadable, max_unreadable: see record_unreadable and load_stream.
+        patch_size, unreadable, max_unreadable: see load_stream and record_unreadable.
         repeats: times that each sample is transformed after it has been read once.
         settings: of StreamingDataset. Its batch_size counts samples before they are repeated.
     """
@@ -219,8 +218,7 @@ def open_stream(
 def check_batch(batch_size: int, micro_size: int | None, repeats: int, ranks: int) -> None:
     """Raise ValueError, with the nearest sizes that work, for sizes that do not divide.
 
-    Args:
-        batch_size, micro_size: in samples over all ranks; micro_size is None for the whole batch.
+    The sizes are in samples over all ranks; `micro_size` is None for the whole batch.
     """
     batch_key, micro_key = "data.global_train_batch_size", "data.global_micro_batch_size"
     key, size = (micro_key, micro_size) if micro_size else (batch_key, batch_size)

@@ -32,6 +32,7 @@ DataSets = Annotated[list[str], Field(min_length=1)]  # paths of data sets of da
 FrameGap = NonNegativeInt | Literal["any", "distant"]
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 Range = tuple[float, float]  # least and greatest value
+UNREADABLE = "unreadable_eval.jsonl"  # lists the samples that evaluations cannot decode
 
 
 @dataclass(frozen=True)
@@ -193,23 +194,15 @@ def pick_frames(
 
 
 def count_distinct(
-    path: str, num_frames: int, frame_interval: float | None
+    timestamps: list[np.ndarray], num_frames: int, frame_interval: float | None
 ) -> tuple[list[int], list[int]]:
-    """Return how many distinct frames some views of a data set have, and how many they could have.
+    """Return how many distinct frames some views of clips have, and how many they could have.
 
-    The views are of 16 samples. A video that is short, or that has fewer frames than are
-    stored, explains repeated frames itself: its timestamps end early, or repeat.
-
-    Args:
-        num_frames, frame_interval: see pick_frames.
+    A video that is short, or that has fewer frames than are stored, explains repeated frames
+    itself: its timestamps end early, or repeat. For the arguments, see pick_frames.
     """
-    clips = Clips(path)
     distinct, possible = [], []
-    for number in spread(len(clips), 16):
-        try:
-            times = clips[number]["timestamps"]
-        except (ValueError, IndexError):  # counted as unreadable in training
-            continue
+    for times in timestamps:
         if len(times) == 1 or len(np.unique(times)) < len(times):
             continue
         longest = num_frames
@@ -222,13 +215,18 @@ def count_distinct(
     return distinct, possible
 
 
-def stored_frames(path: str) -> int:
-    """Return the most frames that 16 samples of a data set have, 0 if none can be read."""
-    clips, most = Clips(path), 0
+def read_timestamps(path: str) -> list[np.ndarray]:
+    """Return the timestamps of 16 samples, evenly spaced, without those that cannot be read."""
+    clips, timestamps = Clips(path), []
     for number in spread(len(clips), 16):
         with suppress(ValueError, IndexError):
-            most = max(most, len(clips[number]["ends"]))
-    return most
+            timestamps.append(clips[number]["timestamps"])
+    return timestamps
+
+
+def stored_frames(path: str) -> int:
+    """Return the most frames that 16 samples of a data set have, 0 if none can be read."""
+    return max(map(len, read_timestamps(path)), default=0)
 
 
 def check_frames(
@@ -243,12 +241,13 @@ def check_frames(
     if num_frames == 1:
         return
     for path in paths:
-        stored = stored_frames(path)
+        timestamps = read_timestamps(path)
+        stored = max(map(len, timestamps), default=0)
         if frame_interval is None and temporal_views > 1 and 1 < stored <= num_frames:
             fault = f"clips of {stored} frames give each of {temporal_views} temporal views"
             remedy = f"convert with --frames {3 * num_frames}, or give 1 temporal view"
             raise ValueError(f"{path}: {fault} the same {num_frames} frames; {remedy}")
-        distinct, possible = count_distinct(path, num_frames, frame_interval)
+        distinct, possible = count_distinct(timestamps, num_frames, frame_interval)
         if sum(distinct) >= 0.75 * sum(possible):
             continue
         rate, remedy = "", f"--frames {num_frames}"
@@ -267,8 +266,7 @@ class PretrainingViews:
     """A function of a stored sample and a generator that returns the views of pre-training.
 
     Args:
-        img_size: H and W of a view, in pixels.
-        num_patches: N, patches of a view.
+        img_size, num_patches: H and W of a view, in pixels; N, its patches.
         num_frames: T, frames of a view; 1 for views that are images, which have no axis T.
         images: for each stream, whether it holds images; without use if image_frames is None.
         video, image: how to draw the views of clips and of images.
@@ -350,8 +348,12 @@ class PretrainingViews:
         return torch.stack([crops[index] for index in indices])
 
 
-def square_crops(height: int, width: int, side: int, count: int) -> list[Box]:
-    """Return `count` squares of `side` pixels, evenly spaced along the longer side of a frame."""
+def square_crops(height: int, width: int, fraction: float, count: int) -> list[Box]:
+    """Return `count` squares evenly spaced along the longer side of a frame.
+
+    Their side is a fraction of the shorter side of the frame.
+    """
+    side = max(1, round(min(height, width) * fraction))
     positions = np.linspace(0, 1, count) if count > 1 else [0.5]
     boxes = []
     for position in positions:
@@ -369,7 +371,6 @@ class EvalViews(Dataset):
     `kind`: 0 for a clip, 1 for an image, 2 for an image with depth.
 
     Args:
-        paths: data sets of data_prep.py.
         img_size: H and W, in pixels.
         num_frames, frame_interval: T and seconds, see pick_frames.
         temporal_views: positions in the clip, evenly spaced from first to last; 1 is the middle.
@@ -380,8 +381,8 @@ class EvalViews(Dataset):
             () for the labels as they are stored.
         patch_size: pixels; a sample of smaller frames counts as unreadable.
         images_as_stored: give depth and kind, for a model that sees an image as one frame.
-        unreadable: file that lists unreadable samples, which become black with the target -1. If
-            None, or if more than a fraction `max_unreadable` are unreadable, ValueError is raised.
+        run: run directory, where UNREADABLE lists unreadable samples, which become black with the
+            target -1. If None, or if more than 0.1 % are unreadable, ValueError is raised.
     """
 
     paths: list[str]
@@ -394,8 +395,7 @@ class EvalViews(Dataset):
     labels: Sequence[list[int]] = ()
     patch_size: int = 1
     images_as_stored: bool = False
-    unreadable: Path | None = None
-    max_unreadable: float = 0.001
+    run: Path | None = None
 
     def __post_init__(self):
         self.data = ConcatDataset([Clips(path) for path in self.paths])
@@ -419,13 +419,13 @@ class EvalViews(Dataset):
         except (ValueError, IndexError, KeyError, TypeError) as error:  # corrupt frame or shard
             first_number = [0, *self.data.cumulative_sizes][data_set]
             name = f"{self.paths[data_set]}, sample {number - first_number}"
-            if self.unreadable is None:
+            if self.run is None:
                 remedy = "run data_prep.py verify"
                 raise ValueError(f"{name} cannot be decoded ({error}); {remedy}") from error
             # The list can have samples of other data sets, from other EvalViews of the run.
             prefixes = tuple(f"{path}, sample " for path in self.paths)
-            limit = self.max_unreadable * len(self)
-            record_unreadable(self.unreadable, name, error, limit, prefixes)
+            limit = 0.001 * len(self)
+            record_unreadable(self.run / UNREADABLE, name, error, limit, prefixes)
             inputs, label = self.black(), -1
         if self.labels and label >= 0:
             label = self.labels[data_set][label]
@@ -448,12 +448,10 @@ class EvalViews(Dataset):
         if "depth" not in sample:
             return inputs | {"kind": torch.tensor(1)}
         disparity = decode_disparity(sample["depth"])
-        boxes = self.boxes(*disparity.shape[:2])
+        boxes = square_crops(*disparity.shape[:2], self.crop_pct, self.spatial_views)
         depth = [crop_depth(disparity, box, self.img_size) for box in boxes]
-        return inputs | {
-            "kind": torch.tensor(2),
-            "depth": torch.stack(depth * self.temporal_views),
-        }
+        depth = torch.stack(depth * self.temporal_views)
+        return inputs | {"kind": torch.tensor(2), "depth": depth}
 
     def crop_views(self, sample: dict[str, Any]) -> Tensor:
         """Return the views of a sample -> (V, T, 3, H, W)."""
@@ -467,12 +465,8 @@ class EvalViews(Dataset):
         for position in positions:
             picked = pick_frames(times, self.num_frames, self.frame_interval, position)
             frames = {index: decode_frame(sample, index) for index in set(picked)}
-            for box in self.boxes(*frames[picked[0]].shape[:2]):
+            size = frames[picked[0]].shape[:2]
+            for box in square_crops(*size, self.crop_pct, self.spatial_views):
                 crops = [crop_and_scale(frames[index], box, self.img_size) for index in picked]
                 views.append(torch.stack(crops))
         return torch.stack(views)
-
-    def boxes(self, height: int, width: int) -> list[Box]:
-        """Return the crops of the spatial views of a frame."""
-        side = max(1, round(min(height, width) * self.crop_pct))
-        return square_crops(height, width, side, self.spatial_views)

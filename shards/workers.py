@@ -1,11 +1,11 @@
 """Processes that convert one part each, so that an input that crashes the decoder is only skipped.
 
-def work(part, bad_inputs, report):
+def work(part, bad_inputs, progress):
     for number, path in enumerate(inputs_of(part)):
-        report(number)                   # before each input
+        progress(number)                 # before each input
         if number not in bad_inputs:     # {number: reason}, from crashes of earlier attempts
             convert(path)
-    report(None)                         # after the last input
+    progress(None)                       # after the last input
 
 run_parts(work, ["part-000000", "part-000001"], workers=2, bar=tqdm())
 """
@@ -30,8 +30,8 @@ STOPPED = 75  # exit code of a program that is to be started again: EX_TEMPFAIL 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 TIME_LIMIT = 600  # seconds for one input; a decoder that hangs is killed
 
-Report = Callable[[int | None], None]
-Work = Callable[[str, dict[int, str], Report], None]
+Progress = Callable[[int | None], None]
+Work = Callable[[str, dict[int, str], Progress], None]
 
 
 def exit_on_signals(numbers: Iterable[int] = (signal.SIGINT, signal.SIGTERM)) -> None:
@@ -81,7 +81,7 @@ class Worker:
 
 
 def run_parts(work: Work, parts: list[str], workers: int, bar: tqdm) -> None:
-    """Call work(part, bad_inputs, report) for each part in its own process, `workers` at a time.
+    """Call work(part, bad_inputs, progress) for each part in its own process, `workers` at a time.
 
     If a process dies, or needs more than TIME_LIMIT for an input, its part is started again with
     the number of that input in `bad_inputs`. `bar` shows the progress in inputs.
@@ -97,8 +97,12 @@ def run_parts(work: Work, parts: list[str], workers: int, bar: tqdm) -> None:
         while waiting or running:
             while waiting and len(running) < workers:
                 part = waiting.pop()
-                receiver, worker = start_worker(work, part, bad_inputs[part], list(running))
-                running[receiver] = worker
+                receiver, sender = Pipe(duplex=False)
+                arguments = (work, part, bad_inputs[part], sender, [*running, receiver])
+                process = get_context("fork").Process(target=run_part, args=arguments)
+                process.start()
+                sender.close()
+                running[receiver] = Worker(process, part)
             for receiver in wait(list(running), timeout=1):
                 worker = running[receiver]
                 try:
@@ -127,21 +131,6 @@ def run_parts(work: Work, parts: list[str], workers: int, bar: tqdm) -> None:
             worker.process.join()
 
 
-def start_worker(
-    work: Work, part: str, bad_inputs: dict[int, str], receivers: list[Connection]
-) -> tuple[Connection, Worker]:
-    """Start the process of a part, and return the connection on which it reports.
-
-    `receivers` are the connections of the other workers.
-    """
-    receiver, sender = Pipe(duplex=False)
-    arguments = (work, part, bad_inputs, sender, [*receivers, receiver])
-    process = get_context("fork").Process(target=run_part, args=arguments)
-    process.start()
-    sender.close()
-    return receiver, Worker(process, part)
-
-
 def crash_reason(worker: Worker, bad_inputs: dict[int, str]) -> str:
     """Return how an input killed the process of a worker; raise OSError if no input is to blame."""
     code = worker.process.exitcode
@@ -162,17 +151,17 @@ def run_part(
     for receiver in receivers:
         receiver.close()
 
-    def report(message: int | Exception | None) -> None:
+    def send(message: int | Exception | None) -> None:
         try:
             sender.send(message)
         except BrokenPipeError:
             os._exit(1)
 
     try:
-        work(part, bad_inputs, report)
+        work(part, bad_inputs, send)
     except OSError as error:
         location = "" if error.filename else f" (while writing {part})"
         remedy = "finished parts are kept; run the same command again to continue"
-        report(OSError(f"{error}{location}; {remedy}"))
+        send(OSError(f"{error}{location}; {remedy}"))
     except Exception:
-        report(RuntimeError(traceback.format_exc()))
+        send(RuntimeError(traceback.format_exc()))

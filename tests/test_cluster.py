@@ -207,7 +207,7 @@ def test_task_of_an_array_converts_its_part_and_merge_has_none(tmp_path):
     run_script("data_prep.sbatch", tmp_path, "k400", "raw", "out", **ARRAY)
     script, *arguments = lines_of(tmp_path / "arguments.txt")
     parsed = data_prep.parse(arguments)
-    assert (script, parsed.part, parsed.workers) == ("data_prep.py", (3, 16), 12)
+    assert (script, parsed.share, parsed.workers) == ("data_prep.py", (3, 16), 12)
     run_script("data_prep.sbatch", tmp_path, "merge", "out")
     assert lines_of(tmp_path / "arguments.txt") == ["data_prep.py", "merge", "out"]
 

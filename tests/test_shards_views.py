@@ -285,8 +285,8 @@ def test_labels_of_each_data_set_are_offset_by_its_number(demo):
 
 
 def test_unreadable_sample_is_black_without_a_label_and_too_many_are_an_error(demo, tmp_path):
-    path, report = str(demo / "test_images"), tmp_path / "unreadable.jsonl"
-    views = EvalViews([path], 8, unreadable=report, labels=[range(100, 110)])
+    path, report = str(demo / "test_images"), tmp_path / "unreadable_eval.jsonl"
+    views = EvalViews([path], 8, run=report.parent, labels=[range(100, 110)])
     corrupt = make_clip(random_frames(1)) | {"frames": b"no JPEG"}
     stored = [views.data[number] for number in range(60)]
     views.data = Samples([corrupt, *stored[1:]])
@@ -294,9 +294,10 @@ def test_unreadable_sample_is_black_without_a_label_and_too_many_are_an_error(de
     assert int(views[1]["target"]) == stored[1]["label"] + 100 and views[1]["inputs"].any()
     assert f"{path}, sample 0" in report.read_text()
     views.data[1] = corrupt
-    with pytest.raises(ValueError, match=r"2 samples cannot be decoded, see .*unreadable\.jsonl"):
+    complaint = r"2 samples cannot be decoded, see .*unreadable_eval\.jsonl"
+    with pytest.raises(ValueError, match=complaint):
         views[1]
-    views.unreadable = None
+    views.run = None
     with pytest.raises(ValueError, match="test_images, sample 0 cannot be decoded"):
         views[0]
 
@@ -355,6 +356,7 @@ def test_frames_that_are_repeated_are_said_or_refused(
 def test_evaluated_sample_smaller_than_a_patch_is_counted(tmp_path):
     path = write_clips(tmp_path / "set", [np.zeros(1)] * 3)
     assert EvalViews([path], 32, patch_size=16)[1]["target"] == 0
-    views = EvalViews([path], 32, patch_size=17, unreadable=tmp_path / "list.jsonl")
+    views = EvalViews([path], 32, patch_size=17, run=tmp_path)
     assert views[1]["target"] == -1
-    assert "frames of 16x16 are smaller than model.patch_size=17" in views.unreadable.read_text()
+    listed = (tmp_path / "unreadable_eval.jsonl").read_text()
+    assert "frames of 16x16 are smaller than model.patch_size=17" in listed
