@@ -213,13 +213,12 @@ def test_comparison_waits_for_the_run_that_another_comparison_left_behind(compar
 def test_each_task_has_a_process_with_its_share_of_the_cores_and_of_the_lock(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with compare.training_processes(os.cpu_count()) as executor:
-        first, second = executor.submit(os.getpid), executor.submit(os.getpid)
-        threads = executor.submit(torch.get_num_threads)
-        locks = executor.submit(Path.read_text, Path("/proc/locks"))
-    assert len({os.getpid(), first.result(), second.result()}) == 3
-    assert threads.result() == 1
+        pids = {executor.submit(os.getpid).result() for _ in range(2)}
+        assert len(pids | {os.getpid()}) == 3
+        assert executor.submit(torch.get_num_threads).result() == 1
+        locks = executor.submit(Path.read_text, Path("/proc/locks")).result()
     number = str((tmp_path / "runs" / "comparison.lock").stat().st_ino)
-    held = [line for line in locks.result().splitlines() if f":{number} " in line]
+    held = [line for line in locks.splitlines() if f":{number} " in line]
     assert len(held) >= 2 and all("FLOCK" in line and "READ" in line for line in held)
 
 
