@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from training.sources import (
     ConfigError,
     check_names,
+    is_source,
     located,
     merge_sources,
     one_line_errors,
@@ -158,8 +159,7 @@ def check_keys(file: str, config: str, arguments: list[str]) -> None:
         config: name of the class in it whose fields are the keys.
         arguments: of the command line.
     """
-    given = [text for text in arguments if "=" in text or text.endswith((".yaml", ".yml"))]
-    given = [text for text in given if not text.startswith("-")]
+    given = list(filter(is_source, arguments))
     if not given or {"--help", "-h"} & set(arguments):
         return
     with one_line_errors():

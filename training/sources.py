@@ -66,6 +66,12 @@ def check_names(block: dict, names: Iterable[str], path: list) -> None:
             raise ConfigError([*path, name], complaint)
 
 
+def is_source(argument: str) -> bool:
+    """Return whether an argument of the command line is a YAML file or key=value, and no flag."""
+    named = "=" in argument or argument.endswith((".yaml", ".yml"))
+    return named and not argument.startswith("-")
+
+
 def merge_sources(arguments: list[str]) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
     """Return YAML files and key=value merged left to right, and each of them, see read_sources.
 
