@@ -41,7 +41,7 @@ from shards.loader import samples_in
 from shards.storage import Storage
 from shards.stream import load_stream
 from shards.workers import STOPPED, exit_on_signals
-from training.announce import say_if_slow
+from training.announce import print_once, say_if_slow
 from training.checkpoints import Checkpoints
 from training.config import RunName, build_named
 from training.copies import CopyingUnfinished
@@ -83,12 +83,15 @@ class RunConfig:
         return "SpeedMonitor" in (self.callbacks or {})
 
     @property
+    def training_paths(self) -> list[str]:
+        return [stream["path"] for stream in self.data["streams"]]
+
+    @property
     def data_sets(self) -> list[str]:
         """The paths of all data sets that the run trains or is measured on."""
-        streams = [stream["path"] for stream in self.data["streams"]]
         knn = (self.callbacks or {}).get("KNN") or {}
         measured = [*knn.get("bank", ()), *knn.get("queries", ())]
-        return [*streams, *getattr(self, "eval_data", {}).get("paths", ()), *measured]
+        return [*self.training_paths, *getattr(self, "eval_data", {}).get("paths", ()), *measured]
 
     def given(self) -> dict[str, Any]:
         """Return the blocks that are not null, as they are stored in config.yaml."""
@@ -198,9 +201,8 @@ def start_run(config: RunConfig) -> Path:
             "choose another run_name, or delete the run directory"
         )
     if finished:
-        if dist.get_global_rank() == 0:
-            remedy = "raise trainer.max_duration to train on, or choose another run_name"
-            print(f"{run} is finished, see {run}/result.json; {remedy}")
+        remedy = "raise trainer.max_duration to train on, or choose another run_name"
+        print_once(f"{run} is finished, see {run}/result.json; {remedy}")
         peer_watch().leave()
         sys.exit(0)
     return run
@@ -289,7 +291,7 @@ def chosen_callbacks(config: RunConfig, run: Path, checkpoints: Checkpoints) -> 
     given = {
         KNN: (checkpoints.save_and_exit_if_stopped,),
         SpotNotice: (checkpoints.request_stop,),
-        OnlineProbe: ([stream["path"] for stream in config.data["streams"]],),
+        OnlineProbe: (config.training_paths,),
     }
     return [*build_named(CALLBACKS, place_files(config.callbacks, run), given), checkpoints]
 
