@@ -29,9 +29,7 @@ from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.trainer.trainer import get_device
 from composer.utils import dist, reproducibility
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
-from yaml import YAMLError
 
 from evaluation.online import OnlineProbe
 from evaluation.pictures import draw_curves
@@ -51,7 +49,7 @@ from training.peers import is_connection_lost, peer_watch
 from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS, place_files
 from training.precision import BFloat16OnCPU, forbid_tf32
 from training.progress import Progress
-from training.sources import one_line
+from training.sources import one_line, read_settings
 from training.spot import SpotNotice
 
 TrainerBlock = Annotated[  # Composer's Trainer, without the arguments that build_trainer gives
@@ -128,13 +126,7 @@ def read_config(run: Path) -> dict[str, Any]:
         ValueError: config.yaml is corrupt.
     """
     path = run / "config.yaml"
-    if not path.exists():
-        return {}
-    try:
-        return dict(OmegaConf.to_container(OmegaConf.load(path)))
-    except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
-        message = "corrupt; if the run directory is the right one, delete this file"
-        raise ValueError(f"{path}: {message}") from error
+    return read_settings(path) if path.exists() else {}
 
 
 def changed_settings(before: dict[str, Any], config: dict[str, Any]) -> list[str]:
@@ -277,7 +269,6 @@ def trainer_settings(config: RunConfig, model: nn.Module) -> tuple[dict[str, Any
     return settings, callbacks
 
 
-@say_if_slow("building the trainer, and loading its newest checkpoint")
 def chosen_algorithms(config: RunConfig, model: nn.Module) -> list[Algorithm]:
     """Return the algorithms of a config, of the method, and of every run."""
     own = model.algorithms() if hasattr(model, "algorithms") else []
@@ -318,6 +309,7 @@ def errors_of_blocks() -> Iterator[None]:
         raise ValueError(f"{blocks}: {type(error).__name__}: {error}") from error
 
 
+@say_if_slow("building the trainer, and loading its newest checkpoint")
 def build_trainer(
     run: Path,
     config: RunConfig,
@@ -379,7 +371,6 @@ def write_settings(run: Path, config: RunConfig, data_sets: dict[str, dict]) -> 
 
     If the duration of a finished run was raised, its result is deleted: it is no longer finished.
     """
-    run.mkdir(parents=True, exist_ok=True)
     result = run / "result.json"
     if result.exists():
         result.unlink()

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
@@ -112,6 +113,19 @@ def read_sources(arguments: list[str]) -> list[tuple[str, Any]]:
             check_bases(argument, text)
         sources.append((argument, source))
     return sources
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return the content of a YAML file that a run has written, or one of yamls/.
+
+    Raises:
+        ValueError: the file is corrupt.
+    """
+    try:
+        return dict(OmegaConf.to_container(OmegaConf.load(file), resolve=True))
+    except (OSError, YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
+        remedy = "restore it, or delete it if the run directory is the right one"
+        raise ValueError(f"{file}: corrupt ({one_line(error)}); {remedy}") from error
 
 
 def check_bases(origin: str, text: TextIO) -> None:
