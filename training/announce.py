@@ -1,8 +1,5 @@
 """Say on rank 0 what a start has found, and what it is doing when that takes long.
 
-    with say_if_slow("opening the data sets"):
-        loader = load_stream(...)
-
 This file imports neither torch nor Composer, so that a stage can say that it imports them.
 """
 

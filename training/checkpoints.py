@@ -1,8 +1,5 @@
 """Save a run's checkpoints so that the newest is always intact, and find it on the next launch.
 
-    checkpoints = Checkpoints(Path("runs/vitl"), interval="500ba", bucket="s3://my-bucket/runs")
-    trainer = Trainer(..., callbacks=[checkpoints], load_path=checkpoints.newest())
-
 docs/fault_tolerance.md lists what can happen to a run, and what follows.
 """
 

@@ -1,9 +1,5 @@
 """Copies of a run's checkpoints in a bucket, made beside the training.
 
-    copies = Copies(Path("runs/vitl/checkpoints"), "s3://my-bucket/runs/vitl", superseded)
-    copies.submit("ep1-ba500.pt", ["ep1-ba500.pt"])    # returns at once
-    missing = copies.finish(limit=60)                  # [] if the bucket has all
-
 A sharded checkpoint counts as complete once it has its .metadata, which is therefore copied last.
 """
 

@@ -1,7 +1,4 @@
-"""Describe every key of a stage's YAML files, from signatures and docstrings alone.
-
-print(stage_help(__doc__, PretrainConfig))       # what --help prints
-"""
+"""Describe every key of a stage's YAML files for --help, from signatures and docstrings alone."""
 
 import inspect
 import re

@@ -1,7 +1,5 @@
 """Check the keys of a stage's YAML files before torch and Composer are imported, which takes long.
 
-    check_keys("pretrain.py", "PretrainConfig", sys.argv[1:])
-
 Signatures are read from source files, which are not executed, by the rules of training/config.py.
 A block whose signature cannot be read in this way is left to load_config, as are all values.
 """

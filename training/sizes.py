@@ -1,7 +1,4 @@
-"""Find method and sizes of a model from its checkpoint, so that no YAML file repeats them.
-
-known_model("runs/vitl/checkpoints/latest-rank0.pt")["model"]   # {"img_size": 224, ...}
-"""
+"""Find method and sizes of a model from its checkpoint, so that no YAML file repeats them."""
 
 import re
 from collections import Counter

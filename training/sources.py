@@ -1,7 +1,5 @@
 """Read YAML files and key=value arguments, and say in one line what is wrong with them.
 
-    config, sources = merge_sources(["yamls/demo.yaml", "model.depth=6"])
-
 This file imports neither torch nor Composer: training/keys.py needs it before their import.
 """
 

@@ -29,8 +29,7 @@ from training.announce import print_once, say_if_slow
 from training.huggingface import FILES, find_in_cache, find_in_folder, timm_names
 from training.safe_load import check_zip, load_plain, read_shards
 
-# Composer's name for a link to the newest checkpoint, which is a folder if sharded.
-LATEST = "latest-rank0.pt"  # in a run's checkpoints/: a link to the newest checkpoint
+LATEST = "latest-rank0.pt"  # Composer's name for a link to the newest checkpoint of a run
 
 # Of several ViTs in a file, averages and teachers are taken first, and these others last.
 AVERAGES = re.compile(r"(^|[._])(ema|teacher|target|averaged?)([._]|$)")
