@@ -279,15 +279,6 @@ def plan(config: PretrainConfig, machine: Machine) -> str:
     return training_report(plans, workers * ahead * micro_batch / machine.gpus * views)
 
 
-def report(run: Path, result: dict[str, Any], pretrained: str | None) -> None:
-    """Print the main result of a run that began with weights, or with random weights."""
-    if "knn/trained" in result:
-        before, after = result.get("knn/random", math.nan), result["knn/trained"]
-        weights = f"the weights of {pretrained}" if pretrained else "random weights"
-        print(f"k-NN accuracy: {after:.3f} after pre-training, {before:.3f} with {weights}")
-    print(f"the run directory is {run}: report.html, metrics.jsonl, checkpoints/")
-
-
 def main() -> None:
     exit_on_signals()
     with one_line_errors():
@@ -304,7 +295,12 @@ def main() -> None:
     fit(trainer)
     run, net = Path("runs", config.run_name), unwrapped(trainer.state)
     if dist.get_global_rank() == 0:
-        report(run, finish_run(run, {}), config.pretrained)
+        result = finish_run(run, {})
+        if "knn/trained" in result:
+            before, after = result.get("knn/random", math.nan), result["knn/trained"]
+            start = f"the weights of {config.pretrained}" if config.pretrained else "random weights"
+            print(f"k-NN accuracy: {after:.3f} after pre-training, {before:.3f} with {start}")
+        print(f"the run directory is {run}: report.html, metrics.jsonl, checkpoints/")
     if net.decoder is not None:
         # All ranks take part, since FSDP gathers the weights.
         draw_reconstructions(net, config.training_paths, run / "reconstructions.png")
