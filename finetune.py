@@ -10,7 +10,7 @@ runs/{run_name}/, as in pre-training.
 
 import sys
 
-from training.announce import announce, say_if_slow
+from training.announce import announce, print_once, say_if_slow
 from training.keys import check_keys
 
 if __name__ == "__main__":  # before the imports of torch and Composer, which take 6 s
@@ -300,10 +300,6 @@ class FinetuneConfig(RunConfig):
     def kind(self) -> type[Classifier]:
         return CLASSIFIERS[self.method or "classifier"]
 
-    @property
-    def training_paths(self) -> list[str]:
-        return [stream["path"] for stream in self.data["streams"]]
-
     def new_model(self, classes: int | list[int]) -> Classifier:
         if self.lars and len(self.lars["base_lrs"]) > 1:
             return self.kind(classes, len(self.lars["base_lrs"]), **self.model)
@@ -395,10 +391,9 @@ def find_classes(config: FinetuneConfig) -> Classes:
 
 def say_shared_data(config: FinetuneConfig) -> None:
     """Print a line if the validation has samples that are trained on."""
-    shared = shared_shards(config.eval_data["paths"], config.training_paths)
-    for path, count in shared.items():
+    for path, count in shared_shards(config.eval_data["paths"], config.training_paths).items():
         fault = "so the accuracy says nothing about other data"
-        print(f"{path}: {count} of its shards are trained on too, {fault}")
+        print_once(f"{path}: {count} of its shards are trained on too, {fault}")
 
 
 def finetune(config: FinetuneConfig) -> Trainer:
@@ -412,12 +407,10 @@ def finetune(config: FinetuneConfig) -> Trainer:
     with say_if_slow("building the model"):
         net = config.new_model(classes.count)
     net.class_names = classes.names
-    if dist.get_global_rank() == 0:
-        say_shared_data(config)
+    say_shared_data(config)
     if config.pretrained and not config.random_weights:
-        report = load_pretrained(net, config.pretrained)
-        if dist.get_global_rank() == 0:
-            print(f"weights of {config.pretrained}:\n{describe(report)}")
+        table = describe(load_pretrained(net, config.pretrained))
+        print_once(f"weights of {config.pretrained}:\n{table}")
     size, frames = net.encoder.img_size, net.encoder.num_frames
     as_stored = getattr(net, "images_as_stored", False)
     images = [stored_frames(path) == 1 for path in config.training_paths] if as_stored else ()

@@ -14,7 +14,7 @@ metrics.jsonl, result.json, loss.png, reconstructions.png, and report.html with 
 
 import sys
 
-from training.announce import announce, say_if_slow
+from training.announce import announce, print_once, say_if_slow
 from training.keys import check_keys
 
 if __name__ == "__main__":  # before the imports of torch and Composer, which take 6 s
@@ -27,7 +27,6 @@ if __name__ == "__main__":  # before the imports of torch and Composer, which ta
 import json
 import math
 import os
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,6 +51,7 @@ from shards.storage import Storage
 from shards.stream import load_stream
 from shards.views import PretrainingViews, check_frames, stored_frames
 from shards.workers import exit_on_signals
+from training.checkpoints import appears
 from training.config import Choice, keywords_of, load_config
 from training.cost import flops_per_sample
 from training.help import stage_help
@@ -110,9 +110,9 @@ def take_sizes(config: PretrainConfig, planned: bool = False) -> PretrainConfig:
     if "num_heads" not in sizes and config.model.get("embed_dim") != sizes["embed_dim"]:
         raise ValueError("model.num_heads: give it with model.embed_dim; the weights do not tell")
     changed = [name for name in sorted(sizes) if config.model.get(name, sizes[name]) != sizes[name]]
-    if changed and dist.get_global_rank() == 0:
+    if changed:
         listed = ", ".join(f"model.{name}={sizes[name]}" for name in changed)
-        print(f"sizes of {config.pretrained}: {listed}")
+        print_once(f"sizes of {config.pretrained}: {listed}")
     img_size = {"img_size": known["img_size"]} if "img_size" in known else {}
     return replace(config, model=img_size | config.model | sizes)
 
@@ -149,21 +149,19 @@ def convert_raw(sources: list[str], recipe: dict[str, Any], folder: Path) -> lis
         ValueError: see kinds_in; or the conversion fails, or other folders were converted.
     """
     record = folder / RAW
-    machines = dist.get_world_size() // dist.get_local_world_size()
-    if not record.exists() and machines > 1:
-        remedy = "run data_prep.py to a shared folder or bucket, and give raw=null and data.streams"
-        raise ValueError(f"raw: {machines} machines cannot convert together; {remedy}")
-    if dist.get_global_rank() == 0 and record.exists():
-        print(f"raw: takes what is in {folder}; files that are new since then are not in it")
-    if not record.exists():
+    if record.exists():
+        print_once(f"raw: takes what is in {folder}; files that are new since then are not in it")
+    else:
+        machines = dist.get_world_size() // dist.get_local_world_size()
+        if machines > 1:
+            remedy = "run data_prep.py to a shared folder, and give raw=null and data.streams"
+            raise ValueError(f"raw: {machines} machines cannot convert together; {remedy}")
         kinds = [kinds_in(source) for source in sources]
-        folders = [os.path.realpath(source) for source in sources]
-        if len(set(folders)) < len(folders):
+        if len({os.path.realpath(source) for source in sources}) < len(sources):
             raise ValueError(f"raw: {', '.join(sources)} names a folder twice")
         folder.mkdir(parents=True, exist_ok=True)
-        waits_until = time.monotonic() + RANK_ZERO_FIRST * min(dist.get_local_rank(), 1)
-        while not record.exists() and time.monotonic() < waits_until:
-            time.sleep(1)
+        if dist.get_local_rank() != 0:
+            appears(record, RANK_ZERO_FIRST)
         with FileLock(folder / "raw.lock"):
             if not record.exists():
                 paths = convert_folders(sources, kinds, recipe, folder)
@@ -204,8 +202,7 @@ def train_on_raw(config: PretrainConfig) -> PretrainConfig:
     limit = 2 ** int(math.log2(max(samples // 4, 2)))
     for name in ("global_train_batch_size", "global_micro_batch_size"):
         if (data.get(name) or 0) > limit:
-            if dist.get_global_rank() == 0:
-                print(f"data.{name}={limit}, lowered from {data[name]} for {samples} samples")
+            print_once(f"data.{name}={limit}, lowered from {data[name]} for {samples} samples")
             data[name] = limit
     return replace(config, data=data)
 
@@ -230,8 +227,7 @@ def check_data(net: ViCMAE, config: PretrainConfig, views: int, micro_batch: int
                 "images and clips have other shapes"
             )
     if getattr(net, "needs_labels", False):
-        paths = [stream["path"] for stream in config.data["streams"]]
-        same_classes(paths, f"method={config.method}")
+        same_classes(config.training_paths, f"method={config.method}")
     if net.projector is None:
         return
     name = type(net).__name__
@@ -254,19 +250,17 @@ def pretrain(config: PretrainConfig) -> Trainer:
         net = config.new_model()
     if config.pretrained:
         table = describe(load_pretrained(net, config.pretrained, HEADS))
-        if dist.get_global_rank() == 0:
-            print(f"weights of {config.pretrained}:\n{table}")
+        print_once(f"weights of {config.pretrained}:\n{table}")
     sizes = (net.encoder.img_size, net.encoder.num_patches, net.encoder.num_frames)
-    paths = [stream["path"] for stream in config.data["streams"]]
     by_stream = config.augment.get("image_frames")
-    images = [stored_frames(path) == 1 for path in paths] if by_stream else ()
+    images = [stored_frames(path) == 1 for path in config.training_paths] if by_stream else ()
     views = PretrainingViews(*sizes, images, **config.augment)
     patch_size = net.encoder.patch_size
     with say_if_slow("opening the data sets"):
         loader, micro_size = load_stream(
             views, augment_batch, config.seed, patch_size, run, **config.data
         )
-    check_frames(paths, net.encoder.num_frames, views.frame_interval)
+    check_frames(config.training_paths, net.encoder.num_frames, views.frame_interval)
     check_data(net, config, views.views, micro_size * dist.get_world_size())
     optimizer = build_optimizer(net, config.data["global_train_batch_size"], **config.optimizer)
     return build_trainer(run, config, net, optimizer, loader, micro_size, flops_per_sample=flops)
@@ -304,15 +298,6 @@ def plan(config: PretrainConfig, machine: Machine) -> str:
     return training_report(plans, workers * ahead * micro_batch / machine.gpus * views)
 
 
-def report(run: Path, result: dict[str, Any], pretrained: str | None) -> None:
-    """Print the main result of a run that began with weights, or with random weights."""
-    if "knn/trained" in result:
-        before, after = result.get("knn/random", math.nan), result["knn/trained"]
-        weights = f"the weights of {pretrained}" if pretrained else "random weights"
-        print(f"k-NN accuracy: {after:.3f} after pre-training, {before:.3f} with {weights}")
-    print(f"the run directory is {run}: report.html, metrics.jsonl, checkpoints/")
-
-
 def main() -> None:
     exit_on_signals()
     with one_line_errors():
@@ -329,11 +314,15 @@ def main() -> None:
     fit(trainer)
     run, net = Path("runs", config.run_name), unwrapped(trainer.state)
     if dist.get_global_rank() == 0:
-        report(run, finish_run(run, {}), config.pretrained)
+        result = finish_run(run, {})
+        if "knn/trained" in result:
+            before, after = result.get("knn/random", math.nan), result["knn/trained"]
+            start = f"the weights of {config.pretrained}" if config.pretrained else "random weights"
+            print(f"k-NN accuracy: {after:.3f} after pre-training, {before:.3f} with {start}")
+        print(f"the run directory is {run}: report.html, metrics.jsonl, checkpoints/")
     if net.decoder is not None:
-        paths = [stream["path"] for stream in config.data["streams"]]
         # All ranks take part, since FSDP gathers the weights.
-        draw_reconstructions(net, paths, run / "reconstructions.png")
+        draw_reconstructions(net, config.training_paths, run / "reconstructions.png")
     if dist.get_global_rank() == 0:
         write_report(run, run / "report.html")
 

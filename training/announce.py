@@ -1,7 +1,4 @@
-"""Say what a start is doing when that takes long.
-
-    with say_if_slow("opening the data sets"):
-        loader = load_stream(...)
+"""Say on rank 0 what a start has found, and what it is doing when that takes long.
 
 This file imports neither torch nor Composer, so that a stage can say that it imports them.
 """
@@ -11,14 +8,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Timer
+from typing import TextIO
 
 SLOW = 3.0  # seconds
 
 
+def print_once(text: str, file: TextIO | None = None) -> None:
+    """Print a text on rank 0, to stdout by default."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=file, flush=True)
+
+
 def announce(task: str) -> None:
     """Print what follows to stderr, on rank 0."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{task} ...", file=sys.stderr, flush=True)
+    print_once(f"{task} ...", sys.stderr)
 
 
 def announce_later(task: str) -> Timer:

@@ -1,8 +1,5 @@
 """Save a run's checkpoints so that the newest is always intact, and find it on the next launch.
 
-    checkpoints = Checkpoints(Path("runs/vitl"), interval="500ba", bucket="s3://my-bucket/runs")
-    trainer = Trainer(..., callbacks=[checkpoints], load_path=checkpoints.newest())
-
 docs/fault_tolerance.md lists what can happen to a run, and what follows.
 """
 
@@ -27,7 +24,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch.distributed.checkpoint import BytesStorageMetadata
 
 from shards.workers import STOPPED, exit_on_signals, ignore_stop_signals
-from training.announce import say_if_slow
+from training.announce import print_once, say_if_slow
 from training.config import Duration
 from training.copies import METADATA, Copies, CopyingUnfinished
 from training.peers import new_group
@@ -186,9 +183,8 @@ class Checkpoints(Callback):
             remedy = "give the machines a shared folder, or checkpoints.bucket"
             if sharded:
                 raise ValueError(f"{problem} than rank 0, for sharded checkpoints; {remedy}")
-            if dist.get_global_rank() == 0:
-                follows = "checkpoints are on the machine of rank 0 alone"
-                print(f"{problem}; {follows}. To resume, {remedy}", flush=True)
+            follows = "checkpoints are on the machine of rank 0 alone"
+            print_once(f"{problem}; {follows}. To resume, {remedy}")
 
     @say_if_slow("looking for an intact checkpoint")
     def newest(self) -> Path | None:
@@ -316,12 +312,11 @@ class Checkpoints(Callback):
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
         self.save_if_due_or_stopped(state, self.is_due(state, Event.EPOCH_CHECKPOINT))
 
-    def eval_batch_end(self, state: State, logger: Logger) -> None:
-        self.save_and_exit_if_stopped(state)
-
-    def save_and_exit_if_stopped(self, state: State) -> None:
+    def save_and_exit_if_stopped(self, state: State, logger: Logger | None = None) -> None:
         """Save and exit if a stop was requested. All ranks of an evaluation call it together."""
         self.save_if_due_or_stopped(state, is_due=False)
+
+    eval_batch_end = save_and_exit_if_stopped
 
     def save_if_due_or_stopped(self, state: State, is_due: bool) -> None:
         """Save if a checkpoint is due; if a stop was requested, save in any case, and exit.
@@ -346,7 +341,7 @@ class Checkpoints(Callback):
             self.saved_step = step
         if stop:
             self.writer.finish()
-            if dist.get_global_rank() == 0:
+            if dist.get_global_rank() == 0:  # other machines may have no link
                 place = f"epoch {state.timestamp.epoch.value}, step {step}"
                 saved = f"saved in {self.folder / os.readlink(self.folder / LATEST)}"
                 print(f"stopped at {place}; {saved}; run the same command to resume", flush=True)
@@ -355,10 +350,10 @@ class Checkpoints(Callback):
     def exit_stopped(self) -> None:
         """Exit with STOPPED once the bucket has all copies, or the time for them is over."""
         missing = self.copies.finish(self.upload_limit)
-        if missing and dist.get_global_rank() == 0:
+        if missing:
             limit = f"checkpoints.upload_limit={self.upload_limit:g}"
             lacks = f"{self.bucket.root} lacks {', '.join(missing)} after {limit} seconds"
-            print(f"{lacks}; {self.folder} has them", flush=True)
+            print_once(f"{lacks}; {self.folder} has them")
         # The launcher sends SIGTERM to the ranks that end last, which must not change their code.
         ignore_stop_signals()
         if self.copies.is_copying:

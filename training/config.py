@@ -190,19 +190,14 @@ def convert(value: Any, hint: Any, path: list, config: dict[str, Any]) -> Any:
     if not isinstance(value, dict):
         raise ConfigError(path, "must be a block of keys", value)
     _, target, *omitted = members
-    if isinstance(target, Named):
-        return convert_named(value, target, path, config)
     if isinstance(target, Choice):
         target = target.chosen(config)
-    return convert_block(value, target, path, config, tuple(omitted))
-
-
-def convert_named(block: dict, named: Named, path: list, config: dict[str, Any]) -> dict[str, Any]:
-    """Return a block of classes with their arguments converted, without null; see Named."""
+    if not isinstance(target, Named):
+        return convert_block(value, target, path, config, tuple(omitted))
     converted = {}
-    for name, arguments in block.items():
+    for name, arguments in value.items():
         try:
-            found = named.find(str(name))
+            found = target.find(str(name))
         except ValueError as error:
             raise ConfigError([*path, name], str(error), arguments) from error
         if arguments is not None:

@@ -1,9 +1,5 @@
 """Copies of a run's checkpoints in a bucket, made beside the training.
 
-    copies = Copies(Path("runs/vitl/checkpoints"), "s3://my-bucket/runs/vitl", superseded)
-    copies.submit("ep1-ba500.pt", ["ep1-ba500.pt"])    # returns at once
-    missing = copies.finish(limit=60)                  # [] if the bucket has all
-
 A sharded checkpoint counts as complete once it has its .metadata, which is therefore copied last.
 """
 
@@ -12,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,11 +89,12 @@ class Copies:
     def copy(self, parts: list[str]) -> bool:
         """Copy files to the bucket; return whether all ranks could."""
         last = [part for part in parts if Path(part).name == METADATA]
-        copied = self.on_all_ranks(self.upload(part for part in parts if part not in last))
+        first = [part for part in parts if part not in last]
+        copied = self.on_all_ranks(self.succeeds(partial(self.upload, first)))
         if copied:
-            copied = self.upload(last)
+            copied = self.succeeds(partial(self.upload, last))
             if dist.get_global_rank() == 0:
-                copied = copied and self.prune_bucket()
+                copied = copied and self.succeeds(self.prune_bucket)
             copied = self.on_all_ranks(copied)
         return copied
 
@@ -108,30 +106,26 @@ class Copies:
         torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN, self.group)
         return bool(lowest)
 
-    def upload(self, parts: Iterable[str]) -> bool:
+    def succeeds(self, action: Callable[[], None]) -> bool:
+        """Return whether an action on the bucket succeeds; report its error."""
         try:
-            for part in parts:
-                self.bucket.upload(self.folder / part, part)
+            action()
         except OSError as error:
-            self.report(error)
+            kept = f"what is in {self.folder} is intact, and the run continues"
+            print(f"checkpoints.bucket: {error}; {kept}", flush=True)
             return False
         return True
 
-    def prune_bucket(self) -> bool:
-        try:
-            files = list(self.bucket.names(hidden=True))
-            old = self.superseded({file.split("/")[0] for file in files})
-            for file in files:
-                if file.split("/")[0] in old:
-                    self.bucket.delete(file)
-        except OSError as error:
-            self.report(error)
-            return False
-        return True
+    def upload(self, parts: list[str]) -> None:
+        for part in parts:
+            self.bucket.upload(self.folder / part, part)
 
-    def report(self, error: OSError) -> None:
-        kept = f"what is in {self.folder} is intact, and the run continues"
-        print(f"checkpoints.bucket: {error}; {kept}", flush=True)
+    def prune_bucket(self) -> None:
+        files = list(self.bucket.names(hidden=True))
+        old = self.superseded({file.split("/")[0] for file in files})
+        for file in files:
+            if file.split("/")[0] in old:
+                self.bucket.delete(file)
 
     def complete(self) -> set[str]:
         """Return the names of the files, and of the complete folders, in the bucket."""
@@ -143,8 +137,8 @@ class Copies:
         """Copy a whole checkpoint from this disk to the bucket."""
         path = self.folder / name
         files = [path] if path.is_file() else list(path.iterdir())
-        for file in sorted(files, key=lambda file: file.name == METADATA):
-            self.bucket.upload(file, os.path.relpath(file, self.folder))
+        files.sort(key=lambda file: file.name == METADATA)
+        self.upload([os.path.relpath(file, self.folder) for file in files])
 
     def fetch(self, name: str) -> None:
         """Download a checkpoint from the bucket into the folder.

@@ -30,10 +30,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 @contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Make new tensors fake, as if on the CPU, even where the default device is meta."""
+def fake_copy(net: nn.Module, checkpointing: bool) -> Iterator[nn.Module]:
+    """Give a fake copy of a model; in this context, new tensors are fake, as if on the CPU.
+
+    Args:
+        checkpointing: let transformer blocks keep only their inputs, as FSDP's
+            activation_checkpointing does.
+    """
+    net = copy.deepcopy(net).to("meta")
     with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):
-        yield
+        net.to_empty(device="cpu")
+        if checkpointing:
+            wrap = partial(checkpoint_wrapper, preserve_rng_state=False)  # nothing random here
+            apply_activation_checkpointing(net, wrap, lambda part: isinstance(part, Block))
+        yield net
 
 
 def fake_batch(sample: dict[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -58,12 +68,6 @@ def run_step(net: nn.Module, batch: dict[str, Tensor]) -> None:
     total.backward()
 
 
-def checkpoint_blocks(net: nn.Module) -> None:
-    """Let transformer blocks keep only their inputs, as FSDP's activation_checkpointing does."""
-    wrap = partial(checkpoint_wrapper, preserve_rng_state=False)  # nothing random here
-    apply_activation_checkpointing(net, wrap, lambda part: isinstance(part, Block))
-
-
 def flops_per_sample(
     net: nn.Module, sample: dict[str, Tensor], checkpointing: bool = False, chunked: bool = False
 ) -> float:
@@ -77,15 +81,11 @@ def flops_per_sample(
         checkpointing, chunked: count what blocks, or ViCMAE's chunks, compute a second time.
     """
     count = 2  # BatchNorm needs two samples
-    net = copy.deepcopy(net).to("meta")
     # The counter does not know the fused attention of a CPU; the plain one is two products.
-    with fake_tensors(), sdpa_kernel(SDPBackend.MATH):
-        net.to_empty(device="cpu")
-        net.chunk_size = 1 if chunked else None
-        if checkpointing:
-            checkpoint_blocks(net)
+    with fake_copy(net, checkpointing) as fake, sdpa_kernel(SDPBackend.MATH):
+        fake.chunk_size = 1 if chunked else None
         with FlopCounterMode(display=False) as counter:
-            run_step(net, fake_batch(sample, count))
+            run_step(fake, fake_batch(sample, count))
     return counter.get_total_flops() / count
 
 
@@ -135,20 +135,15 @@ def peak_bytes(
     Args:
         net, sample: see flops_per_sample.
         half: whether autocast runs matrix products in 16 bits.
-        checkpointing: whether transformer blocks keep only their inputs, and compute the rest
-            again, as with FSDP's activation_checkpointing.
+        checkpointing: see fake_copy.
     """
-    net = copy.deepcopy(net).to("meta")
-    with fake_tensors():
-        net.to_empty(device="cpu")
-        for parameter in net.parameters():
+    with fake_copy(net, checkpointing) as fake:
+        for parameter in fake.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(drop_gradient)
-        if checkpointing:
-            checkpoint_blocks(net)
-        memory = PeakMemory([*net.parameters(), *net.buffers()])
+        memory = PeakMemory([*fake.parameters(), *fake.buffers()])
         # Autocast's cache would hold every copy to the end, even those of checkpointed blocks.
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False)
         with memory, autocast:
-            run_step(net, fake_batch(sample, samples))
+            run_step(fake, fake_batch(sample, samples))
     return memory.peak

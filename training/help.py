@@ -1,7 +1,4 @@
-"""Describe every key of a stage's YAML files, from signatures and docstrings alone.
-
-print(stage_help(__doc__, PretrainConfig))       # what --help prints
-"""
+"""Describe every key of a stage's YAML files for --help, from signatures and docstrings alone."""
 
 import inspect
 import re
@@ -16,7 +13,8 @@ from training.config import Choice, Named, keywords_of
 from training.sources import without
 
 COLUMN = 45  # at which the texts begin
-ENTRY = re.compile(r"^(\w+(?:, \w+)*)(?: \(.*?\))?: ?(.*)$")  # `name, other (type, optional): text`
+# `name, other (type, optional): text`, and the indented lines that follow
+ENTRY = re.compile(r"^(\w+(?:, \w+)*)(?: \(.*?\))?:(.*\n(?:(?: .*)?\n)*)", re.MULTILINE)
 
 
 def stage_help(usage: str, config: Callable) -> str:
@@ -124,18 +122,10 @@ def argument_texts(target: Callable) -> dict[str, str]:
 
 def arguments_in(doc: str) -> Iterator[tuple[str, str]]:
     """Yield (name, first sentence) for every argument in the section Args of a docstring."""
-    section = re.search(r"^Args:\n((?:    .*\n?|\s*\n)+)", doc, re.MULTILINE)
-    entries: list[tuple[str, str]] = []
-    for line in textwrap.dedent(section[1]).splitlines() if section else ():
-        match = ENTRY.match(line)
-        if match:
-            entries.append(match.groups())
-        elif entries:
-            names, text = entries[-1]
-            entries[-1] = (names, f"{text} {line.strip()}")
-    for names, text in entries:
+    section = re.search(r"^Args:\n((?:    .*\n|\s*\n)+)", f"{doc}\n", re.MULTILINE)
+    for names, text in ENTRY.findall(textwrap.dedent(section[1])) if section else ():
         for name in names.split(", "):
-            yield name, first_sentence(text)
+            yield name, first_sentence(text.replace("\n", " "))  # with all paragraphs
 
 
 def first_sentence(text: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Iterable
 
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
@@ -11,50 +12,37 @@ from torch import Tensor
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 PATCHES = "embeddings.patch_embeddings.projection.weight"
-TIMM_NAMES = {  # {a pattern in transformers' name of a ViT's weight: its place in timm's name}
-    r"^decoder\.(?=decoder_|mask_token)": "",
-    r"^embeddings\.(?=cls_token|mask_token|register_tokens)": "",
-    r"^embeddings\.position_embeddings": "pos_embed",
-    r"^embeddings\.patch_embeddings\.projection": "patch_embed.proj",
-    r"^encoder\.layer\.": "blocks.",
-    r"^decoder_layers\.": "decoder_blocks.",
-    r"\.attention\.output\.dense": ".attn.proj",
-    r"\.attention\.attention\.query": ".attn.q",
-    r"\.attention\.attention\.key": ".attn.k",
-    r"\.attention\.attention\.value": ".attn.v",
-    r"\.attention\.attention\.": ".attn.",
-    r"\.intermediate\.dense": ".mlp.fc1",
-    r"\.output\.dense": ".mlp.fc2",
-    r"\.layernorm_before": ".norm1",
-    r"\.layernorm_after": ".norm2",
-    r"\.layer_scale(\d)\.lambda1": r".ls\1.gamma",
-    r"^layernorm": "norm",
-    r"^classifier": "head",
+PARTS = {  # {a part of timm's name of a ViT's weight: its place in transformers' name}
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "blocks.": "encoder.layer.",
+    "norm.": "layernorm.",
+    "head.": "classifier.",
+    ".attn.proj": ".attention.output.dense",
+    ".attn.": ".attention.attention.",
+    ".mlp.fc1": ".intermediate.dense",
+    ".mlp.fc2": ".output.dense",
+    ".norm1": ".layernorm_before",
+    ".norm2": ".layernorm_after",
 }
-TRANSFORMERS_NAMES = {  # {a pattern in timm's name: its place in transformers' name}
-    r"^(?=cls_token)": "embeddings.",
-    r"^pos_embed": "embeddings.position_embeddings",
-    r"^patch_embed\.proj": "embeddings.patch_embeddings.projection",
-    r"^blocks\.": "encoder.layer.",
-    r"^norm\.": "layernorm.",
-    r"^decoder\.(?!mask_token)": "decoder.decoder_",
-    r"^decoder\.decoder_blocks\.": "decoder.decoder_layers.",
-    r"\.attn\.proj": ".attention.output.dense",
-    r"\.attn\.": ".attention.attention.",
-    r"\.mlp\.fc1": ".intermediate.dense",
-    r"\.mlp\.fc2": ".output.dense",
-    r"\.norm1": ".layernorm_before",
-    r"\.norm2": ".layernorm_after",
-    r"^head": "classifier",
-}
+
+
+def exchange(name: str, places: Iterable[tuple[str, str]]) -> str:
+    """Return a name with parts replaced in turn: with a dot anywhere, others at its beginning."""
+    for part, place in places:
+        begin = "" if part.startswith(".") else "^"
+        name = re.sub(begin + re.escape(part), place, name)
+    return name
 
 
 def transformers_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of a ViT by transformers' names, given timm's, and ours for a decoder."""
     renamed = {}
-    for name, value in weights.items():
-        for pattern, place in TRANSFORMERS_NAMES.items():
-            name = re.sub(pattern, place, name)
+    for key, value in weights.items():
+        name = exchange(key, PARTS.items())
+        name = re.sub(r"^decoder\.(?!mask_token)", "decoder.decoder_", name)
+        name = name.replace("decoder_blocks.", "decoder_layers.")
         if "attention.qkv" in name:
             for part, share in zip(("query", "key", "value"), value.chunk(3), strict=True):
                 renamed[name.replace("qkv", part)] = share.clone()
@@ -70,10 +58,12 @@ def timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         return weights
     renamed = {}
     for key, value in weights.items():
-        name = key.removeprefix(prefixes[0])
-        for pattern, place in TIMM_NAMES.items():
-            name = re.sub(pattern, place, name)
-        renamed[name] = value
+        name = key.removeprefix(prefixes[0]).replace("decoder_layers.", "decoder_blocks.")
+        name = re.sub(r"^decoder\.(?=decoder_|mask_token)", "", name)
+        name = re.sub(r"^embeddings\.(?=mask_token|register_tokens)", "", name)
+        name = exchange(name, [(theirs, part) for part, theirs in PARTS.items()])
+        name = re.sub(r"\.attn\.(q|k|v)(uery|ey|alue)\b", r".attn.\1", name)
+        renamed[re.sub(r"\.layer_scale(\d)\.lambda1", r".ls\1.gamma", name)] = value
     return renamed
 
 

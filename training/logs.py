@@ -10,6 +10,7 @@ from composer.loggers import LoggerDestination
 from composer.utils import dist
 from torch.distributed.tensor import DTensor
 
+from shards.storage import write_file
 from training.fsdp import gradients_of
 
 
@@ -28,9 +29,7 @@ class JsonLines(LoggerDestination):
         lines = self.path.read_text().splitlines(keepends=True)
         complete = [line for line in lines if line.endswith("\n")]
         kept = [line for line in complete if json.loads(line)["step"] <= step]
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(kept))
-        aside.replace(self.path)
+        write_file(str(self.path), "".join(kept).encode())
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         self.line |= {key: float(value) for key, value in metrics.items()}

@@ -3,15 +3,11 @@
     python pretrain.py yamls/vitl.yaml --plan=64 --gpu=h100    # default: 8 GPUs, a100
 
 pretrain.py, finetune.py and eval.py take --plan, which needs neither data nor GPUs.
-
-    with torch.device("meta"):
-        net = ViCMAE(**config["model"])
-        sample = {"views": torch.empty(1, 2, 3, 224, 224), "noise": torch.empty(1, 2, 196)}
-    print(training_plans(net, sample, config, Machine(8, GPUS["h100"]))[0])
 """
 
 import math
 import re
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +20,7 @@ from shards.storage import Storage
 from training.cost import flops_per_sample, peak_bytes
 from training.fsdp import fsdp_settings
 from training.gpus import GPUS, Gpu
+from training.sources import is_source
 
 
 class Machine(NamedTuple):
@@ -295,28 +292,22 @@ def split_plan_flags(arguments: list[str]) -> tuple[list[str], Machine | None]:
     Raises:
         ValueError: not a positive number, or an unknown GPU.
     """
-    defaults = {"--plan": "8", "--gpu": "a100"}
-    others, given = [], {}
-    last = None  # the flag before an argument, if its value may follow
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        if last and re.fullmatch(r"\w[\w-]*", argument):
-            given[last] = argument
-        elif flag in defaults:
-            given[flag] = value if equals else defaults[flag]
-        else:
-            others.append(argument)
-        last = argument if argument in defaults else None
-    name = given.get("--gpu", "a100")
-    if name not in GPUS:
-        raise ValueError(f"--gpu={name}: must be one of {', '.join(GPUS)}")
-    if "--plan" not in given:
-        if given:
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--plan", nargs="?", const="8")
+    parser.add_argument("--gpu", nargs="?", const="a100")
+    # argparse would take a file or key=value that follows a flag as the value of the flag.
+    flags, others = parser.parse_known_args([text for text in arguments if not is_source(text)])
+    others = [text for text in arguments if is_source(text)] + others
+    gpu = flags.gpu or "a100"
+    if gpu not in GPUS:
+        raise ValueError(f"--gpu={gpu}: must be one of {', '.join(GPUS)}")
+    if flags.plan is None:
+        if flags.gpu:
             raise ValueError("--gpu: give --plan too")
         return others, None
-    if not re.fullmatch(r"[1-9]\d*", given["--plan"]):
-        raise ValueError(f"--plan={given['--plan']}: must be a number of GPUs, as in --plan=8")
-    return others, Machine(int(given["--plan"]), GPUS[name])
+    if not re.fullmatch(r"[1-9]\d*", flags.plan):
+        raise ValueError(f"--plan={flags.plan}: must be a number of GPUs, as in --plan=8")
+    return others, Machine(int(flags.plan), GPUS[gpu])
 
 
 def training_samples(data: dict[str, Any], max_duration: str) -> int:

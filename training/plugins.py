@@ -42,50 +42,26 @@ from training.config import Named
 from training.speedups import ContrastRamp, FreezeEncoder, PartialDecoding, ProgressiveResizing
 from training.spot import SpotNotice
 
+# Our classes, then Composer's.
 ALGORITHMS = Named(
     (
-        ChannelsLast,
-        ContrastRamp,
-        EMA,
-        FreezeEncoder,
-        GradientClipping,
-        LowPrecisionLayerNorm,
-        PartialDecoding,
-        ProgressiveResizing,
-        SAM,
-        SWA,
+        *(ContrastRamp, FreezeEncoder, PartialDecoding, ProgressiveResizing),
+        *(ChannelsLast, EMA, GradientClipping, LowPrecisionLayerNorm, SAM, SWA),
     ),
     Algorithm,
 )
 CALLBACKS = Named(
     (
-        EarlyStopper,
-        EffectiveRank,
-        KNN,
-        LRMonitor,
-        MemoryMonitor,
-        MemorySnapshot,
-        OOMObserver,
-        OnlineProbe,
-        OptimizerMonitor,
-        RuntimeEstimator,
-        SpeedMonitor,
-        SpotNotice,
-        SystemMetricsMonitor,
-        ThresholdStopper,
+        *(EffectiveRank, KNN, OnlineProbe, SpotNotice),
+        *(EarlyStopper, LRMonitor, MemoryMonitor, MemorySnapshot, OOMObserver, OptimizerMonitor),
+        *(RuntimeEstimator, SpeedMonitor, SystemMetricsMonitor, ThresholdStopper),
     ),
     Callback,
 )
 LOGGERS = Named(
     (
-        CometMLLogger,
-        ConsoleLogger,
-        FileLogger,
-        MLFlowLogger,
-        NeptuneLogger,
-        SlackLogger,
-        TensorboardLogger,
-        WandBLogger,
+        *(CometMLLogger, ConsoleLogger, FileLogger, MLFlowLogger),
+        *(NeptuneLogger, SlackLogger, TensorboardLogger, WandBLogger),
     ),
     LoggerDestination,
 )

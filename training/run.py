@@ -29,9 +29,7 @@ from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.trainer.trainer import get_device
 from composer.utils import dist, reproducibility
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
-from yaml import YAMLError
 
 from evaluation.online import OnlineProbe
 from evaluation.pictures import draw_curves
@@ -41,7 +39,7 @@ from shards.loader import samples_in
 from shards.storage import Storage
 from shards.stream import load_stream
 from shards.workers import STOPPED, exit_on_signals
-from training.announce import say_if_slow
+from training.announce import print_once, say_if_slow
 from training.checkpoints import Checkpoints
 from training.config import RunName, build_named
 from training.copies import CopyingUnfinished
@@ -51,7 +49,7 @@ from training.peers import is_connection_lost, peer_watch
 from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS, place_files
 from training.precision import BFloat16OnCPU, forbid_tf32
 from training.progress import Progress
-from training.sources import one_line
+from training.sources import one_line, read_settings
 from training.spot import SpotNotice
 
 TrainerBlock = Annotated[  # Composer's Trainer, without the arguments that build_trainer gives
@@ -83,12 +81,15 @@ class RunConfig:
         return "SpeedMonitor" in (self.callbacks or {})
 
     @property
+    def training_paths(self) -> list[str]:
+        return [stream["path"] for stream in self.data["streams"]]
+
+    @property
     def data_sets(self) -> list[str]:
         """The paths of all data sets that the run trains or is measured on."""
-        streams = [stream["path"] for stream in self.data["streams"]]
         knn = (self.callbacks or {}).get("KNN", {})
         measured = [*knn.get("bank", ()), *knn.get("queries", ())]
-        return [*streams, *getattr(self, "eval_data", {}).get("paths", ()), *measured]
+        return [*self.training_paths, *getattr(self, "eval_data", {}).get("paths", ()), *measured]
 
     def given(self) -> dict[str, Any]:
         """Return the blocks that are not null, as they are stored in config.yaml."""
@@ -125,13 +126,7 @@ def read_config(run: Path) -> dict[str, Any]:
         ValueError: config.yaml is corrupt.
     """
     path = run / "config.yaml"
-    if not path.exists():
-        return {}
-    try:
-        return dict(OmegaConf.to_container(OmegaConf.load(path)))
-    except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
-        message = "corrupt; if the run directory is the right one, delete this file"
-        raise ValueError(f"{path}: {message}") from error
+    return read_settings(path) if path.exists() else {}
 
 
 def changed_settings(before: dict[str, Any], config: dict[str, Any]) -> list[str]:
@@ -199,9 +194,8 @@ def start_run(config: RunConfig) -> Path:
             "choose another run_name, or delete the run directory"
         )
     if finished:
-        if dist.get_global_rank() == 0:
-            remedy = "raise trainer.max_duration to train on, or choose another run_name"
-            print(f"{run} is finished, see {run}/result.json; {remedy}")
+        remedy = "raise trainer.max_duration to train on, or choose another run_name"
+        print_once(f"{run} is finished, see {run}/result.json; {remedy}")
         peer_watch().leave()
         sys.exit(0)
     return run
@@ -280,7 +274,6 @@ def trainer_settings(config: RunConfig, model: nn.Module) -> tuple[dict[str, Any
     return settings, callbacks
 
 
-@say_if_slow("building the trainer, and loading its newest checkpoint")
 def chosen_algorithms(config: RunConfig, model: nn.Module) -> list[Algorithm]:
     """Return the algorithms of a config, of the method, and of every run."""
     own = model.algorithms() if hasattr(model, "algorithms") else []
@@ -294,7 +287,7 @@ def chosen_callbacks(config: RunConfig, run: Path, checkpoints: Checkpoints) -> 
     given = {
         KNN: (checkpoints.save_and_exit_if_stopped,),
         SpotNotice: (checkpoints.request_stop,),
-        OnlineProbe: ([stream["path"] for stream in config.data["streams"]],),
+        OnlineProbe: (config.training_paths,),
     }
     return [*build_named(CALLBACKS, place_files(config.callbacks, run), given), checkpoints]
 
@@ -321,6 +314,7 @@ def errors_of_blocks() -> Iterator[None]:
         raise ValueError(f"{blocks}: {type(error).__name__}: {error}") from error
 
 
+@say_if_slow("building the trainer, and loading its newest checkpoint")
 def build_trainer(
     run: Path,
     config: RunConfig,
@@ -382,7 +376,6 @@ def write_settings(run: Path, config: RunConfig, data_sets: dict[str, dict]) -> 
 
     If the duration of a finished run was raised, its result is deleted: it is no longer finished.
     """
-    run.mkdir(parents=True, exist_ok=True)
     result = run / "result.json"
     if result.exists():
         result.unlink()

@@ -1,8 +1,5 @@
 """Load checkpoint files that may come from anyone, without executing anything that is in them.
 
-    state = load_plain("runs/vitl/checkpoints/ep1-ba500.pt")    # a file of torch.save
-    weights = read_shards("runs/vitl/checkpoints/ep1-ba500")    # a folder of FSDP's shards
-
 A file may hold tensors and plain values. Anything else is refused before it is unpickled.
 """
 

@@ -1,19 +1,14 @@
-"""Find method and sizes of a model from its checkpoint, so that no YAML file repeats them.
-
-known_model("runs/vitl/checkpoints/latest-rank0.pt")["model"]   # {"img_size": 224, ...}
-"""
+"""Find method and sizes of a model from its checkpoint, so that no YAML file repeats them."""
 
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
-from yaml import YAMLError
 
 from training.huggingface import read_num_heads
+from training.sources import read_settings
 from training.weights import find_file, read_checkpoint, square_side
 
 YAMLS = Path(__file__).parent.parent / "yamls"
@@ -97,13 +92,10 @@ def known_model(checkpoint: str, planned: bool = False) -> dict[str, Any]:
         stage = "finetune" if is_classifier else "pretrain"
         sizes = vit_sizes(weights) | ({"num_heads": heads} if heads else {})
         return {"method": None, "stage": stage, "model": sizes, "views": {}}
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
-        model = config.get("model") or {}
-        evaluation = config.get("eval_data") or {}
-        views = {name: evaluation[name] for name in VIEWS if name in evaluation}
-    except (OSError, UnicodeError, YAMLError, OmegaConfBaseException, AttributeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+    config = read_settings(file)
+    model = config.get("model") or {}
+    evaluation = config.get("eval_data") or {}
+    views = {name: evaluation[name] for name in VIEWS if name in evaluation}
     if is_future and config.get("pretrained") and find_run(config["pretrained"]):
         start = known_model(config["pretrained"], planned)["model"]
         model = {key: value for key, value in start.items() if key in ENCODER_SIZES} | model

@@ -1,7 +1,5 @@
 """Read YAML files and key=value arguments, and say in one line what is wrong with them.
 
-    config, sources = merge_sources(["yamls/demo.yaml", "model.depth=6"])
-
 This file imports neither torch nor Composer: training/keys.py needs it before their import.
 """
 
@@ -14,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
@@ -66,6 +65,12 @@ def check_names(block: dict, names: Iterable[str], path: list) -> None:
             raise ConfigError([*path, name], complaint)
 
 
+def is_source(argument: str) -> bool:
+    """Return whether an argument of the command line is a YAML file or key=value, and no flag."""
+    named = "=" in argument or argument.endswith((".yaml", ".yml"))
+    return named and not argument.startswith("-")
+
+
 def merge_sources(arguments: list[str]) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
     """Return YAML files and key=value merged left to right, and each of them, see read_sources.
 
@@ -106,6 +111,19 @@ def read_sources(arguments: list[str]) -> list[tuple[str, Any]]:
             check_bases(argument, text)
         sources.append((argument, source))
     return sources
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return the content of a YAML file that a run has written, or one of yamls/.
+
+    Raises:
+        ValueError: the file is corrupt.
+    """
+    try:
+        return dict(OmegaConf.to_container(OmegaConf.load(file), resolve=True))
+    except (OSError, YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
+        remedy = "restore it, or delete it if the run directory is the right one"
+        raise ValueError(f"{file}: corrupt ({one_line(error)}); {remedy}") from error
 
 
 def check_bases(origin: str, text: TextIO) -> None:

@@ -21,17 +21,15 @@ from zipfile import BadZipFile
 
 import torch
 import torch.nn.functional as F
-from composer.utils import dist
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from training.announce import say_if_slow
+from training.announce import print_once, say_if_slow
 from training.huggingface import FILES, find_in_cache, find_in_folder, timm_names
 from training.safe_load import check_zip, load_plain, read_shards
 
-# Composer's name for a link to the newest checkpoint, which is a folder if sharded.
-LATEST = "latest-rank0.pt"  # in a run's checkpoints/: a link to the newest checkpoint
+LATEST = "latest-rank0.pt"  # Composer's name for a link to the newest checkpoint of a run
 
 # Of several ViTs in a file, averages and teachers are taken first, and these others last.
 AVERAGES = re.compile(r"(^|[._])(ema|teacher|target|averaged?)([._]|$)")
@@ -347,8 +345,8 @@ def load_pretrained(
         origin = source
         weights, place = read_vit(source)
         read_file.cache_clear()  # frees memory
-        if dist.get_global_rank() == 0 and place not in OWN_PLACES:
-            print(f"{source}: its ViT is at {place}")
+        if place not in OWN_PLACES:
+            print_once(f"{source}: its ViT is at {place}")
     else:
         origin, weights = "the state dict", our_layout(source)
     leave_out_other_head(origin, weights, module)
@@ -392,8 +390,7 @@ def leave_out_other_head(origin: str, weights: dict[str, Tensor], module: nn.Mod
     if other or (heads and names and expected and names != expected):
         for key in heads:
             del weights[key]
-        if dist.get_global_rank() == 0:
-            print(f"{origin}: its head of other classes is left out")
+        print_once(f"{origin}: its head of other classes is left out")
 
 
 def leave_out_other_size(
@@ -409,8 +406,7 @@ def leave_out_other_size(
         return
     for key in given:
         del weights[key]
-    if dist.get_global_rank() == 0:
-        print(f"{origin}: its {part.rstrip('.')} is of another size or kind, and is left out")
+    print_once(f"{origin}: its {part.rstrip('.')} is of another size or kind, and is left out")
 
 
 def check_values(origin: str, weights: dict[str, Tensor]) -> None:

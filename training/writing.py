@@ -1,9 +1,4 @@
-"""Checkpoints written in the background, from a copy of the run's state in host memory.
-
-writer = Writer(Path("runs/vitl/checkpoints"), new_group(), copies.submit)
-writer.start(state)    # returns once the state is copied; training goes on
-writer.finish()        # waits until the checkpoint has its name; raises what went wrong
-"""
+"""Checkpoints written in the background, from a copy of the run's state in host memory."""
 
 import copy
 import errno
