@@ -120,8 +120,8 @@ class FileViews(EvalViews):
         if width * height > MAX_PIXELS:
             raise ValueError(f"too large: {width}x{height} pixels before the crop")
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-        crops = []
-        for top, left, *_ in square_crops(height, width, self.img_size, self.spatial_views):
+        crops, fraction = [], self.img_size / min(height, width)
+        for top, left, *_ in square_crops(height, width, fraction, self.spatial_views):
             crop = image.crop((left, top, left + self.img_size, top + self.img_size))
             crops.append(torch.from_numpy(np.array(crop)).permute(2, 0, 1))
         views = torch.stack(crops * self.temporal_views)[:, None]  # (V, 1, 3, H, W)

@@ -21,7 +21,7 @@ from timm.models import group_parameters
 from tiny_models import CLIPS, ENCODER, TINY, random_batch
 from torch import Tensor, nn
 
-from methods.masked import STMAE
+from methods.masked import VideoMAE
 from model import (
     Classifier,
     Encoder,
@@ -157,7 +157,7 @@ def test_positions_are_waves_of_the_column_then_of_the_row():
 
 
 def test_positions_of_a_clip_are_positions_in_space_plus_positions_in_time():
-    net = STMAE(**TINY, **CLIPS)
+    net = VideoMAE(**TINY, **CLIPS)
     for part, dim in ((net.encoder, 48), (net.decoder, 24)):
         table = positions_for(part.pos_embed, 4, part.temporal_embed)[0]
         assert table.shape == (1 + 2 * 16, dim) and not table[0].any()
