@@ -316,6 +316,7 @@ def compare(
     stills: Annotated[dict, measure_probe],
     clips: Annotated[dict, measure_probe],
     finetune: dict[str, list[str]] | None = None,
+    planes: list[list[str]] = (),
     seeds: PositiveInt = 3,
     jobs: PositiveInt = 1,
 ) -> None:
@@ -334,6 +335,8 @@ def compare(
         stills, clips: see measure_probe.
         finetune: commands of finetune.py by columns, without run_name; an encoder of clips sees
             stills as clips without motion.
+        planes: pairs of columns, of k-NN or fine-tuning, that are drawn against each other in a
+            picture named _plane.png.
         seeds: number of runs of each method, for mean and standard deviation.
         jobs: runs at a time, after the speeds are measured; they share the cores.
 
@@ -343,6 +346,11 @@ def compare(
     """
     if not Path(to).absolute().parent.is_dir():
         raise ValueError(f"comparison.to={to}: its folder does not exist")
+    axes = ["stills, knn", "clips, knn", *(finetune or {})]
+    for plane in planes:
+        if len(plane) != 2 or not set(plane) <= set(axes):
+            names = "; ".join(axes)
+            raise ValueError(f"comparison.planes: {plane} must be two of the columns {names}")
     with torch.device("meta"):
         for command in methods.values():  # a mistake in the last is told before the first trains
             new_encoder(command)
@@ -366,7 +374,7 @@ def compare(
         for name, of_seeds in tasks.items():
             results = [result_of(task) for task in of_seeds]
             finished[name] = table_values(rows[name][2] or 0, results)
-            write_comparison(finished, to, budget)
+            write_comparison(finished, to, budget, planes)
 
 
 def table_values(steps: int, results: list[dict[str, float]]) -> dict[str, list[float]]:
@@ -375,40 +383,64 @@ def table_values(steps: int, results: list[dict[str, float]]) -> dict[str, list[
     return {"steps": [steps]} | values
 
 
-def write_comparison(rows: dict[str, dict[str, list[float]]], to: str, budget: str) -> None:
-    """Write means and standard deviations as a table and as bars.
+def write_comparison(
+    rows: dict[str, dict[str, list[float]]], to: str, budget: str, planes: list[list[str]]
+) -> None:
+    """Write means and standard deviations as a table, as bars, and as planes.
 
     Args:
         rows: values by method and column, one for each seed; the first column is `steps`.
         to: file of the table.
         budget: what every method was given, in words.
+        planes: see compare.
     """
-    columns = list(next(iter(rows.values())))
+    _, *columns = next(iter(rows.values()))
     lines = [f"Accuracy in %, mean ± standard deviation: {budget}.", ""]
-    lines += ["| | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
+    lines += ["| | steps | " + " | ".join(columns) + " |", "| --- " * (2 + len(columns)) + "|"]
     means, deviations = {}, {}
     for method, row in rows.items():
-        means[method] = [np.mean(row[column]) for column in columns]
-        several = len(row[columns[-1]]) > 1
-        deviations[method] = [np.std(row[key], ddof=1) if several else 0.0 for key in columns[1:]]
-        pairs = zip(means[method][1:], deviations[method], strict=True)
-        cells = [f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in pairs]
+        means[method] = {column: np.mean(row[column]) for column in columns}
+        deviations[method] = {column: deviation(row[column]) for column in columns}
+        cells = [f"{means[method][key]:.1f} ± {deviations[method][key]:.1f}" for key in columns]
         lines.append("| " + " | ".join([method, f"{row['steps'][0]}", *cells]) + " |")
     write_file(to, ("\n".join(lines) + "\n").encode())
-    draw_bars(columns[1:], means, deviations, budget, Path(to).with_suffix(".png"))
+    path = Path(to)
+    draw_bars(columns, means, deviations, budget, path.with_suffix(".png"))
+    if planes:
+        draw_planes(planes, means, deviations, budget, path.with_name(f"{path.stem}_plane.png"))
+
+
+def deviation(values: list[float]) -> float:
+    """Return the standard deviation of a sample, 0 for a single value."""
+    return np.std(values, ddof=1) if len(values) > 1 else 0.0
 
 
 def draw_bars(columns: list[str], means: dict, deviations: dict, title: str, to: Path) -> None:
     """Draw a panel of horizontal bars for each column."""
     figure = Figure(figsize=(3 * len(columns), 0.4 * len(means) + 1), layout="constrained")
     axes = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
-    for number, axis in enumerate(axes):
-        widths = [values[number + 1] for values in means.values()]  # after the column `steps`
-        errors = [values[number] for values in deviations.values()]
-        axis.barh(list(means), widths, xerr=errors)
-        axis.set(title=columns[number], xlabel="%")
+    for column, axis in zip(columns, axes, strict=True):
+        widths = [row[column] for row in means.values()]
+        axis.barh(list(means), widths, xerr=[row[column] for row in deviations.values()])
+        axis.set(title=column, xlabel="%")
     figure.suptitle(title)
     axes[0].invert_yaxis()  # shared by all panels: the first method on top
+    write_picture(to, partial(figure.savefig, dpi=100))
+
+
+def draw_planes(
+    planes: list[list[str]], means: dict, deviations: dict, title: str, to: Path
+) -> None:
+    """Draw a panel for each pair of columns, in which every method is a point with its name."""
+    figure = Figure(figsize=(6 * len(planes), 5), layout="constrained")
+    axes = figure.subplots(1, len(planes), squeeze=False)[0]
+    for (across, up), axis in zip(planes, axes, strict=True):
+        for method, row in means.items():
+            spread = deviations[method]
+            axis.errorbar(row[across], row[up], spread[up], spread[across], "o", ms=4, lw=0.7)
+            axis.annotate(method, (row[across], row[up]), (4, 4), textcoords="offset points")
+        axis.set(xlabel=f"{across}, %", ylabel=f"{up}, %")
+    figure.suptitle(title)
     write_picture(to, partial(figure.savefig, dpi=100))
 
 

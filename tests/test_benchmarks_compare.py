@@ -80,6 +80,7 @@ def arguments_of(demo: Path) -> list[str]:
         f"comparison.stills={{{sets}}}",
         f"comparison.clips={{{sets}}}",
         f"comparison.finetune={{'stills, tuned': [{', '.join(map(str, tuning))}]}}",
+        "comparison.planes=[['stills, knn', 'stills, tuned']]",
     ]
 
 
@@ -107,6 +108,7 @@ def test_table_has_mean_and_deviation_of_every_method_and_of_random_weights(comp
     assert columns == ["steps", *measures, "stills, tuned"]
     assert [row[0] for row in rows] == ["random weights", "vicmae", "mae"]
     assert (compared / "compare.png").stat().st_size > 0
+    assert (compared / "compare_plane.png").stat().st_size > 0
     for name, row in (("vicmae", rows[1]), ("mae", rows[2])):
         runs = sorted((compared / "runs").glob(f"compare_{name}_[0-9]*_[01]"))
         assert len(runs) == 2
@@ -198,6 +200,7 @@ def test_method_with_other_settings_or_a_mistake_is_refused_before_any_training(
         ("comparison.methods.last=[]", "must begin with pretrain.py or finetune.py"),
         ("comparison.seconds=0", "comparison.seconds=0: "),
         ("comparison.sceonds=1", "did you mean seconds?"),
+        ("comparison.planes=[[steps, 'clips, knn']]", "must be two of the columns stills, knn; "),
     ],
 )
 def test_mistake_in_a_comparison_is_named(compared, demo, trains_nothing, change, complaint):
