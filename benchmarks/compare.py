@@ -13,12 +13,13 @@ import os
 import platform
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context, set_start_method
+from multiprocessing import get_context, parent_process, set_start_method
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,7 @@ from pretrain import PretrainConfig
 from pretrain import main as run_pretrain
 from shards.format import read_json
 from shards.storage import Storage, write_file, write_picture
+from shards.workers import STOPPED
 from training.config import RunName, load_config
 from training.run import RunConfig, changed_settings, read_config
 from training.sizes import ENCODER_SIZES
@@ -246,8 +248,15 @@ def encoder_arguments(command: list[str], checkpoint: str | None) -> list[str]:
     return ["pretrained=null", *arguments]
 
 
+def end_with_parent() -> None:
+    """End this process at once when the process that gave it its task has ended."""
+    parent_process().join()
+    os._exit(STOPPED)
+
+
 def enter_process(threads: int) -> None:
     """Prepare a process that trains: few threads, no output, a share of the lock."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     set_start_method("fork", force=True)  # of the workers that read data
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
