@@ -279,6 +279,9 @@ def training_processes(jobs: int) -> Iterator[Executor]:
             holder = "another comparison, or a run that it left behind"
             raise ValueError(f"{LOCK}: held by {holder}; wait, or end it") from error
         fcntl.flock(lock, fcntl.LOCK_SH)
+        # Streaming frees its shared memory at an exit that these processes skip. Python frees it
+        # instead, with a warning.
+        os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
         # A server that has imported Composer forks each process, which saves its start.
         server = get_context("forkserver")
         server.set_forkserver_preload(["pretrain", "finetune"])
