@@ -367,7 +367,7 @@ def compare(
             names = "; ".join(axes)
             raise ValueError(f"comparison.planes: {plane} must be two of the columns {names}")
     with torch.device("meta"):
-        for command in methods.values():  # a mistake in the last is told before the first trains
+        for command in methods.values():  # finds a mistake in the last before the first trains
             new_encoder(command)
     cores = f"{os.cpu_count()} cores ({platform.machine()})"
     budget = f"{seconds:g} s of training steps each, {seeds} seeds, {cores}"
