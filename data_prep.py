@@ -368,7 +368,7 @@ OPTIONS = {  # {argument: settings of add_argument}; the functions have the defa
     "--per-class": dict(type=int, help="convert only the first so many inputs of each class (all)"),
     "--max-skipped": dict(type=float, help="fraction that may be undecodable (0.01)"),
     "--workers": dict(type=int, help="processes (one per core)"),
-    "--part": dict(type=parse_share, dest="share", help="K/N: convert share K of N (1/1)"),
+    "--part": dict(type=parse_share, dest="share", metavar="K/N", help="share K of N (1/1)"),
     "--keep-local": dict(choices=("yes", "no"), help="keep what is uploaded (yes)"),
     "--garments": dict(type=int, help="per class and split, at most (600)"),
     "--to": dict(help="picture to write (sheet.png)"),

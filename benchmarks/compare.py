@@ -6,6 +6,7 @@
 An interrupted comparison continues when the same command is given again.
 """
 
+import atexit
 import fcntl
 import hashlib
 import json
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process, set_start_method
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -262,6 +264,8 @@ def enter_process(threads: int) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     # The lock is held until the last process has ended, even if the first is killed.
     fcntl.flock(os.open(LOCK, os.O_RDWR), fcntl.LOCK_SH)
+    # Only atexit removes the shared memory of the data, and multiprocessing does not call atexit.
+    Finalize(None, atexit._run_exitfuncs, exitpriority=0)
 
 
 @contextmanager
@@ -279,8 +283,7 @@ def training_processes(jobs: int) -> Iterator[Executor]:
             holder = "another comparison, or a run that it left behind"
             raise ValueError(f"{LOCK}: held by {holder}; wait, or end it") from error
         fcntl.flock(lock, fcntl.LOCK_SH)
-        # Streaming frees its shared memory at an exit that these processes skip. Python frees it
-        # instead, with a warning.
+        # If a process is killed, Python frees its shared memory, with a warning.
         os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
         # A server that has imported Composer forks each process, which saves its start.
         server = get_context("forkserver")
@@ -364,7 +367,7 @@ def compare(
             names = "; ".join(axes)
             raise ValueError(f"comparison.planes: {plane} must be two of the columns {names}")
     with torch.device("meta"):
-        for command in methods.values():  # a mistake in the last is told before the first trains
+        for command in methods.values():  # finds a mistake in the last before the first trains
             new_encoder(command)
     cores = f"{os.cpu_count()} cores ({platform.machine()})"
     budget = f"{seconds:g} s of training steps each, {seeds} seeds, {cores}"

@@ -1,11 +1,15 @@
 """The comparison of methods, and the table of finished runs beside the paper's numbers."""
 
+import atexit
 import fcntl
 import json
 import os
+import signal
 import sys
 from concurrent.futures import Executor, Future
+from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -215,14 +219,40 @@ def test_comparison_waits_for_the_run_that_another_comparison_left_behind(compar
 
 def test_each_task_has_a_process_with_its_share_of_the_cores_and_of_the_lock(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # whence the server imports the stages
     with compare.training_processes(os.cpu_count()) as executor:
         pids = {executor.submit(os.getpid).result() for _ in range(2)}
         assert len(pids | {os.getpid()}) == 3
         assert executor.submit(torch.get_num_threads).result() == 1
         locks = executor.submit(Path.read_text, Path("/proc/locks")).result()
+        executor.submit(atexit.register, os.mkdir, "ended").result()
+    assert (tmp_path / "ended").is_dir()  # as the removal of shared memory, it is called
     number = str((tmp_path / "runs" / "comparison.lock").stat().st_ino)
     held = [line for line in locks.splitlines() if f":{number} " in line]
     assert len(held) >= 2 and all("FLOCK" in line and "READ" in line for line in held)
+
+
+def test_process_without_a_task_ends_when_the_comparison_is_killed():
+    fork = get_context("fork")
+    reader, writer = fork.Pipe(duplex=False)
+
+    def without_a_task():
+        Thread(target=compare.end_with_parent, daemon=True).start()
+        writer.send("started")
+        signal.pause()
+
+    def comparison():
+        fork.Process(target=without_a_task).start()
+        signal.pause()
+
+    process = fork.Process(target=comparison)
+    process.start()
+    writer.close()  # now the forked processes alone hold this end of the pipe
+    assert reader.recv() == "started"
+    process.kill()
+    assert reader.poll(60)
+    with pytest.raises(EOFError):
+        reader.recv()
 
 
 def test_last_line_of_a_run_that_fails_is_the_error(demo, tmp_path, monkeypatch, in_this_process):

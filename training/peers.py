@@ -44,7 +44,7 @@ CONNECTION_LOST = re.compile(
 
 
 def this_rank() -> int:
-    """Return the number of this rank. Composer, which could tell, is not imported here."""
+    """Return the number of this rank; Composer is not imported for it."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -148,7 +148,7 @@ class PeerWatch:
         while self.store is not None:
             with suppress(RuntimeError):  # end_without_answer notices it
                 self.store.add(f"beat/{rank}", 1)
-                self.end_if_told()
+                self.end_if_announced()
                 for other in watched:
                     self.compare(other, self.store.add(f"beat/{other}", 0))
                 self.heard = monotonic()
@@ -188,8 +188,8 @@ class PeerWatch:
             threading.Event().wait(0.1)
             done = self.store.add("read", 0)
 
-    def end_if_told(self) -> None:
-        """End the program if another rank has told it to."""
+    def end_if_announced(self) -> None:
+        """End the program if another rank has announced the end of the run."""
         if self.left.is_set() or not self.store.check(["end"]):
             return
         code, _, line = self.store.get("end").decode().partition(" ")
@@ -208,7 +208,7 @@ class PeerWatch:
         """End the program by an exception that nothing has caught; stands for sys.excepthook."""
         if is_connection_lost(error):
             with suppress(RuntimeError):
-                self.end_if_told()
+                self.end_if_announced()
             reason = f"the connection to another rank is lost ({one_line(error)[:200]})"
             self.end(STOPPED, lost_line(reason))
         traceback.print_exception(kind, error, place)
