@@ -303,12 +303,14 @@ def result_of(task: Future) -> dict[str, float]:
     """Return the result of a task.
 
     Raises:
-        ValueError: its process was killed; or as the task.
+        ValueError: its process was killed, or this one is interrupted; or as the task.
     """
     try:
         return task.result()
     except BrokenExecutor as error:
         raise ValueError("a run was killed; run the same command again to continue") from error
+    except KeyboardInterrupt as error:
+        raise ValueError("stopped; run the same command again to continue") from error
 
 
 def steps_of(methods: dict[str, list[str]], seconds: float) -> dict[str, int]:

@@ -199,5 +199,5 @@ def record_unreadable(
     names = {json.loads(line)[0] for line in lines}
     count = sum(listed.startswith(prefixes) for listed in names)
     if count > max(1, limit):
-        remedy = f"see {file}; run data_prep.py verify"
-        raise ValueError(f"{count} samples cannot be decoded, {remedy}")
+        remedy = f"see {file}; convert the source without them, or run data_prep.py verify"
+        raise ValueError(f"{count} samples cannot be used, {remedy}")

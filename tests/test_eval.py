@@ -131,7 +131,7 @@ def test_corrupt_samples_do_not_count_and_too_many_are_an_error(demo, tmp_path):
     lines = (tmp_path / "runs" / "run" / "unreadable_eval.jsonl").read_text().splitlines()
     assert {json.loads(line)[0] for line in lines} == {f"{path}, sample 7"}
     corrupted_copy(demo / "test_images", tmp_path, 1, 7)
-    with pytest.raises(ValueError, match=r"2 samples cannot be decoded, see .*eval\.jsonl"):
+    with pytest.raises(ValueError, match=r"2 samples cannot be used, see .*eval\.jsonl"):
         evaluate_file(tmp_path, run_name="again", accuracy=accuracy)
 
 

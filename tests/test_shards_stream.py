@@ -426,7 +426,7 @@ def test_data_whose_samples_cannot_be_used_at_all_end_the_run(demo, tmp_path):
 def test_too_many_unreadable_samples_end_the_run(demo, tmp_path):
     shutil.copytree(demo / "train_videos", tmp_path / "train_videos")
     corrupted_copy(demo / "train_images", tmp_path, 0, 1, 2, 3, 7)
-    complaint = r"samples cannot be decoded, see .*unreadable\.jsonl; run data_prep\.py verify"
+    complaint = r"samples cannot be used, see .*unreadable\.jsonl; .* run data_prep\.py verify"
     with pytest.raises(ValueError, match=complaint):
         list(make_loader(tmp_path, run=tmp_path))
 

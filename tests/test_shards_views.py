@@ -294,7 +294,7 @@ def test_unreadable_sample_is_black_without_a_label_and_too_many_are_an_error(de
     assert int(views[1]["target"]) == stored[1]["label"] + 100 and views[1]["inputs"].any()
     assert f"{path}, sample 0" in report.read_text()
     views.data[1] = corrupt
-    complaint = r"2 samples cannot be decoded, see .*unreadable_eval\.jsonl"
+    complaint = r"2 samples cannot be used, see .*unreadable_eval\.jsonl"
     with pytest.raises(ValueError, match=complaint):
         views[1]
     views.run = None
