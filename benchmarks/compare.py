@@ -309,7 +309,7 @@ def result_of(task: Future) -> dict[str, float]:
         return task.result()
     except BrokenExecutor as error:
         raise ValueError("a run was killed; run the same command again to continue") from error
-    except KeyboardInterrupt as error:
+    except SystemExit as error:  # raised by Composer's handler of SIGINT and SIGTERM
         raise ValueError("stopped; run the same command again to continue") from error
 
 
