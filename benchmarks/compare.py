@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExec
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context, parent_process, set_start_method
+from multiprocessing import active_children, get_context, parent_process, set_start_method
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Annotated, Any
@@ -273,7 +274,8 @@ def training_processes(jobs: int) -> Iterator[Executor]:
     """Yield an executor of `jobs` processes. Each task has a process of its own.
 
     Raises:
-        ValueError: another comparison, or a run that it has left behind, trains in this folder.
+        ValueError: another comparison, or a run that it has left behind, trains in this folder;
+            or a signal stops this process.
     """
     os.makedirs("runs", exist_ok=True)
     with open(LOCK, "w") as lock:
@@ -295,6 +297,11 @@ def training_processes(jobs: int) -> Iterator[Executor]:
         with executor:
             try:
                 yield executor
+            except SystemExit as stop:  # raised by Composer's handler of SIGINT and SIGTERM
+                if stop.code == 128 + signal.SIGTERM:  # SIGINT has reached all processes
+                    for process in active_children():
+                        process.terminate()
+                raise ValueError("stopped; run the same command again to continue") from stop
             finally:
                 executor.shutdown(cancel_futures=True)
 
@@ -303,14 +310,12 @@ def result_of(task: Future) -> dict[str, float]:
     """Return the result of a task.
 
     Raises:
-        ValueError: its process was killed, or this one is interrupted; or as the task.
+        ValueError: its process was killed; or as the task.
     """
     try:
         return task.result()
     except BrokenExecutor as error:
         raise ValueError("a run was killed; run the same command again to continue") from error
-    except SystemExit as error:  # raised by Composer's handler of SIGINT and SIGTERM
-        raise ValueError("stopped; run the same command again to continue") from error
 
 
 def steps_of(methods: dict[str, list[str]], seconds: float) -> dict[str, int]:
