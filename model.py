@@ -80,8 +80,8 @@ def positions_for(pos_embed: Tensor, grid: int, temporal_embed: Tensor | None = 
 def patchify(views: Tensor, patch_size: int, tubelet_size: int = 1) -> Tensor:
     """Cut images (B, 3, H, W), or clips (B, T, 3, H, W), into patches (B, N, P).
 
-    The numbers of a patch are ordered by (frame, row, column, channel), the patches row by row.
-    A patch of a clip is a tubelet of `tubelet_size` frames; patches are ordered by time first.
+    The numbers of a patch are ordered by (frame, row, column, channel), the patches by (time, row,
+    column). A patch of a clip is a tubelet of `tubelet_size` frames.
     """
     clips = views if views.ndim == 5 else views[:, None]
     B, T, _, H, W = clips.shape
@@ -94,10 +94,8 @@ def patchify(views: Tensor, patch_size: int, tubelet_size: int = 1) -> Tensor:
 def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
     """Keep the K patches of every view with the smallest noise (B, N), which is uniform.
 
-    Returns:
-        ids_keep: (B, K) indices of the visible patches, in the order of their noise.
-        ids_restore: (B, N); tokens ordered as [visible, removed] are put back in place by it.
-        mask: (B, N), 1 = removed.
+    Returns ids_keep (B, K), indices of the visible patches in the order of their noise; ids_restore
+    (B, N), which puts tokens ordered as [visible, removed] back in place; mask (B, N), 1 = removed.
     """
     N = noise.shape[1]
     K = int(N * (1 - mask_ratio))
@@ -129,15 +127,9 @@ def init_weights(module: nn.Module) -> None:
 class Encoder(nn.Module):
     """A ViT that sees only the visible patches of an image, or of a clip cut into tubelets.
 
-    Parameters have timm's names.
-
-    Args:
-        img_size, patch_size: pixels; img_size is a multiple of patch_size.
-        embed_dim, depth, num_heads: D, number of blocks, attention heads of a block.
-        num_frames, tubelet_size: frames of a clip and of a tubelet; 1 for images.
-        drop_path: stochastic depth rate of the last block; rates rise linearly from 0.
-        learn_positions: train the positions (fine-tuning), those in time from zero, as in mae_st.
-            Otherwise they are fixed sines and cosines (pre-training).
+    Parameters have timm's names; num_frames and tubelet_size are 1 for images. The rates of
+    stochastic depth rise linearly from 0 to drop_path. Positions are fixed sines and cosines, or,
+    with learn_positions, trained from them, and those in time from zero (source: mae_st).
     """
 
     def __init__(
@@ -178,8 +170,7 @@ class Encoder(nn.Module):
             self.temporal_embed = nn.Parameter(times, requires_grad=learn_positions)
         self.patch_embed = nn.ModuleDict({"proj": proj})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        positions = sincos_positions(embed_dim, self.grid)
-        self.pos_embed = nn.Parameter(positions, requires_grad=learn_positions)
+        self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.grid), learn_positions)
 
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
@@ -224,12 +215,11 @@ class Decoder(nn.Module):
         self.steps = encoder.steps
         self.embed = nn.Linear(encoder.norm.normalized_shape[0], embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        positions = sincos_positions(embed_dim, encoder.grid)
-        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_positions(embed_dim, encoder.grid), False)
         self.temporal_embed = None
         if encoder.num_frames > 1:
             times = sincos(embed_dim, np.arange(encoder.steps))
-            self.temporal_embed = nn.Parameter(times, requires_grad=False)
+            self.temporal_embed = nn.Parameter(times, False)
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
         )
@@ -243,12 +233,8 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, ids_restore: Tensor, decoded: int | None = None) -> Tensor:
         """Predict the patches (B, N, P) from the tokens (B, 1 + K, D) of the encoder.
 
-        The blocks see the patches in the order of their noise, each with its own position.
-
-        Args:
-            ids_restore: (B, N), see random_masking.
-            decoded: number of patches that are decoded, in the order of their noise; the
-                predictions of the others are 0. None for all N.
+        The blocks see the patches in the order of their noise, each with its own position. Only
+        the first `decoded` are decoded, None for all; the predictions of the others are 0.
         """
         x = self.embed(tokens)
         B, L, D = x.shape
@@ -423,11 +409,9 @@ class ViCMAE(ComposerModel):
         self.projector = Head(*widths)
         self.predictor = Head(*widths) if predictor else None
         self.mask_ratio = mask_ratio
-        self.pool = pool
-        self.temperature = temperature
+        self.pool, self.temperature = pool, temperature
         self.weight_recon, self.weight_contrast = weight_recon, weight_contrast
-        self.norm_pix_loss = norm_pix_loss
-        self.chunk_size = chunk_size
+        self.norm_pix_loss, self.chunk_size = norm_pix_loss, chunk_size
         # Algorithms of training/speedups.py change both during training.
         self.decode_ratio = 1.0  # fraction of the removed patches that is decoded, in (0, 1]
         self.ramp = 1.0  # factor of weight_contrast, in [0, 1]
@@ -485,9 +469,8 @@ class ViCMAE(ComposerModel):
     def forward(self, batch: Batch) -> Tensors:
         """Return the outputs of reconstruct, with dimensions (B, V) in place of B, and of project.
 
-        Args:
-            batch: `views` (B, V, 3, H, W), normalised; `noise` (B, V, N), uniform, of which smaller
-                views use the first numbers.
+        The batch has `views` (B, V, 3, H, W), normalised, and `noise` (B, V, N), uniform, of which
+        smaller views use the first numbers.
         """
         B, V = batch["views"].shape[:2]
         views, noise = self.flatten_views(batch)
