@@ -162,6 +162,8 @@ def train(run_name: str, command: list[str]) -> dict[str, float]:
         try:
             main_of_stage()
         except SystemExit as error:
+            if error.code == STOPPED:  # by a signal; tasks that are queued here must not start
+                os._exit(STOPPED)
             raise ValueError(f"{' '.join(words)} failed: {error}") from error
     return json.loads((run / "result.json").read_text())
 
