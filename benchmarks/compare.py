@@ -322,7 +322,7 @@ def result_of(task: Future) -> dict[str, float]:
 
 def steps_of(methods: dict[str, list[str]], seconds: float) -> dict[str, int]:
     """Return how many steps each method makes in a time, alone on this machine."""
-    timed = ["callbacks={SpeedMonitor: {window_size: 20}}", "trainer.max_duration=40ba"]
+    timed = ["callbacks={SpeedMonitor: {window_size: 70}}", "trainer.max_duration=80ba"]
     steps = {}
     with training_processes(1) as executor:
         for method, command in methods.items():
@@ -355,7 +355,7 @@ def compare(
         methods: the command of each method, without run_name. The encoder of the first is also
             measured with random weights.
         seconds: of training steps, alone on the machine. The number of steps is computed from the
-            speed of 40 steps.
+            speed of 70 steps, about an epoch of the demonstration.
         stills, clips: see measure_probe.
         finetune: commands of finetune.py by columns, without run_name; an encoder of clips sees
             stills as clips without motion.
