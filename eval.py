@@ -14,7 +14,7 @@ From Python, load_encoder("runs/mine") returns the encoder alone.
 
 import sys
 
-from training.announce import announce, say_if_slow
+from training.announce import announce, print_once, say_if_slow
 from training.keys import check_keys
 
 if __name__ == "__main__":  # before the imports of torch and Composer, which take 6 s
@@ -204,8 +204,8 @@ def label_numbers(net: Classifier, config: EvalConfig) -> list[list[int]]:
                 f"{owner}: its head has {counts[head]} classes, but {path} has {count}"
             )
         labels.append(list(range(firsts[head], firsts[head] + count)))
-    if not net.class_names and config.checkpoint and dist.get_global_rank() == 0:
-        print(f"{owner}: has no class names; classes are compared by number")
+    if not net.class_names and config.checkpoint:
+        print_once(f"{owner}: has no class names; classes are compared by number")
     return labels
 
 
@@ -415,7 +415,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     }
     if config.random_weights or not config.checkpoint:
         result["random_weights"] = True
-        print("the weights are random")
+        print_once("the weights are random")
     is_rank_zero = dist.get_global_rank() == 0
     if config.export and is_rank_zero:
         export(net, config.export, crops_of(config).get("crop_pct", 0.875))

@@ -146,12 +146,11 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         if img_size % patch_size:
-            raise ValueError(f"img_size={img_size}: must be a multiple of patch_size={patch_size}")
+            raise ValueError(f"{img_size=}: must be a multiple of {patch_size=}")
         if embed_dim % num_heads or embed_dim % 4:
-            text = f"must be a multiple of 4 and of the {num_heads} heads"
-            raise ValueError(f"embed_dim={embed_dim}: {text}")
+            raise ValueError(f"{embed_dim=}: must be a multiple of 4 and of {num_heads=}")
         if num_frames % tubelet_size:
-            raise ValueError(f"num_frames={num_frames}: must be k * tubelet_size={tubelet_size}")
+            raise ValueError(f"{num_frames=}: must be a multiple of {tubelet_size=}")
         self.img_size, self.patch_size = img_size, patch_size
         self.num_frames, self.tubelet_size = num_frames, tubelet_size
         self.grid = img_size // patch_size  # patches along a side
@@ -210,16 +209,14 @@ class Decoder(nn.Module):
     def __init__(self, encoder: Encoder, embed_dim: int, depth: int, num_heads: int):
         super().__init__()
         if embed_dim % num_heads or embed_dim % 4:
-            text = f"must be a multiple of 4 and of the {num_heads} heads"
-            raise ValueError(f"decoder_embed_dim={embed_dim}: {text}")
+            expected = f"must be a multiple of 4 and of decoder_num_heads={num_heads}"
+            raise ValueError(f"decoder_embed_dim={embed_dim}: {expected}")
         self.steps = encoder.steps
         self.embed = nn.Linear(encoder.norm.normalized_shape[0], embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim, encoder.grid), False)
-        self.temporal_embed = None
-        if encoder.num_frames > 1:
-            times = sincos(embed_dim, np.arange(encoder.steps))
-            self.temporal_embed = nn.Parameter(times, False)
+        times = sincos(embed_dim, np.arange(encoder.steps))
+        self.temporal_embed = nn.Parameter(times, False) if encoder.num_frames > 1 else None
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
         )
@@ -291,9 +288,8 @@ class Head(nn.Sequential):
 
     def __init__(self, *widths: int):
         layers = []
-        for width, next_width in pairwise(widths):
-            layers += [nn.Linear(width, next_width), nn.BatchNorm1d(next_width)]
-            layers += [nn.ReLU(inplace=True)]
+        for width, out in pairwise(widths):
+            layers += [nn.Linear(width, out), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
         super().__init__(*layers[:-2])
         self.apply(init_weights)
 
@@ -408,8 +404,7 @@ class ViCMAE(ComposerModel):
         widths = (embed_dim, projector_hidden_dim, projector_hidden_dim, projector_out_dim)
         self.projector = Head(*widths)
         self.predictor = Head(*widths) if predictor else None
-        self.mask_ratio = mask_ratio
-        self.pool, self.temperature = pool, temperature
+        self.mask_ratio, self.pool, self.temperature = mask_ratio, pool, temperature
         self.weight_recon, self.weight_contrast = weight_recon, weight_contrast
         self.norm_pix_loss, self.chunk_size = norm_pix_loss, chunk_size
         # Algorithms of training/speedups.py change both during training.
@@ -566,8 +561,7 @@ class Classifier(ComposerModel):
         self.neck = nn.Dropout(dropout)
         self.head_init_std = head_init_std
         self.head = self.new_head(num_classes)
-        self.num_classes = num_classes
-        self.pool = pool
+        self.num_classes, self.pool = num_classes, pool
         self.class_names: list = []  # in the order of the logits; empty if unknown
         self.average = "softmax"  # of the views in evaluation: of their "softmax" or "logits"
 

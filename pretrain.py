@@ -207,25 +207,30 @@ def train_on_raw(config: PretrainConfig) -> PretrainConfig:
     return replace(config, data=data)
 
 
+def check_image_frames(net: ViCMAE, config: PretrainConfig) -> None:
+    """Raise ValueError for images of fewer frames that the method or the batches do not allow."""
+    frames = config.augment.get("image_frames")
+    if not frames:
+        return
+    if not isinstance(net, OmniMAE):
+        raise ValueError(f"augment.image_frames={frames}: works with method=omnimae only")
+    if frames % net.tubelet_size or frames > net.num_frames:
+        count = f"a multiple of model.tubelet_size={net.tubelet_size}"
+        limit = f"at most model.num_frames={net.num_frames}"
+        raise ValueError(f"augment.image_frames={frames}: must be {count}, and {limit}")
+    if not config.data.get("one_stream_per_batch"):
+        raise ValueError(
+            "data.one_stream_per_batch=false: must be true with augment.image_frames, since "
+            "images and clips have other shapes"
+        )
+
+
 def check_data(net: ViCMAE, config: PretrainConfig, views: int, micro_batch: int) -> None:
     """Check that the data suit the method.
 
     Raises:
-        ValueError: too few views or samples for a contrastive term, labels that are missing, or
-            images of fewer frames that the method or the batches do not allow.
+        ValueError: too few views or samples for a contrastive term, or labels that are missing.
     """
-    if frames := config.augment.get("image_frames"):
-        if not isinstance(net, OmniMAE):
-            raise ValueError(f"augment.image_frames={frames}: works with method=omnimae only")
-        if frames % net.tubelet_size or frames > net.num_frames:
-            count = f"a multiple of model.tubelet_size={net.tubelet_size}"
-            limit = f"at most model.num_frames={net.num_frames}"
-            raise ValueError(f"augment.image_frames={frames}: must be {count}, and {limit}")
-        if not config.data.get("one_stream_per_batch"):
-            raise ValueError(
-                "data.one_stream_per_batch=false: must be true with augment.image_frames, since "
-                "images and clips have other shapes"
-            )
     if getattr(net, "needs_labels", False):
         same_classes(config.training_paths, f"method={config.method}")
     if net.projector is None:
@@ -248,6 +253,7 @@ def pretrain(config: PretrainConfig) -> Trainer:
     dist.barrier()
     with say_if_slow("building the model"):
         net = config.new_model()
+    check_image_frames(net, config)
     if config.pretrained:
         table = describe(load_pretrained(net, config.pretrained, HEADS))
         print_once(f"weights of {config.pretrained}:\n{table}")
@@ -289,6 +295,7 @@ def plan(config: PretrainConfig, machine: Machine) -> str:
             raise ValueError("raw: is not converted yet; its plan needs the number of samples")
         config = train_on_raw(config)
     net, sample = on_meta_device(config)
+    check_image_frames(net, config)
     plans = training_plans(net, sample, config.given(), machine)
     data, views = config.data, sample["views"].numel()  # bytes, before they become floats
     batch = data["global_train_batch_size"]

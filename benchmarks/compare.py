@@ -272,12 +272,11 @@ def enter_process(threads: int) -> None:
 
 
 @contextmanager
-def training_processes(jobs: int) -> Iterator[Executor]:
-    """Yield an executor of `jobs` processes. Each task has a process of its own.
+def only_comparison() -> Iterator[None]:
+    """Hold the lock of this folder's comparison.
 
     Raises:
-        ValueError: another comparison, or a run that it has left behind, trains in this folder;
-            or a signal stops this process.
+        ValueError: another comparison, or a run that it has left behind, trains in this folder.
     """
     os.makedirs("runs", exist_ok=True)
     with open(LOCK, "w") as lock:
@@ -287,25 +286,33 @@ def training_processes(jobs: int) -> Iterator[Executor]:
             holder = "another comparison, or a run that it left behind"
             raise ValueError(f"{LOCK}: held by {holder}; wait, or end it") from error
         fcntl.flock(lock, fcntl.LOCK_SH)
-        # If a process is killed, Python frees its shared memory, with a warning.
-        os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
-        # A server that has imported Composer forks each process, which saves its start.
-        server = get_context("forkserver")
-        server.set_forkserver_preload(["pretrain", "finetune"])
-        threads = max(1, os.cpu_count() // jobs)
-        executor = ProcessPoolExecutor(
-            jobs, server, enter_process, (threads,), max_tasks_per_child=1
-        )
-        with executor:
-            try:
-                yield executor
-            except SystemExit as stop:  # raised by Composer's handler of SIGINT and SIGTERM
-                if stop.code == 128 + signal.SIGTERM:  # SIGINT has reached all processes
-                    for process in active_children():
-                        process.terminate()
-                raise ValueError("stopped; run the same command again to continue") from stop
-            finally:
-                executor.shutdown(cancel_futures=True)
+        yield
+
+
+@contextmanager
+def training_processes(jobs: int) -> Iterator[Executor]:
+    """Yield an executor of `jobs` processes. Each task has a process of its own.
+
+    Raises:
+        ValueError: a signal stops this process.
+    """
+    # If a process is killed, Python frees its shared memory, with a warning.
+    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
+    # A server that has imported Composer forks each process, which saves its start.
+    server = get_context("forkserver")
+    server.set_forkserver_preload(["pretrain", "finetune"])
+    threads = max(1, os.cpu_count() // jobs)
+    executor = ProcessPoolExecutor(jobs, server, enter_process, (threads,), max_tasks_per_child=1)
+    with executor:
+        try:
+            yield executor
+        except SystemExit as stop:  # raised by Composer's handler of SIGINT and SIGTERM
+            if stop.code == 128 + signal.SIGTERM:  # SIGINT has reached all processes
+                for process in active_children():
+                    process.terminate()
+            raise ValueError("stopped; run the same command again to continue") from stop
+        finally:
+            executor.shutdown(cancel_futures=True)
 
 
 def result_of(task: Future) -> dict[str, float]:
@@ -380,25 +387,26 @@ def compare(
             new_encoder(command)
     cores = f"{os.cpu_count()} cores ({platform.machine()})"
     budget = f"{seconds:g} s of training steps each, {seeds} seeds, {cores}"
-    steps = steps_of(methods, seconds)
     probes = {"stills": stills, "clips": clips}
-    first = next(iter(methods.values()))
-    rows = {"random weights": (first, "compare_random", None)}
-    for method, command in methods.items():
-        rows[method] = (command, f"compare_{method}_{steps[method]}", steps[method])
-    with training_processes(jobs) as executor:
-        tasks = {}
-        for name, (command, run, count) in rows.items():
-            arguments = (count, probes, finetune or {})
-            tasks[name] = [
-                executor.submit(measure, command, seed, f"{run}_{seed}", *arguments)
-                for seed in range(seeds)
-            ]
-        finished = {}
-        for name, of_seeds in tasks.items():
-            results = [result_of(task) for task in of_seeds]
-            finished[name] = table_values(rows[name][2] or 0, results)
-            write_comparison(finished, to, budget, planes)
+    finished = {}
+    with only_comparison():
+        steps = steps_of(methods, seconds)
+        first = next(iter(methods.values()))
+        rows = {"random weights": (first, "compare_random", None)}
+        for method, command in methods.items():
+            rows[method] = (command, f"compare_{method}_{steps[method]}", steps[method])
+        with training_processes(jobs) as executor:
+            tasks = {}
+            for name, (command, run, count) in rows.items():
+                arguments = (count, probes, finetune or {})
+                tasks[name] = [
+                    executor.submit(measure, command, seed, f"{run}_{seed}", *arguments)
+                    for seed in range(seeds)
+                ]
+            for name, of_seeds in tasks.items():
+                results = [result_of(task) for task in of_seeds]
+                finished[name] = table_values(rows[name][2] or 0, results)
+                write_comparison(finished, to, budget, planes)
 
 
 def table_values(steps: int, results: list[dict[str, float]]) -> dict[str, list[float]]:

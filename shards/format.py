@@ -183,13 +183,22 @@ class Clips:
         return self.decode(self.storage.read(self.names[shard], begin, end - begin))
 
 
+class TooManyUnreadable(ValueError):
+    """More samples cannot be used than a run allows; the message is one line."""
+
+    def __init__(self, text: str):
+        # A DataLoader puts the traceback of its worker before the message.
+        super().__init__(text.strip().rpartition(f"{type(self).__name__}: ")[2])
+
+
 def record_unreadable(
     file: Path, name: str, error: Exception, limit: float, prefixes: tuple[str, ...] = ("",)
 ) -> None:
     """Add a sample that cannot be decoded to a list of (name, reason).
 
     Raises:
-        ValueError: more than `limit` samples, and more than one, of these prefixes are in the list.
+        TooManyUnreadable: more than `limit` samples, and more than one, of these prefixes are in
+            the list.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as opened:
@@ -200,4 +209,4 @@ def record_unreadable(
     count = sum(listed.startswith(prefixes) for listed in names)
     if count > max(1, limit):
         remedy = f"see {file}; convert the source without them, or run data_prep.py verify"
-        raise ValueError(f"{count} samples cannot be used, {remedy}")
+        raise TooManyUnreadable(f"{count} samples cannot be used, {remedy}")

@@ -29,6 +29,7 @@ from streaming.base.dataset import _ShardState
 from shards.download import CachedStream, Download
 from shards.format import (
     Clips,
+    TooManyUnreadable,
     check_size,
     decode_frame,
     read_classes,
@@ -140,7 +141,8 @@ class DeterministicStream(StreamingDataset):
                     record_unreadable(self.unreadable, sample["name"], error, limit)
                     replacements += 1
                     if replacements >= self.num_samples:
-                        raise ValueError(f"no sample can be used, see {self.unreadable}") from error
+                        text = f"no sample can be used, see {self.unreadable}"
+                        raise TooManyUnreadable(text) from error
                     sample = self[(identity + replacements) % self.num_samples]
             yield transformed
 

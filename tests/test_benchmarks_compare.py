@@ -220,7 +220,7 @@ def test_comparison_waits_for_the_run_that_another_comparison_left_behind(compar
 def test_each_task_has_a_process_with_its_share_of_the_cores_and_of_the_lock(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # whence the server imports the stages
-    with compare.training_processes(os.cpu_count()) as executor:
+    with compare.only_comparison(), compare.training_processes(os.cpu_count()) as executor:
         pids = {executor.submit(os.getpid).result() for _ in range(2)}
         assert len(pids | {os.getpid()}) == 3
         assert executor.submit(torch.get_num_threads).result() == 1

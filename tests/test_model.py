@@ -539,7 +539,7 @@ def test_every_trained_parameter_is_used_in_the_forward_pass():
     ("sizes", "message"),
     [
         ({"patch_size": 7}, "img_size=32: must be a multiple of patch_size=7"),
-        ({"num_heads": 5}, "embed_dim=48: must be a multiple of 4 and of the 5 heads"),
+        ({"num_heads": 5}, "embed_dim=48: must be a multiple of 4 and of num_heads=5"),
         ({"decoder_embed_dim": 22}, "decoder_embed_dim=22"),
         ({"mask_ratio": 1.2}, r"mask_ratio=1\.2: must keep and remove some of 16 patches"),
         ({"mask_ratio": 1.0}, r"mask_ratio=1\.0"),

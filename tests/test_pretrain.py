@@ -75,6 +75,14 @@ def test_run_with_corrupt_training_and_evaluation_samples_finishes_and_lists_the
     assert "1 of 60 samples cannot be decoded or have no label, and do not count" in printed
 
 
+def test_too_many_unreadable_samples_end_a_run_in_one_line(demo, tmp_path):
+    images = corrupted_copy(demo / "train_images", tmp_path, *range(30))
+    stream = f"data.streams=[{{path: {images}}}]"
+    arguments = [*small(demo), stream, "data.num_workers=1", "callbacks=null"]
+    with pytest.raises(SystemExit, match=r"^\S+: \d+ samples cannot be used, see \S+; [^\n]*$"):
+        run_stage(pretrain, arguments, tmp_path)
+
+
 def test_mistake_on_the_command_line_ends_in_one_line_before_anything_is_written(tmp_path):
     command = [sys.executable, str(ROOT / "pretrain.py"), str(ROOT / "yamls" / "demo.yaml")]
     result = subprocess.run(

@@ -34,7 +34,7 @@ from torch import nn
 from evaluation.online import OnlineProbe
 from evaluation.pictures import draw_curves
 from evaluation.probes import KNN
-from shards.format import fingerprint
+from shards.format import TooManyUnreadable, fingerprint
 from shards.loader import samples_in
 from shards.storage import Storage
 from shards.stream import load_stream
@@ -426,7 +426,7 @@ def written_checkpoints(state: State) -> Iterator[None]:
 
 @exit_if_disk_full()
 def fit(trainer: Trainer) -> None:
-    """Train, and leave the other ranks in order."""
+    """Train, and leave the other ranks in order. Too many unreadable samples end it in one line."""
     try:
         with written_checkpoints(trainer.state):
             train(trainer)
@@ -438,6 +438,8 @@ def fit(trainer: Trainer) -> None:
             trainer.engine.close()  # the loggers
             os._exit(STOPPED)  # Python's own exit would wait for the copies.
         raise
+    except TooManyUnreadable as error:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
     peer_watch().leave()
 
 
