@@ -76,7 +76,8 @@ def write_part(
 ) -> dict:
     """Convert entries of the manifest into MDS shards in the folder `out`; see shards/workers.py.
 
-    Counts, skipped inputs, the highest label and entries for index.json are returned for part.json.
+    Returns the content of part.json: counts, skipped inputs, the highest label, and the entries for
+    index.json. `short` counts clips that repeat frames; `joined` lists videos with a second film.
     """
     from streaming import MDSWriter
 

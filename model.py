@@ -15,7 +15,7 @@ Shapes, here and in every other file:
     B samples   V views of a sample   T frames of a clip   N patches of a view   K patches kept
     D width     P numbers of a patch (patch_size * patch_size * 3)   C classes   H, W pixels
 A tensor named `mask` is 1 where a patch is removed. B counts the samples of the micro-batch of this
-rank, unless a line says "of all ranks".
+rank, unless a line says "of all ranks"; where there is no V, it counts the views of all samples.
 """
 
 import json
@@ -113,7 +113,7 @@ def take(tokens: Tensor, ids: Tensor) -> Tensor:
 
 
 def is_block(parent: nn.Module, module: nn.Module) -> bool:
-    """Tell Composer that each Block is one unit of FSDP and of activation checkpointing."""
+    """Return whether a module is one unit of FSDP and of activation checkpointing."""
     return isinstance(module, Block)
 
 
@@ -128,8 +128,8 @@ class Encoder(nn.Module):
     """A ViT that sees only the visible patches of an image, or of a clip cut into tubelets.
 
     Parameters have timm's names; num_frames and tubelet_size are 1 for images. The rates of
-    stochastic depth rise linearly from 0 to drop_path. Positions are fixed sines and cosines, or,
-    with learn_positions, trained from them, and those in time from zero (source: mae_st).
+    stochastic depth rise linearly from 0 to drop_path. Positions are fixed sines and cosines. With
+    learn_positions they are trained, and those in time begin as zeros (source: mae_st).
     """
 
     def __init__(
@@ -234,10 +234,10 @@ class Decoder(nn.Module):
         the first `decoded` are decoded, None for all; the predictions of the others are 0.
         """
         x = self.embed(tokens)
-        B, L, D = x.shape
+        B, K, D = len(x), x.shape[1] - 1, x.shape[2]
         N = ids_restore.shape[1]
         decoded = decoded or N
-        mask_tokens = self.mask_token.expand(B, decoded + 1 - L, D).to(x.dtype)
+        mask_tokens = self.mask_token.expand(B, decoded - K, D).to(x.dtype)
         ids = ids_restore.argsort(dim=1)[:, :decoded]  # (B, decoded), visible first
         grid = math.isqrt(N // self.steps)
         pos_embed = positions_for(self.pos_embed, grid, self.temporal_embed).expand(B, -1, -1)
@@ -303,7 +303,7 @@ def all_gather(x: Tensor) -> Tensor:
     """Concatenate x of all ranks along dimension 0, with gradient. Return x itself on one rank.
 
     All ranks then compute the same InfoNCE. The backward pass sums the gradients of all ranks, and
-    DDP divides by their number: the gradient is that of one rank with the whole batch. The
+    DDP divides by their number: the gradient equals one rank's with the samples of all. The
     reconstruction loss is each rank's own, of equally many patches: DDP averages its gradients.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
@@ -320,7 +320,7 @@ def info_nce(predictions: Tensor, targets: Tensor, temperature: float) -> tuple[
     """Return InfoNCE (NT-Xent), and the fraction of views that find their partner.
 
     Each prediction must find the target of its sample's other view among all 2B - 1 other targets.
-    Both are (B of all ranks, 2, out), and often the same tensor.
+    Both are (B of all ranks, 2, out); without a predictor they are the same tensor.
 
     Deviation: the official code numbers samples within a rank, so that samples of different ranks
     count as positives, and computes exp, sum and log. Here the loss is a cross-entropy in fp32.
@@ -340,7 +340,7 @@ def feature_std(features: Tensor) -> Tensor:
 
 
 def layer_groups(model: nn.Module, coarse: bool = False) -> dict[str, str]:
-    """Return timm's groups for layer decay: embedding and positions, then blocks, then the rest."""
+    """Return the patterns by which timm groups parameters for layer decay; others come last."""
     return {
         "stem": r"encoder\.(?:cls_token|pos_embed|temporal_embed|patch_embed)",
         "blocks": r"encoder\.blocks\.(\d+)",
@@ -356,7 +356,7 @@ class ViCMAE(ComposerModel):
         img_size, patch_size: pixels.
         embed_dim, depth, num_heads: of the encoder.
             S 384/12/6, B 768/12/12, L 1024/24/16, H 1280/32/16 with patch 14.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: 512/8/16, S 256/8/8.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: 512/8/16; for S 256/8/8.
         projector_hidden_dim, projector_out_dim: widths of the contrastive head.
         predictor: add a second head like the projector, which predicts the projection of the other
             view (yamls/paper.yaml). Without it, the projection itself is the prediction.
@@ -366,7 +366,7 @@ class ViCMAE(ComposerModel):
         weight_recon, weight_contrast: weights of the two terms of the total loss.
         norm_pix_loss: normalise the target of a patch by its own mean and variance.
         chunk_size: pairs that pass through encoder and decoder at a time if a rank has more; the
-            backward pass recomputes their activations. InfoNCE still sees the whole batch.
+            backward pass recomputes their activations. InfoNCE still sees all pairs.
 
     Raises:
         ValueError: sizes that do not divide, or a mask_ratio that keeps or removes no patch.
@@ -407,7 +407,7 @@ class ViCMAE(ComposerModel):
         self.mask_ratio, self.pool, self.temperature = mask_ratio, pool, temperature
         self.weight_recon, self.weight_contrast = weight_recon, weight_contrast
         self.norm_pix_loss, self.chunk_size = norm_pix_loss, chunk_size
-        # Algorithms of training/speedups.py change both during training.
+        # Algorithms of training/speedups.py change the next two during training.
         self.decode_ratio = 1.0  # fraction of the removed patches that is decoded, in (0, 1]
         self.ramp = 1.0  # factor of weight_contrast, in [0, 1]
 
@@ -454,7 +454,7 @@ class ViCMAE(ComposerModel):
         """Return predictions and targets (B of all ranks, V, out) of features (B, V, D).
 
         Deviation: the official projector sees the samples of one GPU. Here features are gathered
-        first: BatchNorm spans the global batch, and the number of ranks changes no result.
+        first: BatchNorm spans all ranks, whose number changes no result. Subclasses use `batch`.
         """
         features = all_gather(features)
         targets = self.projector(features)
@@ -464,8 +464,8 @@ class ViCMAE(ComposerModel):
     def forward(self, batch: Batch) -> Tensors:
         """Return the outputs of reconstruct, with dimensions (B, V) in place of B, and of project.
 
-        The batch has `views` (B, V, 3, H, W), normalised, and `noise` (B, V, N), uniform, of which
-        smaller views use the first numbers.
+        The batch has `views` (B, V, 3, H, W), normalised, and `noise` (B, V, N), uniform. Views
+        smaller than img_size use only the first numbers of their noise.
         """
         B, V = batch["views"].shape[:2]
         views, noise = self.flatten_views(batch)

@@ -79,7 +79,8 @@ class PretrainConfig(RunConfig):
         pretrained: weights to begin with, see read_checkpoint. The sizes of the model come from
             them, except img_size. What they lack, such as a projector, begins at random.
         raw: folders of videos and images, which are converted to runs/{run_name}/data/ first, and
-            join data.streams. A batch is lowered to a quarter of the samples, if it is larger.
+            join data.streams. A batch of more than a quarter of the samples is lowered to the
+            largest power of two below.
         recipe: how `raw` is converted, such as clip_seconds.
     """
 
@@ -101,7 +102,11 @@ class PretrainConfig(RunConfig):
 
 
 def take_sizes(config: PretrainConfig, planned: bool = False) -> PretrainConfig:
-    """Return a config whose block `model` has the sizes of `pretrained`, except img_size."""
+    """Return a config whose block `model` has the sizes of `pretrained`, except img_size.
+
+    Args:
+        planned: see known_model.
+    """
     if not config.pretrained:
         return config
     known = known_model(config.pretrained, planned)["model"]
@@ -208,7 +213,7 @@ def train_on_raw(config: PretrainConfig) -> PretrainConfig:
 
 
 def check_image_frames(net: ViCMAE, config: PretrainConfig) -> None:
-    """Raise ValueError for images of fewer frames that the method or the batches do not allow."""
+    """Raise ValueError if the method or the batches do not allow augment.image_frames."""
     frames = config.augment.get("image_frames")
     if not frames:
         return
@@ -245,7 +250,7 @@ def check_data(net: ViCMAE, config: PretrainConfig, views: int, micro_batch: int
 
 
 def pretrain(config: PretrainConfig) -> Trainer:
-    """Return the Trainer of a pre-training run, for a config of train_on_raw and take_sizes."""
+    """Return the Trainer of a run; train_on_raw and take_sizes have completed its config."""
     flops = flops_per_sample(*on_meta_device(config)) if config.logs_speed else 0.0
     run = start_run(config)
     if config.make_demo and dist.get_local_rank() == 0:

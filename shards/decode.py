@@ -226,22 +226,22 @@ def read_clips(file: BinaryIO, recipe: Recipe) -> list[tuple[list[bytes], list[f
     return clips
 
 
-def place_clips(seconds: np.ndarray, gap: float, recipe: Recipe) -> list[np.ndarray]:
+def place_clips(seconds: np.ndarray, interval: float, recipe: Recipe) -> list[np.ndarray]:
     """Return the indices of the frames of each clip in a video or scene.
 
-    What remains after the last clip is left out, and a clip without a frame of its own, as in a gap
-    of a recording. A scene shorter than a clip becomes one clip.
+    What remains after the last clip is left out, and so is a clip in which no frame begins, as
+    where a recording has a gap. A scene shorter than a clip becomes one clip.
 
     Args:
         seconds: times of all frames, ascending.
-        gap: median seconds between two frames.
+        interval: median seconds between two frames.
     """
-    duration = seconds[-1] - seconds[0] + gap
+    duration = seconds[-1] - seconds[0] + interval
     length = min(recipe.clip_seconds or duration, duration)
-    last = duration - length + 0.5 * gap
+    last = duration - length + 0.5 * interval
     begins = np.arange(0, last, recipe.stride or length)
-    # A frame that began up to a gap before a clip is its own: it has not been on screen for longer.
-    edges = np.searchsorted(seconds - seconds[0], [begins - 1.02 * gap, begins + length])
+    # A frame is on screen for an interval, so it may have begun so long before the clip.
+    edges = np.searchsorted(seconds - seconds[0], [begins - 1.02 * interval, begins + length])
     begins = begins[edges[0] < edges[1]]
     if recipe.fps:
         wanted = np.arange(max(1, int(length * recipe.fps))) / recipe.fps
@@ -249,7 +249,7 @@ def place_clips(seconds: np.ndarray, gap: float, recipe: Recipe) -> list[np.ndar
         wanted = (np.arange(recipe.frames) + 0.5) * length / recipe.frames
     wanted = begins[:, None] + wanted  # (clips, frames)
     # Containers round times to 1 ms, so a frame may seem to begin just after its wanted time.
-    return list(np.searchsorted(seconds, seconds[0] + wanted + 0.02 * gap, "right") - 1)
+    return list(np.searchsorted(seconds, seconds[0] + wanted + 0.02 * interval, "right") - 1)
 
 
 def find_cuts(file: BinaryIO, times: np.ndarray, in_order: bool, threshold: float) -> list[int]:

@@ -1,7 +1,7 @@
 """PyTorch's DataLoader, with workers that leave stop signals to the main process.
 
-In a step of several micro-batches, each worker prepares single micro-batches: a quarter of the
-shared memory suffices if there are four. StepLoader hands them to a step as a list, uncopied.
+In a step of several micro-batches, each worker prepares single micro-batches, which need less
+shared memory than whole batches. StepLoader hands them to a step as a list, uncopied.
 
 Ctrl-C, `timeout` and Slurm signal all processes of a group. Data workers must survive that, so that
 the main process can finish its step and save a checkpoint.
@@ -92,7 +92,7 @@ class StepLoader(Loader):
 def prefetch(micro_batches: int, num_workers: int, prefetch_factor: int | None = None) -> int:
     """Return how many micro-batches each worker prepares ahead, see load_stream.
 
-    While a step computes, its workers shall prepare the whole next one.
+    By default, the workers together hold the next step and a micro-batch more each.
     """
     return prefetch_factor or 1 + math.ceil(micro_batches / num_workers)
 

@@ -1,6 +1,6 @@
 """The samples of a training run, in an order that ranks, workers and interruptions do not change.
 
-MosaicML Streaming guarantees the order: with the same data, seed and `num_canonical_nodes`, each
+MosaicML Streaming guarantees the order. With the same data, seed and `num_canonical_nodes`, each
 global batch of an epoch has the same samples, for any number of ranks and workers. A checkpoint
 stores how much of the epoch has been read, and a resumed run reads the rest in the same order.
 
@@ -49,9 +49,9 @@ class DeterministicStream(StreamingDataset):
     """Streams of samples, each transformed with a generator of its own.
 
     The generator's seed is (seed, epoch, identity, repeat). `identity` is
-    sample + occurrence * num_samples: a stream with a large proportion lists a sample several
-    times in an epoch, and `occurrence` counts the earlier places of the sample in that list,
-    before it is shuffled. The list depends on seed and epoch alone, and so do the generators.
+    sample + occurrence * num_samples. A stream with a large proportion lists a sample several
+    times in an epoch; `occurrence` counts its earlier places in the list, before it is shuffled.
+    The list depends on seed and epoch alone, and so do the generators.
     `repeat` counts from 0 to `repeats` - 1.
 
     Args:
@@ -176,6 +176,8 @@ class DeterministicStream(StreamingDataset):
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Return the position in the data, for a checkpoint.
+
+        num_samples counts the samples of all ranks in this epoch, with their repeats.
 
         At the end of an epoch, Composer counts samples from 0 again, but Streaming still names the
         finished epoch. Streaming's own method would make a resumed run repeat that epoch.
@@ -318,7 +320,7 @@ def load_stream(
     max_unreadable: UnitInterval = 0.001,
     download: Annotated[dict, Download] | None = None,
 ) -> tuple[DataSpec, int]:
-    """Return this rank's loader of training data, and its samples of a micro-batch.
+    """Return this rank's loader of training data, and the number of its samples in a micro-batch.
 
     Args:
         transform, on_device: called in the workers on each sample, and on each micro-batch.

@@ -381,8 +381,8 @@ class EvalViews(Dataset):
             () for the labels as they are stored.
         patch_size: pixels; a sample of smaller frames counts as unreadable.
         images_as_stored: give depth and kind, for a model that sees an image as one frame.
-        run: run directory, where UNREADABLE lists unreadable samples, which become black with the
-            target -1. If None, or if more than 0.1 % are unreadable, ValueError is raised.
+        run: run directory, where UNREADABLE lists unreadable samples. They become black, with the
+            target -1. If more than 0.1 % are unreadable, or run is None, ValueError is raised.
     """
 
     paths: list[str]

@@ -37,10 +37,10 @@ Work = Callable[[str, dict[int, str], Progress], None]
 def exit_on_signals(numbers: Iterable[int] = (signal.SIGINT, signal.SIGTERM)) -> None:
     """Make signals end this program at once, with the exit code STOPPED and one line."""
     for number in numbers:
-        signal.signal(number, exit_stopped)
+        signal.signal(number, exit_at_once)
 
 
-def exit_stopped(number: int, frame: FrameType | None) -> None:
+def exit_at_once(number: int, frame: FrameType | None) -> None:
     """Kill the workers and exit. What is in progress is lost; what is finished is on disk."""
     for process in active_children():
         process.kill()

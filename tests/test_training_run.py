@@ -27,7 +27,7 @@ import training.run
 from model import Classifier
 from shards.augment import normalise
 from shards.views import EvalViews
-from shards.workers import exit_stopped
+from shards.workers import exit_at_once
 from training.checkpoints import STOPPED, Checkpoints
 from training.run import changed_settings, is_finished, read_config
 from training.weights import LATEST, read_checkpoint
@@ -141,7 +141,7 @@ def test_early_warning_of_slurm_is_handled_while_the_ranks_still_join(
     monkeypatch.setattr(training.run, "join_ranks", look)
     warning = "checkpoints.stop_signals=[SIGUSR1]"
     assert "enough" in error_of(pretrain, [*arguments, warning], tmp_path)
-    assert handlers == [exit_stopped, signal.SIG_DFL]
+    assert handlers == [exit_at_once, signal.SIG_DFL]
 
 
 def test_disk_that_is_full_at_the_end_of_a_run_is_one_line(tmp_path, monkeypatch):

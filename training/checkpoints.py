@@ -59,8 +59,8 @@ def check_checkpoint(path: Path) -> None:
         raise ValueError(f"{path} is corrupt ({error})") from error
 
 
-def check_sum(path: Path) -> None:
-    """Compare a file with the checksum beside it, if there is one."""
+def verify_checksum(path: Path) -> None:
+    """Raise ValueError if a file differs from the checksum beside it, if there is one."""
     expected = path.with_name(f"{path.name}.sha256")
     if expected.exists() and checksum(path) != expected.read_text():
         raise ValueError(f"{path.name} in it has another checksum")
@@ -71,10 +71,10 @@ def check_shards(path: Path) -> None:
 
     Checkpoints of earlier versions have no checksums, or none of .metadata.
     """
-    check_sum(path / METADATA)
+    verify_checksum(path / METADATA)
     metadata = PlainReader(path).read_metadata()
     for name in {part.relative_path for part in metadata.storage_data.values()}:
-        check_sum(path / name)
+        verify_checksum(path / name)
     for index, part in metadata.storage_data.items():
         with open(path / part.relative_path, "rb") as file:
             if os.fstat(file.fileno()).st_size < part.offset + part.length:
@@ -102,10 +102,10 @@ class Checkpoints(Callback):
     """Composer's checkpoints, saved so that the newest is always intact.
 
     Training waits only for a copy of its state in host memory. In the background, the copy is
-    written aside, synced and renamed, then copied to the bucket. SIGINT and SIGTERM, on any rank,
-    end the run with exit code STOPPED, once a checkpoint of the end of the step, or of the
-    evaluation's batch, is written. SIGINT after another signal ends it at once. A loss or a weight
-    that is not finite ends the run without a checkpoint.
+    written aside, synced and renamed, then copied to the bucket. SIGINT or SIGTERM on any rank
+    stops the run: it saves after the step, or between batches of an evaluation, and exits with
+    STOPPED. SIGINT after another signal ends it at once. A loss or a weight that is not finite ends
+    the run without a checkpoint.
 
     Args:
         interval: between checkpoints, such as 1ep or 500ba; the last step always has one.
@@ -193,7 +193,7 @@ class Checkpoints(Callback):
         Returns the same on every rank. Corrupt ones are reported, and renamed to *.corrupt.*.
 
         Raises:
-            ValueError: there are checkpoints, but none is intact, or this machine lacks it.
+            ValueError: there are checkpoints, but none is intact, or this machine lacks rank 0's.
             OSError: the bucket cannot be reached.
         """
         outcome = [None]
@@ -345,9 +345,9 @@ class Checkpoints(Callback):
                 place = f"epoch {state.timestamp.epoch.value}, step {step}"
                 saved = f"saved in {self.folder / os.readlink(self.folder / LATEST)}"
                 print(f"stopped at {place}; {saved}; run the same command to resume", flush=True)
-            self.exit_stopped()
+            self.exit_after_copies()
 
-    def exit_stopped(self) -> None:
+    def exit_after_copies(self) -> None:
         """Exit with STOPPED once the bucket has all copies, or the time for them is over."""
         missing = self.copies.finish(self.upload_limit)
         if missing:

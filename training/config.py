@@ -232,7 +232,7 @@ def convert_plain(value: Any, hint: Any, path: list) -> Any:
 
 
 def keywords_of(target: Callable) -> dict[str, tuple[Any, Any]]:
-    """Return type hint and default of the keyword arguments of a callable.
+    """Return type hint and default of a callable's keyword-only arguments; without any, of all.
 
     An __init__ that takes **keywords is assumed to pass them on to the next class in the method
     resolution order, whose keyword arguments are included.

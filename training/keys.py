@@ -55,7 +55,7 @@ class Code(NamedTuple):
         """Return what a name of this module stands for, in the module that defines it.
 
         Raises:
-            LookupError: this is unknown.
+            LookupError: the module does not define the name.
         """
         node = names_of(self.module)[name]
         if not isinstance(node, ast.ImportFrom):

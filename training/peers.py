@@ -119,7 +119,7 @@ class PeerWatch:
         self.heard = monotonic()
 
     def rank_0_is_there(self, timeout: float) -> bool:
-        """Return whether rank 0 has started, after waiting for it for some seconds at most."""
+        """Wait until rank 0 has started, or connecting has failed; return False after a timeout."""
         return not self.started or self.tried.wait(timeout)
 
     def report_errors(self) -> None:

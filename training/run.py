@@ -171,8 +171,8 @@ def start_run(config: RunConfig) -> Path:
     Raises:
         ValueError: the run directory holds a run with other settings.
     """
-    warnings = (config.checkpoints or {}).get("stop_signals", ())
-    exit_on_signals(signal.Signals[name] for name in warnings)
+    stop_signals = (config.checkpoints or {}).get("stop_signals", ())
+    exit_on_signals(signal.Signals[name] for name in stop_signals)
     peer_watch().start()
     join_ranks(config.trainer.get("device"), config.trainer.get("dist_timeout", 300.0))
     exit_on_signals()
@@ -209,11 +209,11 @@ def join_ranks(device: str | None, timeout: float) -> None:
         device: of Composer's Trainer.
         timeout: seconds to wait for the others, here and in each collective.
     """
-    # A handler would wait for as long as init_process_group does.
+    # Python would run its own handler only after init_process_group has returned.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     problem = f"rank 0 has not started within {timeout:g} s"
-    # init_process_group would wait for rank 0 for twice the time.
+    # init_process_group would wait for rank 0 for twice the timeout.
     if peer_watch().rank_0_is_there(timeout):
         try:
             dist.initialize_dist(get_device(device), timeout)
@@ -277,7 +277,7 @@ def trainer_settings(config: RunConfig, model: nn.Module) -> tuple[dict[str, Any
 def chosen_algorithms(config: RunConfig, model: nn.Module) -> list[Algorithm]:
     """Return the algorithms of a config, of the method, and of every run."""
     own = model.algorithms() if hasattr(model, "algorithms") else []
-    # Composer reverses the order after a step: mean, norm, then clipping.
+    # Composer runs them in reverse order after a step: mean, norm, then clipping.
     return [*build_named(ALGORITHMS, config.algorithms), *own, GradientNorm(), GlooGradientMean()]
 
 

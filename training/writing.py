@@ -30,6 +30,7 @@ Result = TypeVar("Result")
 
 
 def checksum(path: str | Path) -> str:
+    """Return the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
