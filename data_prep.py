@@ -10,8 +10,8 @@
 
 Every sample of every data set becomes a clip: JPEG frames with their timestamps. An image is a
 clip of one frame, so that videos and images mix in a batch. A clip needs little more room than its
-video, and yields a pair of frames about ten times as fast. shards/format.py describes the format,
-docs/data.md the sources that can be read.
+video, and a pair of its frames is read without decoding others. shards/format.py describes the
+format, docs/data.md the sources that can be read.
 
 The inputs are divided into parts. A part is written to a temporary folder, which is renamed once
 the part is complete. So an interrupted conversion is resumed by the same command.

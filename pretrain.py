@@ -7,9 +7,10 @@
     composer pretrain.py yamls/own.yaml raw=[my/clips,my/photos]    # your own files
     python pretrain.py yamls/vitl.yaml --plan                       # cost, without data or GPUs
 
-The fields of PretrainConfig are the keys of its YAML files. Each block holds the keyword arguments
-of one callable. Everything of a run is in runs/{run_name}/: config.yaml, checkpoints/,
-metrics.jsonl, result.json, loss.png, reconstructions.png, and report.html with all of them.
+The fields of PretrainConfig are the keys of its YAML files. A block holds the keyword arguments of
+one callable, or of each class that it names. Everything of a run is in runs/{run_name}/:
+config.yaml, checkpoints/, metrics.jsonl, result.json, loss.png, reconstructions.png, and
+report.html with all of them.
 """
 
 import sys
@@ -282,7 +283,7 @@ def on_meta_device(config: PretrainConfig) -> tuple[ViCMAE, Batch]:
     with torch.device("meta"):
         net = config.new_model()
         size, frames = net.encoder.img_size, net.encoder.num_frames
-        views = config.augment.get("views", 2)
+        views = config.augment.get("views", PretrainingViews.views)
         clip = (frames,) if frames > 1 else ()
         batch = {
             "views": torch.empty(1, views, *clip, 3, size, size),
@@ -302,12 +303,13 @@ def plan(config: PretrainConfig, machine: Machine) -> str:
     net, sample = on_meta_device(config)
     check_image_frames(net, config)
     plans = training_plans(net, sample, config.given(), machine)
-    data, views = config.data, sample["views"].numel()  # bytes, before they become floats
-    batch = data["global_train_batch_size"]
-    micro_batch = data.get("global_micro_batch_size") or batch
-    workers = data.get("num_workers", 4)
-    ahead = prefetch(batch // micro_batch, workers, data.get("prefetch_factor")) if workers else 0
-    return training_report(plans, workers * ahead * micro_batch / machine.gpus * views)
+    defaults = {name: default for name, (_, default) in keywords_of(load_stream).items()}
+    data = defaults | config.data
+    batch, workers = data["global_train_batch_size"], data["num_workers"]
+    micro_batch = data["global_micro_batch_size"] or batch
+    ahead = prefetch(batch // micro_batch, workers, data["prefetch_factor"]) if workers else 0
+    sample_bytes = sample["views"].numel()  # before they become floats
+    return training_report(plans, workers * ahead * micro_batch / machine.gpus * sample_bytes)
 
 
 def main() -> None:
