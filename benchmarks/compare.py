@@ -10,6 +10,7 @@ import atexit
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -410,8 +411,9 @@ def compare(
 
 
 def table_values(steps: int, results: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Return the values of a row by column, in %, one for each seed."""
-    values = {key: [100 * result[key] for result in results] for key in results[0]}
+    """Return the values of a row by column, in %, one for each seed; columns of clips come last."""
+    columns = sorted(results[0], key=lambda column: column.startswith("clips"))
+    values = {column: [100 * result[column] for result in results] for column in columns}
     return {"steps": [steps]} | values
 
 
@@ -448,10 +450,15 @@ def deviation(values: list[float]) -> float:
 
 
 def draw_bars(columns: list[str], means: dict, deviations: dict, title: str, to: Path) -> None:
-    """Draw a panel of horizontal bars for each column."""
-    figure = Figure(figsize=(3 * len(columns), 0.4 * len(means) + 1), layout="constrained")
-    axes = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
-    for column, axis in zip(columns, axes, strict=True):
+    """Draw a panel of horizontal bars for each column, at most five side by side."""
+    rows = math.ceil(len(columns) / 5)
+    across = math.ceil(len(columns) / rows)
+    size = (3 * across, rows * (0.4 * len(means) + 1))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, across, squeeze=False, sharey=True).flatten()
+    for axis in axes[len(columns) :]:
+        axis.remove()
+    for column, axis in zip(columns, axes, strict=False):
         widths = [row[column] for row in means.values()]
         axis.barh(list(means), widths, xerr=[row[column] for row in deviations.values()])
         axis.set(title=column, xlabel="%")
