@@ -173,7 +173,8 @@ def test_other_probes_are_measured_anew(compared, demo, trains_nothing, monkeypa
     monkeypatch.setattr(compare, "measure_probe", lambda *_, **block: {"knn": block["k"] / 100})
     other = ["comparison.clips.k=5", "comparison.stills.k=7", "comparison.to=other.md"]
     run_compare([*arguments_of(demo), *other], compared)
-    assert (compared / "other.md").read_text().count("| 7.0 ± 0.0 | 5.0 ± 0.0 |") == 3
+    table = (compared / "other.md").read_text()
+    assert table.count("| 7.0 ± 0.0 |") == table.count("| 5.0 ± 0.0 |") == 3
 
 
 @pytest.mark.parametrize(
