@@ -265,7 +265,7 @@ def reconstruction_loss(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 PoolKind = Literal["mean", "max", "gem", "cls"]
 
 
-def pool(tokens: Tensor, kind: PoolKind) -> Tensor:
+def pool_tokens(tokens: Tensor, kind: PoolKind) -> Tensor:
     """Pool the tokens (B, 1 + N, D) of a view into one vector (B, D): CLS, or the patches.
 
     "gem" is the generalised mean with exponent 3 of the positive part (Radenovic et al. 2018).
@@ -361,7 +361,7 @@ class ViCMAE(ComposerModel):
         predictor: add a second head like the projector, which predicts the projection of the other
             view (yamls/paper.yaml). Without it, the projection itself is the prediction.
         mask_ratio: fraction of the patches of each view that is removed, in (0, 1).
-        pool: pooling of the visible tokens before the projector, see pool.
+        pool: pooling of the visible tokens before the projector, see pool_tokens.
         temperature: of InfoNCE, > 0.
         weight_recon, weight_contrast: weights of the two terms of the total loss.
         norm_pix_loss: normalise the target of a patch by its own mean and variance.
@@ -438,7 +438,7 @@ class ViCMAE(ComposerModel):
         decoded = K + math.ceil((N - K) * self.decode_ratio) if self.training else N
         tokens = self.encoder(views, ids_keep)  # (B, 1 + K, D)
         return {
-            "features": pool(tokens, self.pool),
+            "features": pool_tokens(tokens, self.pool),
             "pred": self.decoder(tokens, ids_restore, decoded),
             "mask": mask,
             "scored": mask * (ids_restore < decoded),
@@ -589,7 +589,7 @@ class Classifier(ComposerModel):
         x = batch["inputs"]
         B, V, T = x.shape[:3]
         x = x.flatten(0, 1 if T > 1 else 2)  # (B * V, T, 3, H, W), or (B * V, 3, H, W)
-        features = pool(self.encoder(x), self.pool)  # (B * V, D)
+        features = pool_tokens(self.encoder(x), self.pool)  # (B * V, D)
         return self.head(self.neck(features)).unflatten(0, (B, V))
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:

@@ -25,7 +25,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from evaluation.pictures import draw_neighbours
-from model import Encoder, pool
+from model import Encoder, pool_tokens
 from shards.augment import normalise
 from shards.format import common_classes, shared_shards
 from shards.loader import Loader
@@ -46,7 +46,7 @@ def encode_views(encoder: Encoder, inputs: Tensor, patches: bool = False) -> Ten
         patches: return the features of all patches, (B, N, D), not their mean.
     """
     tokens = encoder(inputs.flatten(0, 2 if encoder.num_frames == 1 else 1))  # (.., 1 + N, D)
-    features = tokens[:, 1:] if patches else pool(tokens, "mean")
+    features = tokens[:, 1:] if patches else pool_tokens(tokens, "mean")
     return features.unflatten(0, (len(inputs), -1)).mean(dim=1)
 
 

@@ -25,7 +25,7 @@ from model import (
     all_gather,
     at_least_fp32,
     feature_std,
-    pool,
+    pool_tokens,
     unit_rows,
 )
 
@@ -55,7 +55,7 @@ class SimCLR(ViCMAE):
         """Return the features of unmasked views; if masked, all that ViC-MAE returns."""
         if self.decoder is not None:
             return super().reconstruct(views, noise)
-        return {"features": pool(self.encoder(views), self.pool)}
+        return {"features": pool_tokens(self.encoder(views), self.pool)}
 
     def loss(self, outputs: Tensors, batch: Batch) -> Tensors:
         """Return total = ramp * weight_contrast * contrastive; if masked, the loss of ViC-MAE."""
@@ -167,7 +167,7 @@ class MoCoV2(SimCLR):
             views, noise = self.flatten_views(batch)
             ids_keep = self.masking(noise)[0] if self.decoder is not None else None
             tokens = self.momentum.encoder(views, ids_keep)
-            keys = all_gather(pool(tokens, self.pool).unflatten(0, features.shape[:2]))
+            keys = all_gather(pool_tokens(tokens, self.pool).unflatten(0, features.shape[:2]))
             keys = self.momentum.projector(keys)
             queue = self.momentum.queue.clone()
             if self.training:

@@ -21,7 +21,7 @@ from model import (
     feature_std,
     init_weights,
     patchify,
-    pool,
+    pool_tokens,
     random_masking,
 )
 
@@ -133,7 +133,7 @@ class OmniMAE(ChannelTargets):
         later = torch.arange(n, N, device=noise.device).expand(B, -1)
         pred = self.decoder(tokens, torch.cat([ids_restore, later], dim=1), decoded)
         return {
-            "features": pool(tokens, self.pool),
+            "features": pool_tokens(tokens, self.pool),
             "pred": pred[:, :n],
             "mask": mask,
             "scored": mask * (ids_restore < decoded),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
-from model import Batch, Classifier, LayerNorm, pool
+from model import Batch, Classifier, LayerNorm, pool_tokens
 
 
 class DataSetHeads(nn.Sequential):  # FSDP refuses nn.ModuleList
@@ -202,7 +202,7 @@ class Omnivore(MultiHead):
         if frames == 1:  # The encoder adds the positions of all steps; an image has the first.
             patches = (x.shape[-1] // self.encoder.patch_size) ** 2
             visible = torch.arange(patches, device=x.device).expand(len(x), -1)
-        features = pool(self.encoder(x, visible), self.pool)
+        features = pool_tokens(self.encoder(x, visible), self.pool)
         if frames > 1:
             features = self.neck(features)
         return features.unflatten(0, (B, V))

@@ -29,7 +29,7 @@ from model import (
     all_gather,
     info_nce,
     patchify,
-    pool,
+    pool_tokens,
     positions_for,
     random_masking,
     reconstruction_loss,
@@ -371,7 +371,7 @@ def test_poolings_equal_numpy():
         "gem": (np.maximum(patches, 1e-6) ** 3).mean(axis=1) ** (1 / 3),
     }
     for kind, values in expected.items():
-        np.testing.assert_allclose(pool(tokens, kind).numpy(), values, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(pool_tokens(tokens, kind).numpy(), values, rtol=1e-5, atol=1e-6)
 
 
 def test_one_rank_gathers_the_tensor_itself():
