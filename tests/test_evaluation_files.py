@@ -17,7 +17,7 @@ import eval as evaluation
 from eval import load_encoder
 from evaluation.files import FileViews, find_media
 from evaluation.probes import embed
-from model import Classifier
+from model import Classifier, pool_tokens
 from shards.augment import normalise
 from shards.decode import Recipe
 from shards.format import encode_clip
