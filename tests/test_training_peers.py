@@ -63,7 +63,7 @@ def joined(behaviour) -> list:
 def await_announcements(count: int) -> None:
     """Wait until ranks below `count` have announced themselves, and have seen that of this one."""
     watch = peer_watch()
-    watch.tried.wait()
+    watch.has_tried_to_connect.wait()
     ranks = range(count)
     while not all(watch.store.add(f"beat/{other}", 0) > 1 for other in ranks):
         threading.Event().wait(0.05)
@@ -158,7 +158,7 @@ def test_rank_that_has_not_started_is_waited_for_and_one_that_is_silent_is_lost(
     monkeypatch.setattr(watch, "end", lambda code, line: ends.append((code, line)))
     for now, number in [(0, 0), (100, 0), (1000, 1), (1035, 1), (1036, 2), (1070, 2), (1072, 2)]:
         monkeypatch.setattr(training.peers, "monotonic", lambda now=now: now)
-        watch.compare(5, number)
+        watch.check_rank(5, number)
         assert bool(ends) == (now == 1072)
     assert ends[0][0] == STOPPED and "rank 5 for 35 s" in ends[0][1]
 

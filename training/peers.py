@@ -85,10 +85,10 @@ class PeerWatch:
     def __init__(self):
         self.store = None
         self.started = False
-        self.tried = threading.Event()  # to connect to the store
-        self.left = threading.Event()
+        self.has_tried_to_connect = threading.Event()
+        self.has_left = threading.Event()
         self.beats = {}  # {rank: (its last number, when that was first seen)}
-        self.heard = math.inf  # when the store answered last
+        self.last_answer = math.inf  # of the store, in seconds of monotonic()
 
     def start(self) -> None:
         """Announce this rank, and watch the others from now on, which may start much later.
@@ -98,7 +98,7 @@ class PeerWatch:
         if self.started or rank_count() == 1 or "MASTER_ADDR" not in os.environ:
             return
         self.started = True
-        for target in (self.look, self.end_without_answer):
+        for target in (self.watch_ranks, self.end_without_answer):
             threading.Thread(target=target, daemon=True).start()
 
     def connect(self) -> None:
@@ -116,11 +116,11 @@ class PeerWatch:
         store.set_timeout(timedelta(seconds=LIMIT))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = PrefixStore(f"peers/{attempt}", store)
-        self.heard = monotonic()
+        self.last_answer = monotonic()
 
     def rank_0_is_there(self, timeout: float) -> bool:
         """Wait until rank 0 has started, or connecting has failed; return False after a timeout."""
-        return not self.started or self.tried.wait(timeout)
+        return not self.started or self.has_tried_to_connect.wait(timeout)
 
     def report_errors(self) -> None:
         """Tell the other ranks from now on when this one ends with an error.
@@ -129,33 +129,33 @@ class PeerWatch:
         """
         if self.started:
             sys.excepthook = self.end_by_exception
-            atexit.register(self.say_farewell)
+            atexit.register(self.announce_error)
 
     def leave(self) -> None:
         """Stop watching, before this rank ends in order."""
-        if self.store is not None and not self.left.is_set():
+        if self.store is not None and not self.has_left.is_set():
             with suppress(RuntimeError):
                 self.store.set(f"left/{this_rank()}", "1")
-        self.left.set()
+        self.has_left.set()
 
-    def look(self) -> None:
+    def watch_ranks(self) -> None:
         """Give a sign of life in a loop, and look for signs of the other ranks."""
         rank = this_rank()
         watched = range(1, rank_count()) if rank == 0 else [0]
         with suppress(RuntimeError):  # init_process_group raises the same
             self.connect()
-        self.tried.set()
+        self.has_tried_to_connect.set()
         while self.store is not None:
             with suppress(RuntimeError):  # end_without_answer notices it
                 self.store.add(f"beat/{rank}", 1)
                 self.end_if_announced()
                 for other in watched:
-                    self.compare(other, self.store.add(f"beat/{other}", 0))
-                self.heard = monotonic()
-            if self.left.wait(INTERVAL):
+                    self.check_rank(other, self.store.add(f"beat/{other}", 0))
+                self.last_answer = monotonic()
+            if self.has_left.wait(INTERVAL):
                 return
 
-    def compare(self, rank: int, number: int) -> None:
+    def check_rank(self, rank: int, number: int) -> None:
         """End the program if the number of a rank has not changed for long; 0 is not started."""
         now = monotonic()
         last, since = self.beats.get(rank, (0, now))
@@ -164,17 +164,17 @@ class PeerWatch:
         elif number and now - since > LIMIT and not self.store.check([f"left/{rank}"]):
             line = lost_line(f"no sign of life from rank {rank} for {LIMIT:.0f} s")
             alive = [since for _, since in self.beats.values() if now - since <= LIMIT]
-            self.tell(STOPPED, line, 1 + len(alive))
+            self.announce_end(STOPPED, line, 1 + len(alive))
             self.end(STOPPED, line)
 
     def end_without_answer(self) -> None:
         """End the program if the store, which is on the machine of rank 0, no longer answers."""
-        while not self.left.wait(INTERVAL):
-            if monotonic() - self.heard > LIMIT + INTERVAL:
+        while not self.has_left.wait(INTERVAL):
+            if monotonic() - self.last_answer > LIMIT + INTERVAL:
                 reason = f"no answer from the machine of rank 0 for {LIMIT:.0f} s"
                 self.end(STOPPED, lost_line(reason))
 
-    def tell(self, code: int, line: str, readers: int) -> None:
+    def announce_end(self, code: int, line: str, readers: int) -> None:
         """Make the other ranks end with a code and a line.
 
         Args:
@@ -190,7 +190,7 @@ class PeerWatch:
 
     def end_if_announced(self) -> None:
         """End the program if another rank has announced the end of the run."""
-        if self.left.is_set() or not self.store.check(["end"]):
+        if self.has_left.is_set() or not self.store.check(["end"]):
             return
         code, _, line = self.store.get("end").decode().partition(" ")
         self.store.add("read", 1)
@@ -198,7 +198,7 @@ class PeerWatch:
 
     def end(self, code: int, line: str) -> None:
         """End the program with a code and a line, without waiting for any thread."""
-        if not self.left.is_set():
+        if not self.has_left.is_set():
             print(line, file=sys.stderr, flush=True)
             os._exit(code)
 
@@ -213,14 +213,14 @@ class PeerWatch:
             self.end(STOPPED, lost_line(reason))
         traceback.print_exception(kind, error, place)
 
-    def say_farewell(self) -> None:
-        """Tell the other ranks that this one ends early, with an error."""
-        if self.left.is_set() or self.store is None:
+    def announce_error(self) -> None:
+        """Make the other ranks end, too, as this rank ends with an error."""
+        if self.has_left.is_set() or self.store is None:
             return
-        self.left.set()
+        self.has_left.set()
         with suppress(RuntimeError):
             line = f"rank {this_rank()} has ended with an error, see its output"
-            self.tell(1, line, rank_count())
+            self.announce_end(1, line, rank_count())
 
 
 def lost_line(reason: str) -> str:
