@@ -297,13 +297,13 @@ class FinetuneConfig(RunConfig):
     random_weights: bool = False
 
     @property
-    def kind(self) -> type[Classifier]:
+    def model_class(self) -> type[Classifier]:
         return CLASSIFIERS[self.method or "classifier"]
 
     def new_model(self, classes: int | list[int]) -> Classifier:
         if self.lars and len(self.lars["base_lrs"]) > 1:
-            return self.kind(classes, len(self.lars["base_lrs"]), **self.model)
-        return self.kind(classes, **self.model)
+            return self.model_class(classes, len(self.lars["base_lrs"]), **self.model)
+        return self.model_class(classes, **self.model)
 
 
 def check_blocks(config: FinetuneConfig) -> None:
@@ -314,7 +314,7 @@ def check_blocks(config: FinetuneConfig) -> None:
     """
     if (config.optimizer is None) == (config.lars is None):
         raise ValueError("give either the block optimizer (AdamW) or lars (for a linear probe)")
-    if config.lars and config.kind is not LinearProbe:
+    if config.lars and config.model_class is not LinearProbe:
         raise ValueError("lars: works for a linear probe only; give method=linear_probe")
     several = config.lars and len(config.lars["base_lrs"]) > 1
     if several and not config.augment.get("held_out"):
@@ -324,11 +324,11 @@ def check_blocks(config: FinetuneConfig) -> None:
     if config.random_weights and not config.pretrained:
         raise ValueError("random_weights: needs the checkpoint pretrained, whose sizes it takes")
     erasing = config.augment.get("erasing", FinetuningViews.erasing)
-    if erasing and getattr(config.kind, "images_are_equal_frames", False):
+    if erasing and getattr(config.model_class, "images_are_equal_frames", False):
         reason = f"must be 0 with method={config.method}, which knows an image by its equal frames"
         raise ValueError(f"augment.erasing={erasing}: {reason}")
     testing = config.eval_data["paths"]
-    if config.kind.head_per_data_set and len(config.training_paths) != len(testing):
+    if config.model_class.head_per_data_set and len(config.training_paths) != len(testing):
         raise ValueError(
             f"method={config.method}: give one of eval_data.paths for each of data.streams"
         )
@@ -376,7 +376,7 @@ def find_classes(config: FinetuneConfig) -> Classes:
         ValueError: data sets that are missing, have no labels, or classes that the first lacks.
     """
     training, testing = config.training_paths, config.eval_data["paths"]
-    if not config.kind.head_per_data_set:
+    if not config.model_class.head_per_data_set:
         names, labels = common_classes(training + testing)
         return Classes(names, labels[: len(training)], labels[len(training) :])
     classes, first = Classes([], [], []), 0
@@ -452,8 +452,9 @@ def plan(config: FinetuneConfig, machine: Machine) -> str:
     """Return the cost of a training without its evaluations, computed without data or weights."""
     check_blocks(config)
     config = complete_sizes(config, planned=True)
-    classes = [size_of(path)[1] for path in config.training_paths]
-    net, batch = on_meta_device(config, classes if config.kind.head_per_data_set else classes[0])
+    counts = [size_of(path)[1] for path in config.training_paths]
+    classes = counts if config.model_class.head_per_data_set else counts[0]
+    net, batch = on_meta_device(config, classes)
     return str(training_plans(net, batch, config.given(), machine)[0])
 
 

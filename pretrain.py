@@ -95,11 +95,11 @@ class PretrainConfig(RunConfig):
     recipe: Annotated[dict, Recipe, "kind"] | None = None
 
     @property
-    def kind(self) -> type[ViCMAE]:
+    def model_class(self) -> type[ViCMAE]:
         return PRETRAINING[self.method or "vicmae"]
 
     def new_model(self) -> ViCMAE:
-        return self.kind(**self.model)
+        return self.model_class(**self.model)
 
 
 def take_sizes(config: PretrainConfig, planned: bool = False) -> PretrainConfig:
@@ -111,7 +111,7 @@ def take_sizes(config: PretrainConfig, planned: bool = False) -> PretrainConfig:
     if not config.pretrained:
         return config
     known = known_model(config.pretrained, planned)["model"]
-    names = {*ENCODER_SIZES, *HEAD_SIZES} & keywords_of(config.kind).keys() - {"img_size"}
+    names = {*ENCODER_SIZES, *HEAD_SIZES} & keywords_of(config.model_class).keys() - {"img_size"}
     sizes = {name: known[name] for name in names if name in known}
     if "num_heads" not in sizes and config.model.get("embed_dim") != sizes["embed_dim"]:
         raise ValueError("model.num_heads: give it with model.embed_dim; the weights do not tell")

@@ -134,7 +134,7 @@ def new_encoder(command: list[str]) -> Encoder:
     config = config_of(command)
     if isinstance(config, PretrainConfig):
         return config.new_model().encoder
-    return config.new_model([1] if config.kind.head_per_data_set else 1).encoder
+    return config.new_model([1] if config.model_class.head_per_data_set else 1).encoder
 
 
 def train(run_name: str, command: list[str]) -> dict[str, float]:
