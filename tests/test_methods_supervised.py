@@ -20,7 +20,7 @@ from methods.supervised import DepthEmbedding, Omnivore
 from model import Classifier
 from shards.format import Clips
 from training.checkpoints import Checkpoints
-from training.weights import LATEST
+from training.weights import LATEST, load_pretrained
 
 
 def test_heads_are_no_containers_that_fsdp_refuses():
@@ -155,6 +155,14 @@ def test_samples_of_a_mixed_batch_are_encoded_by_their_kind(modality):
         torch.testing.assert_close(found[number : number + 1], sees_all({"inputs": sample}))
     stills = {name: value[[0, 5]] for name, value in batch.items()}
     torch.testing.assert_close(net(stills), found[[0, 5]])
+
+
+def test_encoder_with_depth_is_loaded_by_its_colours_into_a_classifier(tmp_path):
+    source, net = rgbd_net().eval(), Classifier(4, **ENCODER | CLIPS).eval()
+    torch.save(source.state_dict(), tmp_path / "omnivore.pt")
+    load_pretrained(net, str(tmp_path / "omnivore.pt"))
+    clips = torch.randn(2, 4, 3, 32, 32)
+    assert torch.equal(net.encoder(clips), source.encoder(clips))
 
 
 def test_every_parameter_gets_a_gradient_in_a_step_of_each_kind():

@@ -49,6 +49,8 @@ OTHER_KINDS = {  # {keys of our layout: the kind of ViT that has them}
     r"(encoder\.)?attn_pool\.": "attention pooling",
 }
 TUBES = "encoder.patch_embed.tubes."  # TubeViT's kernels beside the patch embedding
+# OMNIVORE's embedding of depth, beside the patch embedding of colours
+DEPTH = ("encoder.patch_embed.proj.depth.", "encoder.patch_embed.proj.norm.")
 OWN_PLACES = ("", "model", "encoder", "state.model.encoder")  # ours and the official files'
 CLASS_NAMES = "_extra_state"  # PyTorch's key of Classifier.get_extra_state
 
@@ -429,6 +431,8 @@ def check_encoder(origin: str, missing: list[str], unused: list[str]) -> None:
     if kinds:
         raise ValueError(f"{origin}: is a ViT with {kinds[0]}, which this encoder does not have")
     for key in unused:
+        if key.startswith(DEPTH):
+            continue
         if key.startswith(("encoder.blocks.", "encoder.norm", "encoder.patch_embed")):
             reason = "it is of another depth or kind of ViT"
             raise ValueError(f"{origin} has {key}, which the model lacks; {reason}")
