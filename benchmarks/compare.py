@@ -479,6 +479,7 @@ def draw_planes(
             axis.errorbar(row[across], row[up], spread[up], spread[across], "o", ms=4, lw=0.7)
             axis.annotate(method, (row[across], row[up]), (4, 4), textcoords="offset points")
         axis.set(xlabel=f"{across}, %", ylabel=f"{up}, %")
+        axis.margins(x=0.2)  # room for the names
     figure.suptitle(title)
     write_picture(to, partial(figure.savefig, dpi=100))
 
