@@ -386,6 +386,9 @@ def compare(
     with torch.device("meta"):
         for command in methods.values():  # finds a mistake in the last before the first trains
             new_encoder(command)
+    for column, command in (finetune or {}).items():
+        if not isinstance(config_of(command), FinetuneConfig):
+            raise ValueError(f"comparison.finetune: {column}: {command[0]} must be finetune.py")
     cores = f"{os.cpu_count()} cores ({platform.machine()})"
     budget = f"{seconds:g} s of training steps each, {seeds} seeds, {cores}"
     probes = {"stills": stills, "clips": clips}

@@ -348,6 +348,8 @@ def draw_attention(encoder: Encoder, paths: list[str], to: Path, count: int = 8)
     sample from black, the least of the image, to yellow, the most. The attention of CLS is not
     drawn: ViC-MAE's losses do not train CLS.
     """
+    if encoder.num_frames > 1:
+        raise ValueError(f"needs an encoder of images, not of clips of {encoder.num_frames} frames")
     views = EvalViews(paths, encoder.img_size, crop_pct=1.0, run=to.parent)
     images = first_frames(views, torch.linspace(0, len(views) - 1, count).long())
     normalised = normalize(images.to(encoder.cls_token.device), MEAN, STD)

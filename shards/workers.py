@@ -64,7 +64,7 @@ def without_stop_signals() -> Iterator[None]:
 
 
 def ignore_stop_signals() -> None:
-    """Leave stop signals to the main process, which kills its workers."""
+    """Ignore stop signals: in a worker, whose main process kills it, or in a program that ends."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -21,6 +21,7 @@ import finetune
 from benchmarks import compare
 from training.weights import read_checkpoint
 
+TUNED = f"comparison.finetune={{x: [{ROOT}"
 METHODS = ROOT / "yamls" / "methods"
 
 
@@ -204,6 +205,8 @@ def test_method_with_other_settings_or_a_mistake_is_refused_before_any_training(
         ("comparison.methods.last=[train.py, x.yaml]", "must begin with pretrain.py or finetune"),
         ("comparison.methods.last=[]", "must begin with pretrain.py or finetune.py"),
         ("comparison.seconds=0", "comparison.seconds=0: "),
+        (f"{TUNED}/pretrain.py, {ROOT}/yamls/demo.yaml]}}", "pretrain.py must be finetune.py"),
+        (f"{TUNED}/finetune.py, {ROOT}/yamls/finetune_demo.yaml, sed=1]}}", "did you mean seed?"),
         ("comparison.sceonds=1", "did you mean seconds?"),
         ("comparison.planes=[[steps, 'clips, knn']]", "must be two of the columns stills, knn; "),
     ],

@@ -348,9 +348,10 @@ def test_picture_that_cannot_be_drawn_or_written_costs_a_line(tmp_path, capsys):
     lines = [{"step": 1, "loss/train/total": 1.0}]
     draw_curves(lines, to=tmp_path / "nowhere" / "loss.png")
     draw_confusion(torch.ones(2), ["one", "two"], tmp_path / "c.png")
-    draw_attention(None, ["nowhere"], tmp_path / "a.png")
+    draw_attention(Encoder(*SIZES, num_frames=4), ["nowhere"], tmp_path / "a.png")
     printed = capsys.readouterr().out.splitlines()
     names = ["nowhere/loss.png", "c.png", "a.png"]
     for line, name in zip(printed, names, strict=True):
         assert line.startswith(f"{tmp_path / name} could not be drawn: ")
     assert "No such file" in printed[0]
+    assert "needs an encoder of images, not of clips of 4 frames" in printed[2]

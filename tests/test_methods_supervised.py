@@ -157,10 +157,11 @@ def test_samples_of_a_mixed_batch_are_encoded_by_their_kind(modality):
     torch.testing.assert_close(net(stills), found[[0, 5]])
 
 
-def test_encoder_with_depth_is_loaded_by_its_colours_into_a_classifier(tmp_path):
+def test_encoder_with_depth_is_loaded_by_its_colours_into_a_classifier(tmp_path, capsys):
     source, net = rgbd_net().eval(), Classifier(4, **ENCODER | CLIPS).eval()
     torch.save(source.state_dict(), tmp_path / "omnivore.pt")
     load_pretrained(net, str(tmp_path / "omnivore.pt"))
+    assert "omnivore.pt: its embedding of depth is left out" in capsys.readouterr().out
     clips = torch.randn(2, 4, 3, 32, 32)
     assert torch.equal(net.encoder(clips), source.encoder(clips))
 

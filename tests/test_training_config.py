@@ -1,5 +1,7 @@
 """The configuration: merging, schemas, plug-in classes, and errors that name file and key."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +12,7 @@ import pytest
 from composer import Callback, Trainer
 from composer.callbacks import LRMonitor, SpeedMonitor
 from composer.optim import CosineAnnealingWithWarmupScheduler
+from conftest import ROOT
 from pydantic import Field, PositiveInt
 
 from training.config import (
@@ -302,6 +305,20 @@ def test_error_that_a_user_can_mend_ends_the_program_in_one_line(monkeypatch, er
     with pytest.raises(SystemExit) as end, one_line_errors():
         raise error("a\n  b")
     assert end.value.code == "pretrain.py: a b"
+
+
+def test_sigterm_of_the_launcher_does_not_change_the_exit_code_of_an_error():
+    code = [
+        "import atexit, os, signal",
+        "from training.sources import one_line_errors",
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)",
+        "with one_line_errors():",
+        "    raise ValueError('wrong')",
+    ]
+    command = [sys.executable, "-c", "\n".join(code)]
+    environment = os.environ | {"WORLD_SIZE": "2"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr == "-c: wrong\n"
 
 
 def test_argument_without_a_value_is_refused(tmp_path):

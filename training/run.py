@@ -49,7 +49,7 @@ from training.peers import is_connection_lost, peer_watch
 from training.plugins import ALGORITHMS, CALLBACKS, LOGGERS, place_files
 from training.precision import BFloat16OnCPU, forbid_tf32
 from training.progress import Progress
-from training.sources import one_line, read_settings
+from training.sources import exit_with, one_line, read_settings
 from training.spot import SpotNotice
 
 TrainerBlock = Annotated[  # Composer's Trainer, without the arguments that build_trainer gives
@@ -439,7 +439,7 @@ def fit(trainer: Trainer) -> None:
             os._exit(STOPPED)  # Python's own exit would wait for the copies.
         raise
     except TooManyUnreadable as error:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+        exit_with(error)
     peer_watch().leave()
 
 

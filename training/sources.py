@@ -13,12 +13,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+
+from shards.workers import ignore_stop_signals
 
 OWN_KEYS = {  # top-level keys that only one stage has
     **dict.fromkeys(("make_demo", "raw"), "pretrain.py"),
@@ -178,4 +180,12 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {one_line(error)}")
+        exit_with(error)
+
+
+def exit_with(error: BaseException) -> NoReturn:
+    """End the program with the text of an error as its last line, and the exit code 1."""
+    # The launcher sends SIGTERM to the ranks that end last, which must not change their code.
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        ignore_stop_signals()
+    sys.exit(f"{os.path.basename(sys.argv[0])}: {one_line(error)}")

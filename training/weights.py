@@ -363,6 +363,8 @@ def load_pretrained(
     missing = [key for key in own if key not in weights]
     unused = [key for key in weights if key not in own]
     check_encoder(origin, missing, unused)
+    if any(key.startswith(DEPTH) for key in unused):
+        print_once(f"{origin}: its embedding of depth is left out")
     fitting = {key: value for key, value in weights.items() if key in own}
     check_values(origin, {key: value for key, value in fitting.items() if "encoder." in key})
     resized = []
