@@ -76,8 +76,7 @@ def write_part(
 ) -> dict:
     """Convert entries of the manifest into MDS shards in the folder `out`; see shards/workers.py.
 
-    Returns the content of part.json: counts, skipped inputs, the highest label, and the entries for
-    index.json. `short` counts clips that repeat frames; `joined` lists videos with a second film.
+    Returns the content of part.json, which shards/report.py adds up.
     """
     from streaming import MDSWriter
 
