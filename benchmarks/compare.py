@@ -363,7 +363,7 @@ def compare(
         methods: the command of each method, without run_name. The encoder of the first is also
             measured with random weights.
         seconds: of training steps, alone on the machine. The number of steps is computed from the
-            speed of 70 steps, about an epoch of the demonstration.
+            speed of 70 steps.
         stills, clips: see measure_probe.
         finetune: commands of finetune.py by columns, without run_name; an encoder of clips sees
             stills as clips without motion.

@@ -229,8 +229,8 @@ def read_clips(file: BinaryIO, recipe: Recipe) -> list[tuple[list[bytes], list[f
 def place_clips(seconds: np.ndarray, interval: float, recipe: Recipe) -> list[np.ndarray]:
     """Return the indices of the frames of each clip in a video or scene.
 
-    What remains after the last clip is left out, and so is a clip in which no frame begins, as
-    where a recording has a gap. A scene shorter than a clip becomes one clip.
+    What remains after the last clip is left out, and so is a clip during which no frame is on
+    screen, as where a recording has a gap. A scene shorter than a clip becomes one clip.
 
     Args:
         seconds: times of all frames, ascending.
