@@ -52,7 +52,7 @@ from shards.format import (
     match_classes,
     shared_shards,
 )
-from shards.stream import load_stream
+from shards.stream import TrainingData
 from shards.views import (
     Box,
     UnitInterval,
@@ -418,20 +418,18 @@ def finetune(config: FinetuneConfig) -> Trainer:
     views = FinetuningViews(size, frames, net.num_classes, *of_streams, **config.augment)
     patch_size = net.encoder.patch_size
     with say_if_slow("opening the data sets"):
-        loader, micro_size = load_stream(
-            views.draw, views.apply, config.seed, patch_size, run, **config.data
-        )
+        data = TrainingData(**config.data)
+        loader, micro_size = data.load(views.draw, views.apply, config.seed, patch_size, run)
     check_frames(config.training_paths, frames, views.frame_interval)
     if views.mix and micro_size % 2:
         raise ValueError(
             f"data: a micro-batch of {micro_size} on each rank must be even for mixup and cutmix; "
             "change the batch size, or set both to 0"
         )
-    batch_size = config.data["global_train_batch_size"]
     if config.lars:
-        optimizer = build_lars(net, batch_size, **config.lars)
+        optimizer = build_lars(net, data.global_train_batch_size, **config.lars)
     else:
-        optimizer = build_optimizer(net, batch_size, **config.optimizer)
+        optimizer = build_optimizer(net, data.global_train_batch_size, **config.optimizer)
     validation = load_eval(
         run, size, frames, patch_size, classes.testing, as_stored, **config.eval_data
     )

@@ -49,7 +49,7 @@ from shards.layouts import EXTENSIONS
 from shards.loader import prefetch
 from shards.report import print_summary
 from shards.storage import Storage
-from shards.stream import load_stream
+from shards.stream import TrainingData
 from shards.views import PretrainingViews, check_frames, stored_frames
 from shards.workers import exit_on_signals
 from training.checkpoints import appears
@@ -269,12 +269,11 @@ def pretrain(config: PretrainConfig) -> Trainer:
     views = PretrainingViews(*sizes, images, **config.augment)
     patch_size = net.encoder.patch_size
     with say_if_slow("opening the data sets"):
-        loader, micro_size = load_stream(
-            views, augment_batch, config.seed, patch_size, run, **config.data
-        )
+        data = TrainingData(**config.data)
+        loader, micro_size = data.load(views, augment_batch, config.seed, patch_size, run)
     check_frames(config.training_paths, net.encoder.num_frames, views.frame_interval)
     check_data(net, config, views.views, micro_size * dist.get_world_size())
-    optimizer = build_optimizer(net, config.data["global_train_batch_size"], **config.optimizer)
+    optimizer = build_optimizer(net, data.global_train_batch_size, **config.optimizer)
     return build_trainer(run, config, net, optimizer, loader, micro_size, flops_per_sample=flops)
 
 
@@ -303,11 +302,10 @@ def plan(config: PretrainConfig, machine: Machine) -> str:
     net, sample = on_meta_device(config)
     check_image_frames(net, config)
     plans = training_plans(net, sample, config.given(), machine)
-    defaults = {name: default for name, (_, default) in keywords_of(load_stream).items()}
-    data = defaults | config.data
-    batch, workers = data["global_train_batch_size"], data["num_workers"]
-    micro_batch = data["global_micro_batch_size"] or batch
-    ahead = prefetch(batch // micro_batch, workers, data["prefetch_factor"]) if workers else 0
+    data = TrainingData(**config.data)
+    batch, workers = data.global_train_batch_size, data.num_workers
+    micro_batch = data.global_micro_batch_size or batch
+    ahead = prefetch(batch // micro_batch, workers, data.prefetch_factor) if workers else 0
     sample_bytes = sample["views"].numel()  # before they become floats
     return training_report(plans, workers * ahead * micro_batch / machine.gpus * sample_bytes)
 

@@ -44,7 +44,7 @@ import data_prep
 import finetune
 from shards.augment import augment_batch
 from shards.decode import Recipe, read_video
-from shards.stream import load_stream
+from shards.stream import TrainingData
 from shards.views import PretrainingViews
 
 SIZE = 224  # pixels of a view
@@ -137,9 +137,13 @@ def draw_clip(path: Path, seconds: int, width: int = 340) -> None:
 def our_loader(
     path: Path, work: Path, workers: int, transform: Callable, samples: int = IMAGES
 ) -> DataLoader:
-    streams = [{"path": str(path)}]
-    options = {"global_train_batch_size": BATCH, "num_workers": workers, "epoch_size": samples}
-    spec, _ = load_stream(transform, augment_batch, 0, PATCH, work, streams=streams, **options)
+    data = TrainingData(
+        streams=[{"path": str(path)}],
+        global_train_batch_size=BATCH,
+        num_workers=workers,
+        epoch_size=samples,
+    )
+    spec, _ = data.load(transform, augment_batch, 0, PATCH, work)
     return spec.dataloader
 
 

@@ -18,7 +18,7 @@ from benchmarks.gpu_step import Case, Meter, checkpoint_blocks, random_batch, re
 from pretrain import PretrainConfig
 from shards.augment import augment_batch
 from shards.decode import Recipe
-from shards.stream import load_stream
+from shards.stream import TrainingData
 from shards.views import PretrainingViews
 from training.config import load_config
 from training.optimizer import build_optimizer
@@ -147,7 +147,8 @@ def pairs_per_core(case: Case, data: Path, batches: int) -> float:
     side, patch_size = config.model["img_size"], config.model["patch_size"]
     views = PretrainingViews(side, (side // patch_size) ** 2, **config.augment)
     run = Path("runs", config.run_name)
-    spec, _ = load_stream(views, augment_batch, config.seed, patch_size, run, **config.data)
+    training_data = TrainingData(**config.data)
+    spec, _ = training_data.load(views, augment_batch, config.seed, patch_size, run)
     iterator = iter(spec.dataloader)
     next(iterator)
     threads = torch.get_num_threads()

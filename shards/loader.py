@@ -53,7 +53,7 @@ class StepLoader(Loader):
         batch_size: samples of this rank that a worker loads at a time.
         sample_bytes: see Loader.
         micro_batches: number of such batches in a step; if it is 1, they are not put into lists.
-        num_workers, prefetch_factor: see load_stream.
+        num_workers, prefetch_factor: see TrainingData.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class StepLoader(Loader):
 
 
 def prefetch(micro_batches: int, num_workers: int, prefetch_factor: int | None = None) -> int:
-    """Return how many micro-batches each worker prepares ahead, see load_stream.
+    """Return how many micro-batches each worker prepares ahead, see TrainingData.
 
     By default, the workers together hold the next step and a micro-batch more each.
     """

@@ -16,6 +16,7 @@ If sample 12 occurs a second time in that epoch, it counts as sample 1012 there.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,7 +59,7 @@ class DeterministicStream(StreamingDataset):
         transform: called with a stored sample and its generator. The sample has a further entry
             `stream`, the index of its stream. A ValueError declares the sample unreadable; the
             next sample of the data then takes its place.
-        patch_size, unreadable, max_unreadable: see load_stream and record_unreadable.
+        patch_size, unreadable, max_unreadable: see TrainingData and record_unreadable.
         repeats: times that each sample is transformed after it has been read once.
         settings: of StreamingDataset. Its batch_size counts samples before they are repeated.
     """
@@ -300,33 +301,11 @@ def sample_bytes(dataset: DeterministicStream) -> int:
     return 0
 
 
-def load_stream(
-    transform: Transform,
-    on_device: Callable[[dict], dict],
-    seed: int,
-    patch_size: int,
-    run: Path,
-    *,
-    streams: list[Annotated[dict, open_stream]],
-    global_train_batch_size: PositiveInt,
-    global_micro_batch_size: PositiveInt | None = None,
-    num_workers: NonNegativeInt = 4,
-    prefetch_factor: PositiveInt | None = None,
-    num_canonical_nodes: PositiveInt = 1,
-    shuffle_block_size: PositiveInt | None = None,
-    epoch_size: PositiveInt | None = None,
-    repeats: PositiveInt = 1,
-    one_stream_per_batch: bool = False,
-    max_unreadable: UnitInterval = 0.001,
-    download: Annotated[dict, Download] | None = None,
-) -> tuple[DataSpec, int]:
-    """Return this rank's loader of training data, and the number of its samples in a micro-batch.
+@dataclass(kw_only=True)
+class TrainingData:
+    """Data sets to train on, and how they are cut into batches: the block `data` of YAML files.
 
     Args:
-        transform, on_device: called in the workers on each sample, and on each micro-batch.
-        seed: of the order of samples and of their generators.
-        patch_size: pixels; samples with smaller frames are not trained on.
-        run: run directory, for the list unreadable.jsonl.
         streams: data sets to mix at random.
         global_train_batch_size: samples of an optimiser step, over all ranks.
         global_micro_batch_size: samples of a forward pass, over all ranks; default the whole batch.
@@ -344,38 +323,72 @@ def load_stream(
         max_unreadable: fraction of the samples that may be unreadable; one sample always may.
         download: see Download.
     """
-    ranks = dist.get_world_size()
-    check_batch(global_train_batch_size, global_micro_batch_size, repeats, ranks)
-    share = (global_micro_batch_size or global_train_batch_size) // ranks
-    # Streaming puts the batches of the streams in order, and so must know whole batches.
-    loaded = global_train_batch_size // ranks if one_stream_per_batch else share
-    micro_batches = global_train_batch_size // (ranks * loaded)
-    downloads = Download(**download or {})
-    opened = open_streams(streams, run, patch_size, downloads, epoch_size)
-    with one_job_at_a_time():
-        dataset = DeterministicStream(
-            transform,
-            patch_size,
-            run / "unreadable.jsonl",
-            max_unreadable,
-            repeats,
-            batch_size=loaded // repeats,
-            streams=opened,
-            shuffle_seed=seed,
-            shuffle_block_size=shuffle_block_size,
-            num_canonical_nodes=num_canonical_nodes,
-            epoch_size=epoch_size,
-            batching_method="per_stream" if one_stream_per_batch else "random",
-            **downloads.settings(),
+
+    streams: list[Annotated[dict, open_stream]]
+    global_train_batch_size: PositiveInt
+    global_micro_batch_size: PositiveInt | None = None
+    num_workers: NonNegativeInt = 4
+    prefetch_factor: PositiveInt | None = None
+    num_canonical_nodes: PositiveInt = 1
+    shuffle_block_size: PositiveInt | None = None
+    epoch_size: PositiveInt | None = None
+    repeats: PositiveInt = 1
+    one_stream_per_batch: bool = False
+    max_unreadable: UnitInterval = 0.001
+    download: Annotated[dict, Download] | None = None
+
+    def load(
+        self,
+        transform: Transform,
+        on_device: Callable[[dict], dict],
+        seed: int,
+        patch_size: int,
+        run: Path,
+    ) -> tuple[DataSpec, int]:
+        """Return this rank's loader, and the number of its samples in a micro-batch.
+
+        Args:
+            transform, on_device: called in the workers on each sample, and on each micro-batch.
+            seed: of the order of samples and of their generators.
+            patch_size: pixels; samples with smaller frames are not trained on.
+            run: run directory, for the list unreadable.jsonl.
+
+        Raises:
+            ValueError: the data sets cannot be trained on, or the sizes of batches do not divide.
+        """
+        batch, micro = self.global_train_batch_size, self.global_micro_batch_size
+        ranks = dist.get_world_size()
+        check_batch(batch, micro, self.repeats, ranks)
+        share = (micro or batch) // ranks
+        # Streaming puts the batches of the streams in order, and so must know whole batches.
+        loaded = batch // ranks if self.one_stream_per_batch else share
+        downloads = Download(**self.download or {})
+        opened = open_streams(self.streams, run, patch_size, downloads, self.epoch_size)
+        with one_job_at_a_time():
+            dataset = DeterministicStream(
+                transform,
+                patch_size,
+                run / "unreadable.jsonl",
+                self.max_unreadable,
+                self.repeats,
+                batch_size=loaded // self.repeats,
+                streams=opened,
+                shuffle_seed=seed,
+                shuffle_block_size=self.shuffle_block_size,
+                num_canonical_nodes=self.num_canonical_nodes,
+                epoch_size=self.epoch_size,
+                batching_method="per_stream" if self.one_stream_per_batch else "random",
+                **downloads.settings(),
+            )
+            dataset.owner = claim(dataset)
+        dataset.drop_incomplete_batch(batch)
+        size = sample_bytes(dataset) if self.num_workers else 0
+        micro_batches = batch // (ranks * loaded)
+        workers, ahead = self.num_workers, self.prefetch_factor
+        spec = DataSpec(
+            StepLoader(dataset, loaded, size, micro_batches, workers, ahead),
+            microbatch_transforms=on_device,
+            split_batch=split_step,
+            get_num_samples_in_batch=samples_in,
         )
-        dataset.owner = claim(dataset)
-    dataset.drop_incomplete_batch(global_train_batch_size)
-    size = sample_bytes(dataset) if num_workers else 0
-    loader = StepLoader(dataset, loaded, size, micro_batches, num_workers, prefetch_factor)
-    spec = DataSpec(
-        loader,
-        microbatch_transforms=on_device,
-        split_batch=split_step,
-        get_num_samples_in_batch=samples_in,
-    )
-    return spec, share
+        return spec, share

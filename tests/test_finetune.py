@@ -21,7 +21,7 @@ from streaming import LocalDataset
 
 import finetune
 from finetune import FinetuningViews, LinearProbe, build_lars
-from shards.stream import load_stream
+from shards.stream import TrainingData
 from training.checkpoints import STOPPED, Checkpoints
 from training.weights import LATEST, class_names_in, read_checkpoint
 
@@ -141,8 +141,10 @@ def test_sample_without_a_label_is_listed_and_replaced_by_the_next(demo, tmp_pat
             sample = sample | {"label": -1}
         return views.draw(sample, rng)
 
-    settings = {"streams": [{"path": path}], "global_train_batch_size": 60, "num_workers": 0}
-    spec, _ = load_stream(draw, views.apply, 0, 8, tmp_path, **settings, max_unreadable=0.1)
+    data = TrainingData(
+        streams=[{"path": path}], global_train_batch_size=60, num_workers=0, max_unreadable=0.1
+    )
+    spec, _ = data.load(draw, views.apply, 0, 8, tmp_path)
     (batch,) = list(spec.dataloader)
     assert len(batch["target"]) == 60 and (batch["target"] >= 0).all()
     listed = (tmp_path / "unreadable.jsonl").read_text()

@@ -24,7 +24,7 @@ from shards.decode import Recipe
 from shards.download import Download
 from shards.format import Clips, TooManyUnreadable
 from shards.loader import StepLoader, prefetch
-from shards.stream import DeterministicStream, check_batch, count_earlier, load_stream
+from shards.stream import DeterministicStream, TrainingData, check_batch, count_earlier
 from shards.views import PretrainingViews
 
 Batch = dict[str, torch.Tensor]
@@ -35,16 +35,10 @@ def make_loader(demo: Path, num_workers: int = 0, transform=None, **settings):
     dist.initialize_dist("cpu")
     names = ("train_videos", "train_images")
     settings.setdefault("streams", [{"path": str(demo / name)} for name in names])
-    spec, _ = load_stream(
-        transform or PretrainingViews(32, 16),
-        augment_batch,
-        settings.pop("seed", 0),
-        8,
-        settings.pop("run", demo),
-        global_train_batch_size=settings.pop("batch_size", 20),
-        num_workers=num_workers,
-        **settings,
-    )
+    batch_size = settings.pop("batch_size", 20)
+    seed, run = settings.pop("seed", 0), settings.pop("run", demo)
+    data = TrainingData(global_train_batch_size=batch_size, num_workers=num_workers, **settings)
+    spec, _ = data.load(transform or PretrainingViews(32, 16), augment_batch, seed, 8, run)
     return spec.dataloader
 
 
@@ -477,8 +471,9 @@ def test_data_that_cannot_be_used_is_named(demo, streams, settings, complaint):
     settings = {"global_train_batch_size": 20, **settings}
     patch_size = settings.pop("patch_size", 8)
     paths = [{"path": str(demo / name)} for name in streams]
+    data = TrainingData(streams=paths, **settings)
     with pytest.raises(ValueError, match=complaint):
-        load_stream(draw_number, augment_batch, 0, patch_size, demo, streams=paths, **settings)
+        data.load(draw_number, augment_batch, 0, patch_size, demo)
 
 
 def test_proportion_of_some_streams_alone_is_refused(demo):

@@ -37,7 +37,7 @@ from evaluation.probes import KNN
 from shards.format import TooManyUnreadable, fingerprint
 from shards.loader import samples_in
 from shards.storage import Storage
-from shards.stream import load_stream
+from shards.stream import TrainingData
 from shards.workers import STOPPED, exit_on_signals
 from training.announce import print_once, say_if_slow
 from training.checkpoints import Checkpoints
@@ -67,7 +67,7 @@ class RunConfig:
 
     run_name: RunName
     seed: int
-    data: Annotated[dict, load_stream]
+    data: Annotated[dict, TrainingData]
     schedule: Annotated[dict, CosineAnnealingWithWarmupScheduler]
     trainer: TrainerBlock
     checkpoints: Annotated[dict, Checkpoints] | None = None
