@@ -266,13 +266,13 @@ def pretrain(config: PretrainConfig) -> Trainer:
     sizes = (net.encoder.img_size, net.encoder.num_patches, net.encoder.num_frames)
     by_stream = config.augment.get("image_frames")
     images = [stored_frames(path) == 1 for path in config.training_paths] if by_stream else ()
-    views = PretrainingViews(*sizes, images, **config.augment)
+    transform = PretrainingViews(*sizes, images, **config.augment)
     patch_size = net.encoder.patch_size
     with say_if_slow("opening the data sets"):
         data = TrainingData(**config.data)
-        loader, micro_size = data.load(views, augment_batch, config.seed, patch_size, run)
-    check_frames(config.training_paths, net.encoder.num_frames, views.frame_interval)
-    check_data(net, config, views.views, micro_size * dist.get_world_size())
+        loader, micro_size = data.load(transform, augment_batch, config.seed, patch_size, run)
+    check_frames(config.training_paths, net.encoder.num_frames, transform.frame_interval)
+    check_data(net, config, transform.views, micro_size * dist.get_world_size())
     optimizer = build_optimizer(net, data.global_train_batch_size, **config.optimizer)
     return build_trainer(run, config, net, optimizer, loader, micro_size, flops_per_sample=flops)
 
