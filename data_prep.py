@@ -115,9 +115,6 @@ def write_part(
                 sides.append(min(simplejpeg.decode_jpeg_header(frames[0])[:2]))
                 short += len(set(timestamps)) < len(timestamps)
                 mds.write(encode_clip(frames, timestamps, label, name, depth))
-    index = out / "index.json"
-    shards = json.loads(index.read_text())["shards"]
-    index.unlink()
     return {
         "inputs": inputs,
         "samples": sum(converted.values()),
@@ -129,8 +126,16 @@ def write_part(
         "labels": sorted(converted.items()),
         "highest": max(converted, default=-1),
         "unlabelled": unlabelled,
-        "shards": shards,
+        "shards": take_shards(out),
     }
+
+
+def take_shards(part: Path) -> list[dict]:
+    """Return the shards that MDSWriter has listed in a folder, and delete its list."""
+    index = part / "index.json"
+    shards = json.loads(index.read_text())["shards"]
+    index.unlink()
+    return shards
 
 
 def convert_part(
@@ -226,7 +231,7 @@ def claim_output(target: Storage, folder: Path, request: dict) -> None:
     out = target.root
     if target.has("request.json"):
         earlier = read_json(out, "request.json")
-        # Code that lacked a setting did what is now its default.
+        # Earlier versions lacked some settings; they did what today's defaults do.
         earlier["recipe"] = asdict(Recipe("videos")) | earlier.get("recipe", {})
         settings = ("recipe", "listing", "classes")
         changed = [key for key in settings if earlier.get(key) != request[key]]

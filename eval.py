@@ -124,7 +124,7 @@ class EvalConfig:
 
 
 def check_request(config: EvalConfig) -> None:
-    """Check that something is asked for, and that data sets and folders exist.
+    """Check that something is requested, and that data sets and folders exist.
 
     Raises:
         ValueError: they do not.
@@ -419,8 +419,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     is_rank_zero = dist.get_global_rank() == 0
     if config.export and is_rank_zero:
         export(net, config.export, crops_of(config).get("crop_pct", 0.875))
-    for found in measurements(net, run, config):
-        result |= found
+    for measured in measurements(net, run, config):
+        result |= measured
         if is_rank_zero:
             Storage(str(run)).write_json("eval.json", result)
     if is_rank_zero:

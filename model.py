@@ -329,8 +329,8 @@ def info_nce(predictions: Tensor, targets: Tensor, temperature: float) -> tuple[
     p, t = unit_rows(predictions), unit_rows(targets)  # (2B, out)
     partner = torch.arange(len(p), device=p.device).roll(len(p) // 2)
     logits = (p @ t.T).fill_diagonal_(float("-inf"))  # (2B, 2B)
-    found = logits.argmax(dim=1) == partner
-    return F.cross_entropy(logits / temperature, partner), found.float().mean()
+    matched = logits.argmax(dim=1) == partner
+    return F.cross_entropy(logits / temperature, partner), matched.float().mean()
 
 
 def feature_std(features: Tensor) -> Tensor:

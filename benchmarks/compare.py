@@ -340,6 +340,29 @@ def steps_of(methods: dict[str, list[str]], seconds: float) -> dict[str, int]:
     return steps
 
 
+def check_comparison(
+    to: str, methods: dict[str, list[str]], finetune: dict[str, list[str]], planes: list[list[str]]
+) -> None:
+    """Check the arguments of compare before anything trains.
+
+    Raises:
+        ValueError: a command, a pair of columns or the name of the table has a mistake.
+    """
+    if not Path(to).absolute().parent.is_dir():
+        raise ValueError(f"comparison.to={to}: its folder does not exist")
+    axes = ["stills, knn", "clips, knn", *finetune]
+    for plane in planes:
+        if len(plane) != 2 or not set(plane) <= set(axes):
+            names = "; ".join(axes)
+            raise ValueError(f"comparison.planes: {plane} must be two of the columns {names}")
+    with torch.device("meta"):
+        for command in methods.values():
+            new_encoder(command)
+    for column, command in finetune.items():
+        if not isinstance(config_of(command), FinetuneConfig):
+            raise ValueError(f"comparison.finetune: {column}: {command[0]} must be finetune.py")
+
+
 def compare(
     *,
     to: str,
@@ -376,19 +399,7 @@ def compare(
         ValueError: a command has a mistake; a run fails, or was made with other settings; another
             comparison is running.
     """
-    if not Path(to).absolute().parent.is_dir():
-        raise ValueError(f"comparison.to={to}: its folder does not exist")
-    axes = ["stills, knn", "clips, knn", *(finetune or {})]
-    for plane in planes:
-        if len(plane) != 2 or not set(plane) <= set(axes):
-            names = "; ".join(axes)
-            raise ValueError(f"comparison.planes: {plane} must be two of the columns {names}")
-    with torch.device("meta"):
-        for command in methods.values():  # finds a mistake in the last before the first trains
-            new_encoder(command)
-    for column, command in (finetune or {}).items():
-        if not isinstance(config_of(command), FinetuneConfig):
-            raise ValueError(f"comparison.finetune: {column}: {command[0]} must be finetune.py")
+    check_comparison(to, methods, finetune or {}, planes)
     cores = f"{os.cpu_count()} cores ({platform.machine()})"
     budget = f"{seconds:g} s of training steps each, {seeds} seeds, {cores}"
     probes = {"stills": stills, "clips": clips}

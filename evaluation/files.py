@@ -55,7 +55,7 @@ def find_media(patterns: Iterable[str]) -> list[str]:
     Raises:
         ValueError: a pattern matches nothing.
     """
-    found = []
+    named = []
     for pattern in patterns:
         matches = [pattern]
         if not os.path.exists(pattern):  # a name may hold brackets
@@ -69,8 +69,8 @@ def find_media(patterns: Iterable[str]) -> list[str]:
                 files.append(match)
         if not files:
             raise ValueError(f"{pattern}: no such file, and no video or image in it")
-        found += files
-    return list(dict.fromkeys(found))
+        named += files
+    return list(dict.fromkeys(named))
 
 
 class FileViews(EvalViews):
@@ -161,13 +161,13 @@ def run_on_files(
     for batch in tqdm(loader, desc="files", unit="batch", disable=None, leave=False):
         inputs = normalise(batch["inputs"].to(device, non_blocking=True))  # (B, V, T, 3, H, W)
         if isinstance(net, Classifier):
-            found = net.eval_forward({"inputs": inputs})  # (B, C)
+            output = net.eval_forward({"inputs": inputs})  # (B, C)
         else:
-            found = encode_views(net, inputs, patches)
+            output = encode_views(net, inputs, patches)
         undecodable = torch.tensor([bool(fault) for fault in batch["fault"]])
-        found = found.float().cpu()
-        found[undecodable] = float("nan")
-        yield found, batch["fault"]
+        output = output.float().cpu()
+        output[undecodable] = float("nan")
+        yield output, batch["fault"]
 
 
 def say_faults(files: list[str], faults: list[str], report: str) -> None:

@@ -286,9 +286,10 @@ def draw_neighbours(
     picked = torch.linspace(0, len(queries[1]) - 1, count).long()
     cosine = F.normalize(queries[0][picked], dim=1) @ F.normalize(bank[0], dim=1).T
     nearest = cosine.topk(min(k, len(bank[1])), dim=1).indices.cpu()  # (count, k)
-    found = first_frames(views[0], nearest.flatten()).unflatten(0, nearest.shape)
-    asked = first_frames(views[1], picked)[:, None]
-    images = torch.cat([asked, found], dim=1).flatten(0, 1)  # (count * (1 + k), 3, H, W)
+    neighbour_images = first_frames(views[0], nearest.flatten()).unflatten(0, nearest.shape)
+    query_images = first_frames(views[1], picked)[:, None]
+    # (count * (1 + k), 3, H, W)
+    images = torch.cat([query_images, neighbour_images], dim=1).flatten(0, 1)
     captions, colours = [], []
     for truth, row in zip(queries[1][picked].tolist(), nearest, strict=True):
         labels = bank[1].cpu()[row].tolist()

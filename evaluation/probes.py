@@ -99,7 +99,7 @@ def interleave_on_rank_0(share: Tensor) -> Tensor:
 
 
 def on_rank_0(measure: Callable[[], Any]) -> Any:
-    """Return on all ranks what a function returns, which rank 0 alone calls."""
+    """Call a function on rank 0 alone, and return its result on all ranks."""
     result = [measure() if dist.get_global_rank() == 0 else None]
     dist.broadcast_object_list(result)
     return result[0]
@@ -150,8 +150,8 @@ def match_labels(
     """
     classes, labels = common_classes(bank + queries)
     for path, count in shared_shards(queries, bank).items():
-        found = f"queries={path}: {count} of its shards are in the bank too"
-        raise ValueError(f"{owner}: {found}, whose samples would find themselves; give other data")
+        fault = f"queries={path}: {count} of its shards are in the bank too"
+        raise ValueError(f"{owner}: {fault}, whose samples would find themselves; give other data")
     return classes, labels[: len(bank)], labels[len(bank) :]
 
 
@@ -335,10 +335,10 @@ def measure_probe(
     settings = {"crop_pct": crop_pct, "patch_size": encoder.patch_size, "run": run}
     pairs = zip((bank, queries), labels, strict=True)
     views = [EvalViews(paths, *sizes, labels=numbers, **settings) for paths, numbers in pairs]
-    found = [embed(encoder, data, num_workers) for data in views]
+    embedded = [embed(encoder, data, num_workers) for data in views]
 
     def measure() -> dict[str, float]:
-        learn, test = labelled(*found[0]), labelled(*found[1])
+        learn, test = labelled(*embedded[0]), labelled(*embedded[1])
         if features:
             buffer, arrays = io.BytesIO(), {"classes": np.array(classes)}
             for name, (x, y) in {"bank": learn, "queries": test}.items():
@@ -346,7 +346,7 @@ def measure_probe(
             np.savez(buffer, **arrays)
             write_file(features, buffer.getvalue())
         if neighbours:
-            kept = [(labels >= 0).nonzero()[:, 0].tolist() for _, labels in found]
+            kept = [(labels >= 0).nonzero()[:, 0].tolist() for _, labels in embedded]
             subsets = [Subset(data, numbers) for data, numbers in zip(views, kept, strict=True)]
             draw_neighbours(learn, test, subsets, classes, run / "neighbours.png")
         limits = label_limits(learn[1], labels_per_class, fractions)

@@ -81,13 +81,14 @@ def moco_info_nce(
         queue: (Q, out), normalised.
         temperature: divides the cosine similarities, > 0.
     """
+    assert predictions.shape[1] == 2, "MoCo pairs the two views of a sample"
     p, t = unit_rows(predictions), unit_rows(targets)  # (2B, out)
     positive = (p * t.roll(len(p) // 2, dims=0)).sum(dim=1, keepdim=True)  # (2B, 1)
     logits = torch.cat([positive, p @ at_least_fp32(queue).T], dim=1)  # (2B, 1 + Q)
     # A strict comparison: if all features are equal, no view finds its partner.
-    found = logits[:, 0] > logits[:, 1:].amax(dim=1)
+    matched = logits[:, 0] > logits[:, 1:].amax(dim=1)
     first = torch.zeros(len(p), dtype=torch.long, device=p.device)
-    return F.cross_entropy(logits / temperature, first), found.float().mean()
+    return F.cross_entropy(logits / temperature, first), matched.float().mean()
 
 
 class MomentumEncoder(nn.Module):
@@ -244,6 +245,7 @@ class Triplet(SimCLR):
 
 def partner_accuracy(predictions: Tensor, targets: Tensor) -> Tensor:
     """Return the fraction of views whose partner's target is nearer than any other target."""
+    assert predictions.shape[1] == 2, "a partner is the other of two views"
     similarity = unit_rows(predictions) @ unit_rows(targets).T  # (2B, 2B)
     partner = torch.arange(len(similarity), device=similarity.device).roll(len(predictions))
     nearest = similarity.fill_diagonal_(float("-inf")).argmax(dim=1)
@@ -252,7 +254,8 @@ def partner_accuracy(predictions: Tensor, targets: Tensor) -> Tensor:
 
 def simsiam_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     """Return minus the mean cosine of each prediction (B, 2, out) and the other view's target."""
-    p, t = unit_rows(predictions), unit_rows(targets)
+    assert predictions.shape[1] == 2, "SimSiam pairs the two views of a sample"
+    p, t = unit_rows(predictions), unit_rows(targets)  # (2B, out)
     return -(p * t.roll(len(p) // 2, dims=0)).sum(dim=1).mean()
 
 

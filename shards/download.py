@@ -18,7 +18,7 @@ Size = Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)?[kmgt]b$")]  # such as 200
 
 @dataclass(kw_only=True)
 class Download:
-    """How the shards of data sets in buckets come to this machine; the order of samples stays.
+    """The download of shards from buckets, and their cache; the order of samples stays.
 
     Args:
         cache: folder for the shards of all runs, on a fast local disk that outlives a restart;
@@ -67,7 +67,7 @@ class CachedStream(Stream):
         """
         for info, _ in (pair for shard in shards for pair in shard.file_pairs):
             path = Path(self.local, self.split, info.basename)
-            for found in path.parent.glob(f"{path.name}*"):
-                if found != path or found.stat().st_size != info.bytes:
-                    found.unlink()
+            for file in path.parent.glob(f"{path.name}*"):
+                if file != path or file.stat().st_size != info.bytes:
+                    file.unlink()
         super().set_up_local(shards, cache_usage_per_shard)

@@ -217,8 +217,8 @@ def read_label(members: dict[str, bytes]) -> int | str | None:
     elif ".json" in members:
         with suppress(ValueError, TypeError):  # some other JSON file
             content = json.loads(members[".json"])
-            found = [content[key] for key in ("label", "class", "cls") if key in content]
-            text = str(found[0]) if found else ""
+            labels = [content[key] for key in ("label", "class", "cls") if key in content]
+            text = str(labels[0]) if labels else ""
     try:
         return int(text)
     except ValueError:

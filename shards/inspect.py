@@ -101,8 +101,8 @@ def verify(path: str, workers: int = 0) -> list[str]:
     count = workers or os.cpu_count()
     with ProcessPoolExecutor(count, get_context("fork"), ignore_stop_signals) as pool:
         results = pool.map(check, shards)
-        for found in tqdm(results, total=len(shards), desc=path, unit="shard", disable=None):
-            faults += found
+        for of_shard in tqdm(results, total=len(shards), desc=path, unit="shard", disable=None):
+            faults += of_shard
     return faults
 
 

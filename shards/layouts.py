@@ -94,11 +94,11 @@ def list_errors(address: str) -> Iterator[None]:
 
 def first_existing(storage: Storage, names: tuple[str, ...]) -> str:
     """Return the first of these files or folders that exists; raise ValueError if none does."""
-    found = next(filter(storage.has, names), None)
-    if found is None:
+    name = next(filter(storage.has, names), None)
+    if name is None:
         fault = f"lacks {' or '.join(names)}" if names[0] else "does not exist"
         raise ValueError(f"SOURCE {storage.root} {fault}")
-    return found
+    return name
 
 
 def read_list(
@@ -468,11 +468,11 @@ def list_sunrgbd(source: str, split: str, scenes: tuple[str, ...] = SCENES) -> L
             return image, storage.read(f"{folder}/scene.txt").decode().strip()
 
     def select() -> Iterator[tuple | None]:
-        for found in map(find, folders):
-            if found and found[1] not in scenes:
-                ignored.add("scene that is not in the benchmark", found[:1])
+        for entry in map(find, folders):
+            if entry and entry[1] not in scenes:
+                ignored.add("scene that is not in the benchmark", entry[:1])
             else:
-                yield found
+                yield entry
 
     read_depth = partial(read_sunrgbd, storage)
     return Listing(storage, select(), sorted(scenes), ignored=ignored, read_depth=read_depth)

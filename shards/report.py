@@ -15,9 +15,9 @@ class Ignored(dict):
 
     def add(self, reason: str, names: Iterable[str], count: int = 1) -> None:
         """Add `count` files, of which some names are given."""
-        found = self.setdefault(reason, {"count": 0, "first": []})
-        found["count"] += count
-        found["first"] = [*found["first"], *map(printable, names)][:10]
+        entry = self.setdefault(reason, {"count": 0, "first": []})
+        entry["count"] += count
+        entry["first"] = [*entry["first"], *map(printable, names)][:10]
 
 
 def printable(name: str) -> str:
@@ -38,8 +38,8 @@ def join_reports(request: dict, parts: list[dict]) -> dict:
     sides = [side for part in parts for side in part.get("short_sides", ())]
     ignored = Ignored()
     for report in (request, *parts):
-        for reason, found in report.get("ignored", {}).items():
-            ignored.add(reason, found["first"], found["count"])
+        for reason, entry in report.get("ignored", {}).items():
+            ignored.add(reason, entry["first"], entry["count"])
     return request | {
         "inputs": inputs,
         "samples": sum(samples),
@@ -67,8 +67,8 @@ def count_classes(classes: list[str], parts: list[dict]) -> dict[str, int] | Non
 def check_labels(report: dict, parts: list[dict]) -> None:
     """Raise ValueError if a label cannot be assigned, or if only some samples have a label."""
     if late := report["ignored"].get(LATE_LABEL):
-        found = f"{late['first'][0]} has its label after other samples"
-        raise ValueError(f"{found}; sort the tars by name")
+        problem = f"{late['first'][0]} has its label after other samples"
+        raise ValueError(f"{problem}; sort the tars by name")
     unlabelled = [part["unlabelled"] for part in parts if part.get("unlabelled")]
     if unlabelled and any(part["highest"] >= 0 for part in parts):
         fault = f"{unlabelled[0]} has no label, but other samples have one"
@@ -87,7 +87,7 @@ def print_summary(out: str, report: dict) -> None:
     line = f"{out}: {line}, {len(report['skipped'])} skipped"
     if report["joined"]:
         line += f", {len(report['joined'])} joined (only the first film of each is read)"
-    ignored = {reason: found["count"] for reason, found in report["ignored"].items()}
+    ignored = {reason: entry["count"] for reason, entry in report["ignored"].items()}
     if ignored:
         reasons = "; ".join(f"{count} {reason}" for reason, count in ignored.items())
         line += f", {sum(ignored.values())} ignored ({reasons})"

@@ -33,6 +33,7 @@ import pretrain  # noqa: E402
 from shards.decode import Recipe  # noqa: E402
 from shards.storage import s3_client  # noqa: E402
 from shards.workers import STOP_SIGNALS  # noqa: E402
+from training.weights import LATEST  # noqa: E402
 
 torch.set_num_threads(1)  # the models are small: more threads would only compete
 # A StreamingDataset attaches to the shared memory of all others, and keeps each file open until the
@@ -104,6 +105,16 @@ def odd_images(demo, tmp_path_factory) -> Path:
             shutil.copy(file, folder / "raw" / source.name)
     data_prep.convert(str(folder / "raw"), str(folder / "odd_images"), Recipe("images"), 1)
     return folder / "odd_images"
+
+
+def write_run(folder: Path, config: str, state: dict | None = None) -> str:
+    """Make a run directory with a configuration and, of a state, a checkpoint; return its path."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(config)
+    if state is not None:
+        torch.save({"state": {"model": state}}, folder / "checkpoints" / "ep1-ba3.pt")
+        (folder / "checkpoints" / LATEST).symlink_to("ep1-ba3.pt")
+    return str(folder / "checkpoints" / LATEST)
 
 
 def join(

@@ -1,4 +1,4 @@
-"""What the host reads from the device in a step: on the meta device, every read raises."""
+"""Reads of the host from the device in a step: on the meta device, every read raises."""
 
 import functools
 import os

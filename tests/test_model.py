@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
-from timm.layers import resample_abs_pos_embed
 from timm.models import group_parameters
 from tiny_models import CLIPS, ENCODER, TINY, random_batch
 from torch import Tensor, nn
@@ -566,15 +566,23 @@ def test_vicmae_has_the_arguments_of_the_paper_and_no_others():
     assert {argument.kind for argument in arguments.values()} == {inspect.Parameter.KEYWORD_ONLY}
 
 
+def interpolate_positions(table: Tensor, grid: int) -> Tensor:
+    """Return a table (1, 1 + 4 * 4, D), CLS first, as bicubic interpolation fits it to a grid."""
+    patches = table[:, 1:].float().unflatten(1, (4, 4)).permute(0, 3, 1, 2)  # (1, D, 4, 4)
+    smaller = F.interpolate(patches, (grid, grid), mode="bicubic", antialias=True)
+    smaller = smaller.flatten(2).transpose(1, 2).to(table.dtype)  # (1, grid * grid, D)
+    return torch.cat([table[:, :1], smaller], dim=1)
+
+
 @pytest.mark.parametrize("size", [16, 24])
-def test_smaller_views_give_the_step_of_a_smaller_model_with_timms_positions(size):
+def test_smaller_views_give_the_step_of_a_smaller_model_with_interpolated_positions(size):
     net = ViCMAE(**TINY).double().train()
     grid = size // 8
     views = torch.randn(4, 2, 3, size, size, dtype=torch.float64)
     noise = torch.rand(4, 2, 16, dtype=torch.float64)
     state = net.state_dict()
     for key in ("encoder.pos_embed", "decoder.pos_embed"):
-        state[key] = resample_abs_pos_embed(state[key], [grid, grid])
+        state[key] = interpolate_positions(state[key], grid)
     smaller = ViCMAE(**TINY | {"img_size": size}).double().train()
     smaller.load_state_dict(state)
     batches = ({"views": views, "noise": noise}, {"views": views, "noise": noise[..., : grid**2]})
@@ -595,7 +603,7 @@ def test_smaller_views_give_the_step_of_a_smaller_model_with_timms_positions(siz
 def test_encoder_of_smaller_images_equals_a_smaller_encoder(size):
     sizes = {name: TINY[name] for name in ("patch_size", "embed_dim", "depth", "num_heads")}
     net, smaller = Encoder(32, **sizes).double(), Encoder(size, **sizes).double()
-    positions = resample_abs_pos_embed(net.pos_embed.data, [size // 8] * 2)
+    positions = interpolate_positions(net.pos_embed.data, size // 8)
     smaller.load_state_dict(net.state_dict() | {"pos_embed": positions})
     images = torch.randn(3, 3, size, size, dtype=torch.float64)
     torch.testing.assert_close(net(images), smaller(images), rtol=1e-12, atol=1e-12)

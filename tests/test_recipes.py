@@ -1,4 +1,4 @@
-"""What the recipes in yamls/ amount to, compared with the published values."""
+"""Quantities computed from the recipes in yamls/, compared with the published values."""
 
 import numpy as np
 import pytest

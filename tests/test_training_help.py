@@ -1,4 +1,4 @@
-"""What --help prints: every key, with type, default and a text."""
+"""--help prints every key, with type, default and a text."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""What a training shows: lines in a log file, and one bar in a terminal."""
+"""A training prints lines into a log file, and one bar into a terminal."""
 
 import io
 import re

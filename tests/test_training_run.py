@@ -84,7 +84,7 @@ def test_finished_run_trains_on_if_its_duration_is_raised(
     assert (tmp_path / "runs/run/result.json").exists()
     index.write_text(record)
     run_stage(pretrain, longer, tmp_path)
-    assert "runs/run was finished, and now trains on to 3ep" in capfd.readouterr().out
+    assert "runs/run was finished, and continues to 3ep" in capfd.readouterr().out
     assert len(losses(tmp_path, "run")) == 9
     assert losses(tmp_path, "run")[:6] == losses(uninterrupted, "run")
     with pytest.raises(SystemExit) as end:

@@ -89,7 +89,7 @@ def test_server_that_cannot_be_reached_is_one_line_and_a_later_notice_still_stop
     callback.notice = failing
     callback.poll()
     printed = capfd.readouterr().out
-    assert printed.count("http://127.0.0.1:1 cannot be asked") == 1
+    assert printed.count("http://127.0.0.1:1 does not answer") == 1
     assert reasons == [AWS]
 
 

@@ -1,4 +1,4 @@
-"""Weights: official files by their real names and shapes, our own checkpoints, sizes."""
+"""Weights: official files by their real names and shapes, and our own checkpoints."""
 
 import argparse
 import json
@@ -12,14 +12,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import write_run
 from safetensors.torch import save_file
 from torch import Tensor
 
 from model import Classifier, Encoder, ViCMAE
-from training import huggingface, sizes
-from training.sizes import known_model, vit_sizes
+from training import huggingface
+from training.sizes import vit_sizes
 from training.weights import (
-    LATEST,
     describe,
     find_vit,
     load_pretrained,
@@ -42,11 +42,6 @@ VIT_B = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_
 VIT_L = {"img_size": 224, "patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16}
 DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 PROJECTOR = {"projector_hidden_dim": 4096, "projector_out_dim": 128}
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
@@ -502,16 +497,6 @@ def test_averages_of_ema_replace_the_weights_unless_they_stand_there_already(tmp
     assert all((value == (0.0 if active else 1.0)).all() for value in found.values())
 
 
-def write_run(folder: Path, config: str, state: dict[str, Tensor] | None = None) -> str:
-    """A run directory with a configuration and, of a state, a checkpoint -> its newest's path."""
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config.yaml").write_text(config)
-    if state is not None:
-        torch.save({"state": {"model": state}}, folder / "checkpoints" / "ep1-ba3.pt")
-        (folder / "checkpoints" / LATEST).symlink_to("ep1-ba3.pt")
-    return str(folder / "checkpoints" / LATEST)
-
-
 def test_a_run_directory_stands_for_its_newest_checkpoint(tmp_path):
     state = ViCMAE(**TINY).state_dict()
     newest = write_run(tmp_path / "runs" / "one", "model: {}", state)
@@ -524,66 +509,6 @@ def test_folder_without_a_checkpoint_is_refused(tmp_path):
     write_run(tmp_path / "runs" / "one", "model: {}")
     with pytest.raises(ValueError, match=r"runs/one: holds neither checkpoints/latest-rank0.pt"):
         read_checkpoint(str(tmp_path / "runs" / "one"))
-
-
-# Sizes
-
-
-def test_sizes_of_our_models_are_read_from_their_weights():
-    net = ViCMAE(**TINY)
-    not_in_shapes = {"num_heads", "decoder_num_heads"}
-    expected = {key: value for key, value in TINY.items() if key not in not_in_shapes}
-    assert vit_sizes(net.state_dict()) == expected
-    clips = Classifier(4, **ENCODER, **CLIPS)
-    encoder = {key: value for key, value in ENCODER.items() if key != "num_heads"}
-    assert vit_sizes(clips.state_dict()) == encoder | CLIPS
-    with pytest.raises(ValueError, match=r"have no encoder.patch_embed.proj.weight"):
-        vit_sizes({"encoder.blocks.0.norm1.weight": torch.ones(48)})
-
-
-@pytest.mark.parametrize(("more", "stage"), [("", "pretrain"), ("eval_data: {}\n", "finetune")])
-def test_known_sizes_of_a_run_are_the_model_block_of_its_configuration(tmp_path, more, stage):
-    model = {"depth": 3, "num_heads": 4, "mask": "none", "contrast": "simsiam"}
-    config = f"{more}method: simsiam\nmodel: {json.dumps(model)}\n"
-    newest = write_run(tmp_path / "runs" / "one", config)
-    expected = {"method": "simsiam", "stage": stage, "model": model}
-    expected["views"] = {}
-    assert known_model(newest) == known_model(str(tmp_path / "runs" / "one")) == expected
-
-
-def test_known_sizes_of_a_bare_file_are_those_of_its_weights(tmp_path):
-    pretrained, classifier = ViCMAE(**TINY), Classifier(4, **ENCODER)
-    torch.save({"model": pretrained.state_dict()}, tmp_path / "pretrained.pth")
-    torch.save({"model": classifier.state_dict()}, tmp_path / "classifier.pth")
-    found = known_model(str(tmp_path / "pretrained.pth"))
-    assert found == {
-        "method": None,
-        "stage": "pretrain",
-        "model": vit_sizes(pretrained.state_dict()),
-        "views": {},
-    }
-    assert known_model(str(tmp_path / "classifier.pth"))["stage"] == "finetune"
-
-
-def test_known_sizes_of_a_corrupt_configuration_are_an_error_that_names_it(tmp_path):
-    newest = write_run(tmp_path / "runs" / "one", "model: [1, ")
-    with pytest.raises(ValueError, match=r"runs/one/config\.yaml: corrupt"):
-        known_model(newest)
-
-
-def test_sizes_of_a_planned_run_come_from_its_yaml_and_the_runs_before_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sizes, "YAMLS", tmp_path)
-    (tmp_path / "big.yaml").write_text("model: {depth: 3, decoder_depth: 1, img_size: 32}")
-    second = "pretrained: runs/big/checkpoints/latest-rank0.pt\nmodel: {img_size: 64, pool: cls}\n"
-    (tmp_path / "tuned.yaml").write_text(f"eval_data: {{}}\n{second}")
-    monkeypatch.chdir(tmp_path)
-    expected = {"depth": 3, "img_size": 64, "pool": "cls"}
-    found = known_model("runs/tuned/checkpoints/latest-rank0.pt", planned=True)
-    assert found == {"method": None, "stage": "finetune", "model": expected, "views": {}}
-    with pytest.raises(ValueError, match=r"runs/other does not exist, nor does .*other.yaml"):
-        known_model("runs/other", planned=True)
-    with pytest.raises(ValueError, match=r"runs/tuned/.* does not exist"):
-        known_model("runs/tuned/checkpoints/latest-rank0.pt")
 
 
 def test_wrappers_inside_blocks_are_removed():

@@ -109,13 +109,13 @@ class Named:
             module = importlib.import_module(module_name)
         except Exception as error:  # the user's module may raise anything
             raise ValueError(f"cannot import {module_name}: {one_line(error)}") from error
-        found = getattr(module, class_name, None)
-        if not inspect.isclass(found):
+        member = getattr(module, class_name, None)
+        if not inspect.isclass(member):
             names = [name for name, value in vars(module).items() if inspect.isclass(value)]
             raise ValueError(f"{module_name} has no such class{did_you_mean(class_name, names)}")
-        if not issubclass(found, self.base):
+        if not issubclass(member, self.base):
             raise ValueError(f"must be a subclass of {self.base.__module__}.{self.base.__name__}")
-        return found
+        return member
 
 
 def build_named(
@@ -129,9 +129,9 @@ def build_named(
     """
     objects = []
     for name, arguments in (block or {}).items():
-        found = named.find(name)
-        supplied = (given or {}).get(found, ())
-        objects.append(found(*supplied, **arguments))
+        kind = named.find(name)
+        supplied = (given or {}).get(kind, ())
+        objects.append(kind(*supplied, **arguments))
     return objects
 
 
@@ -197,11 +197,11 @@ def convert(value: Any, hint: Any, path: list, config: dict[str, Any]) -> Any:
     converted = {}
     for name, arguments in value.items():
         try:
-            found = target.find(str(name))
+            kind = target.find(str(name))
         except ValueError as error:
             raise ConfigError([*path, name], str(error), arguments) from error
         if arguments is not None:
-            converted[name] = convert(arguments, Annotated[dict, found], [*path, name], config)
+            converted[name] = convert(arguments, Annotated[dict, kind], [*path, name], config)
     return converted
 
 

@@ -88,29 +88,29 @@ def find_in_cache(name: str) -> str:
         if entry is None or not entry.hf_hub_id:
             raise ValueError(f"checkpoint {name} does not exist, as a file or among timm's weights")
         repository = entry.hf_hub_id
-    found = []
+    files = []
     if repository.count("/") == 1:  # other names are paths
         paths = [try_to_load_from_cache(repository, file) for file in FILES]
-        found = [path for path in paths if isinstance(path, str)]
-    if not found:
+        files = [path for path in paths if isinstance(path, str)]
+    if not files:
         if repository == name:
             raise ValueError(f"checkpoint {name} does not exist, nor in Hugging Face's cache")
         command = f"huggingface-cli download {repository}"
         raise ValueError(f"timm's {name} is not on disk; fetch it with: {command}")
-    return found[0]
+    return files[0]
 
 
 def read_num_heads(path: str) -> int | None:
-    """Return the attention heads that a .safetensors file, or config.json beside it, tells.
+    """Return the attention heads that a .safetensors file, or config.json beside it, stores.
 
     Args:
         path: a file or folder of transformers, of timm, or of our exports.
     """
     if path.endswith(".safetensors"):
         with safe_open(path, "pt") as file:
-            told = (file.metadata() or {}).get("num_heads")
-        if told:
-            return int(told)
+            stored = (file.metadata() or {}).get("num_heads")
+        if stored:
+            return int(stored)
     file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
     if not os.path.exists(file):
         return None

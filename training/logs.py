@@ -1,4 +1,4 @@
-"""What every run logs: a JSON line for each step, and the norm of the gradient."""
+"""Log a JSON line for each step, and the norm of the gradient."""
 
 import json
 from pathlib import Path

@@ -205,7 +205,7 @@ class PeerWatch:
     def end_by_exception(
         self, kind: type[BaseException], error: BaseException, place: TracebackType | None
     ) -> None:
-        """End the program by an exception that nothing has caught; stands for sys.excepthook."""
+        """End the program by an uncaught exception; takes the place of sys.excepthook."""
         if is_connection_lost(error):
             with suppress(RuntimeError):
                 self.end_if_announced()

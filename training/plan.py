@@ -63,7 +63,7 @@ PUBLISHED = {  # samples and classes of published data sets, by the last two par
 
 @dataclass(frozen=True)
 class Layout:
-    """How the weights of a model are spread over GPUs."""
+    """The distribution of a model's weights over GPUs."""
 
     fsdp: bool = False  # or DDP
     reshard: bool = True  # FSDP frees the weights of a block after its forward pass
@@ -115,7 +115,7 @@ def count_weights(net: nn.Module) -> tuple[int, int]:
 
 
 class StepCost(NamedTuple):
-    """What the step of a micro-batch takes on a GPU."""
+    """The cost of a micro-batch's step on a GPU."""
 
     flops: float  # operations of a sample
     recomputed: float  # operations that are done a second time, to save memory

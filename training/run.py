@@ -179,22 +179,22 @@ def start_run(config: RunConfig) -> Path:
     peer_watch().report_errors()
     reproducibility.seed_all(config.seed)  # the same initial weights on every rank
     run = Path("runs", config.run_name)
-    found = [[], False]
+    verdict = [[], False]
     if dist.get_global_rank() == 0:
         before = read_config(run)
         changed = changed_settings(before, config.given())
         duration = before.get("trainer", {}).get("max_duration")
         finished = not changed and is_finished(run, duration, config.trainer.get("max_duration"))
-        found = [changed, finished]
-    dist.broadcast_object_list(found)  # other machines may have other run directories
-    changed, finished = found
+        verdict = [changed, finished]
+    dist.broadcast_object_list(verdict)  # other machines may have other run directories
+    changed, finished = verdict
     if changed:
         raise ValueError(
             f"{run} was started with other values of {', '.join(changed)}; "
             "choose another run_name, or delete the run directory"
         )
     if finished:
-        remedy = "raise trainer.max_duration to train on, or choose another run_name"
+        remedy = "raise trainer.max_duration to continue, or choose another run_name"
         print_once(f"{run} is finished, see {run}/result.json; {remedy}")
         peer_watch().leave()
         sys.exit(0)
@@ -233,7 +233,7 @@ def check_data_sets(run: Path, paths: list[str]) -> dict[str, dict]:
     Raises:
         ValueError: other samples or classes are at a path than when the run was started.
     """
-    found, before, now = [None], {}, {}
+    problem, before, now = [None], {}, {}
     if dist.get_global_rank() == 0:
         record = run / "data_sets.json"
         before = json.loads(record.read_text()) if record.exists() else {}
@@ -247,10 +247,10 @@ def check_data_sets(run: Path, paths: list[str]) -> dict[str, dict]:
                 new, old = (", ".join(listed[:5]) for listed in zip(*pairs, strict=True))
                 kind = f"classes ({new} instead of {old})"
             remedy = "restore it, or choose another run_name"
-            found = [f"{path} has other {kind} than when {run} was started; {remedy}"]
-    dist.broadcast_object_list(found)
-    if found[0]:
-        raise ValueError(found[0])
+            problem = [f"{path} has other {kind} than when {run} was started; {remedy}"]
+    dist.broadcast_object_list(problem)
+    if problem[0]:
+        raise ValueError(problem[0])
     return before | now
 
 
@@ -379,7 +379,7 @@ def write_settings(run: Path, config: RunConfig, data_sets: dict[str, dict]) -> 
     result = run / "result.json"
     if result.exists():
         result.unlink()
-        print(f"{run} was finished, and now trains on to {config.trainer['max_duration']}")
+        print(f"{run} was finished, and continues to {config.trainer['max_duration']}")
     text = OmegaConf.to_yaml(OmegaConf.create(config.given()))
     Storage(str(run)).write("config.yaml", text.encode())
     Storage(str(run)).write_json("data_sets.json", data_sets)

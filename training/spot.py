@@ -29,7 +29,7 @@ class SpotNotice(Callback):
     """Polls the metadata of a spot machine, and stops the run as SIGTERM would.
 
     One rank of each machine polls, in a thread of its own. A metadata server that cannot be reached
-    is reported once; polling goes on.
+    is reported once; polling continues.
 
     Args:
         request_stop: called with the reason when there is a notice.
@@ -72,7 +72,7 @@ class SpotNotice(Callback):
                     return
             except (OSError, HTTPException) as error:
                 if not has_warned:
-                    problem = f"SpotNotice: {self.address} cannot be asked ({error})"
+                    problem = f"SpotNotice: {self.address} does not answer ({error})"
                     print(f"{problem}; the run continues without a notice", flush=True)
                 has_warned = True
             self.ended.wait(self.every)

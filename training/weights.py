@@ -168,7 +168,7 @@ def find_vit(content: Any) -> tuple[dict[str, Tensor], str]:
     Raises:
         ValueError: there is no ViT.
     """
-    found = []
+    candidates = []
     for keys, tensors in nested_tensors(content, ()):
         tensors = timm_names(tensors)
         for key in tensors:
@@ -176,12 +176,12 @@ def find_vit(content: Any) -> tuple[dict[str, Tensor], str]:
             if is_vit and f"{prefix}blocks.0.norm1.weight" in tensors:
                 place = ".".join([*keys, prefix]).rstrip(".")
                 rank = (bool(LAST.search(place)), not AVERAGES.search(place), len(prefix))
-                found.append((rank, place, prefix, tensors))
-    if not found:
+                candidates.append((rank, place, prefix, tensors))
+    if not candidates:
         names = [key for _, tensors in nested_tensors(content, ()) for key in tensors]
         listed = f"its tensors are {', '.join(names[:3])} ..." if names else "it has no tensors"
         raise ValueError(f"holds no ViT (no patch_embed.proj.weight beside blocks.0.*); {listed}")
-    _, place, prefix, tensors = min(found, key=lambda item: item[0])
+    _, place, prefix, tensors = min(candidates, key=lambda item: item[0])
     last_word = prefix.rstrip(".").rpartition(".")[2]
     outer = prefix.removesuffix(last_word + ".") if prefix else ""
     if last_word == "encoder":  # our own name of the encoder, and VideoMAE's
@@ -370,13 +370,13 @@ def load_pretrained(
     resized = []
     for key, value in fitting.items():
         fitting[key] = resize_weight(key, value, own[key].shape)
-        found, wanted = tuple(fitting[key].shape), tuple(own[key].shape)
-        if found != wanted:
+        shape, wanted = tuple(fitting[key].shape), tuple(own[key].shape)
+        if shape != wanted:
             of_sizes = ("cls_token", "pos_embed", "patch_embed.proj.weight")
             remedy = "it is of another kind"
             if key.endswith(of_sizes):
                 remedy = "set the model's sizes as trained"
-            raise ValueError(f"{origin}: {key} is {found} but the model's is {wanted}; {remedy}")
+            raise ValueError(f"{origin}: {key} is {shape} but the model's is {wanted}; {remedy}")
         if fitting[key] is not value:
             resized.append(key)
     module.load_state_dict(fitting, strict=False)

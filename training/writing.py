@@ -115,7 +115,7 @@ class Writer:
             self.writing.result()
 
     def wait(self) -> None:
-        """Wait for the last write, and leave its error alone."""
+        """Wait for the last write; its error is not raised."""
         if self.writing is not None:
             wait([self.writing])
 
