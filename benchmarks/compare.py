@@ -484,16 +484,17 @@ def draw_bars(columns: list[str], means: dict, deviations: dict, title: str, to:
 def draw_planes(
     planes: list[list[str]], means: dict, deviations: dict, title: str, to: Path
 ) -> None:
-    """Draw a panel for each pair of columns, in which every method is a point with its name."""
-    figure = Figure(figsize=(6 * len(planes), 5), layout="constrained")
+    """Draw a panel for each pair of columns, in which every method is a numbered point."""
+    figure = Figure(figsize=(6 * len(planes) + 2, 5), layout="constrained")
     axes = figure.subplots(1, len(planes), squeeze=False)[0]
     for (across, up), axis in zip(planes, axes, strict=True):
-        for method, row in means.items():
-            spread = deviations[method]
-            axis.errorbar(row[across], row[up], spread[up], spread[across], "o", ms=4, lw=0.7)
-            axis.annotate(method, (row[across], row[up]), (4, 4), textcoords="offset points")
+        for number, (method, row) in enumerate(means.items()):
+            label, spread = f"{number} {method}", deviations[method]
+            place = (row[across], row[up])
+            axis.errorbar(*place, spread[up], spread[across], "o", ms=4, lw=0.7, label=label)
+            axis.annotate(number, place, (4, 4), textcoords="offset points")
         axis.set(xlabel=f"{across}, %", ylabel=f"{up}, %")
-        axis.margins(x=0.2)  # room for the names
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(title)
     write_picture(to, partial(figure.savefig, dpi=100))
 
