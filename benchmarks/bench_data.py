@@ -17,7 +17,6 @@ import json
 import os
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -42,6 +41,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data_prep
 import finetune
+from benchmarks.turns import ratio, report, take_turns
 from shards.augment import augment_batch
 from shards.decode import Recipe, read_video
 from shards.stream import TrainingData
@@ -66,35 +66,6 @@ def cpu_seconds() -> float:
     running = [process.cpu_times() for process in psutil.Process().children(recursive=True)]
     seconds = time.process_time() + finished.ru_utime + finished.ru_stime
     return seconds + sum(times.user + times.system for times in running)
-
-
-def take_turns(
-    contenders: dict[str, Callable[[], int]], clock: Callable[[], float], turns: int
-) -> dict:
-    """Return {contender: seconds per item in each turn}.
-
-    Args:
-        contenders: functions that process some items and return their number.
-        clock: returns seconds.
-    """
-    seconds = {name: [] for name in contenders}
-    for _ in range(turns + 1):
-        for name, work in contenders.items():
-            begin = clock()
-            count = work()
-            seconds[name].append((clock() - begin) / count)
-    return {name: values[1:] for name, values in seconds.items()}
-
-
-def ratio(numerators: list[float], denominators: list[float]) -> float:
-    """Return the median of the ratios of the turns."""
-    pairs = zip(numerators, denominators, strict=True)
-    return round(statistics.median(above / below for above, below in pairs), 3)
-
-
-def report(what: str, value: float, relative_to: str, counted: str, **more: object) -> None:
-    line = {"what": what, "ratio": value, "relative_to": relative_to, "counted": counted}
-    print(json.dumps(line | more), flush=True)
 
 
 def draw_images(folder: Path, count: int, width: int, height: int) -> None:
@@ -215,7 +186,7 @@ def compare_loaders(images: Path, work: Path) -> None:
         loaders[f"webdataset, PIL, torchvision, {workers} workers"] = partial(read, rival)
     if importlib.util.find_spec("ffcv"):
         loaders["FFCV, 1 thread"] = partial(read, ffcv_loader(names, work / "images.beton"), 4)
-    seconds = take_turns(loaders, cpu_seconds, TURNS)
+    seconds = take_turns(loaders, TURNS, cpu_seconds)
     for workers in (0, 1):
         for rival in (f"webdataset, PIL, torchvision, {workers} workers", "FFCV, 1 thread"):
             if rival in seconds:
@@ -268,7 +239,7 @@ def compare_extraction(clip: Path, work: Path) -> None:
         out.mkdir(parents=True)
         contenders[f"ours {film.name}"] = partial(extract, film, recipe)
         contenders[f"ffmpeg {film.name}"] = partial(run, *ffmpeg_command(ffmpeg, film, recipe, out))
-    seconds = take_turns(contenders, cpu_seconds, TURNS)
+    seconds = take_turns(contenders, TURNS, cpu_seconds)
     each = {}
     for name in (film.name for film in films):
         each[name] = ratio(seconds[f"ffmpeg {name}"], seconds[f"ours {name}"])
@@ -288,7 +259,7 @@ def convert(source: Path, out: Path, workers: int) -> int:
 def compare_workers(images: Path, work: Path) -> None:
     out = work / "converted"
     contenders = {workers: partial(convert, images, out, workers) for workers in (1, 2)}
-    seconds = take_turns(contenders, time.perf_counter, FEW_TURNS)
+    seconds = take_turns(contenders, FEW_TURNS)
     fastest = round(min(seconds[1]) / min(seconds[2]), 3)
     report(
         "convert, 2 workers",
@@ -359,7 +330,7 @@ def compare_kinds(clip: Path, work: Path) -> None:
         for workers, number in ((1, "1 worker"), (2, "2 workers")):
             loader = our_loader(work / path, work, workers, transform, samples)
             contenders[f"{name}, {number}"] = partial(to_device, loader)
-    seconds = take_turns(contenders, time.perf_counter, FEW_TURNS)
+    seconds = take_turns(contenders, FEW_TURNS)
     for name in contenders:
         value = ratio(seconds[name], seconds["images, 1 worker"])
         counted = "wall time per pair or clip: lower is better"
@@ -377,7 +348,7 @@ def compare_prefetching(work: Path) -> None:
         data = our_loader(work / "images", work, 0, pairs, 24 * BATCH).dataset
         options = {"num_workers": 2, "persistent_workers": True, "prefetch_factor": factor}
         contenders[factor] = partial(read_with_work_between, DataLoader(data, BATCH, **options))
-    seconds = take_turns(contenders, time.perf_counter, FEW_TURNS)
+    seconds = take_turns(contenders, FEW_TURNS)
     for factor in contenders:
         report(
             f"prefetch_factor {factor}",

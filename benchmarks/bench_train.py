@@ -39,6 +39,7 @@ import data_prep
 import pretrain
 import shards.stream
 from benchmarks.plain_vicmae import PlainViCMAE
+from benchmarks.turns import ratio, report, take_turns
 from model import Batch, ViCMAE
 from pretrain import PretrainConfig
 from shards.augment import augment_batch
@@ -69,32 +70,6 @@ MODEL = {
 STEPS = 32  # of the run that is killed
 INTERVAL = 8  # steps between its checkpoints
 KILLED_AFTER = STEPS // 2 + INTERVAL // 2  # steps: half an interval after a checkpoint
-
-
-def take_turns(contenders: dict[str, Callable[[], int]], turns: int) -> dict:
-    """Return {contender: seconds per item in each turn}.
-
-    Args:
-        contenders: functions that do something several times and return how many times.
-    """
-    seconds = {name: [] for name in contenders}
-    for _ in range(turns + 1):
-        for name, work in contenders.items():
-            begin = time.perf_counter()
-            count = work()
-            seconds[name].append((time.perf_counter() - begin) / count)
-    return {name: values[1:] for name, values in seconds.items()}
-
-
-def ratio(numerators: list[float], denominators: list[float]) -> float:
-    """Return the median of the ratios of the turns."""
-    pairs = zip(numerators, denominators, strict=True)
-    return round(statistics.median(above / below for above, below in pairs), 3)
-
-
-def report(what: str, value: float, relative_to: str, counted: str, **more: object) -> None:
-    line = {"what": what, "ratio": value, "relative_to": relative_to, "counted": counted}
-    print(json.dumps(line | more), flush=True)
 
 
 def demo_arguments(model: dict | None, batch: int) -> list[str]:
