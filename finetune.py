@@ -392,7 +392,7 @@ def find_classes(config: FinetuneConfig) -> Classes:
 def say_shared_data(config: FinetuneConfig) -> None:
     """Print a line if the validation has samples that are trained on."""
     for path, count in shared_shards(config.eval_data["paths"], config.training_paths).items():
-        fault = "so the accuracy does not measure other data"
+        fault = "so the accuracy is not that on unseen data"
         print_once(f"{path}: {count} of its shards are trained on too, {fault}")
 
 

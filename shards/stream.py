@@ -59,7 +59,7 @@ class DeterministicStream(StreamingDataset):
         transform: called with a stored sample and its generator. The sample has a further entry
             `stream`, the index of its stream. A ValueError declares the sample unreadable; the
             next sample of the data then takes its place.
-        patch_size, unreadable, max_unreadable: see TrainingData and record_unreadable.
+        patch_size, unreadable, max_unreadable: see TrainingData, load and record_unreadable.
         repeats: times that each sample is transformed after it has been read once.
         settings: of StreamingDataset. Its batch_size counts samples before they are repeated.
     """

@@ -108,7 +108,7 @@ def odd_images(demo, tmp_path_factory) -> Path:
 
 
 def write_run(folder: Path, config: str, state: dict | None = None) -> str:
-    """Make a run directory with a configuration and, of a state, a checkpoint; return its path."""
+    """Make a run directory, with a checkpoint of a state; return the path of the newest."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text(config)
     if state is not None:

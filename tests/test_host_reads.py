@@ -1,4 +1,4 @@
-"""Reads of the host from the device in a step: on the meta device, every read raises."""
+"""Values that the host reads from the device in a step: on the meta device, each read raises."""
 
 import functools
 import os

@@ -77,7 +77,7 @@ def fsdp(**settings) -> dict:
 def test_fsdp_shares_the_state_and_adds_gathered_weights_and_accumulated_gradients():
     net, _ = on_meta(depth=4)  # 29,864,680 weights; a block has 12 * 768**2 + 13 * 768 = 7,087,872
     # Weights, gradients and Adam's two moments, in fp32: 477,834,880 bytes, of which a GPU has 1/8.
-    # Two blocks, this and the next, are gathered as weights and as gradients: 16 bytes each.
+    # Two blocks, this and the next, are gathered as weights and as gradients: 2 * (4 + 4) bytes.
     assert layout_of(fsdp()).bytes_of(net, 8, 1) == 59_729_360 + 113_405_952
     # Gradients that accumulate are those of all weights: 119,458,720 bytes.
     assert layout_of(fsdp()).bytes_of(net, 8, 4) == 59_729_360 + 56_702_976 + 119_458_720

@@ -63,8 +63,9 @@ def commands_of(path: Path) -> list[list[str]]:
 
 
 def names_a_run(path: Path) -> bool:
-    """Return whether a file starts from the encoder of a run."""
-    config = OmegaConf.load(path)
+    """Return whether a file, or the files that it overlays, start from the encoder of a run."""
+    files = [ROOT / word for word in commands_of(path)[0] if word.endswith(".yaml")]
+    config = OmegaConf.merge(*map(OmegaConf.load, files))
     return bool(config.get("pretrained") or config.get("checkpoint"))
 
 
