@@ -27,7 +27,6 @@ from tqdm import tqdm
 import data_prep
 from data_prep import convert
 from shards.decode import Recipe, read_image, read_video
-from shards.demo import CLASSES, FASHION_MNIST, draw_demo
 from shards.format import Clips, decode_frame, read_classes
 from shards.inspect import check_sample, verify
 from shards.storage import Storage
@@ -378,35 +377,6 @@ def test_command_line_converts_and_draws_a_contact_sheet(tmp_path):
     )
 
 
-def test_demonstration_has_the_same_bytes_however_many_workers_draw_it(demo, tmp_path):
-    draw_demo(tmp_path / "raw", garments=12, workers=4)
-    files = sorted(path.relative_to(demo / "raw") for path in (demo / "raw").rglob("*.*"))
-    assert len(files) == 240
-    assert all(
-        (demo / "raw" / path).read_bytes() == (tmp_path / "raw" / path).read_bytes()
-        for path in files
-    )
-
-
-def test_demonstration_has_labels_moving_clips_and_disjoint_splits(demo):
-    for split in ("train", "test"):
-        clips, stills = (
-            LocalDataset(str(demo / f"{split}_{kind}")) for kind in ("videos", "images")
-        )
-        assert len(clips) == len(stills) == 60
-        assert read_classes(str(demo / f"{split}_videos")) == sorted(CLASSES)
-        sample = clips[0]
-        assert len(sample["ends"]) == 16 and np.ptp(sample["timestamps"]) > 1.5
-        first, last = (decode_frame(sample, i).astype(int) for i in (0, 15))
-        assert first.shape == (40, 40, 3) and np.abs(first - last).mean() > 2
-        assert decode_frame(stills[0], 0).shape == (40, 40, 3)
-    with np.load(FASHION_MNIST) as data:
-        train, test = (
-            {image.tobytes() for image in data[f"{split}_images"]} for split in ("train", "test")
-        )
-    assert not train & test
-
-
 def write_images(folder: Path, count: int) -> None:
     for number in range(count):
         write_image(folder / f"class {number % 3}" / f"{number:04d}.png", (40 + number % 5, 30))
@@ -706,24 +676,3 @@ def test_conversion_begun_by_an_earlier_version_is_continued(tmp_path, monkeypat
     assert [name for name, _ in report["skipped"]] == expected["skipped"]
     assert verify("shards", 1) == []
     check_old_samples(tmp_path / "shards", expected)
-
-
-def test_worker_stops_soon_after_its_parent_is_killed(tmp_path):
-    """The worker kills its parent at the first input, and must not reach the last input."""
-    script = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from tqdm import tqdm\n"
-        "from shards.workers import run_parts\n"
-        "def work(part, bad_inputs, report):\n"
-        "    for number in range(10_000):\n"
-        "        report(number)\n"
-        "        if number == 0: os.kill(os.getppid(), signal.SIGKILL)\n"
-        "    Path(sys.argv[1]).write_text('finished')\n"
-        "run_parts(work, ['part-000000'], 1, tqdm(disable=True))\n"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "mark")]
-    # The worker holds the pipes too, so that this call returns after both are gone.
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
-    assert result.returncode == -signal.SIGKILL
-    assert not (tmp_path / "mark").exists()

@@ -1,0 +1,28 @@
+"""Processes that convert the parts of a data set."""
+
+import signal
+import subprocess
+import sys
+
+from conftest import ROOT
+
+
+def test_worker_stops_soon_after_its_parent_is_killed(tmp_path):
+    """The worker kills its parent at the first input, and must not reach the last input."""
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from tqdm import tqdm\n"
+        "from shards.workers import run_parts\n"
+        "def work(part, bad_inputs, report):\n"
+        "    for number in range(10_000):\n"
+        "        report(number)\n"
+        "        if number == 0: os.kill(os.getppid(), signal.SIGKILL)\n"
+        "    Path(sys.argv[1]).write_text('finished')\n"
+        "run_parts(work, ['part-000000'], 1, tqdm(disable=True))\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "mark")]
+    # The worker holds the pipes too, so that this call returns after both are gone.
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
+    assert result.returncode == -signal.SIGKILL
+    assert not (tmp_path / "mark").exists()
