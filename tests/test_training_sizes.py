@@ -5,20 +5,11 @@ import json
 import pytest
 import torch
 from conftest import write_run
+from tiny_models import CLIPS, ENCODER, TINY
 
 from model import Classifier, ViCMAE
 from training import sizes
 from training.sizes import known_model, vit_sizes
-
-ENCODER = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-TINY = ENCODER | {
-    "decoder_embed_dim": 24,
-    "decoder_depth": 2,
-    "decoder_num_heads": 3,
-    "projector_hidden_dim": 64,
-    "projector_out_dim": 16,
-}
-CLIPS = {"num_frames": 4, "tubelet_size": 2}
 
 
 def test_sizes_of_our_models_are_read_from_their_weights():

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import write_run
 from safetensors.torch import save_file
+from tiny_models import CLIPS, ENCODER, TINY
 from torch import Tensor
 
 from model import Classifier, Encoder, ViCMAE
@@ -29,15 +30,6 @@ from training.weights import (
 
 DATA = Path(__file__).parent / "data" / "published_weights"
 GOLDEN = Path(__file__).parent / "golden" / "vicmae_tiny.npz"
-ENCODER = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-TINY = ENCODER | {
-    "decoder_embed_dim": 24,
-    "decoder_depth": 2,
-    "decoder_num_heads": 3,
-    "projector_hidden_dim": 64,
-    "projector_out_dim": 16,
-}
-CLIPS = {"num_frames": 4, "tubelet_size": 2}
 VIT_B = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
 VIT_L = {"img_size": 224, "patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16}
 DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
