@@ -9,7 +9,6 @@ the main process can finish its step and save a checkpoint.
 
 import atexit
 import math
-import multiprocessing
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from composer.core.data_spec import default_split_batch
 from composer.utils import dist
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from shards.workers import without_stop_signals
+from shards.workers import kill_workers, without_stop_signals
 
 
 class Loader(DataLoader):
@@ -124,8 +123,4 @@ def check_shared_memory(batches: int, batch_bytes: int) -> None:
         raise OSError(f"{folder}: {needed}, but it has {free / 1e6:.0f} MB free; {remedy}")
 
 
-@atexit.register
-def kill_workers() -> None:
-    """Kill the workers that are left at exit, where multiprocessing would send SIGTERM and wait."""
-    for process in multiprocessing.active_children():
-        process.kill()
+atexit.register(kill_workers)  # multiprocessing would send SIGTERM, and wait.

@@ -42,12 +42,19 @@ def exit_on_signals(numbers: Iterable[int] = (signal.SIGINT, signal.SIGTERM)) ->
 
 def exit_at_once(number: int, frame: FrameType | None) -> None:
     """Kill the workers and exit. What is in progress is lost; what is finished is on disk."""
-    for process in active_children():
-        process.kill()
+    kill_workers()
     name = signal.Signals(number).name
     print(f"\nstopped by {name}; run the same command again to continue", file=sys.stderr)
     sys.stderr.flush()
     os._exit(STOPPED)
+
+
+def kill_workers() -> None:
+    """Kill the worker processes; called by the main thread of a program that ends."""
+    # PyTorch's handler would raise an error for the first killed worker, and the others would stay.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in active_children():
+        process.kill()
 
 
 @contextmanager

@@ -26,3 +26,23 @@ def test_worker_stops_soon_after_its_parent_is_killed(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
     assert result.returncode == -signal.SIGKILL
     assert not (tmp_path / "mark").exists()
+
+
+def test_program_ends_with_its_code_although_a_killed_worker_raises_an_error():
+    """PyTorch raises one in its handler of SIGCHLD; here, each killed worker does."""
+    script = (
+        "import multiprocessing, signal, time\n"
+        "from shards.workers import exit_at_once\n"
+        "def complain(number, frame):\n"
+        "    raise RuntimeError('a worker was killed')\n"
+        "context = multiprocessing.get_context('fork')\n"
+        "for _ in range(20):\n"
+        "    context.Process(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "signal.signal(signal.SIGCHLD, complain)\n"
+        "exit_at_once(signal.SIGTERM, None)\n"
+    )
+    command = [sys.executable, "-c", script]
+    # A worker that is left holds the pipes, and the call would not return in time.
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 75
+    assert result.stderr == "\nstopped by SIGTERM; run the same command again to continue\n"

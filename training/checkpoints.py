@@ -12,7 +12,6 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable
-from multiprocessing import active_children
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -23,7 +22,7 @@ from composer.utils import create_interval_scheduler, dist
 from pydantic import NonNegativeFloat, PositiveInt
 from torch.distributed.checkpoint import BytesStorageMetadata
 
-from shards.workers import STOPPED, exit_on_signals, ignore_stop_signals
+from shards.workers import STOPPED, exit_on_signals, ignore_stop_signals, kill_workers
 from training.announce import print_once, say_if_slow
 from training.config import Duration
 from training.copies import METADATA, Copies, CopyingUnfinished
@@ -289,8 +288,7 @@ class Checkpoints(Callback):
     def handle_signal(self, number: int, frame: FrameType | None) -> None:
         """Request a stop, or exit at once at a Ctrl-C after an earlier request."""
         if number == signal.SIGINT and self.stop_reason:
-            for process in active_children():  # data workers, which would outlive this process
-                process.kill()
+            kill_workers()  # They would outlive this process.
             print("interrupted again: exiting at once", file=sys.stderr, flush=True)
             os._exit(128 + signal.SIGINT)
         self.request_stop(signal.Signals(number).name)
