@@ -1,5 +1,5 @@
-"""Fixtures and helpers of all tests: small data sets and a checkpoint, made once; stages on the
-command line; processes that join into ranks; a bucket.
+"""Fixtures and helpers of all tests: small data sets and a checkpoint, made once; conversions and
+files of a test; stages on the command line; processes that join into ranks; a bucket.
 """
 
 import contextlib
@@ -16,13 +16,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import boto3
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from streaming import LocalDataset
 from streaming.base.shared import SharedMemory, prefix
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import data_prep  # noqa: E402
 import pretrain  # noqa: E402
 from shards.decode import Recipe  # noqa: E402
+from shards.layouts import LAYOUTS  # noqa: E402
 from shards.storage import s3_client  # noqa: E402
 from shards.workers import STOP_SIGNALS  # noqa: E402
 from training.weights import LATEST  # noqa: E402
@@ -107,6 +109,50 @@ def odd_images(demo, tmp_path_factory) -> Path:
     return folder / "odd_images"
 
 
+class Made(NamedTuple):
+    """The report and the samples of a conversion."""
+
+    report: dict
+    classes: list[str]
+    found: dict[str, str | None]  # name: class
+    frames: dict[str, bytes]
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Return make(preset, source, split), which converts and checks the counts of the report."""
+    outs = iter(range(1000))
+
+    def run(
+        preset: str, source: Path | str, split: str = "train", max_skipped: float = 0.0, **recipe
+    ) -> Made:
+        kind, list_inputs = LAYOUTS.get(preset, (preset, None))
+        out = str(tmp_path / f"out{next(outs)}")
+        recipe = Recipe(kind, **({"frames": 2} if kind == "videos" else {}) | recipe)
+        arguments = (str(source), out, recipe, 1, max_skipped, list_inputs, split)
+        report = data_prep.convert(*arguments)
+        classes = json.loads(Path(out, "classes.json").read_text())
+        samples = list(LocalDataset(out))
+        found = {
+            sample["name"]: classes[sample["label"]] if sample["label"] >= 0 else None
+            for sample in samples
+        }
+        assert (
+            len(found)
+            == len(samples)
+            == report["samples"]
+            == report["inputs"] - len(report["skipped"])
+        )
+        assert report == json.loads(Path(out, "report.json").read_text())
+        if ".tar/" not in samples[0]["name"]:  # Of tars, files are listed, but samples are counted.
+            assert report["listed"] == report["inputs"]
+        return Made(
+            report, classes, found, {sample["name"]: sample["frames"] for sample in samples}
+        )
+
+    return run
+
+
 def write_run(folder: Path, config: str, state: dict | None = None) -> str:
     """Make a run directory, with a checkpoint of a state; return the path of the newest."""
     (folder / "checkpoints").mkdir(parents=True)
@@ -115,6 +161,28 @@ def write_run(folder: Path, config: str, state: dict | None = None) -> str:
         torch.save({"state": {"model": state}}, folder / "checkpoints" / "ep1-ba3.pt")
         (folder / "checkpoints" / LATEST).symlink_to("ep1-ba3.pt")
     return str(folder / "checkpoints" / LATEST)
+
+
+# a.yaml of the tests of configurations, for the keys of test_training_config.Training
+A_YAML = "run_name: x\nseed: 0\ndata: {streams: [{path: a}]}\nmodel: {depth: 2, mask_ratio: 0.75}\n"
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch) -> Callable[[str, str], str]:
+    """Write a file beside a.yaml in a new working directory, where Python also finds modules."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+
+    def write(name: str, text: str) -> str:
+        Path(name).write_text(text)
+        return name
+
+    write("a.yaml", A_YAML)
+    yield write
+    for name in set(sys.modules) - before:
+        if name.startswith("my_"):
+            del sys.modules[name]
 
 
 def join(

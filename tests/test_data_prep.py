@@ -1,7 +1,6 @@
 """Conversion: frames, labels and times, skipped inputs, interruptions, shares, verification."""
 
 import contextlib
-import errno
 import io
 import json
 import multiprocessing
@@ -29,7 +28,6 @@ from data_prep import convert
 from shards.decode import Recipe, read_image, read_video
 from shards.format import Clips, decode_frame, read_classes
 from shards.inspect import check_sample, verify
-from shards.storage import Storage
 
 ROOT = Path(__file__).parent.parent
 # A film of 250 frames of 640x272 at 25 Hz.
@@ -456,31 +454,6 @@ def test_full_disk_is_named_and_the_same_command_continues(tmp_path, monkeypatch
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
-def test_forbidden_file_stops_the_run_and_a_vanished_file_is_skipped(tmp_path, monkeypatch):
-    write_images(tmp_path / "in", 6)
-    opened = Storage.open
-
-    def refuse(storage, name):
-        if name.endswith("0004.png"):
-            raise PermissionError(errno.EACCES, "Permission denied", storage.at(name))
-        return opened(storage, "gone.png" if name.endswith("0003.png") else name)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Storage, "open", refuse)
-        with pytest.raises(
-            OSError, match=r"Permission denied: '.*/class 1/0004.png'; finished parts are kept"
-        ):
-            convert(str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1)
-    monkeypatch.setattr(
-        Storage, "open", lambda storage, name: opened(storage, name.replace("0003", "gone"))
-    )
-    report = convert(
-        str(tmp_path / "in"), str(tmp_path / "out"), Recipe("images"), 1, max_skipped=0.5
-    )
-    ((name, reason),) = report["skipped"]
-    assert name == "class 0/0003.png" and reason.startswith("FileNotFoundError")
-
-
 def test_shares_of_several_machines_merge_to_the_bytes_of_one_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(data_prep, "PART_SIZE", 7)
     write_images(tmp_path / "in", 40)
@@ -649,12 +622,6 @@ def check_old_samples(data_set: Path, expected: dict) -> None:
             # The encoders blur the edge between the halves.
             assert pixels[:, : middle - 8].mean((0, 1)) == pytest.approx(drawn["left"], abs=4)
             assert pixels[:, middle + 8 :].mean((0, 1)) == pytest.approx(right, abs=4)
-
-
-def test_shards_of_an_earlier_version_load_verify_and_decode_to_what_was_drawn():
-    expected = json.loads((OLD_SHARDS / "expected.json").read_text())
-    assert verify(str(OLD_SHARDS / "shards"), 1) == []
-    check_old_samples(OLD_SHARDS / "shards", expected)
 
 
 @pytest.mark.parametrize("missing", [[], ["part-000001"], ["part-000000", "part-000002"]])

@@ -1,6 +1,5 @@
-"""Evaluation as a stage: accuracy, probes, pictures, exports, and where sizes come from."""
+"""Evaluation as a stage: probes, pictures, exports, classes, and where sizes come from."""
 
-import functools
 import json
 import os
 import shutil
@@ -11,8 +10,6 @@ import pytest
 import safetensors.numpy
 import timm
 import torch
-from composer import Trainer
-from composer.utils import collect_env
 from conftest import (
     ROOT,
     corrupted_copy,
@@ -84,116 +81,7 @@ def fraction_in_top(probabilities: torch.Tensor, labels: list[int], k: int) -> f
     return sum(label in row[:k] for row, label in zip(ranked, labels, strict=True)) / len(labels)
 
 
-# Accuracy
-
-
-@pytest.mark.parametrize("average", ["softmax", "logits"])
-def test_accuracy_averages_the_softmax_or_the_logits_of_all_views_of_a_sample(
-    demo, tmp_path, average
-):
-    net = save_classifier(tmp_path / "classifier.pt")
-    path = str(demo / "test_videos")
-    views = {"temporal_views": 2, "spatial_views": 3, "crop_pct": 1.0}
-    accuracy = {"paths": [path], "batch_size": 7, **views}
-    result = evaluate_file(tmp_path, accuracy=accuracy, average=average)
-    probabilities, labels = probabilities_of(net, path, 2, 3, average)
-    assert result["average"] == average
-    assert result["top1"] == pytest.approx(fraction_in_top(probabilities, labels, 1))
-    assert result["top5"] == pytest.approx(fraction_in_top(probabilities, labels, 5))
-    assert result["top1"] < result["top5"] < 1
-    assert result["samples_per_second"] > 0
-    run = tmp_path / "runs" / "run"
-    assert sorted(os.listdir(run)) == [
-        "confusion.png",
-        "data_sets.json",
-        "eval.json",
-        "eval.yaml",
-        "per_class.json",
-        "report.html",
-    ]
-    names = json.loads((demo / "test_videos" / "classes.json").read_text())
-    right = np.zeros(10)
-    for row, label in zip(probabilities.argmax(dim=1).tolist(), labels, strict=True):
-        right[label] += row == label
-    expected = {name: hits / 6 for name, hits in zip(names, right.tolist(), strict=True)}
-    assert json.loads((run / "per_class.json").read_text()) == pytest.approx(expected)
-
-
-def test_corrupt_samples_do_not_count_and_too_many_are_an_error(demo, tmp_path):
-    net = save_classifier(tmp_path / "classifier.pt")
-    path = str(corrupted_copy(demo / "test_images", tmp_path, 7))
-    accuracy = {"paths": [path], "crop_pct": 1.0}
-    result = evaluate_file(tmp_path, accuracy=accuracy)
-    probabilities, labels = probabilities_of(net, str(demo / "test_images"))
-    others = [number for number in range(60) if number != 7]
-    labels = [labels[number] for number in others]
-    assert result["top1"] == pytest.approx(fraction_in_top(probabilities[others], labels, 1))
-    lines = (tmp_path / "runs" / "run" / "unreadable_eval.jsonl").read_text().splitlines()
-    assert {json.loads(line)[0] for line in lines} == {f"{path}, sample 7"}
-    corrupted_copy(demo / "test_images", tmp_path, 1, 7)
-    with pytest.raises(ValueError, match=r"2 samples cannot be used, see .*eval\.jsonl"):
-        evaluate_file(tmp_path, run_name="again", accuracy=accuracy)
-
-
-def test_no_process_is_started_to_name_the_processor(demo, tmp_path, monkeypatch):
-    """The processes of py-cpuinfo take a second, see training/processor.py."""
-    monkeypatch.setattr(collect_env, "get_cpu_model", None)  # which starts them; a call would raise
-    save_classifier(tmp_path / "classifier.pt")
-    assert evaluate_file(tmp_path, accuracy={"paths": [str(demo / "test_images")]})
-
-
-def evaluate_rank(rank: int, folder: str, accuracy: dict) -> None:
-    evaluate_file(Path(folder), run_name="two", accuracy=accuracy)
-
-
-def test_tf32_which_composer_allows_on_gpus_is_off_in_accuracy_and_probes(
-    demo, tmp_path, monkeypatch
-):
-    flags, allowed = (torch.backends.cuda.matmul, torch.backends.cudnn), []
-    build, evaluate_all, probe = Trainer.__init__, Trainer.eval, evaluation.measure_probe
-
-    @functools.wraps(build)
-    def build_as_on_a_gpu(*args, **keywords):
-        build(*args, **keywords)
-        for backend in flags:
-            backend.allow_tf32 = True
-
-    def recorded(function):
-        def call(*args, **keywords):
-            allowed.append([backend.allow_tf32 for backend in flags])
-            return function(*args, **keywords)
-
-        return call
-
-    monkeypatch.setattr(Trainer, "__init__", build_as_on_a_gpu)
-    monkeypatch.setattr(Trainer, "eval", recorded(evaluate_all))
-    monkeypatch.setattr(evaluation, "measure_probe", recorded(probe))
-    for backend in flags:
-        backend.allow_tf32 = True
-    save_classifier(tmp_path / "classifier.pt")
-    paths, bank = [str(demo / "test_images")], [str(demo / "train_images")]
-    probes = {"bank": bank, "queries": paths, "labels_per_class": [1]}
-    evaluate_file(tmp_path, accuracy={"paths": paths}, probe=probes)
-    assert allowed == [[False, False]] * 2
-
-
-@pytest.mark.parametrize("batch_size", [64, 5])
-def test_two_ranks_count_every_sample_of_an_odd_number_once(
-    odd_images, tmp_path, on_ranks, batch_size
-):
-    """The second rank gets one sample twice; in batches of 5, that sample is its last batch."""
-    net = save_classifier(tmp_path / "classifier.pt")
-    accuracy = {"paths": [str(odd_images)], "crop_pct": 1.0, "batch_size": batch_size}
-    evaluate_file(tmp_path, run_name="one", accuracy=accuracy)
-    on_ranks(2, evaluate_rank, str(tmp_path), accuracy)
-    probabilities, labels = probabilities_of(net, str(odd_images))
-    assert len(labels) == 31
-    for run_name in ("one", "two"):
-        result = json.loads((tmp_path / "runs" / run_name / "eval.json").read_text())
-        for k in (1, 5):
-            assert result[f"top{k}"] == pytest.approx(fraction_in_top(probabilities, labels, k))
-    per_class = [tmp_path / "runs" / name / "per_class.json" for name in ("one", "two")]
-    assert per_class[0].read_text() == per_class[1].read_text()
+# A run of fine-tuning
 
 
 def test_fine_tuned_run_is_evaluated_by_its_checkpoint_alone_as_its_validation_was(

@@ -1,6 +1,5 @@
 """Values that the host reads from the device in a step: on the meta device, each read raises."""
 
-import functools
 import os
 import traceback
 from collections import Counter
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from composer import Event, Trainer
+from composer import Event
 from conftest import ROOT, run_stage, small
 from tiny_models import CLIPS, ENCODER, TINY
 from torch import Tensor, nn
@@ -133,17 +132,3 @@ def test_a_step_of_a_run_reads_one_value_beside_those_that_composer_reads(demo, 
     }
     assert ours == {"logs.py": 1}  # the norm of the gradient
     assert readers.total() <= 12  # Composer's losses, times and sizes
-
-
-def test_tf32_which_composer_allows_on_gpus_is_off_when_a_run_trains(demo, tmp_path, monkeypatch):
-    flags, build = (torch.backends.cuda.matmul, torch.backends.cudnn), Trainer.__init__
-
-    @functools.wraps(build)
-    def build_as_on_a_gpu(*args, **keywords):
-        build(*args, **keywords)
-        for backend in flags:
-            backend.allow_tf32 = True
-
-    monkeypatch.setattr(Trainer, "__init__", build_as_on_a_gpu)
-    reads_of_a_run(demo, tmp_path, 1)
-    assert not any(backend.allow_tf32 for backend in flags)

@@ -21,7 +21,7 @@ from shards.depth import (
     encode_depth,
     read_rotated,
 )
-from shards.format import COLUMNS, Clips, decode_frame, encode_clip
+from shards.format import Clips, decode_frame, encode_clip
 from shards.inspect import verify
 from shards.layouts import SCENES
 from shards.views import EvalViews
@@ -195,13 +195,6 @@ def test_other_layout_is_rejected(miniature, tmp_path, damage, options, message)
     damage(miniature)
     with pytest.raises(ValueError, match=message):
         convert(miniature, tmp_path / "out", *options)
-
-
-def test_sample_without_depth_has_the_columns_of_earlier_versions(demo):
-    still = Clips(str(demo / "train_images"))[0]
-    assert still.keys() == COLUMNS.keys()
-    frames = [still["frames"]]
-    assert encode_clip(frames, [0.0], still["label"], still["name"]).keys() == COLUMNS.keys()
 
 
 def test_demonstration_shows_garments_nearer_than_the_wall(demo, tmp_path):

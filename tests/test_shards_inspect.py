@@ -8,7 +8,6 @@ import simplejpeg
 from PIL import Image
 from streaming import MDSWriter
 
-import data_prep
 from shards.format import COLUMNS, encode_clip
 from shards.inspect import CAPTION, CELL, check_sample, show
 
@@ -67,26 +66,7 @@ def test_contact_sheet_that_is_no_picture_is_refused(tmp_path, name):
         show(path, f"{tmp_path}/{name}")
 
 
-def test_data_set_without_samples_is_named(tmp_path):
-    (tmp_path / "index.json").write_text('{"version": 2, "shards": []}')
-    (tmp_path / "classes.json").write_text("[]")
-    with pytest.raises(ValueError, match="has no samples"):
-        show(str(tmp_path), str(tmp_path / "sheet.png"))
-
-
 def test_clip_whose_frames_differ_in_size_is_a_fault():
     sample = encode_clip([jpeg(20, 30), jpeg(30, 20)], [0.0, 1.0], 0, "x")
     with pytest.raises(ValueError, match="frame 1 is 20x30, but frame 0 is 30x20"):
         check_sample(sample, 1, 64)
-
-
-@pytest.mark.parametrize(("report", "ended"), [("", "was interrupted"), ("{}", "failed")])
-def test_unfinished_conversion_is_named_by_show_and_verify(tmp_path, report, ended):
-    (tmp_path / "request.json").write_text("{}")
-    if report:
-        (tmp_path / "report.json").write_text(report)
-    expected = f"{tmp_path}: the conversion {ended}; run the same command again to finish it"
-    for command in ("show", "verify"):
-        with pytest.raises(ValueError) as error:
-            data_prep.main([command, str(tmp_path)])
-        assert str(error.value) == expected

@@ -14,14 +14,13 @@ import tarfile
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
 
 import av
 import numpy as np
 import pytest
+from conftest import Made
 from PIL import Image
 from scipy.io import savemat
-from streaming import LocalDataset
 
 import data_prep
 from data_prep import convert
@@ -79,47 +78,6 @@ def tar(files: dict[str, bytes | str]) -> bytes:
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
     return buffer.getvalue()
-
-
-class Made(NamedTuple):
-    report: dict
-    classes: list[str]
-    found: dict[str, str | None]  # name: class
-    frames: dict[str, bytes]
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Return make(preset, source, split), which converts and checks the counts of the report."""
-    outs = iter(range(1000))
-
-    def run(
-        preset: str, source: Path | str, split: str = "train", max_skipped: float = 0.0, **recipe
-    ) -> Made:
-        kind, list_inputs = LAYOUTS.get(preset, (preset, None))
-        out = str(tmp_path / f"out{next(outs)}")
-        recipe = Recipe(kind, **({"frames": 2} if kind == "videos" else {}) | recipe)
-        report = convert(str(source), out, recipe, 1, max_skipped, list_inputs, split)
-        classes = json.loads(Path(out, "classes.json").read_text())
-        samples = list(LocalDataset(out))
-        found = {
-            sample["name"]: classes[sample["label"]] if sample["label"] >= 0 else None
-            for sample in samples
-        }
-        assert (
-            len(found)
-            == len(samples)
-            == report["samples"]
-            == report["inputs"] - len(report["skipped"])
-        )
-        assert report == json.loads(Path(out, "report.json").read_text())
-        if ".tar/" not in samples[0]["name"]:  # Of tars, files are listed, but samples are counted.
-            assert report["listed"] == report["inputs"]
-        return Made(
-            report, classes, found, {sample["name"]: sample["frames"] for sample in samples}
-        )
-
-    return run
 
 
 def assert_own_bytes(made: Made) -> None:
@@ -597,15 +555,6 @@ def test_imagenet_in_webdataset_tars_always_has_a_thousand_classes(tmp_path, mak
     assert_rejected("in1k", source / "imagenet1k-train-0000.tar", "--per-class", per_class=1)
 
 
-@pytest.mark.parametrize("wrong", ["1000", "-5"])
-def test_sample_of_a_tar_with_an_unknown_label_is_skipped_and_named(tmp_path, make, wrong):
-    samples = {"a.jpg": picture("a"), "a.cls": "999", "b.jpg": picture("b"), "b.cls": wrong}
-    made = make("in1k", lay(tmp_path, {"x.tar": tar(samples)}) / "x.tar", max_skipped=0.5)
-    assert list(made.found) == ["x.tar/a.jpg"]
-    ((name, reason),) = made.report["skipped"]
-    assert name == "x.tar/b.jpg" and f"label {wrong}: must be below 1000" in reason
-
-
 def test_imagenet_rejects_other_layouts(tmp_path):
     assert_rejected("in1k", tmp_path / "nowhere", "lacks train or ILSVRC/Data/CLS-LOC/train")
     images = pictures(*(f"val/{stem}.JPEG" for stem in VAL))
@@ -853,48 +802,6 @@ def test_webdataset_tars_give_numbered_classes_or_none(tmp_path, make, kind, end
         "--per-class needs files, but SOURCE holds tars",
         per_class=1,
     )
-
-
-def test_file_of_a_tar_is_a_video_only_if_its_whole_extension_matches(tmp_path, make):
-    samples = {"a.artifacts": "x", "a.mp4": video(), "a.cls": "1"}  # .ts is a video format
-    made = make("videos", lay(tmp_path, {"x.tar": tar(samples)}) / "x.tar")
-    assert made.found == {"x.tar/a.mp4": "1"}
-
-
-def corrupted(data: bytes, damage: str, number: int) -> bytes:
-    """Truncate a tar in or before the file of a number, or overwrite the header of that file."""
-    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        member = archive.getmembers()[number]
-    cuts = {
-        "in data": member.offset_data + member.size // 2,
-        "at header": member.offset,
-        "in header": member.offset + 100,
-    }
-    if damage in cuts:
-        return data[: cuts[damage]]
-    return data[: member.offset] + b"?" * 512 + data[member.offset_data :]
-
-
-@pytest.mark.parametrize("damage", ["in data", "at header", "in header", "header overwritten"])
-def test_samples_before_the_corrupt_place_in_a_tar_are_kept(tmp_path, make, damage):
-    samples = {}
-    for number in range(12):
-        samples |= {
-            f"{number:02d}.jpg": picture(f"{number:02d}", 64),
-            f"{number:02d}.cls": str(number % 3),
-        }
-    intact = {"x-1.tar": tar({"n.jpg": picture("n"), "n.cls": "2"})}
-    source = lay(tmp_path / damage, {"x-0.tar": corrupted(tar(samples), damage, 2 * 9)}, intact)
-    made = make("images", source / "x-{0..1}.tar", max_skipped=0.2)
-    kept = {f"x-0.tar/{number:02d}.jpg": str(number % 3) for number in range(8)}
-    # Sample 08 ends where the corrupt file begins, so it may be lost too.
-    last = {"x-0.tar/08.jpg": "2"}
-    other = {"x-1.tar/n.jpg": "2"}
-    assert made.found in (kept | other, kept | last | other)
-    assert_own_bytes(made)
-    ((name, reason),) = made.report["skipped"]
-    assert name == "x-0.tar" and "the samples after it are lost" in reason
-    assert " at 0x" not in reason
 
 
 def command(*arguments: str) -> str:

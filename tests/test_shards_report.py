@@ -1,4 +1,4 @@
-"""Every file of a source is counted; labels of lists and tars; classes of folders."""
+"""Every file of a source is counted; labels of lists; names of classes and files."""
 
 import json
 import os
@@ -104,23 +104,6 @@ def test_row_that_comes_twice_and_paths_of_windows_are_one_file(tmp_path):
     assert report["samples"] == 1 and report["ignored"]["listed twice"]["count"] == 1
 
 
-def test_names_in_a_tar_may_have_dots_and_labels_may_be_json_or_stand_earlier(tmp_path):
-    members = {"v1.3.cls": "2", "v1.1.jpg": picture("v1.1"), "v1.1.cls": "0"}
-    members |= {
-        "v1.2.jpg": picture("v1.2"),
-        "v1.2.json": '{"label": 1}',
-        "v1.3.jpg": picture("v1.3"),
-    }
-    source = lay(tmp_path, {"x.tar": tar(members | {"notes.txt": "", "4.mp4": ""})}) / "x.tar"
-    found = run(source, tmp_path / "out")
-    assert found == {"x.tar/v1.1.jpg": "0", "x.tar/v1.2.jpg": "1", "x.tar/v1.3.jpg": "2"}
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert {reason: found["count"] for reason, found in report["ignored"].items()} == {
-        "extension .mp4": 1,
-        "extension .txt": 1,
-    }
-
-
 @pytest.mark.parametrize(
     ("members", "complaint"),
     [
@@ -131,14 +114,6 @@ def test_names_in_a_tar_may_have_dots_and_labels_may_be_json_or_stand_earlier(tm
 def test_tar_whose_labels_are_missing_or_late_is_refused(tmp_path, members, complaint):
     content = {name: "0" if name.endswith("cls") else picture(name) for name in members}
     assert_rejected("images", lay(tmp_path, {"x.tar": tar(content)}) / "x.tar", complaint)
-
-
-def test_class_names_in_a_tar_need_a_list_of_classes(tmp_path):
-    content = {"1.jpg": picture("1"), "1.cls": "dog"}
-    source = lay(tmp_path, {"x.tar": tar(content), "classes.txt": "cat\ndog\n"}) / "x.tar"
-    assert_rejected("images", source, "class 'dog': unknown; list the classes with --classes")
-    found = run(source, tmp_path / "out", "--classes", str(tmp_path / "classes.txt"))
-    assert found == {"x.tar/1.jpg": "dog"}
 
 
 def test_classes_can_be_those_of_a_list_or_of_another_data_set(tmp_path, capsys):
@@ -152,25 +127,6 @@ def test_classes_can_be_those_of_a_list_or_of_another_data_set(tmp_path, capsys)
     (val / "names.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match=r"c/4\.jpg is of class 'c', which is not in the"):
         run(val, tmp_path / "refused", "--classes", str(val / "names.txt"))
-
-
-def test_empty_class_folder_is_a_class(tmp_path):
-    source = lay(tmp_path / "in", pictures("a/1.jpg", "c/2.jpg"))
-    (source / "b").mkdir()
-    run(source, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize("folders", [("Train", "Val"), ("test", "train", "x"), ("images",)])
-def test_folders_of_splits_are_no_classes(tmp_path, folders):
-    source = lay(tmp_path / "in", pictures(*(f"{folder}/a/1.jpg" for folder in folders)))
-    complaint = f"holds the folders {', '.join(folders)}, which are no classes; give each"
-    assert_rejected("images", source, complaint)
-
-
-def test_class_may_have_the_name_of_a_split(tmp_path):
-    found = run(lay(tmp_path / "ok", pictures("test/1.jpg", "a/2.jpg")), tmp_path / "out")
-    assert found == {"test/1.jpg": "test", "a/2.jpg": "a"}
 
 
 def test_names_that_are_not_utf8_are_stored_escaped(tmp_path):

@@ -1,4 +1,4 @@
-"""A run from its start to result.json: refusals, resumption, precision, and what it logs."""
+"""A run from its start to result.json: refusals, resumption, and what it logs."""
 
 import errno
 import json
@@ -16,10 +16,8 @@ from conftest import (
     read_metrics,
     read_result,
     run_stage,
-    signal_at,
     small,
 )
-from torch import nn
 
 import finetune
 import pretrain
@@ -28,7 +26,7 @@ from model import Classifier
 from shards.augment import normalise
 from shards.views import EvalViews
 from shards.workers import exit_at_once
-from training.checkpoints import STOPPED, Checkpoints
+from training.checkpoints import Checkpoints
 from training.run import changed_settings, is_finished, read_config
 from training.weights import LATEST, read_checkpoint
 
@@ -198,41 +196,6 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
     assert len(losses(tmp_path, "one")) == 6 * repeats
 
 
-# Precision
-
-
-def test_half_precision_on_a_cpu_multiplies_in_bfloat16_and_resumes_to_the_bit(
-    arguments, uninterrupted, tmp_path, monkeypatch
-):
-    arguments = [*arguments, "trainer.precision=amp_bf16"]
-    kinds, forward = set(), nn.Linear.forward
-
-    def watched(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        y = forward(self, x)
-        kinds.add(y.dtype)
-        return y
-
-    with monkeypatch.context() as patch:
-        patch.setattr(nn.Linear, "forward", watched)
-        # Reconstructions are drawn in fp32 after the training.
-        patch.setattr(pretrain, "draw_reconstructions", lambda *_: None)
-        run_stage(pretrain, [*arguments, "run_name=one"], tmp_path)
-    assert kinds == {torch.bfloat16}
-    floating = [
-        value for value in weights_of(tmp_path, "one").values() if value.is_floating_point()
-    ]
-    assert len(floating) > 10 and {value.dtype for value in floating} == {torch.float32}
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "batch_start", signal_at(5))
-        with pytest.raises(SystemExit) as end:
-            run_stage(pretrain, [*arguments, "run_name=other"], tmp_path)
-    assert end.value.code == STOPPED
-    run_stage(pretrain, [*arguments, "run_name=other"], tmp_path)
-    half, full = losses(tmp_path, "one"), losses(uninterrupted, "run")
-    assert losses(tmp_path, "other") == half != full
-    assert half == pytest.approx(full, rel=2e-2)  # bfloat16 has 8 significant bits
-
-
 # What a run logs
 
 
@@ -255,26 +218,6 @@ def test_run_logs_losses_gradients_learning_rates_and_speed(arguments, demo, tmp
     lines = read_metrics(tmp_path, "run")
     assert [line["step"] for line in lines if "knn/trained" in line] == [3, 6]
     assert [line["step"] for line in lines if "flops_per_sample" in line] == [1]
-
-
-def test_logged_gradient_norm_is_the_norm_before_clipping(arguments, tmp_path, monkeypatch):
-    norms = []
-
-    def after_backward(self, state, logger) -> None:
-        squares = [
-            weight.grad.square().sum()
-            for weight in state.model.parameters()
-            if weight.grad is not None
-        ]
-        norms.append(float(sum(squares).sqrt()))
-
-    monkeypatch.setattr(Checkpoints, "after_backward", after_backward, raising=False)
-    clip = "algorithms={GradientClipping: {clipping_type: norm, clipping_threshold: 0.01}}"
-    run_stage(pretrain, [*arguments, clip, "trainer.max_duration=2ba"], tmp_path)
-    logged = [
-        line["gradient_norm"] for line in read_metrics(tmp_path, "demo") if "gradient_norm" in line
-    ]
-    assert logged == pytest.approx(norms, rel=1e-5) and min(logged) > 0.02
 
 
 def test_tensorboard_and_wandb_are_chosen_by_a_line_of_yaml_each(arguments, tmp_path, monkeypatch):
