@@ -277,6 +277,7 @@ def pool_tokens(tokens: Tensor, kind: PoolKind) -> Tensor:
         return patches.amax(dim=1)
     if kind == "gem":
         return patches.clamp(min=1e-6).pow(3).mean(dim=1).pow(1 / 3)
+    assert kind == "mean", kind
     return patches.mean(dim=1)
 
 

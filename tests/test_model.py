@@ -374,6 +374,11 @@ def test_poolings_equal_numpy():
         np.testing.assert_allclose(pool_tokens(tokens, kind).numpy(), values, rtol=1e-5, atol=1e-6)
 
 
+def test_unknown_pooling_is_not_taken_for_the_mean():
+    with pytest.raises(AssertionError, match="mena"):
+        pool_tokens(torch.randn(3, 5, 4), "mena")
+
+
 def test_one_rank_gathers_the_tensor_itself():
     x = torch.randn(3, 2)
     assert all_gather(x) is x
