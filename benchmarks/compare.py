@@ -328,13 +328,13 @@ def result_of(task: Future) -> dict[str, float]:
         raise ValueError("a run was killed; run the same command again to continue") from error
 
 
-def steps_of(methods: dict[str, list[str]], seconds: float) -> dict[str, int]:
+def steps_of(methods: dict[str, list[str]], seconds: float, prefix: str) -> dict[str, int]:
     """Return how many steps each method makes in a time, alone on this machine."""
     timed = ["callbacks={SpeedMonitor: {window_size: 70}}", "trainer.max_duration=80ba"]
     steps = {}
     with training_processes(1) as executor:
         for method, command in methods.items():
-            arguments = (f"compare_{method}_speed", [*command, *OVERRIDES, *timed])
+            arguments = (f"{prefix}_{method}_speed", [*command, *OVERRIDES, *timed])
             speed = result_of(executor.submit(train, *arguments))["throughput/batches_per_sec"]
             steps[method] = max(1, round(seconds * speed))
     return steps
@@ -374,6 +374,7 @@ def compare(
     planes: list[list[str]] = (),
     seeds: PositiveInt = 3,
     jobs: PositiveInt = 1,
+    prefix: RunName = "compare",
 ) -> None:
     """Train methods for the same time on this machine, and compare their encoders.
 
@@ -394,6 +395,7 @@ def compare(
             picture named _plane.png.
         seeds: number of runs of each method, for mean and standard deviation.
         jobs: runs at a time, after the speeds are measured; they share the cores.
+        prefix: of the names of runs. Comparisons of one prefix share the runs of equal names.
 
     Raises:
         ValueError: a command has a mistake; a run fails, or was made with other settings; another
@@ -405,11 +407,11 @@ def compare(
     probes = {"stills": stills, "clips": clips}
     finished = {}
     with only_comparison():
-        steps = steps_of(methods, seconds)
+        steps = steps_of(methods, seconds, prefix)
         first = next(iter(methods.values()))
-        rows = {"random weights": (first, "compare_random", None)}
+        rows = {"random weights": (first, f"{prefix}_random", None)}
         for method, command in methods.items():
-            rows[method] = (command, f"compare_{method}_{steps[method]}", steps[method])
+            rows[method] = (command, f"{prefix}_{method}_{steps[method]}", steps[method])
         with training_processes(jobs) as executor:
             tasks = {}
             for name, (command, run, count) in rows.items():

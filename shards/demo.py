@@ -62,23 +62,28 @@ def draw_depth(opacity: Image.Image, rng: np.random.Generator) -> np.ndarray:
     return (wall - height + rng.normal(0, 3, height.shape)).round().astype(np.uint16)
 
 
-def draw_file(path: Path, garment: np.ndarray, seed: tuple[int, ...]) -> None:
-    """Write a garment as an mp4 of FRAMES frames, or as a JPEG still."""
-    rng = np.random.default_rng(seed)
+def write_clip(path: Path, clip: np.ndarray) -> None:
+    """Write frames (T, H, W, 3) as an mp4, or the first as a JPEG still."""
     if path.suffix == ".jpg":
-        Image.fromarray(draw_garment(garment, rng, 1)[0][0]).save(path, quality=95)
+        Image.fromarray(clip[0]).save(path, quality=95)
         return
     with av.open(str(path), "w") as container:
         # With mbtree and lookahead, x264 does not always write the same bytes.
         reproducible = "mbtree=0:rc-lookahead=0"
         options = {"crf": "18", "preset": "veryfast", "x264-params": reproducible}
         stream = container.add_stream("libx264", rate=RATE, options=options)
-        stream.width = stream.height = SIDE
+        stream.height, stream.width = clip.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
-        for pixels in draw_garment(garment, rng, FRAMES)[0]:
+        for pixels in clip:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
+
+
+def draw_file(path: Path, garment: np.ndarray, seed: tuple[int, ...]) -> None:
+    """Write a garment as an mp4 of FRAMES frames, or as a JPEG still."""
+    frames = 1 if path.suffix == ".jpg" else FRAMES
+    write_clip(path, draw_garment(garment, np.random.default_rng(seed), frames)[0])
 
 
 def garment_files(split: str, garments: int) -> list[tuple[Path, np.ndarray, tuple[int, int]]]:

@@ -265,6 +265,16 @@ def test_last_line_of_a_run_that_fails_is_the_error(demo, tmp_path, monkeypatch,
         run_compare(arguments_of(demo), tmp_path)
 
 
+def test_comparison_of_another_prefix_has_runs_of_its_own(
+    compared, demo, monkeypatch, in_this_process
+):
+    monkeypatch.setattr(compare, "STAGES", main_replaced(lambda: sys.exit("trained")))
+    words = [f"comparison.methods.vicmae=[{command_of(demo, 'model.pool=max')}]"]
+    words.append("comparison.prefix=other")
+    with pytest.raises(SystemExit, match=r"run_name=other_vicmae_speed .* failed: trained"):
+        run_compare([*arguments_of(demo), *words], compared)
+
+
 def test_table_has_the_papers_numbers_and_ours_and_says_which_are_not_run(tmp_path):
     for name, file, values in (
         ("a", "eval.json", {"top1": 0.8512, "knn": 0.25}),
