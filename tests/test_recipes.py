@@ -16,6 +16,7 @@ OMNIVORE = "omnivore omnivision/config/experiments/omnivore/swin_train_in1k_k400
 OMNIMAE = "omnivore omnivision/config/experiments/omnimae/"
 VIDEOMAE = "VideoMAE scripts/"
 VICMAE = "ViC-MAE scripts/"
+TUBEVIT = "TubeViT, arXiv:2212.03229"
 VITB = "vitb.yaml "
 
 # Overlays follow the file that they are laid over.
@@ -88,6 +89,13 @@ PUBLISHED = [  # (files in yamls/, quantity, published value, source)
     ("methods/omnivore_paper.yaml", "warmup", 30, OMNIVORE + ": 0.1 of 300"),
     ("methods/omnivore_paper.yaml", "decay", 0.05, OMNIVORE),
     ("methods/omnivore_paper.yaml", "updates", 300 * 860, OMNIVORE + ": repeat_factors 1, 50, 1"),
+    ("methods/omnivore_paper.yaml", "drop_colours", 0.5, "OMNIVORE: RGB of images with depth"),
+    ("methods/tubevit_b.yaml", "lr", 5e-5, TUBEVIT),
+    ("methods/tubevit_b.yaml", "decay", 1e-3, TUBEVIT),
+    ("methods/tubevit_b.yaml", "warmup", 10_000, TUBEVIT + ": steps"),
+    ("methods/tubevit_b.yaml", "updates", 300_000, TUBEVIT),
+    ("methods/tubevit_b.yaml methods/tubevit_l.yaml", "lr", 1e-5, TUBEVIT),
+    ("methods/tubevit_b.yaml methods/tubevit_l.yaml", "decay", 1e-5, TUBEVIT),
     (VITB + "methods/moco_v2_paper.yaml", "projector_layers", 2, "moco main_moco.py: --mlp"),
     (
         VITB + "methods/simclr_paper.yaml",
@@ -104,7 +112,9 @@ CONVERTED = {"k400_7.5fps": np.arange(75) / 7.5, "ssv2": np.arange(48) * 4.0 / 4
 
 
 def load(files: str) -> dict:
-    is_finetuning = files.startswith(("finetune", "linprobe", "methods/omnivore"))
+    is_finetuning = files.startswith(
+        ("finetune", "linprobe", "methods/omnivore", "methods/tubevit")
+    )
     config = finetune.FinetuneConfig if is_finetuning else pretrain.PretrainConfig
     return load_config([str(ROOT / "yamls" / name) for name in files.split()], config)
 
@@ -119,9 +129,10 @@ def epochs_of(duration: str, config: dict) -> float:
 def quantity(name: str, config: dict) -> float:
     """Compute a quantity of a recipe from its settings.
 
-    lr: highest learning rate; end: final / highest; warmup: epochs; updates: optimiser steps;
-    passes: times that a sample is seen; distinct, span: frames of a training clip that differ, and
-    seconds from the first to the last; decay: weight decay; others: keys of the block model.
+    lr: highest learning rate; end: final / highest; warmup: epochs, or steps if the file counts
+    steps; updates: optimiser steps; passes: times that a sample is seen; distinct, span: frames of
+    a training clip that differ, and seconds from the first to the last; decay: weight decay;
+    others: keys of the blocks augment and model.
     """
     data, trainer = config["data"], config["trainer"]
     batch, repeats = data["global_train_batch_size"], data.get("repeats", 1)
@@ -129,6 +140,8 @@ def quantity(name: str, config: dict) -> float:
     names = [stream["path"].split("/")[1] for stream in data["streams"]]
     if name == "lr":
         return config["optimizer"]["base_lr"] * batch / 256
+    if name == "updates" and trainer["max_duration"].endswith("ba"):
+        return ensure_time(trainer["max_duration"], "ba").value
     if name == "updates":
         weights = [stream.get("repeat", 1) for stream in data["streams"]]
         sizes = [SAMPLES[data_set.split("_")[0]] for data_set in names]
@@ -147,7 +160,7 @@ def quantity(name: str, config: dict) -> float:
         "passes": lambda: epochs * repeats,
         "decay": lambda: config["optimizer"]["weight_decay"],
     }
-    return values[name]() if name in values else config["model"][name]
+    return values[name]() if name in values else (config["augment"] | config["model"])[name]
 
 
 @pytest.mark.parametrize(("files", "name", "published", "source"), PUBLISHED)
