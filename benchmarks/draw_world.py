@@ -1,6 +1,6 @@
 """Draw a world that is harder than the demonstration, and convert it into data sets.
 
-    uv run python benchmarks/draw_world.py data/world     # 2 CPU cores
+    uv run python benchmarks/draw_world.py data/world    # 16 minutes, 2 CPU cores
     uv run python benchmarks/compare.py yamls/ablations/world.yaml
 
 The same garments turn in depth and in the plane, change their size and light, and are partly hidden
