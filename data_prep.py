@@ -9,9 +9,9 @@
     python data_prep.py demo    data/demo                       # the demonstration, 30 s
 
 Every sample of every data set becomes a clip: JPEG frames with their timestamps. An image is a
-clip of one frame, so that videos and images mix in a batch. A clip needs little more room than its
-video, and a pair of its frames is read without decoding others. shards/format.py describes the
-format, docs/data.md the sources that can be read.
+clip of one frame, so that videos and images mix in a batch. 16 frames of a video of
+10 s take about 250 kB. A pair of frames is read without decoding others. shards/format.py describes
+the format, docs/data.md the sources that can be read.
 
 The inputs are divided into parts. A part is written to a temporary folder, which is renamed once
 the part is complete. So an interrupted conversion is resumed by the same command.

@@ -4,18 +4,18 @@
     batch = {"views": views, "noise": noise}                # (B, 2, 3, 224, 224), (B, 2, 196)
     losses = model.loss(model(batch), batch)                # total, reconstruction, contrastive
 
-Two views of a sample, two frames of a video or two crops of an image, pass through one encoder,
-each with its own random mask. A decoder reconstructs both views (section 3.1). The means of their
-visible tokens are projected: the two projections of a sample attract each other, and all other
-samples of the batch repel them (section 3.2). For transfer, a linear head is trained on the encoder
-(section 4). This file imports nothing else of this repository. A "Deviation" is a difference from
-the official code, https://github.com/jeffhernandez1995/ViC-MAE.
+A sample has two views: two frames of a video, or two crops of an image. Both pass through one
+encoder, each with its own random mask. A decoder reconstructs both views (section 3.1). The means
+of their visible tokens are projected: the two projections of a sample attract each other, and all
+other samples of the batch repel them (section 3.2). For transfer, a linear head is trained on the
+encoder (section 4). This file imports no other file of this repository. A "Deviation" is a
+difference from the official code, https://github.com/jeffhernandez1995/ViC-MAE.
 
 Shapes, here and in every other file:
     B samples   V views of a sample   T frames of a clip   N patches of a view   K patches kept
     D width     P numbers of a patch (patch_size * patch_size * 3)   C classes   H, W pixels
 A tensor named `mask` is 1 where a patch is removed. B counts the samples of the micro-batch of this
-rank, unless a line says "of all ranks"; where there is no V, it counts the views of all samples.
+rank, unless a line says "of all ranks"; in functions on patches and tokens, it counts views.
 """
 
 import json
@@ -184,7 +184,7 @@ class Encoder(nn.Module):
     fsdp_wrap_fn = activation_checkpointing_fn = is_block  # Composer looks these names up
 
     def forward(self, x: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Return tokens after the final norm, CLS first: (B, 1 + K, D), with ids_keep=None all N.
+        """Return tokens after the final norm, CLS first: (B, 1 + K, D); all N without ids_keep.
 
         Images x are (B, 3, H, W), clips (B, T, 3, H, W), with H = W. If H is not img_size, but
         another multiple of patch_size, positions are interpolated.
@@ -304,8 +304,8 @@ def all_gather(x: Tensor) -> Tensor:
     """Concatenate x of all ranks along dimension 0, with gradient. Return x itself on one rank.
 
     All ranks then compute the same InfoNCE. The backward pass sums the gradients of all ranks, and
-    DDP divides by their number: the gradient equals one rank's with the samples of all. The
-    reconstruction loss is each rank's own, of equally many patches: DDP averages its gradients.
+    DDP divides by their number: the gradient equals that of one rank with all samples. Each rank
+    has its own reconstruction loss, over equally many patches; DDP averages its gradients.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x
@@ -313,7 +313,7 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Normalise (B, V, out) at least in fp32: (V * B, out), all first views before all second."""
+    """Return unit vectors (V * B, out) of (B, V, out), in fp32 or better, first views first."""
     return F.normalize(at_least_fp32(x), dim=-1).transpose(0, 1).flatten(0, 1)
 
 
@@ -341,7 +341,7 @@ def feature_std(features: Tensor) -> Tensor:
 
 
 def layer_groups(model: nn.Module, coarse: bool = False) -> dict[str, str]:
-    """Return the patterns by which timm groups parameters for layer decay; others come last."""
+    """Return timm's patterns for layer decay; parameters that match none are the last group."""
     return {
         "stem": r"encoder\.(?:cls_token|pos_embed|temporal_embed|patch_embed)",
         "blocks": r"encoder\.blocks\.(\d+)",

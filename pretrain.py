@@ -65,8 +65,8 @@ from training.sources import one_line_errors
 from training.speedups import unwrapped
 from training.weights import describe, load_pretrained
 
-HEADS = ("decoder", "projector", "predictor")  # parts that may begin at random
-RANK_ZERO_FIRST = 60.0  # seconds that the other ranks leave the conversion of `raw` to rank 0
+HEADS = ("decoder", "projector", "predictor")  # parts that may start from random weights
+RANK_ZERO_FIRST = 60.0  # seconds before the other ranks of a machine try to convert `raw`
 RAW = "raw.json"  # in runs/NAME/data/: the folders that were converted, and the data sets
 
 
@@ -78,10 +78,11 @@ class PretrainConfig(RunConfig):
         method: a method of methods.PRETRAINING.
         make_demo: folder in which the demonstration's data are made if they are missing.
         pretrained: weights to begin with, see read_checkpoint. The sizes of the model come from
-            them, except img_size. What they lack, such as a projector, begins at random.
+            them, except img_size. Parts that they lack, such as a projector, start from random
+            weights.
         raw: folders of videos and images, which are converted to runs/{run_name}/data/ first, and
-            join data.streams. A batch of more than a quarter of the samples is lowered to the
-            largest power of two below.
+            join data.streams. If the batch is more than a quarter of the samples, it is lowered to
+            the largest power of two within a quarter.
         recipe: how `raw` is converted, such as clip_seconds.
     """
 

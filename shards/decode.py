@@ -51,10 +51,10 @@ class Recipe:
         fps: in Hz; if given, a frame is kept every 1 / `fps` seconds, and `frames` is ignored.
         short_side: in pixels; larger frames are scaled down to it, smaller ones never up.
         quality: of the JPEG files, in [1, 100].
-        per_class: keeps the first so many inputs of each class; None for all.
+        per_class: number of inputs of each class that are kept, from the first; None for all.
         background: colour behind transparent pixels: a name or #rrggbb.
         clip_seconds: cuts a video into clips of this length, each a sample; None for none. A clip
-            in which no frame begins is left out.
+            during which no frame is on screen is left out.
         stride: seconds from the beginning of a clip to the next; None for clip_seconds.
         max_clips: of a video, from its beginning; None for all.
         scene_cuts: cuts a video where FFmpeg's scene score, in [0, 1], is above this number. Each

@@ -217,9 +217,8 @@ def training_plans(
 ) -> list[Plan]:
     """Return the plans of a training: for its own layout, then for others up to one that fits.
 
-    The others begin with the fastest.
-
-    They count neither evaluations nor the augmentation on the device.
+    The others are ordered from the fastest. The plans count neither evaluations nor the
+    augmentation on the device.
 
     Args:
         net, sample: the model and a batch of one sample, on the meta device.

@@ -340,7 +340,7 @@ def build_trainer(
     fsdp = (settings.get("parallelism_config") or {}).get("fsdp")
     checkpoints.check_shared_folder(bool(fsdp) and fsdp.state_dict_type == "sharded")
     newest = checkpoints.newest()
-    if flops_per_sample:  # SpeedMonitor looks for this attribute.
+    if flops_per_sample:  # SpeedMonitor calls this method, which Composer leaves to the user.
         model.flops_per_batch = lambda batch: flops_per_sample * samples_in(batch)
     run.mkdir(parents=True, exist_ok=True)  # Weights & Biases does not make it.
     with errors_of_blocks():
