@@ -149,8 +149,9 @@ def kinds_in(source: str) -> list[str]:
 def convert_raw(sources: list[str], recipe: dict[str, Any], folder: Path) -> list[str]:
     """Convert folders of videos and images into data sets in `folder`, and return their paths.
 
-    The first rank of a machine converts, and the others wait. If it fails, each of them tries, too,
-    and raises the same error. An interrupted conversion is resumed, and a finished one kept.
+    The first rank of a machine converts, and the others wait. If it fails, each of the others tries
+    as well, and raises the same error. An interrupted conversion is resumed; a finished conversion
+    is kept.
 
     Raises:
         ValueError: see kinds_in; or the conversion fails, or other folders were converted.
@@ -187,7 +188,15 @@ def convert_raw(sources: list[str], recipe: dict[str, Any], folder: Path) -> lis
 def convert_folders(
     sources: list[str], kinds: list[list[str]], recipe: dict[str, Any], folder: Path
 ) -> list[str]:
-    """Convert the kinds of files of each source, see kinds_in, and return the paths."""
+    """Convert the kinds of files of each source, see kinds_in, and return the paths.
+
+    Raises:
+        ValueError: a value of `recipe` is out of range; or as data_prep.convert.
+    """
+    try:
+        Recipe("videos", **recipe)
+    except ValueError as error:
+        raise ValueError(f"recipe: {error}; the key of an option --a-b is a_b") from error
     paths = []
     for number, source in enumerate(sources):
         for kind in kinds[number]:

@@ -111,6 +111,7 @@ def test_interrupted_conversion_is_resumed_and_what_is_done_is_kept(folder, tmp_
         ("[stills,./stills/]", "raw: stills, ./stills/ names a folder twice"),
         ("set", "raw: set is converted; give data.streams=[{path: set}]"),
         ("stills", "1 of 1 inputs are undecodable"),
+        ("stills recipe.clip_seconds=0", "recipe: --clip-seconds 0.0: must be in "),
         ("[empty] --plan", "raw: is not converted yet"),
     ],
 )
@@ -118,8 +119,8 @@ def test_other_than_folders_of_media_is_refused_on_every_rank(tmp_path, raw, com
     for file in ("empty/a.txt", "tars/a.tar", "set/index.json", "stills/a.jpg"):
         (tmp_path / file).parent.mkdir()
         (tmp_path / file).write_text("x")
-    folders, *plan = raw.split()
-    arguments = [str(ROOT / "yamls" / "own.yaml"), f"raw={folders}", *plan, *SMALL]
+    folders, *others = raw.split()
+    arguments = [str(ROOT / "yamls" / "own.yaml"), f"raw={folders}", *others, *SMALL]
     assert complaint in error_of(pretrain, arguments, tmp_path)
 
 
