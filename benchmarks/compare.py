@@ -395,7 +395,8 @@ def compare(
             picture named _plane.png.
         seeds: number of runs of each method, for mean and standard deviation.
         jobs: runs at a time, after the speeds are measured; they share the cores.
-        prefix: of the names of runs. Comparisons of one prefix share the runs of equal names.
+        prefix: first part of the names of runs. Comparisons with the same prefix share runs of the
+            same name.
 
     Raises:
         ValueError: a command has a mistake; a run fails, or was made with other settings; another

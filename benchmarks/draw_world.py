@@ -1,11 +1,11 @@
 """Draw a world that is harder than the demonstration, and convert it into data sets.
 
-    uv run python benchmarks/draw_world.py data/world    # 16 minutes, 2 CPU cores
+    uv run python benchmarks/draw_world.py data/world    # 18 minutes, 2 CPU cores
     uv run python benchmarks/compare.py yamls/ablations/world.yaml
 
-The same garments turn in depth and in the plane, change their size and light, and are partly hidden
-by a disc; the camera pans over a background in colour. A clip shows all of this moving, a still
-one moment of it. As in most collections, stills are many and clips few.
+The same garments turn in depth and in the plane, and change their size and light. A disc passes in
+front of most of them, and the camera pans over a background in colour. A clip shows all of this
+moving, a still one moment of it. As in most collections, stills are many and clips few.
 """
 
 import os
@@ -48,7 +48,7 @@ def draw_moments(garment: np.ndarray, rng: np.random.Generator, times: np.ndarra
     row, column = np.mgrid[:SIDE, :SIDE] + 0.5
     clip = np.empty((len(times), SIDE, SIDE, 3), np.uint8)
     for t in range(len(times)):
-        # From a pixel of the frame to a pixel of the garment: turn back, then stretch.
+        # From a pixel of the frame to a pixel of the garment: undo the roll, then scale and yaw.
         across = np.array([np.cos(roll[t]), np.sin(roll[t])]) / (scale[t] * np.cos(yaw[t]))
         down = np.array([-np.sin(roll[t]), np.cos(roll[t])]) / scale[t]
         places = [*across, 14 - across @ centre[t], *down, 14 - down @ centre[t]]

@@ -23,6 +23,7 @@ from training.weights import read_checkpoint
 
 TUNED = f"comparison.finetune={{x: [{ROOT}"
 METHODS = ROOT / "yamls" / "methods"
+SPEED = "throughput/batches_per_sec"
 
 
 def run_compare(arguments: list[str], folder: Path) -> None:
@@ -266,13 +267,17 @@ def test_last_line_of_a_run_that_fails_is_the_error(demo, tmp_path, monkeypatch,
 
 
 def test_comparison_of_another_prefix_has_runs_of_its_own(
-    compared, demo, monkeypatch, in_this_process
+    demo, tmp_path, monkeypatch, in_this_process
 ):
-    monkeypatch.setattr(compare, "STAGES", main_replaced(lambda: sys.exit("trained")))
-    words = [f"comparison.methods.vicmae=[{command_of(demo, 'model.pool=max')}]"]
-    words.append("comparison.prefix=other")
-    with pytest.raises(SystemExit, match=r"run_name=other_vicmae_speed .* failed: trained"):
-        run_compare([*arguments_of(demo), *words], compared)
+    names = []
+    monkeypatch.setattr(compare, "train", lambda run, _: names.append(run) or {SPEED: 10.0})
+    monkeypatch.setattr(
+        compare, "measure", lambda *arguments: names.append(arguments[2]) or {"stills, knn": 0.5}
+    )
+    run_compare([*arguments_of(demo), "comparison.prefix=other", "comparison.planes=[]"], tmp_path)
+    expected = ["vicmae_speed", "mae_speed"]
+    expected += [f"{name}_{seed}" for name in ("random", "vicmae_3", "mae_3") for seed in (0, 1)]
+    assert names == [f"other_{name}" for name in expected]
 
 
 def test_table_has_the_papers_numbers_and_ours_and_says_which_are_not_run(tmp_path):

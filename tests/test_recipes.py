@@ -89,7 +89,7 @@ PUBLISHED = [  # (files in yamls/, quantity, published value, source)
     ("methods/omnivore_paper.yaml", "warmup", 30, OMNIVORE + ": 0.1 of 300"),
     ("methods/omnivore_paper.yaml", "decay", 0.05, OMNIVORE),
     ("methods/omnivore_paper.yaml", "updates", 300 * 860, OMNIVORE + ": repeat_factors 1, 50, 1"),
-    ("methods/omnivore_paper.yaml", "drop_colours", 0.5, "OMNIVORE: RGB of images with depth"),
+    ("methods/omnivore_paper.yaml", "drop_colours", 0.5, OMNIVORE + ": RGB of images with depth"),
     ("methods/tubevit_b.yaml", "lr", 5e-5, TUBEVIT),
     ("methods/tubevit_b.yaml", "decay", 1e-3, TUBEVIT),
     ("methods/tubevit_b.yaml", "warmup", 10_000, TUBEVIT + ": steps"),
