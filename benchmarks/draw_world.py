@@ -1,6 +1,6 @@
 """Draw a world that is harder than the demonstration, and convert it into data sets.
 
-    uv run python benchmarks/draw_world.py data/world    # 18 minutes, 2 CPU cores
+    uv run python benchmarks/draw_world.py data/world    # at most 18 minutes, 2 CPU cores
     uv run python benchmarks/compare.py yamls/ablations/world.yaml
 
 The same garments turn in depth and in the plane, and change their size and light. A disc passes in
@@ -8,6 +8,7 @@ front of most of them, and the camera pans over a background in colour. A clip s
 moving, a still one moment of it. As in most collections, stills are many and clips few.
 """
 
+import argparse
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -76,6 +77,7 @@ def draw(path: Path, garment: np.ndarray, seed: tuple[int, ...]) -> None:
 
 
 def main(out: str, garments: int = GARMENTS) -> None:
+    """Draw raw files and convert them; those of an interrupted call are drawn anew."""
     raw = Path(out, "raw")
     jobs = [
         (raw / path, garment, (number, *key))
@@ -92,4 +94,6 @@ def main(out: str, garments: int = GARMENTS) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", help="folder of the data sets, such as data/world")
+    main(parser.parse_args().out)
