@@ -202,8 +202,8 @@ def convert(
         manifest, counts = write_manifest(listing, file, recipe.per_class, part_size)
         if not counts["listed"]:
             number = f"none of the {counts['absent']}" if counts["absent"] else "no"
-            wanted = f"{recipe.kind} ({' '.join(EXTENSIONS[recipe.kind])})"
-            raise ValueError(f"SOURCE {source} holds {number} {wanted}; give tars as x.tar")
+            remedy = "docs/data.md has the layouts and extensions"
+            raise ValueError(f"SOURCE {source} holds {number} {recipe.kind}; {remedy}")
         source = printable(source)
         request = {"source": source, "recipe": asdict(recipe), "parts": len(manifest.starts)}
         claim_output(target, folder, request | counts)
@@ -363,14 +363,14 @@ OPTIONS = {  # {argument: settings of add_argument}; the functions have the defa
     "--stride": dict(type=float, help="seconds from clip to clip (--clip-seconds)"),
     "--max-clips": dict(type=int, help="of a video, from its beginning (all)"),
     "--scene-cuts": dict(
-        type=float, nargs="?", const=0.3, metavar="SCORE", help="cut between scenes, too (no; 0.3)"
+        type=float, nargs="?", const=0.3, metavar="SCORE", help="also cut between scenes (off; 0.3)"
     ),
     "--short-side": dict(type=int, help="pixels; frames are never enlarged (256)"),
     "--classes": dict(metavar="FILE", help="class names, one a line (those of SOURCE, sorted)"),
     "--like": dict(metavar="DATASET", help="take the classes of another data set of data_prep.py"),
     "--quality": dict(type=int, help="of the JPEG frames, 1-100 (90)"),
     "--background": dict(help="behind transparent pixels: black, #rrggbb (white)"),
-    "--per-class": dict(type=int, help="convert only the first so many inputs of each class (all)"),
+    "--per-class": dict(type=int, help="convert only the first N inputs of each class (all)"),
     "--max-skipped": dict(type=float, help="fraction that may be undecodable (0.01)"),
     "--workers": dict(type=int, help="processes (one per core)"),
     "--part": dict(type=parse_share, dest="share", metavar="K/N", help="share K of N (1/1)"),

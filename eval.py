@@ -117,7 +117,7 @@ class EvalConfig:
 
     @property
     def data_sets(self) -> list[str]:
-        """The paths of all data sets that are measured on."""
+        """Return the paths of all data sets that are measured on."""
         probe, accuracy = self.probe or {}, self.accuracy or {}
         paths = [*accuracy.get("paths", ()), *probe.get("bank", ()), *probe.get("queries", ())]
         return [*paths, *(self.reconstructions or ()), *(self.attention or ())]

@@ -256,13 +256,11 @@ def build_lars(
     base_lrs: Annotated[list[PositiveFloat], Field(min_length=1)],
     momentum: UnitInterval = 0.9,
     weight_decay: NonNegativeFloat = 0.0,
-    trust_coeff: PositiveFloat = 0.001,
 ) -> Lars:
     """Return LARS for the heads of a linear probe. Biases take SGD's step (source: MAE).
 
     Args:
         base_lrs: a learning rate for each head, per 256 samples; lr = base_lr * batch / 256.
-        trust_coeff: length of a step relative to the weights' norm, at a learning rate of 1.
     """
     groups = []
     heads = net.head if isinstance(net.head, ProbeHeads) else [net.head]
@@ -271,7 +269,7 @@ def build_lars(
         weight = {"params": [head.weight], "always_adapt": True, "weight_decay": weight_decay}
         bias = {"params": [head.bias], "always_adapt": False, "weight_decay": 0.0}
         groups += [weight | {"lr": lr}, bias | {"lr": lr}]
-    return Lars(groups, momentum=momentum, trust_coeff=trust_coeff)
+    return Lars(groups, momentum=momentum)
 
 
 @dataclass(kw_only=True)
@@ -335,7 +333,7 @@ def check_blocks(config: FinetuneConfig) -> None:
     if config.model.get("depth_maps") and not config.data.get("one_stream_per_batch"):
         raise ValueError(
             "data.one_stream_per_batch=false: must be true with model.depth_maps, since images and "
-            "clips have other shapes"
+            "clips have different shapes"
         )
 
 

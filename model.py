@@ -370,7 +370,7 @@ class ViCMAE(ComposerModel):
             backward pass recomputes their activations. InfoNCE still sees all pairs.
 
     Raises:
-        ValueError: sizes that do not divide, or a mask_ratio that keeps or removes no patch.
+        ValueError: sizes that do not divide, no patch kept or removed, or two weights of 0.
     """
 
     num_frames = tubelet_size = 1  # images; subclasses that learn from clips set both
@@ -408,9 +408,8 @@ class ViCMAE(ComposerModel):
         self.mask_ratio, self.pool, self.temperature = mask_ratio, pool, temperature
         self.weight_recon, self.weight_contrast = weight_recon, weight_contrast
         self.norm_pix_loss, self.chunk_size = norm_pix_loss, chunk_size
-        # Algorithms of training/speedups.py change the next two during training.
-        self.decode_ratio = 1.0  # fraction of the removed patches that is decoded, in (0, 1]
-        self.ramp = 1.0  # factor of weight_contrast, in [0, 1]
+        self.decode_ratio = 1.0  # fraction of removed patches to decode, set by PartialDecoding
+        self.ramp = 1.0  # factor of weight_contrast in [0, 1], set by ContrastRamp
 
         N = self.encoder.num_patches
         kept = self.masking(torch.zeros(1, N))[0].shape[1]

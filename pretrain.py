@@ -40,7 +40,6 @@ from filelock import FileLock
 import data_prep
 from evaluation.pictures import draw_reconstructions
 from methods import PRETRAINING
-from methods.masked import OmniMAE
 from model import Batch, ViCMAE
 from shards.augment import augment_batch
 from shards.decode import Recipe
@@ -132,12 +131,14 @@ def kinds_in(source: str) -> list[str]:
     """
     storage = Storage(source)
     if not (storage.remote or os.path.isdir(source)):
-        fault = "is no folder; give the folder that it is in"
+        fault = "is not a folder; give the folder that contains it"
         if not os.path.exists(source):
             fault = "does not exist; give folders, without patterns"
         raise ValueError(f"raw: {source} {fault}")
     if storage.has("index.json"):
-        raise ValueError(f"raw: {source} is converted; give data.streams=[{{path: {source}}}]")
+        raise ValueError(
+            f"raw: {source} is already converted; give data.streams=[{{path: {source}}}]"
+        )
     endings = {os.path.splitext(name)[1].lower() for name in storage.names()}
     kinds = [kind for kind, known in EXTENSIONS.items() if endings.intersection(known)]
     if not kinds:
@@ -158,15 +159,15 @@ def convert_raw(sources: list[str], recipe: dict[str, Any], folder: Path) -> lis
     """
     record = folder / RAW
     if record.exists():
-        print_once(f"raw: takes what is in {folder}; files that are new since then are not in it")
+        print_once(f"raw: using the data sets in {folder}; files added since then are not in them")
     else:
         machines = dist.get_world_size() // dist.get_local_world_size()
         if machines > 1:
-            remedy = "run data_prep.py to a shared folder, and give raw=null and data.streams"
+            remedy = "convert to a shared folder by data_prep.py; give raw=null and data.streams"
             raise ValueError(f"raw: {machines} machines cannot convert together; {remedy}")
         kinds = [kinds_in(source) for source in sources]
         if len({os.path.realpath(source) for source in sources}) < len(sources):
-            raise ValueError(f"raw: {', '.join(sources)} names a folder twice")
+            raise ValueError(f"raw: {', '.join(sources)} has the same folder twice; give each once")
         folder.mkdir(parents=True, exist_ok=True)
         if dist.get_local_rank() != 0:
             appears(record, RANK_ZERO_FIRST)
@@ -228,7 +229,7 @@ def check_image_frames(net: ViCMAE, config: PretrainConfig) -> None:
     frames = config.augment.get("image_frames")
     if not frames:
         return
-    if not isinstance(net, OmniMAE):
+    if not getattr(net, "takes_image_frames", False):
         raise ValueError(f"augment.image_frames={frames}: works with method=omnimae only")
     if frames % net.tubelet_size or frames > net.num_frames:
         count = f"a multiple of model.tubelet_size={net.tubelet_size}"
@@ -237,7 +238,7 @@ def check_image_frames(net: ViCMAE, config: PretrainConfig) -> None:
     if not config.data.get("one_stream_per_batch"):
         raise ValueError(
             "data.one_stream_per_batch=false: must be true with augment.image_frames, since "
-            "images and clips have other shapes"
+            "images and clips have different shapes"
         )
 
 

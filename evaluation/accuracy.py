@@ -62,8 +62,7 @@ def load_eval(
         run=run,
     )
     sampler = dist.get_sampler(data, drop_last=False, shuffle=False)
-    settings = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
-    loader = Loader(data, batch_size, data.sample_bytes, sampler=sampler, **settings)
+    loader = Loader(data, batch_size, data.sample_bytes, sampler=sampler, num_workers=num_workers)
     # Composer calls microbatch_transforms on the device, and batch_transforms before the transfer.
     spec = DataSpec(loader, microbatch_transforms=normalise_views)
     return Evaluator(label="eval", dataloader=spec, metric_names=["top1", "top5"])

@@ -156,8 +156,7 @@ def run_on_files(
         was decoded.
     """
     device = next(net.parameters()).device
-    settings = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
-    loader = Loader(views, BATCH, views.sample_bytes, **settings)
+    loader = Loader(views, BATCH, views.sample_bytes, num_workers=num_workers)
     for batch in tqdm(loader, desc="files", unit="batch", disable=None, leave=False):
         inputs = normalise(batch["inputs"].to(device, non_blocking=True))  # (B, V, T, 3, H, W)
         if isinstance(net, Classifier):

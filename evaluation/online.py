@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from composer import Callback, Logger, State
 from composer.utils import dist
-from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from shards.format import same_classes
+
+COLLAPSED = 2.0  # an effective rank below it counts as a collapse
 
 
 def effective_rank(features: Tensor) -> float:
@@ -29,20 +31,13 @@ def effective_rank(features: Tensor) -> float:
 
 
 class EffectiveRank(Callback):
-    """Logs effective_rank of the last micro-batch of each epoch, of rank 0; warns of a collapse.
-
-    Args:
-        warn_below: an effective rank that counts as a collapse.
-    """
-
-    def __init__(self, *, warn_below: NonNegativeFloat = 2.0):
-        self.warn_below = warn_below
+    """Logs effective_rank of the last micro-batch of each epoch, of rank 0; warns of a collapse."""
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         features = state.outputs["features"][:, 0]  # (B, D), of the first view
         rank = effective_rank(features)
         logger.log_metrics({"effective_rank": rank})
-        if rank < self.warn_below and dist.get_global_rank() == 0:
+        if rank < COLLAPSED and dist.get_global_rank() == 0:
             most = min(features.shape)
             print(
                 f"the features collapse: their effective rank is {rank:.2f} of {most}", flush=True

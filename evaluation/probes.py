@@ -72,8 +72,7 @@ def embed(
     share = math.ceil(len(data) / ranks)
     numbers = torch.arange(rank, share * ranks, ranks).clamp(max=len(data) - 1)
     subset = Subset(data, numbers.tolist())
-    settings = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
-    loader = Loader(subset, batch_size, data.sample_bytes, **settings)
+    loader = Loader(subset, batch_size, data.sample_bytes, num_workers=num_workers)
     device, training = next(encoder.parameters()).device, encoder.training
     encoder.eval()
     features, labels = [], []

@@ -25,6 +25,7 @@ from model import (
     all_gather,
     at_least_fp32,
     feature_std,
+    info_nce,
     pool_tokens,
     unit_rows,
 )
@@ -243,15 +244,6 @@ class Triplet(SimCLR):
         return triplet_loss(outputs["predictions"], outputs.get("labels"), self.margin)
 
 
-def partner_accuracy(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Return the fraction of views whose partner's target is nearer than any other target."""
-    assert predictions.shape[1] == 2, "a partner is the other of two views"
-    similarity = unit_rows(predictions) @ unit_rows(targets).T  # (2B, 2B)
-    partner = torch.arange(len(similarity), device=similarity.device).roll(len(predictions))
-    nearest = similarity.fill_diagonal_(float("-inf")).argmax(dim=1)
-    return (nearest == partner).float().mean()
-
-
 def simsiam_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     """Return minus the mean cosine of each prediction (B, 2, out) and the other view's target."""
     assert predictions.shape[1] == 2, "SimSiam pairs the two views of a sample"
@@ -279,7 +271,8 @@ class SimSiam(SimCLR):
 
     def contrastive_term(self, outputs: Tensors) -> tuple[Tensor, Tensor]:
         predictions, targets = outputs["predictions"], outputs["targets"]
-        return simsiam_loss(predictions, targets), partner_accuracy(predictions, targets)
+        _, accuracy = info_nce(predictions, targets, self.temperature)  # only logged
+        return simsiam_loss(predictions, targets), accuracy
 
 
 def vicreg_loss(
@@ -322,5 +315,5 @@ class VICReg(SimCLR):
 
     def contrastive_term(self, outputs: Tensors) -> tuple[Tensor, Tensor]:
         predictions = outputs["predictions"]
-        accuracy = partner_accuracy(predictions, outputs["targets"])
+        _, accuracy = info_nce(predictions, outputs["targets"], self.temperature)  # only logged
         return vicreg_loss(predictions, *self.weights), accuracy

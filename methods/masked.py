@@ -110,6 +110,8 @@ class OmniMAE(ChannelTargets):
         ValueError: image_mask_ratio keeps or removes no patch of an image; or see ViCMAE.
     """
 
+    takes_image_frames = True
+
     def __init__(self, *, image_mask_ratio: ProperFraction = 0.9, **clip_mae):
         super().__init__(**clip_mae)
         self.image_mask_ratio = image_mask_ratio

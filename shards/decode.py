@@ -22,9 +22,17 @@ from PIL import ExifTags, Image, ImageCms, ImageColor, PngImagePlugin
 MAX_PIXELS = 1 << 27  # of an image while it is decoded: 400 MB
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 25  # Pillow refuses a picture with a longer comment.
 # {option: least and greatest value}
-LIMITS = {"frames": (1, 1e6), "fps": (1e-6, 1e3), "short_side": (8, 1e5), "quality": (1, 100)}
-LIMITS |= {"per_class": (1, 1e9), "clip_seconds": (0.01, 1e6), "stride": (0.01, 1e6)}
-LIMITS |= {"max_clips": (1, 1e9), "scene_cuts": (0.01, 1)}
+LIMITS = {
+    "frames": (1, 1e6),
+    "fps": (1e-6, 1e3),
+    "short_side": (8, 1e5),
+    "quality": (1, 100),
+    "per_class": (1, 1e9),
+    "clip_seconds": (0.01, 1e6),
+    "stride": (0.01, 1e6),
+    "max_clips": (1, 1e9),
+    "scene_cuts": (0.01, 1),
+}
 TURNS = {  # {EXIF orientation: what a viewer does}; others are no orientations
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -34,7 +34,8 @@ class Loader(DataLoader):
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, sample_bytes: int, **settings: Any):
-        super().__init__(dataset, batch_size, **settings)
+        pinned = torch.cuda.is_available()  # memory from which a GPU copies faster
+        super().__init__(dataset, batch_size, pin_memory=pinned, **settings)
         if self.num_workers:
             prepared = self.num_workers * self.prefetch_factor * dist.get_local_world_size()
             check_shared_memory(prepared, batch_size * sample_bytes)
@@ -72,7 +73,6 @@ class StepLoader(Loader):
             num_workers=num_workers,
             prefetch_factor=ahead,
             drop_last=True,
-            pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
         )
         self.micro_batches = micro_batches

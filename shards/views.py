@@ -62,7 +62,7 @@ class ViewRecipe:
     solarise: tuple[UnitInterval, UnitInterval] = (0.0, 0.2)
 
     def draw(self, rng: np.random.Generator, view: int) -> np.ndarray:
-        """Draw the numbers that augment view 0 or 1 of a sample -> (A,), see PARAMETERS."""
+        """Draw the numbers (A,) that augment the first (0) or second (1) view, see PARAMETERS."""
         # Always ten numbers, so that no setting changes what is drawn after it.
         draws = rng.random(10).tolist()
         flip, jitter, grey, blur, solarise = draws[:5]
@@ -405,7 +405,7 @@ class EvalViews(Dataset):
 
     @property
     def sample_bytes(self) -> int:
-        """The size of the views of a sample."""
+        """Return the bytes of the views of a sample."""
         bytes_per_pixel = self.num_frames * 3 + 4 * self.images_as_stored
         return self.temporal_views * self.spatial_views * bytes_per_pixel * self.img_size**2
 

@@ -213,8 +213,7 @@ def test_mixing_depends_on_the_batch_and_not_on_the_global_generators():
 
 def test_lars_equals_its_formula_with_a_learning_rate_for_each_head():
     net = LinearProbe(5, 2, **SIZES, head_init_std=0.01)
-    settings = {"momentum": 0.9, "weight_decay": 0.01, "trust_coeff": 0.02}
-    lars = build_lars(net, 512, base_lrs=[0.1, 3.0], **settings)
+    lars = build_lars(net, 512, base_lrs=[2.0, 60.0], momentum=0.9, weight_decay=0.01)
     expected, speeds = [], []
     for head in net.head:
         values = {name: p.detach().double().numpy() for name, p in head.named_parameters()}
@@ -222,13 +221,13 @@ def test_lars_equals_its_formula_with_a_learning_rate_for_each_head():
         speeds.append(dict.fromkeys(values, 0.0))
     rng = np.random.default_rng(0)
     for _ in range(3):
-        for head, values, speed, lr in zip(net.head, expected, speeds, (0.2, 6.0), strict=True):
+        for head, values, speed, lr in zip(net.head, expected, speeds, (4.0, 120.0), strict=True):
             for name, parameter in head.named_parameters():
                 gradient = rng.standard_normal(parameter.shape)
                 parameter.grad = torch.from_numpy(gradient).float()
                 if name == "weight":
                     length, slope = np.linalg.norm(values[name]), np.linalg.norm(gradient)
-                    trust = 0.02 * length / (slope + 0.01 * length)
+                    trust = 0.001 * length / (slope + 0.01 * length)
                     gradient = (gradient + 0.01 * values[name]) * trust
                 speed[name] = 0.9 * speed[name] + gradient
                 values[name] = values[name] - lr * speed[name]

@@ -21,7 +21,6 @@ from methods.contrastive import (
     Triplet,
     VICReg,
     moco_info_nce,
-    partner_accuracy,
     simsiam_loss,
     triplet_loss,
     vicreg_loss,
@@ -195,11 +194,13 @@ def test_simsiam_loss_equals_a_loop():
     assert float(loss) == pytest.approx(-np.mean(cosines), rel=1e-5)
 
 
-def test_partner_accuracy_equals_a_loop():
+@pytest.mark.parametrize("method", [SimSiam, VICReg])
+def test_accuracy_of_simsiam_and_vicreg_equals_a_loop(method):
     predictions = random_views(1)
     targets = predictions.flip(1) + 0.8 * random_views(2)
-    accuracy = float(partner_accuracy(predictions, targets))
-    assert accuracy == pytest.approx(fraction_of_matched_views(predictions, targets))
+    outputs = {"predictions": predictions, "targets": targets}
+    _, accuracy = method(**TINY).contrastive_term(outputs)
+    assert float(accuracy) == pytest.approx(fraction_of_matched_views(predictions, targets))
     assert 0 < accuracy < 1
 
 

@@ -107,9 +107,9 @@ def test_interrupted_conversion_is_resumed_and_what_is_done_is_kept(folder, tmp_
         ("[stills/*]", "raw: stills/* does not exist; give folders, without patterns"),
         ("empty", "raw: empty has neither videos nor images"),
         ("tars", "tars has neither videos nor images; convert its tars by data_prep.py"),
-        ("stills/a.jpg", "raw: stills/a.jpg is no folder; give the folder that it is in"),
-        ("[stills,./stills/]", "raw: stills, ./stills/ names a folder twice"),
-        ("set", "raw: set is converted; give data.streams=[{path: set}]"),
+        ("stills/a.jpg", "raw: stills/a.jpg is not a folder; give the folder that contains it"),
+        ("[stills,./stills/]", "raw: stills, ./stills/ has the same folder twice; give each once"),
+        ("set", "raw: set is already converted; give data.streams=[{path: set}]"),
         ("stills", "1 of 1 inputs are undecodable"),
         ("stills recipe.clip_seconds=0", "recipe: --clip-seconds 0.0: must be in "),
         ("[empty] --plan", "raw: is not converted yet"),
@@ -146,5 +146,5 @@ def test_rank_that_waits_for_the_conversion_takes_its_result(folder, tmp_path, m
 def test_several_machines_are_told_how_to_convert(tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(dist, "get_local_world_size", lambda: 2)
-    with pytest.raises(ValueError, match=r"raw: 2 machines .* run data_prep\.py to a shared"):
+    with pytest.raises(ValueError, match=r"raw: 2 machines .* convert to a shared folder"):
         pretrain.convert_raw(["mine"], {}, tmp_path)

@@ -151,7 +151,7 @@ class Plan:
 
     @property
     def memory(self) -> float:
-        """The bytes on each GPU."""
+        """Return the bytes on each GPU."""
         return self.lasting + self.cost.peak + OVERHEAD
 
     @property
@@ -160,7 +160,7 @@ class Plan:
 
     @property
     def speed(self) -> float:
-        """Samples per second of a GPU, at the assumed utilisation."""
+        """Return the samples per second of a GPU, at the assumed utilisation."""
         gpu = self.machine.gpu
         peak = gpu.half if self.half else gpu.full
         return UTILISATION * peak / (self.cost.flops + self.cost.recomputed)

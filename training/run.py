@@ -77,7 +77,7 @@ class RunConfig:
 
     @property
     def logs_speed(self) -> bool:
-        """Whether SpeedMonitor logs utilisation, for which a step's operations are counted."""
+        """Return whether SpeedMonitor logs utilisation, which needs a count of operations."""
         return "SpeedMonitor" in (self.callbacks or {})
 
     @property
@@ -86,7 +86,7 @@ class RunConfig:
 
     @property
     def data_sets(self) -> list[str]:
-        """The paths of all data sets that the run trains or is measured on."""
+        """Return the paths of all data sets that the run trains or is measured on."""
         knn = (self.callbacks or {}).get("KNN", {})
         measured = [*knn.get("bank", ()), *knn.get("queries", ())]
         return [*self.training_paths, *getattr(self, "eval_data", {}).get("paths", ()), *measured]

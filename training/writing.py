@@ -101,7 +101,7 @@ class Writer:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the last write has ended with an error, which `finish` raises."""
+        """Return whether the last write has ended with an error, which `finish` raises."""
         last = self.writing
         return last is not None and last.done() and last.exception() is not None
 
