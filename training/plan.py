@@ -123,10 +123,15 @@ class StepCost(NamedTuple):
 
 
 def step_cost(
-    net: nn.Module, sample: dict[str, Tensor], at_once: int, half: bool, checkpointing: bool
+    net: nn.Module,
+    sample: dict[str, Tensor],
+    flops: float,
+    at_once: int,
+    half: bool,
+    checkpointing: bool,
 ) -> StepCost:
     """Return the cost of a step of `at_once` samples, see flops_per_sample and peak_bytes."""
-    flops = executed = flops_per_sample(net, sample)
+    executed = flops
     chunked = (getattr(net, "chunk_size", None) or math.inf) < at_once
     if chunked or checkpointing:
         executed = flops_per_sample(net, sample, checkpointing, chunked)
@@ -206,7 +211,8 @@ def forward_plan(
         precision: Composer's; None is half precision on GPUs.
     """
     half = precision != "fp32"
-    cost = step_cost(net, sample, at_once, half, checkpointing=False)
+    flops = flops_per_sample(net, sample)
+    cost = step_cost(net, sample, flops, at_once, half, checkpointing=False)
     weights, trained = count_weights(net)
     lasting = Layout().bytes_of(net, machine.gpus, 1)
     return Plan(machine, weights, trained, samples, at_once, half, cost, Layout(), lasting)
@@ -231,11 +237,12 @@ def training_plans(
     samples = training_samples(data, trainer["max_duration"])
     half = trainer.get("precision") != "fp32"
     weights, trained = count_weights(net)
+    flops = flops_per_sample(net, sample)
     costs, plans = {}, []
     for layout in (layout_of(trainer), *FASTEST_FIRST):
         again = layout.checkpointing
         if again not in costs:
-            costs[again] = step_cost(net, sample, at_once, half, again)
+            costs[again] = step_cost(net, sample, flops, at_once, half, again)
         lasting = layout.bytes_of(net, machine.gpus, batch // micro_batch)
         counts = (weights, trained, samples, at_once, half)
         plans.append(Plan(machine, *counts, costs[again], layout, lasting))

@@ -42,18 +42,29 @@ from training.config import Named
 from training.speedups import ContrastRamp, FreezeEncoder, PartialDecoding, ProgressiveResizing
 from training.spot import SpotNotice
 
-OUR_ALGORITHMS = (ContrastRamp, FreezeEncoder, PartialDecoding, ProgressiveResizing)
-COMPOSER_ALGORITHMS = (ChannelsLast, EMA, GradientClipping, LowPrecisionLayerNorm, SAM, SWA)
-ALGORITHMS = Named(OUR_ALGORITHMS + COMPOSER_ALGORITHMS, Algorithm)
-
-OUR_CALLBACKS = (EffectiveRank, KNN, OnlineProbe, SpotNotice)
-MONITORS = (LRMonitor, MemoryMonitor, OptimizerMonitor, SpeedMonitor, SystemMetricsMonitor)
-COMPOSER_CALLBACKS = (EarlyStopper, MemorySnapshot, OOMObserver, RuntimeEstimator, ThresholdStopper)
-CALLBACKS = Named(OUR_CALLBACKS + MONITORS + COMPOSER_CALLBACKS, Callback)
-
-LOCAL_LOGGERS = (ConsoleLogger, FileLogger, MLFlowLogger, TensorboardLogger)
-REMOTE_LOGGERS = (CometMLLogger, NeptuneLogger, SlackLogger, WandBLogger)
-LOGGERS = Named(LOCAL_LOGGERS + REMOTE_LOGGERS, LoggerDestination)
+# Our classes, then Composer's.
+ALGORITHMS = Named(
+    (
+        *(ContrastRamp, FreezeEncoder, PartialDecoding, ProgressiveResizing),
+        *(ChannelsLast, EMA, GradientClipping, LowPrecisionLayerNorm, SAM, SWA),
+    ),
+    Algorithm,
+)
+CALLBACKS = Named(
+    (
+        *(EffectiveRank, KNN, OnlineProbe, SpotNotice),
+        *(EarlyStopper, LRMonitor, MemoryMonitor, MemorySnapshot, OOMObserver, OptimizerMonitor),
+        *(RuntimeEstimator, SpeedMonitor, SystemMetricsMonitor, ThresholdStopper),
+    ),
+    Callback,
+)
+LOGGERS = Named(
+    (
+        *(CometMLLogger, ConsoleLogger, FileLogger, MLFlowLogger),
+        *(NeptuneLogger, SlackLogger, TensorboardLogger, WandBLogger),
+    ),
+    LoggerDestination,
+)
 
 
 def place_files(block: dict[str, dict] | None, run: Path) -> dict[str, dict]:
