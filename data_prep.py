@@ -366,7 +366,7 @@ OPTIONS = {  # {argument: settings of add_argument}; the functions have the defa
         type=float, nargs="?", const=0.3, metavar="SCORE", help="also cut between scenes (off; 0.3)"
     ),
     "--short-side": dict(type=int, help="pixels; frames are never enlarged (256)"),
-    "--classes": dict(metavar="FILE", help="class names, one a line (those of SOURCE, sorted)"),
+    "--classes": dict(metavar="FILE", help="class names, one a line (default: SOURCE's, sorted)"),
     "--like": dict(metavar="DATASET", help="take the classes of another data set of data_prep.py"),
     "--quality": dict(type=int, help="of the JPEG frames, 1-100 (90)"),
     "--background": dict(help="behind transparent pixels: black, #rrggbb (white)"),

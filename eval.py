@@ -76,7 +76,7 @@ class EvalConfig:
         seed: of random weights and of the choice of labelled samples.
         device: Composer's, such as cpu or gpu; the best that there is if null.
         precision: of the forward passes.
-        method, model: the method, and arguments that replace those of the checkpoint.
+        method, model: the method, and arguments in place of the checkpoint's.
         accuracy: top-1 and top-5 accuracy of a classifier, see load_eval.
         average: what is averaged over the views of a sample: their softmax (SlowFast, mae_st) or
             their logits (the author of ViC-MAE).
@@ -218,10 +218,10 @@ def build_model(config: EvalConfig, planned_classes: int | None = None) -> ViCMA
     Raises:
         ValueError: an unknown method or size, or a checkpoint that does not suit the measurement.
     """
-    planned = planned_classes is not None
-    known = known_model(config.checkpoint, planned) if config.checkpoint else {"model": {}}
+    for_plan = planned_classes is not None
+    known = known_model(config.checkpoint, for_plan) if config.checkpoint else {"model": {}}
     weights = {}
-    if config.checkpoint and not planned:
+    if config.checkpoint and not for_plan:
         weights = read_checkpoint(config.checkpoint)
     method = choose_method(config, known, weights)
     if method not in MODELS:
@@ -237,12 +237,12 @@ def build_model(config: EvalConfig, planned_classes: int | None = None) -> ViCMA
     sizes = {key: value for key, value in known["model"].items() if key in keys} | given
     if "num_heads" not in sizes:
         width = f"of width {sizes['embed_dim']}" if "embed_dim" in sizes else "without a width"
-        raise ValueError(f"model.num_heads: missing; a checkpoint {width} does not tell it")
+        raise ValueError(f"model.num_heads: missing; a checkpoint {width} does not show it")
     if not issubclass(kind, Classifier):
         if config.accuracy:
             raise ValueError(f"accuracy: needs a classifier, and method={method} is none")
         return kind(**sizes)
-    if planned:
+    if for_plan:
         return kind([planned_classes] if kind.head_per_data_set else planned_classes, **sizes)
     net = kind(count_classes(kind, config, weights), **sizes)
     net.class_names = class_names_in(weights)

@@ -72,7 +72,7 @@ from training.plan import Machine, size_of, split_plan_flags, training_plans
 from training.report_page import write_report
 from training.run import RunConfig, build_trainer, finish_run, fit, start_run
 from training.sizes import ENCODER_SIZES, known_model
-from training.sources import one_line_errors
+from training.sources import errors_of, one_line_errors
 from training.speedups import unwrapped
 from training.weights import describe, load_pretrained
 
@@ -84,7 +84,7 @@ class FinetuningViews:
     All frames of a clip are treated alike.
 
     Args:
-        labels: for each stream, the number that replaces each of its labels, see match_classes; ()
+        labels: labels[s][i] is the class of the stored label i of stream s, see match_classes; ()
             for the labels as they are stored.
         images: for each stream, whether it holds images, of which one frame is taken, with its
             depth map if there is one; () if images become T equal frames.
@@ -299,9 +299,10 @@ class FinetuneConfig(RunConfig):
         return CLASSIFIERS[self.method or "classifier"]
 
     def new_model(self, classes: int | list[int]) -> Classifier:
-        if self.lars and len(self.lars["base_lrs"]) > 1:
-            return self.model_class(classes, len(self.lars["base_lrs"]), **self.model)
-        return self.model_class(classes, **self.model)
+        heads = len(self.lars["base_lrs"]) if self.lars else 1
+        several = (heads,) if heads > 1 else ()
+        with errors_of("model"):
+            return self.model_class(classes, *several, **self.model)
 
 
 def check_blocks(config: FinetuneConfig) -> None:

@@ -14,8 +14,8 @@ difference from the official code, https://github.com/jeffhernandez1995/ViC-MAE.
 Shapes, here and in every other file:
     B samples   V views of a sample   T frames of a clip   N patches of a view   K patches kept
     D width     P numbers of a patch (patch_size * patch_size * 3)   C classes   H, W pixels
-A tensor named `mask` is 1 where a patch is removed. B counts the samples of the micro-batch of this
-rank, unless a line says "of all ranks"; in functions on patches and tokens, it counts views.
+A tensor named `mask` is 1 where a patch is removed. B is the number of samples of this rank's
+micro-batch, or of all ranks, where a line says so. Functions on patches take each view as a sample.
 """
 
 import json
@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.distributed.nn
 import torch.nn.functional as F
 from composer import ComposerModel
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, validate_call
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -38,7 +38,6 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-# The types of arguments are checked for YAML files (training/config.py), not for direct calls.
 ProperFraction = Annotated[float, Field(ge=0, lt=1)]  # in [0, 1)
 Batch = Tensors = dict[str, Tensor]
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -370,12 +369,13 @@ class ViCMAE(ComposerModel):
             backward pass recomputes their activations. InfoNCE still sees all pairs.
 
     Raises:
-        ValueError: sizes that do not divide, no patch kept or removed, or two weights of 0.
+        ValueError: an argument out of its range, sizes that do not divide, or two weights of 0.
     """
 
     num_frames = tubelet_size = 1  # images; subclasses that learn from clips set both
     group_matcher = layer_groups
 
+    @validate_call
     def __init__(
         self,
         *,
@@ -410,10 +410,9 @@ class ViCMAE(ComposerModel):
         self.norm_pix_loss, self.chunk_size = norm_pix_loss, chunk_size
         self.decode_ratio = 1.0  # fraction of removed patches to decode, set by PartialDecoding
         self.ramp = 1.0  # factor of weight_contrast in [0, 1], set by ContrastRamp
-
         N = self.encoder.num_patches
         kept = self.masking(torch.zeros(1, N))[0].shape[1]
-        if not 0 < mask_ratio < 1 or not 0 < kept < N:
+        if not 0 < kept < N:
             raise ValueError(f"mask_ratio={mask_ratio}: must keep and remove some of {N} patches")
         if not weight_recon and not weight_contrast:
             raise ValueError("weight_recon=0, weight_contrast=0: one of them must be positive")
@@ -538,6 +537,7 @@ class Classifier(ComposerModel):
     head_per_data_set = False
     group_matcher = layer_groups
 
+    @validate_call
     def __init__(
         self,
         num_classes: int,

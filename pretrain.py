@@ -60,7 +60,7 @@ from training.plan import Machine, split_plan_flags, training_plans, training_re
 from training.report_page import write_report
 from training.run import RunConfig, build_trainer, finish_run, fit, start_run
 from training.sizes import ENCODER_SIZES, HEAD_SIZES, known_model
-from training.sources import one_line_errors
+from training.sources import errors_of, one_line_errors
 from training.speedups import unwrapped
 from training.weights import describe, load_pretrained
 
@@ -99,7 +99,8 @@ class PretrainConfig(RunConfig):
         return PRETRAINING[self.method or "vicmae"]
 
     def new_model(self) -> ViCMAE:
-        return self.model_class(**self.model)
+        with errors_of("model"):
+            return self.model_class(**self.model)
 
 
 def take_sizes(config: PretrainConfig, planned: bool = False) -> PretrainConfig:
@@ -114,7 +115,7 @@ def take_sizes(config: PretrainConfig, planned: bool = False) -> PretrainConfig:
     names = {*ENCODER_SIZES, *HEAD_SIZES} & keywords_of(config.model_class).keys() - {"img_size"}
     sizes = {name: known[name] for name in names if name in known}
     if "num_heads" not in sizes and config.model.get("embed_dim") != sizes["embed_dim"]:
-        raise ValueError("model.num_heads: give it with model.embed_dim; the weights do not tell")
+        raise ValueError("model.num_heads: give it with model.embed_dim; weights do not show it")
     changed = [name for name in sorted(sizes) if config.model.get(name, sizes[name]) != sizes[name]]
     if changed:
         listed = ", ".join(f"model.{name}={sizes[name]}" for name in changed)

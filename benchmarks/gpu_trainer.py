@@ -170,13 +170,13 @@ class Waits(Callback):
         self.waited = self.total = 0.0
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        self.asked = time.perf_counter()
+        self.requested = time.perf_counter()
         if self.done == self.warm_up:
-            self.began = self.asked
+            self.began = self.requested
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         if self.done >= self.warm_up:
-            self.waited += time.perf_counter() - self.asked
+            self.waited += time.perf_counter() - self.requested
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self.done += 1

@@ -157,7 +157,7 @@ def ask(*command: str) -> str:
 
 
 def shown(number: str) -> dict[str, str]:
-    """Return what Slurm tells of a job: JobState, Restarts, ExitCode, ..."""
+    """Return what Slurm says of a job: JobState, Restarts, ExitCode, ..."""
     words = ask("scontrol", "show", "job", "--oneliner", number).split()
     return dict(word.split("=", 1) for word in words if "=" in word)
 

@@ -67,8 +67,8 @@ class ClipMAE(MAE):
 class STMAE(ClipMAE):
     """ST-MAE (Feichtenhofer et al. 2022): clips, masked at random in space and time.
 
-    The first frame of each tubelet is predicted, and the positions in space and in time are learnt
-    (source: SlowFast and mae_st).
+    The first frame of each tubelet is predicted (source: SlowFast). The positions in space and in
+    time are learnt (source: SlowFast and mae_st).
     """
 
     def __init__(self, **clip_mae):

@@ -144,7 +144,7 @@ class Omnivore(MultiHead):
         multi_head: arguments of MultiHead.
 
     Attributes:
-        images_as_stored: the inputs are those of `depth_maps`, see forward.
+        images_as_stored: whether `depth_maps` is set, see forward.
 
     Raises:
         ValueError: depth_maps without clips; or see MultiHead.
@@ -163,7 +163,7 @@ class Omnivore(MultiHead):
         self.modality = modality
         if depth_maps:
             if self.encoder.num_frames == 1:
-                raise ValueError("model.depth_maps: needs clips; give model.num_frames=16, say")
+                raise ValueError("depth_maps=true: needs clips; give model.num_frames=16, say")
             embedding = DepthEmbedding(self.encoder.patch_embed["proj"], self.encoder.steps)
             self.encoder.patch_embed["proj"] = embedding
 

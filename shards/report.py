@@ -54,7 +54,7 @@ def join_reports(request: dict, parts: list[dict]) -> dict:
 
 
 def count_classes(classes: list[str], parts: list[dict]) -> dict[str, int] | None:
-    """Return the number of samples of each class; None if parts of earlier versions do not tell."""
+    """Return the number of samples of each class; None if parts of earlier versions do not say."""
     if not all("labels" in part for part in parts):
         return None
     counts = Counter()

@@ -154,8 +154,8 @@ def draw_window(
 ) -> tuple[int, int]:
     """Draw a window of `clip_seconds` -> index of its first frame, number of its frames.
 
-    The number is that of the clip's mean frame rate, and at least 2 if the clip has 2 frames. The
-    window is the entire clip if this is shorter, or if clip_seconds is None.
+    The number follows from the clip's mean frame rate, and is at least 2 if the clip has 2 frames.
+    The window is the entire clip if this is shorter, or if clip_seconds is None.
     """
     count = len(timestamps)
     if clip_seconds is None or count < 3:

@@ -151,9 +151,13 @@ def test_random_weights_have_the_sizes_of_the_checkpoint_and_the_accuracy_before
 ):
     run_stage(pretrain, [*small(demo), "data.num_workers=0", "trainer.max_duration=1ba"], tmp_path)
     sets = f"bank: [{demo}/train_images], queries: [{demo}/test_images], crop_pct: 1.0"
-    asked = ["device=cpu", "checkpoint=runs/demo/checkpoints/latest-rank0.pt", f"probe={{{sets}}}"]
+    given = [
+        "device=cpu",
+        "checkpoint=runs/demo/checkpoints/latest-rank0.pt",
+        f"probe={{{sets}}}",
+    ]
     for run_name, choice in (("trained", "false"), ("random", "true")):
-        arguments = [f"run_name={run_name}", *asked, f"random_weights={choice}"]
+        arguments = [f"run_name={run_name}", *given, f"random_weights={choice}"]
         run_stage(evaluation, arguments, tmp_path)
         found = json.loads((tmp_path / "runs" / run_name / "eval.json").read_text())
         assert found["knn"] == read_result(tmp_path, "demo")[f"knn/{run_name}"]

@@ -173,8 +173,8 @@ def test_run_its_name_and_its_file_predict_alike_with_the_crop_of_its_validation
 ):
     rows = []
     for number, name in enumerate(("mine", "runs/mine", f"runs/mine/checkpoints/{LATEST}")):
-        asked = [f"checkpoint={name}", f"predict=[{media}/a.png]", f"run_name=run{number}"]
-        run_stage(evaluation, [*asked, "device=cpu"], tmp_path)
+        request = [f"checkpoint={name}", f"predict=[{media}/a.png]", f"run_name=run{number}"]
+        run_stage(evaluation, [*request, "device=cpu"], tmp_path)
         rows.append((tmp_path / f"runs/run{number}/predictions.csv").read_text().splitlines()[1])
     assert rows[0] == rows[1] == rows[2]
     likeliest = {}
@@ -191,9 +191,9 @@ def test_files_that_cannot_be_decoded_at_all_are_an_error_and_earlier_results_ar
     media, classifier, tmp_path
 ):
     arguments = ["checkpoint=classifier.pt", "device=cpu", "model={num_heads: 3}"]
-    asked = [f"predict=[{media}/a.png]", f"embed=[{media}/bad.png]"]
+    request = [f"predict=[{media}/a.png]", f"embed=[{media}/bad.png]"]
     with pytest.raises(SystemExit, match="none of 1 files can be decoded"):
-        run_stage(evaluation, [*arguments, *asked], tmp_path)
+        run_stage(evaluation, [*arguments, *request], tmp_path)
     run = tmp_path / "runs" / "files_eval"
     found = json.loads((run / "eval.json").read_text())
     assert found["predict"] == {"predicted": 1, "undecodable": 0}

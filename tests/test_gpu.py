@@ -301,14 +301,14 @@ def test_knn_probes_and_pictures_are_those_of_a_cpu(demo, pretrain_on, tmp_path,
     pretrain_on("measured", FP32, f"callbacks={{KNN: {{{sets}}}}}")
     run = tmp_path / "runs" / "measured"
     assert (run / "reconstructions.png").stat().st_size > 0
-    asked = [
+    request = [
         f"checkpoint={run}/checkpoints/{LATEST}",
         f"probe={{{sets}, labels_per_class: [3], neighbours: true}}",
         f"reconstructions=[{demo}/test_images]",
         f"attention=[{demo}/test_images]",
     ]
-    expected = evaluate(tmp_path, "cpu", "cpu", *asked)
-    found = evaluate(tmp_path, "here", device, *asked)
+    expected = evaluate(tmp_path, "cpu", "cpu", *request)
+    found = evaluate(tmp_path, "here", device, *request)
     for key in ("knn", "linear_3"):
         assert found[key] == pytest.approx(expected[key], abs=TWO_OF_60)
     trained = read_result(tmp_path, "measured")["knn/trained"]

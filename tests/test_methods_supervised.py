@@ -292,7 +292,7 @@ def test_two_ranks_train_and_evaluate_as_one(trained, arguments, tmp_path, on_ra
     [
         ("data.one_stream_per_batch=false", "must be true with model.depth_maps"),
         ("eval_data.paths=[{demo}/test_videos]", "give one of eval_data.paths for each"),
-        ("model.num_frames=1", "model.depth_maps: needs clips; give model.num_frames=16, say"),
+        ("model.num_frames=1", "model.depth_maps=true: needs clips; give model.num_frames=16, say"),
     ],
 )
 def test_settings_that_do_not_suit_several_heads_are_named(

@@ -126,6 +126,30 @@ def test_clip_of_equal_frames_is_an_image_also_beside_clips():
     assert not torch.allclose(net({"inputs": last, "target": target})[0], of_clips[0])
 
 
+def test_logits_are_those_of_a_learnt_query_that_attends_to_the_tokens_of_a_sample():
+    net = new_model().eval()
+    neck, heads = net.neck, ENCODER["num_heads"]
+    for parameter in neck.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    clips = torch.randn(2, 16, 3, 32, 32)
+    clips[1] = clips[1, :1]  # an image
+    expected = []
+    for tokens, count in zip(net.encoder(clips), (45, 25), strict=True):
+        tokens = tokens[tokens.abs().sum(dim=1) > 0]
+        assert len(tokens) == count
+        query = neck.q(neck.latent[0, 0]).view(heads, -1)
+        keys, values = neck.kv(tokens).view(count, 2, heads, -1).unbind(1)
+        joined = []
+        for head in range(heads):
+            weights = (keys[:, head] @ query[head] / 4).softmax(dim=0)  # 4 = sqrt(48 / 3)
+            joined.append(weights @ values[:, head])
+        feature = neck.proj(torch.cat(joined))
+        feature = feature + neck.mlp(neck.norm(feature))
+        expected.append(torch.cat([head(feature).log_softmax(dim=0) for head in net.head]))
+    batch = {"inputs": clips[:, None], "target": torch.tensor([0, 4])}
+    torch.testing.assert_close(net(batch)[:, 0], torch.stack(expected))
+
+
 def test_image_encoder_gives_blocks_and_interpolated_kernels():
     source = Encoder(**ENCODER)
     torch.nn.init.normal_(source.patch_embed["proj"].bias)
@@ -151,6 +175,20 @@ def test_image_encoder_gives_blocks_and_interpolated_kernels():
         torch.testing.assert_close(tube.weight, expected)
         assert torch.equal(tube.bias, source.patch_embed["proj"].bias[:count])
     assert third.weight.shape == (48, 3, 2, 6, 6)
+
+
+def test_kernel_that_is_linear_in_the_place_stays_so_on_six_pixels():
+    base, down, right = torch.randn(3, 48, 3, 1, 1)
+    at = torch.arange(8.0)
+    source = Encoder(**ENCODER)
+    with torch.no_grad():
+        source.patch_embed["proj"].weight.copy_(base + down * at[:, None] + right * at)
+    net = new_model()
+    load_pretrained(net, {f"encoder.{key}": value for key, value in source.state_dict().items()})
+    at = (torch.arange(6) + 0.5) * 8 / 6 - 0.5  # the centres of six pixels, in the eight
+    expected = (base + down * at[:, None] + right * at) * (8 / 6) ** 2 / 2  # of two frames
+    third = net.encoder.patch_embed["tubes"][2].weight
+    torch.testing.assert_close(third, expected[:, :, None].expand(-1, -1, 2, -1, -1))
 
 
 def test_kernels_of_a_trained_model_are_loaded_as_they_are():

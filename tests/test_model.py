@@ -546,11 +546,14 @@ def test_every_trained_parameter_is_used_in_the_forward_pass():
         ({"patch_size": 7}, "img_size=32: must be a multiple of patch_size=7"),
         ({"num_heads": 5}, "embed_dim=48: must be a multiple of 4 and of num_heads=5"),
         ({"decoder_embed_dim": 22}, "decoder_embed_dim=22"),
-        ({"mask_ratio": 1.2}, r"mask_ratio=1\.2: must keep and remove some of 16 patches"),
-        ({"mask_ratio": 1.0}, r"mask_ratio=1\.0"),
+        ({"mask_ratio": 1.2}, r"mask_ratio\n +Input should be less than 1"),
+        ({"temperature": 0.0}, r"temperature\n +Input should be greater than 0"),
+        ({"chunk_size": -1}, r"chunk_size\n +Input should be greater than 0"),
+        ({"pool": "median"}, r"pool\n +Input should be 'mean', 'max', 'gem' or 'cls'"),
+        ({"mask_ratio": 1.0}, r"mask_ratio\n +Input should be less than 1"),
+        ({"mask_ratio": -0.1}, r"mask_ratio\n +Input should be greater than or equal to 0"),
+        ({"mask_ratio": 0.0}, r"mask_ratio=0\.0: must keep and remove some of 16 patches"),
         ({"mask_ratio": 0.95}, r"mask_ratio=0\.95"),  # keeps int(0.8) = 0 patches
-        ({"mask_ratio": 0.0}, r"mask_ratio=0\.0"),
-        ({"mask_ratio": -0.1}, r"mask_ratio=-0\.1"),
         ({"weight_recon": 0.0, "weight_contrast": 0.0}, "one of them must be positive"),
     ],
 )

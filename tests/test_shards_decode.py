@@ -50,7 +50,7 @@ VARIABLE = [0, 40, 100, 500, 520, 900, 1000, 1500, 1530, 1700, 1900, 2000]  # ms
 
 
 def draw(number: int = 0, size: tuple[int, int] = (64, 48)) -> np.ndarray:
-    """Draw four colours, and a central square whose grey tells the frame -> (H, W, 3) uint8."""
+    """Draw four colours, and a central square whose grey shows the frame -> (H, W, 3) uint8."""
     width, height = size
     rows, columns = (np.arange(side) >= side // 2 for side in (height, width))
     picture = CORNERS[rows.astype(int)[:, None], columns.astype(int)]

@@ -42,7 +42,7 @@ def make_loader(demo: Path, num_workers: int = 0, transform=None, **settings):
 
 
 def draw_number(sample: dict, rng: np.random.Generator) -> dict:
-    """A transform by which a test can tell the sample and its generator."""
+    """A transform that shows a test the sample and its generator."""
     return {"name": sample["name"], "stream": sample["stream"], "draw": rng.random()}
 
 

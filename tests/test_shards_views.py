@@ -253,8 +253,8 @@ def test_three_views_are_refused():
 
 def test_eval_views_are_spread_over_time_and_along_the_longer_side(demo):
     frames = np.zeros((8, 20, 60, 3), np.uint8)
-    frames[..., 0] = (np.arange(8) * 30)[:, None, None]  # red tells the time
-    frames[..., 1] = np.arange(60) * 4  # green tells the column
+    frames[..., 0] = (np.arange(8) * 30)[:, None, None]  # red shows the time
+    frames[..., 1] = np.arange(60) * 4  # green shows the column
     path = str(demo / "test_videos")
     views = EvalViews([path], 20, 4, temporal_views=2, spatial_views=3, crop_pct=1.0)
     views.data = Samples([make_clip(frames)])
@@ -268,7 +268,7 @@ def test_eval_views_are_spread_over_time_and_along_the_longer_side(demo):
 
 def test_eval_crop_covers_the_given_fraction_of_the_shorter_side(demo):
     ramp = np.zeros((40, 40, 3), np.uint8)
-    ramp[...] = np.arange(40)[:, None] * 4  # tells the column
+    ramp[...] = np.arange(40)[:, None] * 4  # shows the column
     views = EvalViews([str(demo / "test_images")], 20, crop_pct=0.5)
     views.data = Samples([make_clip(ramp[None])])
     columns = views[0]["inputs"][0, 0, 0].float() / 4  # (20, 20); the crop is not resized

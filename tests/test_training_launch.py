@@ -1,4 +1,4 @@
-"""training/launch.py: Composer's launcher waits as long as it is told to."""
+"""training/launch.py: Composer's launcher waits for the time of --grace."""
 
 from datetime import timedelta
 

@@ -17,7 +17,7 @@ AWS = '{"action": "terminate", "time": "2026-01-01T00:02:00Z"}'
 class Metadata(BaseHTTPRequestHandler):
     """Answers as the metadata servers of both clouds do; `notice` is what they announce."""
 
-    notice, expired, asked = "", 0, 0
+    notice, expired, requests = "", 0, 0
 
     def answer(self, code: int, text: str = "") -> None:
         self.send_response(code)
@@ -31,7 +31,7 @@ class Metadata(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         kind = type(self)
-        kind.asked += 1
+        kind.requests += 1
         if self.path == "/computeMetadata/v1/instance/preempted":
             is_right = self.headers.get("Metadata-Flavor") == "Google"
             self.answer(200 if is_right else 403, "TRUE" if self.notice else "FALSE")
@@ -108,4 +108,4 @@ def test_run_without_a_notice_is_not_changed_by_polling(demo, server, tmp_path):
     spot = f"callbacks={{SpotNotice: {{cloud: gcp, every: 0.01, address: {server.address}}}}}"
     arguments = [*small(demo), "data.num_workers=0", "callbacks=null", spot]
     run_stage(pretrain, [*arguments, "trainer.max_duration=2ba"], tmp_path)
-    assert server.asked > 0 and len(losses(tmp_path, "demo")) == 2
+    assert server.requests > 0 and len(losses(tmp_path, "demo")) == 2

@@ -30,5 +30,5 @@ def random_batch(
 
 
 def state_at(step: int) -> SimpleNamespace:
-    """Return the part of Composer's State that tells the step."""
+    """Return the part of Composer's State that shows the step."""
     return SimpleNamespace(timestamp=SimpleNamespace(batch=SimpleNamespace(value=step)))

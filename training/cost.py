@@ -142,7 +142,7 @@ def peak_bytes(
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(drop_gradient)
         memory = PeakMemory([*fake.parameters(), *fake.buffers()])
-        # Autocast's cache would hold every copy to the end, even those of checkpointed blocks.
+        # Autocast's cache would hold every copy to the end, also of checkpointed blocks.
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False)
         with memory, autocast:
             run_step(fake, fake_batch(sample, samples))

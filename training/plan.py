@@ -109,9 +109,9 @@ def layout_of(trainer: dict[str, Any]) -> Layout:
 
 def count_weights(net: nn.Module) -> tuple[int, int]:
     """Return the numbers of all parameters and of the trained parameters."""
-    parameters = list(net.parameters())
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return tuple(sum(one.numel() for one in group) for group in (parameters, trained))
+    weights = sum(parameter.numel() for parameter in net.parameters())
+    trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+    return weights, trained
 
 
 class StepCost(NamedTuple):

@@ -121,8 +121,11 @@ def shown(value: Any, key: str = "") -> str:
 
 def table(rows: Iterable[Iterable[str]]) -> str:
     """Return a table of texts as HTML."""
-    lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return "\n".join(["<table>", *lines, "</table>"])
+    lines = ["<table>"]
+    for row in rows:
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        lines.append(f"<tr>{cells}</tr>")
+    return "\n".join([*lines, "</table>"])
 
 
 def folded(title: str, content: str) -> str:

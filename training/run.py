@@ -138,8 +138,9 @@ def changed_settings(before: dict[str, Any], config: dict[str, Any]) -> list[str
     changed = []
     for key in sorted(before | now):
         if before.get(key) != now.get(key):
-            listed = [json.dumps(one[key]) if key in one else "not given" for one in (before, now)]
-            changed.append(f"{key} ({' -> '.join(listed)})")
+            old = json.dumps(before[key]) if key in before else "not given"
+            new = json.dumps(now[key]) if key in now else "not given"
+            changed.append(f"{key} ({old} -> {new})")
     return changed
 
 
@@ -179,15 +180,15 @@ def start_run(config: RunConfig) -> Path:
     peer_watch().report_errors()
     reproducibility.seed_all(config.seed)  # the same initial weights on every rank
     run = Path("runs", config.run_name)
-    verdict = [[], False]
+    changed, finished = [], False
     if dist.get_global_rank() == 0:
         before = read_config(run)
         changed = changed_settings(before, config.given())
         duration = before.get("trainer", {}).get("max_duration")
         finished = not changed and is_finished(run, duration, config.trainer.get("max_duration"))
-        verdict = [changed, finished]
-    dist.broadcast_object_list(verdict)  # other machines may have other run directories
-    changed, finished = verdict
+    of_rank_0 = [changed, finished]  # other machines may have other run directories
+    dist.broadcast_object_list(of_rank_0)
+    changed, finished = of_rank_0
     if changed:
         raise ValueError(
             f"{run} was started with other values of {', '.join(changed)}; "
@@ -226,7 +227,7 @@ def join_ranks(device: str | None, timeout: float) -> None:
     os._exit(STOPPED)
 
 
-@say_if_slow("comparing the data sets with those of the run")
+@say_if_slow("comparing the data sets with the run's")
 def check_data_sets(run: Path, paths: list[str]) -> dict[str, dict]:
     """Compare data sets with the run's data_sets.json, and return its new content on rank 0.
 
@@ -426,7 +427,7 @@ def written_checkpoints(state: State) -> Iterator[None]:
 
 @exit_if_disk_full()
 def fit(trainer: Trainer) -> None:
-    """Train, and leave the other ranks in order. Too many unreadable samples end it in one line."""
+    """Train, then leave the other ranks; exit with one line if too many samples are unreadable."""
     try:
         with written_checkpoints(trainer.state):
             train(trainer)

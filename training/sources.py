@@ -183,6 +183,15 @@ def one_line_errors() -> Iterator[None]:
         exit_with(error)
 
 
+@contextmanager
+def errors_of(block: str) -> Iterator[None]:
+    """Put the name of a block of YAML before a ValueError that begins with a key of it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{block}.{error}") from error
+
+
 def exit_with(error: BaseException) -> NoReturn:
     """End the program with the text of an error as its last line, and the exit code 1."""
     # The launcher sends SIGTERM to the ranks that end last, which must not change their code.

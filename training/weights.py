@@ -429,9 +429,9 @@ def check_values(origin: str, weights: dict[str, Tensor]) -> None:
 
 def check_encoder(origin: str, missing: list[str], unused: list[str]) -> None:
     """Raise a ValueError if the encoders of a source and a model are not the same kind of ViT."""
-    kinds = [kind for key, kind in OTHER_KINDS.items() if any(re.match(key, one) for one in unused)]
-    if kinds:
-        raise ValueError(f"{origin}: is a ViT with {kinds[0]}, which this encoder does not have")
+    for pattern, kind in OTHER_KINDS.items():
+        if any(re.match(pattern, key) for key in unused):
+            raise ValueError(f"{origin}: is a ViT with {kind}, which this encoder does not have")
     for key in unused:
         if key.startswith(DEPTH):
             continue
