@@ -31,11 +31,16 @@ from torch.profiler import ProfilerActivity, profile, record_function
 ROOT = Path(__file__).parent.parent
 HAS_COMPOSER = importlib.util.find_spec("composer") is not None
 # What model.py imports of the libraries of a Trainer. Of these names, a step uses only the base
-# class; the others are types of arguments, which are checked for YAML files alone.
+# class; pydantic's check arguments.
 STAND_INS = {
     "composer": {"ComposerModel": nn.Module},
-    "pydantic": {"Field": lambda **limits: None, "NonNegativeFloat": float, "PositiveFloat": float}
-    | {"PositiveInt": int},
+    "pydantic": {
+        "Field": lambda **limits: None,
+        "NonNegativeFloat": float,
+        "PositiveFloat": float,
+        "PositiveInt": int,
+        "validate_call": lambda function: function,
+    },
     "torchmetrics": {"Metric": object},
     "torchmetrics.classification": dict.fromkeys(
         ["MulticlassAccuracy", "MulticlassConfusionMatrix"], object
