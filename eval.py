@@ -42,7 +42,7 @@ from evaluation.accuracy import load_eval
 from evaluation.files import FileViews, embed_files, find_media, predict_files
 from evaluation.pictures import draw_attention, draw_confusion, draw_reconstructions
 from evaluation.probes import encode_views, measure_probe
-from methods import CLASSIFIERS, PRETRAINING
+from methods import CLASSIFIERS, PRETRAINING, method_of
 from model import Classifier, Encoder, ViCMAE
 from shards.format import labelled_classes, match_classes, read_classes
 from shards.storage import Storage
@@ -56,7 +56,7 @@ from training.processor import name_processor_without_processes
 from training.report_page import write_report
 from training.run import check_data_sets
 from training.sizes import find_run, known_model
-from training.sources import ConfigError, one_line_errors
+from training.sources import ConfigError, errors_of, one_line_errors
 from training.weights import class_names_in, load_pretrained, read_checkpoint
 
 MODELS = PRETRAINING | CLASSIFIERS
@@ -146,22 +146,6 @@ def check_request(config: EvalConfig) -> None:
         read_classes(path)
 
 
-def choose_method(config: EvalConfig, known: dict[str, Any], weights: dict[str, Tensor]) -> str:
-    """Return the name of the model class in MODELS that a checkpoint belongs to."""
-    if config.method:
-        return config.method
-    if known.get("method"):
-        return known["method"]
-    if known.get("stage") != "finetune":
-        sizes = known["model"]  # clips are not ViC-MAE's, whatever else the checkpoint holds
-        if sizes.get("num_frames", 1) == 1:
-            return "vicmae"
-        return "videomae" if sizes.get("mask") == "tube" else "st_mae"
-    if "neck.running_mean" in weights:
-        return "linear_probe"
-    return "omnivore" if "head.0.bias" in weights else "classifier"
-
-
 def count_classes(kind: type[Classifier], config: EvalConfig, weights: dict) -> int | list[int]:
     """Return the number of classes that the head of a checkpoint has, or else the data sets have.
 
@@ -219,11 +203,14 @@ def build_model(config: EvalConfig, planned_classes: int | None = None) -> ViCMA
         ValueError: an unknown method or size, or a checkpoint that does not suit the measurement.
     """
     for_plan = planned_classes is not None
-    known = known_model(config.checkpoint, for_plan) if config.checkpoint else {"model": {}}
+    known = {"stage": "pretrain", "method": None, "model": {}}
     weights = {}
+    if config.checkpoint:
+        known = known_model(config.checkpoint, for_plan)
     if config.checkpoint and not for_plan:
         weights = read_checkpoint(config.checkpoint)
-    method = choose_method(config, known, weights)
+    inferred = method_of(known["stage"], known["model"], weights)
+    method = config.method or known["method"] or inferred
     if method not in MODELS:
         raise ValueError(f"method={method}: must be one of {', '.join(MODELS)}")
     kind = MODELS[method]
@@ -241,10 +228,14 @@ def build_model(config: EvalConfig, planned_classes: int | None = None) -> ViCMA
     if not issubclass(kind, Classifier):
         if config.accuracy:
             raise ValueError(f"accuracy: needs a classifier, and method={method} is none")
-        return kind(**sizes)
+        with errors_of("model"):
+            return kind(**sizes)
     if for_plan:
-        return kind([planned_classes] if kind.head_per_data_set else planned_classes, **sizes)
-    net = kind(count_classes(kind, config, weights), **sizes)
+        classes = [planned_classes] if kind.head_per_data_set else planned_classes
+    else:
+        classes = count_classes(kind, config, weights)
+    with errors_of("model"):
+        net = kind(classes, **sizes)
     net.class_names = class_names_in(weights)
     return net
 

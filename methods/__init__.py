@@ -12,6 +12,10 @@ A method is a subclass of ViCMAE or Classifier. It may have more attributes:
                               has `data_set`, first_classes() and classes_in(), see MultiHead
 """
 
+from typing import Any
+
+from torch import Tensor
+
 from methods.contrastive import MoCoV2, SimCLR, SimSiam, Triplet, VICReg
 from methods.linear_probe import LinearProbe
 from methods.masked import MAE, STMAE, OmniMAE, VideoMAE
@@ -37,3 +41,20 @@ CLASSIFIERS = {
     "linear_probe": LinearProbe,
     "tubevit": TubeViT,
 }
+
+
+def method_of(stage: str, sizes: dict[str, Any], weights: dict[str, Tensor]) -> str:
+    """Return the method of a checkpoint that does not name it, such as files of earlier versions.
+
+    Args:
+        stage: "pretrain", or "finetune" for a classifier.
+        sizes: arguments of the model, as far as they are known.
+        weights: by our names.
+    """
+    if stage == "finetune":
+        if "neck.running_mean" in weights:
+            return "linear_probe"
+        return "omnivore" if "head.0.bias" in weights else "classifier"
+    if sizes.get("num_frames", 1) == 1:
+        return "vicmae"  # an encoder of images, with whatever method it was trained
+    return "videomae" if sizes.get("mask") == "tube" else "st_mae"

@@ -311,21 +311,6 @@ def test_mistake_is_named_in_one_line(demo, tmp_path, pretrained, arguments, com
     assert complaint in error_of(evaluation, filled, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "method"),
-    [
-        ({"embed_dim": 64}, "vicmae"),
-        ({"num_frames": 1, "mask": "random"}, "vicmae"),
-        ({"num_frames": 16, "mask": "tube"}, "videomae"),
-        ({"num_frames": 16, "tubelet_size": 2}, "st_mae"),
-    ],
-)
-def test_checkpoint_of_clips_without_a_method_is_not_taken_for_an_encoder_of_images(sizes, method):
-    config = evaluation.EvalConfig(run_name="run", checkpoint="old.pt")
-    known = {"method": None, "stage": "pretrain", "model": sizes}
-    assert evaluation.choose_method(config, known, {}) == method
-
-
 # Classes
 
 

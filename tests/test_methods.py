@@ -5,14 +5,16 @@ import torch
 import torch.distributed as dist
 from composer import Event
 from conftest import ROOT, losses, run_stage, small, start_ranks
-from tiny_models import CLIPS, TINY, random_batch, state_at
+from tiny_models import CLIPS, ENCODER, TINY, random_batch, state_at
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import pretrain
-from methods import PRETRAINING
+from methods import PRETRAINING, method_of
 from methods.contrastive import MoCoV2
-from model import ViCMAE
+from methods.linear_probe import LinearProbe
+from methods.supervised import Omnivore
+from model import Classifier, ViCMAE
 from training.weights import LATEST, read_checkpoint
 
 METHODS = {
@@ -135,3 +137,25 @@ def test_method_trains_by_its_yaml_and_a_resumed_run_is_bit_identical(demo, tmp_
     assert ("momentum.queue" in expected) is (yaml == "methods/moco_v2")
     has_picture = (tmp_path / "runs" / "resumed" / "reconstructions.png").exists()
     assert has_picture is (yaml in ("methods/videomae", "paper"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "method"),
+    [
+        ({"embed_dim": 64}, "vicmae"),
+        ({"num_frames": 1, "mask": "random"}, "vicmae"),
+        ({"num_frames": 16, "mask": "tube"}, "videomae"),
+        ({"num_frames": 16, "tubelet_size": 2}, "st_mae"),
+    ],
+)
+def test_checkpoint_of_clips_without_a_method_is_not_taken_for_an_encoder_of_images(sizes, method):
+    assert method_of("pretrain", sizes, {}) == method
+
+
+def test_classifier_without_a_method_is_known_by_its_weights():
+    for net, method in (
+        (Classifier(4, **ENCODER), "classifier"),
+        (LinearProbe(4, **ENCODER), "linear_probe"),
+        (Omnivore([2, 3], **ENCODER), "omnivore"),
+    ):
+        assert method_of("finetune", {}, net.state_dict()) == method
