@@ -51,28 +51,32 @@ def without_keys(bias: np.ndarray) -> np.ndarray:
     return np.concatenate([queries, values])
 
 
-def test_old_pretraining_resumes_and_ends_with_the_weights_of_the_old_code(old, capfd):
-    expected = read_metrics(old, "demo")
-    arguments = [
-        str(ROOT / "yamls" / "demo.yaml"),
-        "make_demo=null",
-        "data.streams=[{path: train_images}]",
-        "data.global_train_batch_size=10",
-        "data.num_workers=0",
-        *(f"model.{name}={size}" for name, size in ENCODER.items()),
-        "model.decoder_embed_dim=8",
-        "model.decoder_num_heads=2",
-        "model.projector_hidden_dim=16",
-        "model.projector_out_dim=16",
-        "callbacks=null",
-        "schedule.t_warmup=1ep",
-        "schedule.t_max=4ep",
-        "trainer.max_duration=4ep",
-        "checkpoints.interval=1ep",
-    ]
-    run_stage(pretrain, arguments, old)
-    assert "ep2-ba4.pt" in capfd.readouterr().out
-    found = read_metrics(old, "demo")
+ARGUMENTS = [
+    str(ROOT / "yamls" / "demo.yaml"),
+    "make_demo=null",
+    "data.streams=[{path: train_images}]",
+    "data.global_train_batch_size=10",
+    "data.num_workers=0",
+    *(f"model.{name}={size}" for name, size in ENCODER.items()),
+    "model.decoder_embed_dim=8",
+    "model.decoder_num_heads=2",
+    "model.projector_hidden_dim=16",
+    "model.projector_out_dim=16",
+    "callbacks=null",
+    "schedule.t_warmup=1ep",
+    "schedule.t_max=4ep",
+    "trainer.max_duration=4ep",
+    "checkpoints.interval=1ep",
+]
+SHARDED = [
+    "run_name=sharded",
+    "trainer.parallelism_config={fsdp: {state_dict_type: sharded, activation_checkpointing: true}}",
+]
+
+
+def check_resumed(run_name: str, expected: list[dict[str, float]], folder: Path) -> None:
+    """Check losses and final weights of a resumed run against the run of the old code."""
+    found = read_metrics(folder, run_name)
     for name in ("loss/train/total", "loss/train/contrastive", "gradient_norm"):
         before = [line[name] for line in expected if name in line]
         after = [line[name] for line in found if name in line]
@@ -80,7 +84,7 @@ def test_old_pretraining_resumes_and_ends_with_the_weights_of_the_old_code(old, 
         assert after == pytest.approx(before, rel=1e-4)
     with np.load("expected.npz") as arrays:
         weights = {name: arrays[name] for name in arrays if name.startswith("final/")}
-    ours = read_checkpoint(latest("demo"))
+    ours = read_checkpoint(latest(run_name))
     assert len(weights) == sum(value.is_floating_point() for value in ours.values())
     for name, value in weights.items():
         name = name.removeprefix("final/")
@@ -92,10 +96,31 @@ def test_old_pretraining_resumes_and_ends_with_the_weights_of_the_old_code(old, 
         np.testing.assert_allclose(new, value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-def test_every_weight_of_an_old_checkpoint_is_loaded_with_the_sizes_of_its_run(old):
-    sizes = known_model(latest("demo"))["model"]
+def test_old_pretraining_resumes_and_ends_with_the_weights_of_the_old_code(old, capfd):
+    expected = read_metrics(old, "demo")
+    run_stage(pretrain, ARGUMENTS, old)
+    assert "ep2-ba4.pt" in capfd.readouterr().out
+    check_resumed("demo", expected, old)
+
+
+def resume_sharded(rank: int, folder: str) -> None:
+    run_stage(pretrain, [*ARGUMENTS, *SHARDED], Path(folder))
+
+
+def test_old_sharded_pretraining_resumes_and_ends_with_the_weights_of_one_rank(
+    old, on_ranks, capfd
+):
+    expected = read_metrics(old, "sharded")
+    on_ranks(2, resume_sharded, str(old))
+    assert "checkpoints/ep2-ba4" in capfd.readouterr().out
+    check_resumed("sharded", expected, old)
+
+
+@pytest.mark.parametrize("run_name", ["demo", "sharded"])
+def test_every_weight_of_an_old_checkpoint_is_loaded_with_the_sizes_of_its_run(old, run_name):
+    sizes = known_model(latest(run_name))["model"]
     net = ViCMAE(**sizes)
-    report = load_pretrained(net, latest("demo"))
+    report = load_pretrained(net, latest(run_name))
     assert sorted(report["loaded"]) == sorted(net.state_dict())
     assert (report["resized"], report["missing"], report["unused"]) == ([], [], [])
 
