@@ -380,8 +380,18 @@ OPTIONS = {  # {argument: settings of add_argument}; the functions have the defa
     "--samples": dict(type=int, help="rows (12)"),
 }
 CONVERSION = (
-    *("source", "out", "--workers", "--max-skipped", "--short-side", "--quality"),
-    *("--background", "--per-class", "--classes", "--like", "--part", "--keep-local"),
+    "source",
+    "out",
+    "--workers",
+    "--max-skipped",
+    "--short-side",
+    "--quality",
+    "--background",
+    "--per-class",
+    "--classes",
+    "--like",
+    "--part",
+    "--keep-local",
 )
 VIDEOS = ("--frames", "--fps", "--clip-seconds", "--stride", "--max-clips", "--scene-cuts")
 COMMANDS = {  # {command other than a conversion: (function, description, its arguments)}

@@ -18,8 +18,16 @@ from shards.workers import ignore_stop_signals
 
 FASHION_MNIST = Path(__file__).parents[1] / "assets" / "fashion_mnist.npz"
 CLASSES = (
-    *("T-shirt", "Trouser", "Pullover", "Dress", "Coat"),
-    *("Sandal", "Shirt", "Sneaker", "Bag", "Boot"),
+    "T-shirt",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Boot",
 )
 SIDE = 40  # pixels
 FRAMES = 32

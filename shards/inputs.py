@@ -27,8 +27,18 @@ from shards.storage import bucket_errors
 
 # Errors of a disk, a bucket or the system, which are no fault of the input.
 SYSTEM_ERRORS = {
-    *(errno.EACCES, errno.EPERM, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS),
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
 }
 
 

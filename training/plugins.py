@@ -45,23 +45,48 @@ from training.spot import SpotNotice
 # Our classes, then Composer's.
 ALGORITHMS = Named(
     (
-        *(ContrastRamp, FreezeEncoder, PartialDecoding, ProgressiveResizing),
-        *(ChannelsLast, EMA, GradientClipping, LowPrecisionLayerNorm, SAM, SWA),
+        ContrastRamp,
+        FreezeEncoder,
+        PartialDecoding,
+        ProgressiveResizing,
+        ChannelsLast,
+        EMA,
+        GradientClipping,
+        LowPrecisionLayerNorm,
+        SAM,
+        SWA,
     ),
     Algorithm,
 )
 CALLBACKS = Named(
     (
-        *(EffectiveRank, KNN, OnlineProbe, SpotNotice),
-        *(EarlyStopper, LRMonitor, MemoryMonitor, MemorySnapshot, OOMObserver, OptimizerMonitor),
-        *(RuntimeEstimator, SpeedMonitor, SystemMetricsMonitor, ThresholdStopper),
+        EffectiveRank,
+        KNN,
+        OnlineProbe,
+        SpotNotice,
+        EarlyStopper,
+        LRMonitor,
+        MemoryMonitor,
+        MemorySnapshot,
+        OOMObserver,
+        OptimizerMonitor,
+        RuntimeEstimator,
+        SpeedMonitor,
+        SystemMetricsMonitor,
+        ThresholdStopper,
     ),
     Callback,
 )
 LOGGERS = Named(
     (
-        *(CometMLLogger, ConsoleLogger, FileLogger, MLFlowLogger),
-        *(NeptuneLogger, SlackLogger, TensorboardLogger, WandBLogger),
+        CometMLLogger,
+        ConsoleLogger,
+        FileLogger,
+        MLFlowLogger,
+        NeptuneLogger,
+        SlackLogger,
+        TensorboardLogger,
+        WandBLogger,
     ),
     LoggerDestination,
 )

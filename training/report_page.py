@@ -238,13 +238,18 @@ def after_pretraining(
     return {
         "k-NN and linear accuracy, with pictures": probed,
         "A classifier": [
-            *(*recipe, f"run_name={run.name}_finetuned", f"pretrained={run}"),
+            *recipe,
+            f"run_name={run.name}_finetuned",
+            f"pretrained={run}",
             f"trainer.device={device}",
             f"data.streams={flow([{'path': path} for path in knn['bank']])}",
             f"eval_data.paths={flow(knn['queries'])}",
         ],
         "Its predictions for new files": [
-            *("python", "eval.py", f"checkpoint=runs/{run.name}_finetuned", f"device={device}"),
+            "python",
+            "eval.py",
+            f"checkpoint=runs/{run.name}_finetuned",
+            f"device={device}",
             "predict=[new/a.mp4,new/photos/]",
         ],
         "Features of new files": [*measure, "embed=[new/photos/]"],

@@ -55,9 +55,20 @@ from training.spot import SpotNotice
 TrainerBlock = Annotated[  # Composer's Trainer, without the arguments that build_trainer gives
     dict,
     Trainer,
-    *("model", "optimizers", "schedulers", "train_dataloader", "eval_dataloader"),
-    *("device_train_microbatch_size", "seed", "run_name", "algorithms", "callbacks", "loggers"),
-    *("save_*", "load_*", "autoresume*"),
+    "model",
+    "optimizers",
+    "schedulers",
+    "train_dataloader",
+    "eval_dataloader",
+    "device_train_microbatch_size",
+    "seed",
+    "run_name",
+    "algorithms",
+    "callbacks",
+    "loggers",
+    "save_*",
+    "load_*",
+    "autoresume*",
 ]
 
 

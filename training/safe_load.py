@@ -38,16 +38,28 @@ SAFE_CLASSES = [  # plain values that files may hold beside tensors
 # since pickle would resolve a dotted name such as "os.system" to an attribute of an attribute.
 METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
-        *("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata"),
-        *("ChunkStorageMetadata", "TensorStorageMetadata", "TensorProperties"),
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
         "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
     "pathlib": {"PosixPath"},
     "torch": {
-        *("Size", "bool", "uint8", "int32", "int64"),
-        *("float16", "bfloat16", "float32", "float64"),
+        "Size",
+        "bool",
+        "uint8",
+        "int32",
+        "int64",
+        "float16",
+        "bfloat16",
+        "float32",
+        "float64",
     },
 }
 
