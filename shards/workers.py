@@ -18,10 +18,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from multiprocessing import Pipe, active_children, get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from time import monotonic
+from threading import Thread, current_thread, main_thread
+from time import monotonic, sleep
 from types import FrameType
 
 from tqdm import tqdm
@@ -38,9 +40,10 @@ def exit_on_signals(numbers: Iterable[int] = (signal.SIGINT, signal.SIGTERM)) ->
     """Make signals end this program at once, with the exit code STOPPED and one line."""
     for number in numbers:
         signal.signal(number, exit_at_once)
+    watch_signals()
 
 
-def exit_at_once(number: int, frame: FrameType | None) -> None:
+def exit_at_once(number: int, frame: FrameType | None = None) -> None:
     """Kill the workers and exit. What is in progress is lost; what is finished is on disk."""
     kill_workers()
     name = signal.Signals(number).name
@@ -49,10 +52,35 @@ def exit_at_once(number: int, frame: FrameType | None) -> None:
     os._exit(STOPPED)
 
 
+@cache
+def watch_signals() -> None:
+    """Watch signals in a thread, in case the main thread waits in C++ when one comes.
+
+    Python calls a handler only when the main thread is back in Python. While ranks join a process
+    group, that can take hours if one of them has ended.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)  # Each signal that has a handler writes its number there.
+    # A forked worker must not write to the pipe of this process.
+    os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))
+    Thread(target=exit_if_main_thread_cannot, args=(reader,), daemon=True).start()
+
+
+def exit_if_main_thread_cannot(reader: int) -> None:
+    """Do what exit_at_once does if the main thread has not done it a second after its signal."""
+    while True:
+        (number,) = os.read(reader, 1)
+        if signal.getsignal(number) is exit_at_once:
+            sleep(1.0)
+            exit_at_once(number)
+
+
 def kill_workers() -> None:
-    """Kill the worker processes; called by the main thread of a program that ends."""
-    # PyTorch's handler would raise an error for the first killed worker, and the others would stay.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    """Kill the worker processes of a program that ends."""
+    if current_thread() is main_thread():
+        # PyTorch's handler would raise an error for the first killed worker; the others would stay.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in active_children():
         process.kill()
 

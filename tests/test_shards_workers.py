@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
@@ -46,3 +47,43 @@ def test_program_ends_with_its_code_although_a_killed_worker_raises_an_error():
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert result.returncode == 75
     assert result.stderr == "\nstopped by SIGTERM; run the same command again to continue\n"
+
+
+@pytest.mark.parametrize("waits", ["in Python", "in C"])
+def test_signal_ends_a_program_whose_main_thread_waits(waits):
+    """A lock of C that its own thread holds waits for ever, and is not interrupted by signals."""
+    script = (
+        "import ctypes, os, signal, sys, threading, time\n"
+        "from shards.workers import exit_on_signals\n"
+        "exit_on_signals()\n"
+        "threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "if sys.argv[1] == 'in Python':\n"
+        "    time.sleep(60)\n"
+        "lock = ctypes.create_string_buffer(64)\n"
+        "for _ in range(2):\n"
+        "    ctypes.CDLL(None).pthread_mutex_lock(lock)\n"
+    )
+    command = [sys.executable, "-c", script, waits]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 75
+    assert result.stderr == "\nstopped by SIGTERM; run the same command again to continue\n"
+
+
+def test_signal_of_a_forked_worker_does_not_end_its_parent():
+    script = (
+        "import multiprocessing, os, signal, time\n"
+        "from shards.workers import exit_on_signals\n"
+        "def work():\n"
+        "    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(3))\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+        "exit_on_signals()\n"
+        "worker = multiprocessing.get_context('fork').Process(target=work)\n"
+        "worker.start()\n"
+        "worker.join()\n"
+        "time.sleep(2)\n"
+        "raise SystemExit(worker.exitcode)\n"
+    )
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (result.returncode, result.stderr) == (3, "")
