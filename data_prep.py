@@ -236,7 +236,7 @@ def claim_output(target: Storage, folder: Path, request: dict) -> None:
         settings = ("recipe", "listing", "classes")
         changed = [key for key in settings if earlier.get(key) != request[key]]
         if changed:
-            fault = f"was begun with another {' and '.join(changed)}"
+            fault = f"was started with other values of {', '.join(changed)}"
             raise ValueError(f"OUT {out} {fault}; delete it or choose another OUT")
     elif os.path.isfile(out) or (target.has("") and any(target.names())):
         raise ValueError(f"OUT {out} exists and is not a data set; choose another OUT")

@@ -324,7 +324,7 @@ def check_blocks(config: FinetuneConfig) -> None:
         raise ValueError("random_weights: needs the checkpoint pretrained, whose sizes it takes")
     erasing = config.augment.get("erasing", FinetuningViews.erasing)
     if erasing and getattr(config.model_class, "images_are_equal_frames", False):
-        reason = f"must be 0 with method={config.method}, which knows an image by its equal frames"
+        reason = f"must be 0 with method={config.method}, which takes equal frames for an image"
         raise ValueError(f"augment.erasing={erasing}: {reason}")
     testing = config.eval_data["paths"]
     if config.model_class.head_per_data_set and len(config.training_paths) != len(testing):

@@ -444,7 +444,7 @@ class ViCMAE(ComposerModel):
         }
 
     def reconstruct_in_chunks(self, views: Tensor, noise: Tensor, size: int) -> Tensors:
-        """Do the same as reconstruct, with the activations of only `size` views in memory."""
+        """Return the outputs of reconstruct, with activations of only `size` views in memory."""
         chunks = zip(views.split(size), noise.split(size), strict=True)
         parts = [checkpoint(self.reconstruct, *chunk, use_reentrant=False) for chunk in chunks]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

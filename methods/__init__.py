@@ -7,7 +7,7 @@ A method is a subclass of ViCMAE or Classifier. It may have more attributes:
     needs_labels              a pre-training's data sets must be labelled
     takes_image_frames        images may have fewer frames than clips, see augment.image_frames
     images_as_stored          a classifier of clips sees an image as one frame, with its depth map
-    images_are_equal_frames   a classifier knows an image by its equal frames
+    images_are_equal_frames   a classifier takes a clip of equal frames for an image
     head_per_data_set         a classifier is built with the number of classes of each data set; it
                               has `data_set`, first_classes() and classes_in(), see MultiHead
 """

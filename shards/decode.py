@@ -99,7 +99,7 @@ class Recipe:
 
 
 def has_second_film(file: BinaryIO) -> bool:
-    """Return whether an mp4, flv or asf file consists of several films, of which FFmpeg reads one.
+    """Return whether an mp4, flv or asf file has several joined films; FFmpeg reads one.
 
     In other containers, FFmpeg reads all of them.
     """

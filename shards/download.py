@@ -60,7 +60,7 @@ class CachedStream(Stream):
     """A data set in a bucket, with its shards in a local folder."""
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: np.ndarray) -> None:
-        """Delete what interrupted downloads left, then see which shards are there.
+        """Delete the files of interrupted downloads, then register the shards that are there.
 
         boto3 downloads x.mds as x.mds.Ab12Cd34 and renames it, so a killed process leaves such a
         file. After a power cut, x.mds itself may be shorter than the index says.

@@ -62,7 +62,7 @@ def remove_leftovers() -> None:
 def claim(dataset: StreamingDataset) -> IO[str] | None:
     """Mark the shared memory of a dataset as used, and return a file to be kept open meanwhile.
 
-    The file is locked until this process has ended, however it ends.
+    The file is locked until this process ends, even if it is killed.
     Returns None on other ranks than the first of a machine, and where there is no /dev/shm.
     """
     if dist.get_local_rank() != 0 or not SHARED_MEMORY.exists():

@@ -295,7 +295,7 @@ def check_samples(path: str, patch_size: int) -> None:
 
 def sample_bytes(dataset: DeterministicStream) -> int:
     """Return the bytes of a transformed sample, or 0 if the first one cannot be read."""
-    with suppress(ValueError):  # Whether samples can be read is found out in training.
+    with suppress(ValueError):  # Training reports unreadable samples.
         sample = next(dataset.transform_sample(dataset[0], (0, 0, 0)))
         return sum(getattr(value, "nbytes", 8) for value in sample.values())
     return 0

@@ -54,7 +54,7 @@ def exit_at_once(number: int, frame: FrameType | None = None) -> None:
 
 @cache
 def watch_signals() -> None:
-    """Watch signals in a thread, in case the main thread waits in C++ when one comes.
+    """Watch signals in a thread, in case the main thread is blocked in C++.
 
     Python calls a handler only when the main thread is back in Python. While ranks join a process
     group, that can take hours if one of them has ended.
@@ -68,7 +68,7 @@ def watch_signals() -> None:
 
 
 def exit_if_main_thread_cannot(reader: int) -> None:
-    """Do what exit_at_once does if the main thread has not done it a second after its signal."""
+    """Call exit_at_once if the main thread has not exited within a second of a signal."""
     while True:
         (number,) = os.read(reader, 1)
         if signal.getsignal(number) is exit_at_once:
@@ -182,7 +182,7 @@ def run_part(
 ) -> None:
     """Do the work of a part in its own process, and send what it reports or raises."""
     ignore_stop_signals()
-    # Once nobody else holds the receiving end, sending fails, which shows that the parent is gone.
+    # When the parent is gone, sending must fail: no other process may hold the receiving end.
     for receiver in receivers:
         receiver.close()
 

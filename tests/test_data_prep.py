@@ -349,7 +349,7 @@ def test_bad_source_output_or_option_is_named_in_one_line(tmp_path):
     assert stray in run("images", source, out).stderr
     (tmp_path / "in" / "stray.jpg").unlink()
     convert(source, out, Recipe("images"), 1)
-    with pytest.raises(ValueError, match="begun with another recipe"):
+    with pytest.raises(ValueError, match="started with other values of recipe"):
         convert(source, out, Recipe("images", quality=50), 1)
 
 
@@ -478,7 +478,7 @@ def test_shares_of_several_machines_merge_to_the_bytes_of_one_machine(tmp_path, 
     assert one == many
 
     write_image(tmp_path / "mounted elsewhere" / "class 0" / "new.png")
-    with pytest.raises(ValueError, match="begun with another listing"):
+    with pytest.raises(ValueError, match="started with other values of listing"):
         convert(
             str(tmp_path / "mounted elsewhere"),
             str(tmp_path / "many"),

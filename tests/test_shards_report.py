@@ -145,5 +145,5 @@ def test_link_that_leads_upwards_is_not_followed(tmp_path):
 def test_output_with_the_classes_in_another_order_is_refused(tmp_path):
     source = lay(tmp_path / "in", pictures("a/1.jpg", "b/2.jpg"), {"names.txt": "b\na\n"})
     run(source, tmp_path / "out")
-    with pytest.raises(ValueError, match="was begun with another classes"):
+    with pytest.raises(ValueError, match="was started with other values of classes"):
         run(source, tmp_path / "out", "--classes", str(source / "names.txt"))

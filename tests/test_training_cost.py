@@ -90,9 +90,12 @@ def test_operations_of_a_pretraining_step_are_those_of_its_layers(decode_ratio):
     assert flops == pytest.approx(operations_by_hand(net, batch) / 2, rel=1e-6)
 
 
-def test_activations_computed_again_are_counted_once():
+def test_chunks_count_once_or_on_request_with_their_second_forward_pass():
+    net = ViCMAE(**TINY, chunk_size=1)
     flops = flops_per_sample(ViCMAE(**TINY), SAMPLE)
-    assert flops_per_sample(ViCMAE(**TINY, chunk_size=1), SAMPLE) == flops
+    assert flops_per_sample(net, SAMPLE) == flops
+    again = flops_per_sample(net, SAMPLE, chunked=True) - flops
+    assert again == pytest.approx(flops / 3, rel=0.05)  # a backward pass is two forward passes
 
 
 def test_counting_leaves_the_model_as_it_was():

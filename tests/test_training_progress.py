@@ -10,7 +10,7 @@ from composer.core import Time, Timestamp
 from conftest import run_stage, small
 
 import pretrain
-from training.progress import Progress, describe_time
+from training.progress import LINE_STEPS, Progress, describe_time
 
 
 class Terminal(io.StringIO):
@@ -45,8 +45,8 @@ def test_log_file_has_plain_lines_with_losses_rate_speed_and_time_left(
     assert re.fullmatch(rf"step 4/6, epoch 2: {numbers}, k-NN 0\.\d{{3}}, \d+ s left", lines[1])
     assert "\r" not in printed
     assert "Config:" not in printed
-    # 10,000 steps take less than a megabyte, with a line every 20 steps.
-    assert max(map(len, lines)) * 10_000 / 20 < 1e6
+    # 10,000 steps take less than a megabyte, with a line every LINE_STEPS steps.
+    assert max(map(len, lines)) * 10_000 / LINE_STEPS < 1e6
 
 
 def test_log_file_says_that_the_first_step_is_prepared_if_that_is_slow(

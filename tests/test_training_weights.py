@@ -444,7 +444,7 @@ def test_encoder_of_clips_gives_an_encoder_of_images_the_features_of_a_still_cli
     torch.testing.assert_close(images.encoder(frames), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_report_counts_the_weights_of_every_part_by_their_fate(golden):
+def test_report_counts_the_weights_of_every_part_by_status(golden):
     report = load_pretrained(Classifier(3, **ENCODER | {"img_size": 48}), golden)
     table = describe(report).splitlines()
     assert table[0].split() == ["loaded", "resized", "missing", "unused"]

@@ -294,7 +294,7 @@ class Checkpoints(Callback):
         self.request_stop(signal.Signals(number).name)
 
     def request_stop(self, reason: str) -> None:
-        """Note that the run is to stop at the end of the step, since ranks stop together."""
+        """Request a stop at the end of the step, at which all ranks stop together."""
         self.stop_reason = self.stop_reason or reason
 
     def batch_end(self, state: State, logger: Logger) -> None:

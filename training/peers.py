@@ -123,7 +123,7 @@ class PeerWatch:
         return not self.started or self.has_tried_to_connect.wait(timeout)
 
     def report_errors(self) -> None:
-        """Tell the other ranks from now on when this one ends with an error.
+        """Announce errors of this rank to the other ranks from now on.
 
         Call this after the ranks have joined.
         """

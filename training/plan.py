@@ -99,7 +99,7 @@ FASTEST_FIRST = (Layout(), Layout(True, False), Layout(True), Layout(True, check
 
 
 def layout_of(trainer: dict[str, Any]) -> Layout:
-    """Return the layout that a block `trainer` asks for."""
+    """Return the layout that a block `trainer` selects."""
     fsdp = fsdp_settings(trainer)
     if fsdp is None:
         return Layout()
@@ -252,7 +252,7 @@ def training_plans(
 
 
 def training_report(plans: list[Plan], batch_bytes: float) -> str:
-    """Return the plan of a training, and what it asks of memory, cores and disks.
+    """Return the plan of a training, and the memory, cores and disks that it needs.
 
     Args:
         plans: see training_plans.

@@ -50,7 +50,7 @@ class Progress(LoggerDestination):
         self.metrics |= {key: value for key, value in metrics.items() if key.startswith(shown)}
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Watch what comes next: the trainer has been built, and its checkpoint is loaded."""
+        """Announce the first step, or the repeated evaluation, if it takes long."""
         task = "preparing the first step: k-NN before training, compilation"
         if state.timestamp >= state.max_duration:
             task = "repeating the evaluation after the last step, which was interrupted"

@@ -50,7 +50,7 @@ class SpotNotice(Callback):
         self.notice = {"aws": self.aws_notice, "gcp": self.gcp_notice}[cloud]
         self.every = every
         self.address = address or ADDRESSES[cloud]
-        self.open = build_opener(ProxyHandler({})).open  # a proxy would ask about its own machine
+        self.open = build_opener(ProxyHandler({})).open  # a proxy would answer for its own machine
         self.token = None
         self.ended = threading.Event()
 
@@ -62,7 +62,7 @@ class SpotNotice(Callback):
         self.ended.set()
 
     def poll(self) -> None:
-        """Ask until there is a notice, or the run has ended."""
+        """Poll until there is a notice, or the run has ended."""
         has_warned = False
         while not self.ended.is_set():
             try:

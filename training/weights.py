@@ -31,7 +31,7 @@ from training.safe_load import check_zip, load_plain, read_shards
 
 LATEST = "latest-rank0.pt"  # Composer's name for a link to the newest checkpoint of a run
 
-# Of several ViTs in a file, averages and teachers are taken first, and these others last.
+# Of several ViTs in a file, averages and teachers are taken first, and the parts of LAST last.
 AVERAGES = re.compile(r"(^|[._])(ema|teacher|target|averaged?)([._]|$)")
 LAST = re.compile(r"(^|[._])(momentum|optimizer|predictor|decoder|text|fp32)([._]|$)")
 WRAPPED_BLOCK = re.compile(
@@ -237,7 +237,7 @@ def our_name(key: str) -> str:
 
 
 def our_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of other code, and join what other code keeps in parts.
+    """Rename the weights of other code, and join weights that it keeps in parts.
 
     Takes state dicts of ViC-MAE, MAE, ST-MAE (github.com/facebookresearch/mae_st), VideoMAE
     (github.com/MCG-NJU/VideoMAE), timm and our own. Of a linear probe's heads, the best is taken.
@@ -373,7 +373,7 @@ def load_pretrained(
         shape, wanted = tuple(fitting[key].shape), tuple(own[key].shape)
         if shape != wanted:
             of_sizes = ("cls_token", "pos_embed", "patch_embed.proj.weight")
-            remedy = "it is of another kind"
+            remedy = "give the weights of a plain ViT"
             if key.endswith(of_sizes):
                 remedy = "set the model's sizes as trained"
             raise ValueError(f"{origin}: {key} is {shape} but the model's is {wanted}; {remedy}")
@@ -445,7 +445,7 @@ def check_encoder(origin: str, missing: list[str], unused: list[str]) -> None:
         raise ValueError(f"{origin}: is a ViT without CLS token, which this encoder has")
     absent = [key for key in missing if key.startswith("encoder.") and key not in optional]
     if absent:
-        remedy = "it is of another kind"
+        remedy = "give the weights of a plain ViT"
         if all(key.startswith("encoder.blocks.") for key in absent):
             remedy = "set the model's depth as trained"
         lacking = f"lacks {len(absent)} weights of the encoder, {absent[0]} first"
@@ -453,15 +453,15 @@ def check_encoder(origin: str, missing: list[str], unused: list[str]) -> None:
 
 
 def describe(report: dict[str, list[str]]) -> str:
-    """Return a report of load_pretrained as a table: how many weights of each part, by fate."""
+    """Return a report of load_pretrained as a table: how many weights of each part, by status."""
     parts = {}
-    for fate, names in report.items():
+    for status, names in report.items():
         for name in names:
             words = name.split(".")
             depth = 2 if words[0] in ("encoder", "decoder") else 1
-            parts.setdefault(".".join(words[:depth]), Counter())[fate] += 1
-    lines = [" " * 28 + "".join(f"{fate:>9}" for fate in report)]
+            parts.setdefault(".".join(words[:depth]), Counter())[status] += 1
+    lines = [" " * 28 + "".join(f"{status:>9}" for status in report)]
     for part, counts in parts.items():
-        cells = [f"{counts[fate] or '':>9}" for fate in report]
+        cells = [f"{counts[status] or '':>9}" for status in report]
         lines.append(f"{part:28}" + "".join(cells))
     return "\n".join(lines)
