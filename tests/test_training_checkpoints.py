@@ -307,7 +307,7 @@ def test_sigterm_ends_a_rank_that_waits_for_another_that_never_comes(arguments, 
         waits = any("waiting for all ranks to start" in line for line in process.stderr)
         process.terminate()
         try:
-            assert waits and process.wait(60) == STOPPED
+            assert waits and process.wait(60) == -signal.SIGTERM
         finally:
             process.kill()
 

@@ -187,6 +187,7 @@ def start_run(config: RunConfig) -> Path:
     exit_on_signals(signal.Signals[name] for name in stop_signals)
     peer_watch().start()
     join_ranks(config.trainer.get("device"), config.trainer.get("dist_timeout", 300.0))
+    exit_on_signals()
     peer_watch().report_errors()
     reproducibility.seed_all(config.seed)  # the same initial weights on every rank
     run = Path("runs", config.run_name)
@@ -220,6 +221,9 @@ def join_ranks(device: str | None, timeout: float) -> None:
         device: of Composer's Trainer.
         timeout: seconds to wait for the others, here and in each collective.
     """
+    # The launcher sends SIGTERM if another rank fails for good; STOPPED would start it again.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     problem = f"rank 0 has not started within {timeout:g} s"
     # init_process_group would wait for rank 0 for twice the timeout.
     if peer_watch().rank_0_is_there(timeout):
