@@ -207,10 +207,9 @@ def build_model(config: EvalConfig, planned_classes: int | None = None) -> ViCMA
     weights = {}
     if config.checkpoint:
         known = known_model(config.checkpoint, for_plan)
-    if config.checkpoint and not for_plan:
-        weights = read_checkpoint(config.checkpoint)
-    inferred = method_of(known["stage"], known["model"], weights)
-    method = config.method or known["method"] or inferred
+        weights = {} if for_plan else read_checkpoint(config.checkpoint)
+    method = config.method or known["method"]
+    method = method or method_of(known["stage"], known["model"], weights)
     if method not in MODELS:
         raise ValueError(f"method={method}: must be one of {', '.join(MODELS)}")
     kind = MODELS[method]
