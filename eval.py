@@ -26,7 +26,6 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,13 +37,13 @@ from composer.utils import dist, reproducibility
 from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
-from evaluation.accuracy import load_eval
+from evaluation.accuracy import class_labels, label_numbers, load_eval
 from evaluation.files import FileViews, embed_files, find_media, predict_files
 from evaluation.pictures import draw_attention, draw_confusion, draw_reconstructions
 from evaluation.probes import encode_views, measure_probe
 from methods import CLASSIFIERS, PRETRAINING, method_of
 from model import Classifier, Encoder, ViCMAE
-from shards.format import labelled_classes, match_classes, read_classes
+from shards.format import labelled_classes, read_classes
 from shards.storage import Storage
 from shards.workers import exit_on_signals
 from training.config import RunName, convert_block, keywords_of, load_config
@@ -161,38 +160,6 @@ def count_classes(kind: type[Classifier], config: EvalConfig, weights: dict) -> 
     return len(labelled_classes(config.accuracy["paths"][0]))
 
 
-def label_numbers(net: Classifier, config: EvalConfig) -> list[list[int]]:
-    """Return for each data set the numbers of its labels among the classifier's classes, by name.
-
-    Classes of a checkpoint without names are compared by number.
-
-    Raises:
-        ValueError: a data set has classes that the classifier lacks, or another number of classes.
-    """
-    paths, owner = config.accuracy["paths"], f"checkpoint={config.checkpoint}"
-    names, firsts, heads = [net.class_names], [0], [0] * len(paths)
-    if net.head_per_data_set:
-        names, firsts = net.class_names, net.first_classes()
-        heads = range(len(paths)) if net.data_set is None else [net.data_set] * len(paths)
-    counts = [last - first for first, last in pairwise([*firsts, net.num_classes])]
-    labels = []
-    for head, path in zip(heads, paths, strict=True):
-        if head >= len(counts):
-            raise ValueError(f"{owner}: has heads for {len(counts)} data sets, not for {path}")
-        if net.class_names:
-            labels.append(match_classes(path, names[head], owner, firsts[head]))
-            continue
-        count = len(labelled_classes(path))
-        if count != counts[head]:
-            raise ValueError(
-                f"{owner}: its head has {counts[head]} classes, but {path} has {count}"
-            )
-        labels.append(list(range(firsts[head], firsts[head] + count)))
-    if not net.class_names and config.checkpoint:
-        print_once(f"{owner}: has no class names; classes are compared by number")
-    return labels
-
-
 def build_model(config: EvalConfig, planned_classes: int | None = None) -> ViCMAE | Classifier:
     """Return the model of a checkpoint, with random weights.
 
@@ -254,8 +221,8 @@ def load_model(config: EvalConfig) -> ViCMAE | Classifier:
     if config.reconstructions and getattr(net, "decoder", None) is None:
         raise ValueError(f"reconstructions: {type(net).__name__} has no decoder")
     if config.checkpoint and not config.random_weights:
-        # ST-MAE of earlier versions predicts all frames of a tubelet.
-        report = load_pretrained(net, config.checkpoint, ("decoder.pred",))
+        # A decoder of another kind, as of earlier versions, matters to reconstructions alone.
+        report = load_pretrained(net, config.checkpoint, ("decoder",))
         needed = ("head.", "neck.") if isinstance(net, Classifier) else ()
         if config.reconstructions:
             needed = ("decoder.",)
@@ -274,7 +241,10 @@ def measure_accuracy(
         top1, top5, average and samples_per_second; the confusion matrix, (C, C) counts with true
         classes as rows.
     """
-    labels = label_numbers(net, config)
+    owner = f"checkpoint={config.checkpoint}"
+    labels = label_numbers(net, config.accuracy["paths"], owner)
+    if config.checkpoint and not net.class_names:
+        print_once(f"{owner}: has no class names; classes are compared by number")
     size, frames = net.encoder.img_size, net.encoder.num_frames
     patch_size = net.encoder.patch_size
     as_stored = getattr(net, "images_as_stored", False)
@@ -302,19 +272,11 @@ def measure_accuracy(
     return result, metrics["confusion"].compute().cpu()
 
 
-def class_labels(net: Classifier, config: EvalConfig) -> list[str]:
-    """Return the name of each class of a classifier: the data's or a number, if it has no names."""
-    names = net.class_names or read_classes(config.accuracy["paths"][0])
-    if names and isinstance(names[0], list):
-        names = [f"{name} ({number})" for number, head in enumerate(names) for name in head]
-    return names if len(names) == net.num_classes else list(map(str, range(net.num_classes)))
-
-
 def report_accuracy(net: Classifier, run: Path, config: EvalConfig) -> dict[str, float]:
     """Measure the accuracy, write per_class.json and draw confusion.png."""
     result, confusion = measure_accuracy(net, run, config)
     if dist.get_global_rank() == 0:
-        classes = class_labels(net, config)
+        classes = class_labels(net, config.accuracy["paths"][0])
         right, counts = confusion.diag().tolist(), confusion.sum(dim=1).tolist()
         by_class = zip(classes, right, counts, strict=True)
         accuracy = {name: hits / count if count else None for name, hits, count in by_class}

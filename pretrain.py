@@ -39,7 +39,7 @@ from filelock import FileLock
 
 import data_prep
 from evaluation.pictures import draw_reconstructions
-from methods import PRETRAINING
+from methods import PRETRAINING, check_blocks
 from model import Batch, ViCMAE
 from shards.augment import augment_batch
 from shards.decode import Recipe
@@ -49,7 +49,7 @@ from shards.loader import prefetch
 from shards.report import print_summary
 from shards.storage import Storage
 from shards.stream import TrainingData
-from shards.views import PretrainingViews, check_frames, stored_frames
+from shards.views import PretrainingViews, check_frames
 from shards.workers import exit_on_signals
 from training.checkpoints import appears
 from training.config import Choice, keywords_of, load_config
@@ -100,7 +100,9 @@ class PretrainConfig(RunConfig):
 
     def new_model(self) -> ViCMAE:
         with errors_of("model"):
-            return self.model_class(**self.model)
+            net = self.model_class(**self.model)
+        check_blocks(net, self.data, self.augment)
+        return net
 
 
 def take_sizes(config: PretrainConfig, planned: bool = False) -> PretrainConfig:
@@ -225,24 +227,6 @@ def train_on_raw(config: PretrainConfig) -> PretrainConfig:
     return replace(config, data=data)
 
 
-def check_image_frames(net: ViCMAE, config: PretrainConfig) -> None:
-    """Raise ValueError if the method or the batches do not allow augment.image_frames."""
-    frames = config.augment.get("image_frames")
-    if not frames:
-        return
-    if not getattr(net, "takes_image_frames", False):
-        raise ValueError(f"augment.image_frames={frames}: works with method=omnimae only")
-    if frames % net.tubelet_size or frames > net.num_frames:
-        count = f"a multiple of model.tubelet_size={net.tubelet_size}"
-        limit = f"at most model.num_frames={net.num_frames}"
-        raise ValueError(f"augment.image_frames={frames}: must be {count}, and {limit}")
-    if not config.data.get("one_stream_per_batch"):
-        raise ValueError(
-            "data.one_stream_per_batch=false: must be true with augment.image_frames, since "
-            "images and clips have different shapes"
-        )
-
-
 def check_data(net: ViCMAE, config: PretrainConfig, views: int, micro_batch: int) -> None:
     """Check that the data suit the method.
 
@@ -271,14 +255,11 @@ def pretrain(config: PretrainConfig) -> Trainer:
     dist.barrier()
     with say_if_slow("building the model"):
         net = config.new_model()
-    check_image_frames(net, config)
     if config.pretrained:
         table = describe(load_pretrained(net, config.pretrained, HEADS))
         print_once(f"weights of {config.pretrained}:\n{table}")
     sizes = (net.encoder.img_size, net.encoder.num_patches, net.encoder.num_frames)
-    by_stream = config.augment.get("image_frames")
-    images = [stored_frames(path) == 1 for path in config.training_paths] if by_stream else ()
-    transform = PretrainingViews(*sizes, images, **config.augment)
+    transform = PretrainingViews(*sizes, **config.augment)
     patch_size = net.encoder.patch_size
     with say_if_slow("opening the data sets"):
         data = TrainingData(**config.data)
@@ -312,7 +293,6 @@ def plan(config: PretrainConfig, machine: Machine) -> str:
             raise ValueError("raw: is not converted yet; its plan needs the number of samples")
         config = train_on_raw(config)
     net, sample = on_meta_device(config)
-    check_image_frames(net, config)
     plans = training_plans(net, sample, config.given(), machine)
     data = TrainingData(**config.data)
     batch, workers = data.global_train_batch_size, data.num_workers

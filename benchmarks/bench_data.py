@@ -40,10 +40,10 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data_prep
-import finetune
 from benchmarks.turns import ratio, report, take_turns
 from shards.augment import augment_batch
 from shards.decode import Recipe, read_video
+from shards.finetuning_views import FinetuningViews
 from shards.stream import TrainingData
 from shards.views import PretrainingViews
 
@@ -322,7 +322,7 @@ def compare_kinds(clip: Path, work: Path) -> None:
     }
     for name, recipe in recipes.items():
         data_prep.convert(str(films), str(work / name), recipe)
-    pairs, clips = PretrainingViews(SIZE, PATCHES), finetune.FinetuningViews(SIZE, 16, 2)
+    pairs, clips = PretrainingViews(SIZE, PATCHES), FinetuningViews(SIZE, 16, 2)
     kinds = {name: (name, pairs, 3 * IMAGES // 2) for name in ("images", *recipes)}
     kinds["fine-tuning clips of 16 frames"] = ("videos of 16 frames", clips.draw, IMAGES // 4)
     contenders = {}

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier: the loader of labelled views that fine-tuning and eval.py share."""
+"""Accuracy of a classifier: its classes in the data sets, and the loader of labelled views."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +9,49 @@ from composer.core import DataSpec
 from composer.utils import dist
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
+from model import Classifier
 from shards.augment import normalise
+from shards.format import labelled_classes, match_classes, read_classes
 from shards.loader import Loader
 from shards.views import DataSets, EvalViews, PositiveFraction, check_frames
+
+
+def label_numbers(net: Classifier, paths: list[str], owner: str) -> list[list[int]]:
+    """Return for each data set the numbers of its labels among the classifier's classes, by name.
+
+    A classifier without class names has the classes of a data set by number.
+
+    Args:
+        owner: the classifier, for error messages.
+
+    Raises:
+        ValueError: a data set has classes that the classifier lacks, or another number of classes.
+    """
+    labels = []
+    for data_set, path in enumerate(paths):
+        classes, names = range(net.num_classes), net.class_names
+        if net.head_per_data_set:
+            head, classes = net.classes_of(data_set)
+            if not classes:
+                raise ValueError(f"{owner}: has heads for {data_set} data sets, not for {path}")
+            names = names and names[head]
+        if names:
+            labels.append(match_classes(path, names, owner, classes.start))
+            continue
+        count = len(labelled_classes(path))
+        if count != len(classes):
+            fault = f"its head has {len(classes)} classes, but {path} has {count}"
+            raise ValueError(f"{owner}: {fault}")
+        labels.append(list(classes))
+    return labels
+
+
+def class_labels(net: Classifier, path: str) -> list[str]:
+    """Return the name of each class of a classifier: by a data set, or a number, without names."""
+    names = net.class_names or read_classes(path)
+    if names and isinstance(names[0], list):
+        names = [f"{name} ({number})" for number, head in enumerate(names) for name in head]
+    return names if len(names) == net.num_classes else list(map(str, range(net.num_classes)))
 
 
 def normalise_views(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -4,12 +4,11 @@ A method is a subclass of ViCMAE or Classifier. It may have more attributes:
 
     supports_fsdp             False if FSDP must not shard it
     algorithms()              Composer algorithms of its own
+    check_augment(augment)    raises ValueError if the block augment does not suit it
     needs_labels              a pre-training's data sets must be labelled
-    takes_image_frames        images may have fewer frames than clips, see augment.image_frames
     images_as_stored          a classifier of clips sees an image as one frame, with its depth map
-    images_are_equal_frames   a classifier takes a clip of equal frames for an image
     head_per_data_set         a classifier is built with the number of classes of each data set; it
-                              has `data_set`, first_classes() and classes_in(), see MultiHead
+                              has classes_in() and classes_of(), see MultiHead
 """
 
 from typing import Any
@@ -41,6 +40,20 @@ CLASSIFIERS = {
     "linear_probe": LinearProbe,
     "tubevit": TubeViT,
 }
+
+
+def check_blocks(net: ViCMAE | Classifier, data: dict[str, Any], augment: dict[str, Any]) -> None:
+    """Raise ValueError if the blocks `data` and `augment` of a training do not suit its method."""
+    image_frames = augment.get("image_frames")
+    if image_frames and not isinstance(net, OmniMAE):
+        raise ValueError(f"augment.image_frames={image_frames}: works with method=omnimae only")
+    if hasattr(net, "check_augment"):
+        net.check_augment(augment)
+    images_differ = image_frames or getattr(net, "images_as_stored", False)
+    if images_differ and not data.get("one_stream_per_batch"):
+        key = "augment.image_frames" if image_frames else "model.depth_maps"
+        reason = "since images and clips have different shapes"
+        raise ValueError(f"data.one_stream_per_batch=false: must be true with {key}, {reason}")
 
 
 def method_of(stage: str, sizes: dict[str, Any], weights: dict[str, Tensor]) -> str:

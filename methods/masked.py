@@ -6,6 +6,7 @@ Differences from the published methods are listed in docs/methods.md.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,8 +111,6 @@ class OmniMAE(ChannelTargets):
         ValueError: image_mask_ratio keeps or removes no patch of an image; or see ViCMAE.
     """
 
-    takes_image_frames = True
-
     def __init__(self, *, image_mask_ratio: ProperFraction = 0.9, **clip_mae):
         super().__init__(**clip_mae)
         self.image_mask_ratio = image_mask_ratio
@@ -119,6 +118,14 @@ class OmniMAE(ChannelTargets):
         if not 0 < int(places * (1 - image_mask_ratio)) < places:
             of_image = f"must keep and remove some of the {places} patches of an image"
             raise ValueError(f"image_mask_ratio={image_mask_ratio}: {of_image}")
+
+    def check_augment(self, augment: dict[str, Any]) -> None:
+        """Raise ValueError if images of augment.image_frames frames are no part of a clip."""
+        frames = augment.get("image_frames") or 0
+        if frames % self.tubelet_size or frames > self.num_frames:
+            count = f"a multiple of model.tubelet_size={self.tubelet_size}"
+            limit = f"at most model.num_frames={self.num_frames}"
+            raise ValueError(f"augment.image_frames={frames}: must be {count}, and {limit}")
 
     def reconstruct(self, views: Tensor, noise: Tensor) -> Tensors:
         """Return what ViCMAE returns; of images with fewer frames than T, for their patches."""

@@ -7,7 +7,6 @@ trains model.Classifier from random weights.
 """
 
 import math
-from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -102,9 +101,11 @@ class MultiHead(Classifier):
             heads.append(len(weights[f"head.{len(heads)}.bias"]))
         return heads
 
-    def first_classes(self) -> list[int]:
-        """Return the number of the first class of each head."""
-        return [0, *accumulate(head.out_features for head in list(self.head)[:-1])]
+    def classes_of(self, data_set: int) -> tuple[int, range]:
+        """Return the head that evaluates a data set, and the numbers of its classes, if any."""
+        head = data_set if self.data_set is None else self.data_set
+        numbers = (self.head.owner == head).nonzero()[:, 0].tolist()
+        return head, range(numbers[0], numbers[-1] + 1) if numbers else range(0)
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the cross-entropy within the head of each sample's data set."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from methods.supervised import MultiHead
 from model import Batch, Encoder, LayerNorm, is_block, sincos
+from shards.finetuning_views import FinetuningViews
 
 Size = tuple[PositiveInt, PositiveInt, PositiveInt]  # frames, rows, columns
 TUBES = [  # of the publication, for clips of 32 frames of 224 x 224 pixels
@@ -221,8 +222,6 @@ class TubeViT(MultiHead):
         multi_head: other arguments of MultiHead.
     """
 
-    images_are_equal_frames = True  # so random erasing, which changes frames, is refused
-
     def __init__(
         self,
         classes: list[int],
@@ -239,6 +238,13 @@ class TubeViT(MultiHead):
         width, heads = self.head[0].in_features, self.encoder.blocks[0].attn.num_heads
         dropout = self.neck.p
         self.neck = AttentionPoolLatent(width, num_heads=heads, norm_layer=LayerNorm, drop=dropout)
+
+    def check_augment(self, augment: dict[str, Any]) -> None:
+        """Raise ValueError for random erasing, after which the frames of an image differ."""
+        erasing = augment.get("erasing", FinetuningViews.erasing)
+        if erasing:
+            reason = "must be 0 with method=tubevit, which takes equal frames for an image"
+            raise ValueError(f"augment.erasing={erasing}: {reason}")
 
     def forward(self, batch: Batch) -> Tensor:
         """Return log-probabilities (B, V, C), see DataSetHeads; for inputs, see Classifier."""

@@ -40,7 +40,7 @@ from shards.format import (
 from shards.loader import StepLoader, samples_in, split_step
 from shards.shared_memory import claim, one_job_at_a_time
 from shards.storage import Storage
-from shards.views import UnitInterval
+from shards.views import UnitInterval, stored_frames
 
 # (stored sample, generator) -> training sample
 Transform = Callable[[dict, np.random.Generator], dict]
@@ -56,9 +56,10 @@ class DeterministicStream(StreamingDataset):
     `repeat` counts from 0 to `repeats` - 1.
 
     Args:
-        transform: called with a stored sample and its generator. The sample has a further entry
-            `stream`, the index of its stream. A ValueError declares the sample unreadable; the
-            next sample of the data then takes its place.
+        transform: called with a stored sample and its generator. The sample has further entries
+            `stream`, the index of its stream, and `of_images`. A ValueError declares the sample
+            unreadable; the next sample of the data then takes its place.
+        of_images: for each stream, whether it holds images.
         patch_size, unreadable, max_unreadable: see TrainingData, load and record_unreadable.
         repeats: times that each sample is transformed after it has been read once.
         settings: of StreamingDataset. Its batch_size counts samples before they are repeated.
@@ -67,6 +68,7 @@ class DeterministicStream(StreamingDataset):
     def __init__(
         self,
         transform: Transform,
+        of_images: list[bool],
         patch_size: int,
         unreadable: Path,
         max_unreadable: float,
@@ -75,6 +77,7 @@ class DeterministicStream(StreamingDataset):
     ):
         super().__init__(shuffle=True, **settings)
         self.transform = transform
+        self.of_images = of_images
         self.patch_size = patch_size
         self.unreadable = unreadable
         self.max_unreadable = max_unreadable
@@ -118,7 +121,8 @@ class DeterministicStream(StreamingDataset):
         except (IndexError, ValueError) as error:
             sample = {"name": f"sample {number} of all streams", "read_error": str(error)}
         shard, _ = self.spanner[number]
-        return sample | {"stream": int(self.stream_per_shard[shard])}
+        stream = int(self.stream_per_shard[shard])
+        return sample | {"stream": stream, "of_images": self.of_images[stream]}
 
     def __iter__(self) -> Iterator[dict]:
         """Yield the transformed samples of this rank and worker."""
@@ -364,9 +368,15 @@ class TrainingData:
         loaded = batch // ranks if self.one_stream_per_batch else share
         downloads = Download(**self.download or {})
         opened = open_streams(self.streams, run, patch_size, downloads, self.epoch_size)
+        # Only such batches may have images of fewer frames than clips.
+        images = [
+            self.one_stream_per_batch and stored_frames(stream["path"]) == 1
+            for stream in self.streams
+        ]
         with one_job_at_a_time():
             dataset = DeterministicStream(
                 transform,
+                images,
                 patch_size,
                 run / "unreadable.jsonl",
                 self.max_unreadable,

@@ -268,20 +268,18 @@ class PretrainingViews:
     Args:
         img_size, num_patches: H and W of a view, in pixels; N, its patches.
         num_frames: T, frames of a view; 1 for views that are images, which have no axis T.
-        images: for each stream, whether it holds images; without use if image_frames is None.
         video, image: how to draw the views of clips and of images.
         views: V, views of a sample.
         frame_gap, sections: for views that are images, see draw_frame_pair.
         clip_seconds: both frames of such a pair are in a window this long, which is drawn anew in
             each epoch; None for the entire clip.
         frame_interval: for views that are clips, see pick_frames.
-        image_frames: equal frames of a view in streams of images, for OmniMAE; None for T.
+        image_frames: equal frames of a view in a stream of images, for OmniMAE; None for T.
     """
 
     img_size: int
     num_patches: int
     num_frames: int = 1
-    images: Sequence[bool] = ()
     _: KW_ONLY
     # For the YAML, the arguments of a ViewRecipe; __post_init__ makes ViewRecipes of them.
     video: Annotated[dict, ViewRecipe] = field(default_factory=dict)
@@ -331,9 +329,8 @@ class PretrainingViews:
             first, frames = draw_window(rng, sample["timestamps"], self.clip_seconds)
             pair = draw_frame_pair(rng, frames, self.frame_gap, self.sections)
             return [[first + index] for index in pair[: self.views]]
-        count = self.num_frames
-        if self.image_frames and self.images[sample["stream"]]:
-            count = self.image_frames
+        is_image = self.image_frames and sample["of_images"]
+        count = self.image_frames if is_image else self.num_frames
         pick = partial(pick_frames, sample["timestamps"], count, self.frame_interval)
         return [pick(position) for position in rng.random(self.views)]
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain
-from finetune import FinetuningViews
 from methods import CLASSIFIERS, PRETRAINING
 from methods.linear_probe import LinearProbe
 from methods.supervised import Omnivore
 from methods.tubevit import TubeViT
 from shards.augment import PARAMETERS, augment_batch
+from shards.finetuning_views import FinetuningViews
 from training.logs import GradientNorm
 
 

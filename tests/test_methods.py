@@ -1,5 +1,7 @@
 """All methods of methods/: on two ranks, resumed, collapsed; none changes ViC-MAE."""
 
+import ast
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import pretrain
-from methods import PRETRAINING, method_of
+from methods import CLASSIFIERS, PRETRAINING, method_of
 from methods.contrastive import MoCoV2
 from methods.linear_probe import LinearProbe
 from methods.supervised import Omnivore
 from model import Classifier, ViCMAE
+from training.config import keywords_of
 from training.weights import LATEST, read_checkpoint
 
 METHODS = {
@@ -159,3 +162,20 @@ def test_classifier_without_a_method_is_known_by_its_weights():
         (Omnivore([2, 3], **ENCODER), "omnivore"),
     ):
         assert method_of("finetune", {}, net.state_dict()) == method
+
+
+@pytest.mark.parametrize("stage", ["model", "pretrain", "finetune", "eval"])
+def test_stage_knows_no_method_by_name_or_argument_but_the_papers(stage):
+    """The methods of the paper are ViC-MAE, its classifier and the linear probe."""
+    papers = (ViCMAE, Classifier, LinearProbe)
+    known = {key for kind in papers for key in keywords_of(kind)} | {"momentum"}  # of LARS, too
+    forbidden = set()
+    for name, kind in (PRETRAINING | CLASSIFIERS).items():
+        if kind not in papers:
+            forbidden |= {name, kind.__name__, *keywords_of(kind)}
+    used = set()
+    for node in ast.walk(ast.parse((ROOT / f"{stage}.py").read_text())):
+        for field in ("id", "attr", "arg", "value"):
+            value = getattr(node, field, None)
+            used |= {value} if isinstance(value, str) else set()
+    assert not used & (forbidden - known)

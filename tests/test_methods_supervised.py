@@ -55,7 +55,15 @@ def test_each_head_trains_and_classifies_the_samples_of_its_own_data_set_alone()
 
 
 def test_classes_are_numbered_over_all_data_sets():
-    assert Omnivore([4, 3, 5], **ENCODER).first_classes() == [0, 4, 7]
+    net = Omnivore([4, 3, 5], **ENCODER)
+    assert [net.classes_of(number) for number in range(4)] == [
+        (0, range(4)),
+        (1, range(4, 7)),
+        (2, range(7, 12)),
+        (3, range(0)),
+    ]
+    chosen = Omnivore([4, 3, 5], **ENCODER, data_set=1)
+    assert chosen.classes_of(0) == (1, range(4, 7))
 
 
 def test_data_set_without_a_head_is_an_error():

@@ -12,7 +12,6 @@ from PIL import Image
 from scipy.io import savemat
 
 import data_prep
-from finetune import FinetuningViews
 from shards.demo import CLASSES, draw_depth_demo
 from shards.depth import (
     DepthMap,
@@ -21,6 +20,7 @@ from shards.depth import (
     encode_depth,
     read_rotated,
 )
+from shards.finetuning_views import FinetuningViews
 from shards.format import Clips, decode_frame, encode_clip
 from shards.inspect import verify
 from shards.layouts import SCENES
@@ -232,11 +232,11 @@ def rgbd_sample() -> dict:
     Image.fromarray(pixels).save(file, "JPEG", quality=100, subsampling=0)
     millimetres = (39 / (75 * levels) * 1000).round().astype(np.uint16)
     sample = encode_clip([file.getvalue()], [0.0], 3, "x", DepthMap(millimetres, 39.0))
-    return sample | {"stream": 1}
+    return sample | {"of_images": True}
 
 
 def test_depth_is_cropped_and_flipped_as_its_image():
-    views = FinetuningViews(24, 4, 10, images=(False, True), **PLAIN)
+    views = FinetuningViews(24, 4, 10, images_as_stored=True, **PLAIN)
     sample = rgbd_sample()
     for seed in range(8):
         drawn = views.draw(sample, np.random.default_rng(seed))
@@ -251,7 +251,7 @@ def test_depth_is_cropped_and_flipped_as_its_image():
 
 
 def test_image_loses_its_colours_with_the_given_probability_and_never_its_depth():
-    views = FinetuningViews(8, 4, 10, images=(False, True), **PLAIN, drop_colours=0.3)
+    views = FinetuningViews(8, 4, 10, images_as_stored=True, **PLAIN, drop_colours=0.3)
     sample = rgbd_sample()
     drawn = [views.draw(sample, np.random.default_rng(seed)) for seed in range(400)]
     kept = torch.stack([one["colours"] for one in drawn])
@@ -269,7 +269,7 @@ def test_image_loses_its_colours_with_the_given_probability_and_never_its_depth(
 
 
 def test_depth_of_an_image_does_not_change_what_else_is_drawn():
-    with_depth = FinetuningViews(24, 4, 10, images=(False, True), **PLAIN)
+    with_depth = FinetuningViews(24, 4, 10, images_as_stored=True, **PLAIN)
     plain = rgbd_sample()
     del plain["depth"]
     ours = with_depth.draw(rgbd_sample(), np.random.default_rng(1))

@@ -238,9 +238,9 @@ def test_clip_view_has_a_frame_of_each_section(decoded):
 
 
 def test_stream_decides_the_frames_of_a_view_even_if_a_clip_has_a_single_frame():
-    views = PretrainingViews(32, 32, 4, [False, True], views=1, image_frames=2)
-    for count, stream, expected in ((1, 0, 4), (6, 0, 4), (1, 1, 2)):
-        sample = make_clip(random_frames(count)) | {"stream": stream}
+    views = PretrainingViews(32, 32, 4, views=1, image_frames=2)
+    for count, of_images, expected in ((1, False, 4), (6, False, 4), (1, True, 2)):
+        sample = make_clip(random_frames(count)) | {"of_images": of_images}
         drawn = views(sample, np.random.default_rng(0))
         assert drawn["views"].shape == (1, expected, 32, 32, 3)
         assert drawn["noise"].shape == (1, 32)
