@@ -57,6 +57,7 @@ STAGES = {
     "finetune.py": (run_finetune, FinetuneConfig),
 }
 LOCK = "runs/comparison.lock"
+TIMED = 70  # steps that give the speed of a method, after 10
 # Every run has no callbacks, one checkpoint at its end, and a warm-up of 7 % of its steps.
 OVERRIDES = ["callbacks=null", "checkpoints.interval=1000000ba", "schedule.t_warmup=0.07dur"]
 
@@ -330,7 +331,8 @@ def result_of(task: Future) -> dict[str, float]:
 
 def steps_of(methods: dict[str, list[str]], seconds: float, prefix: str) -> dict[str, int]:
     """Return how many steps each method makes in a time, alone on this machine."""
-    timed = ["callbacks={SpeedMonitor: {window_size: 70}}", "trainer.max_duration=80ba"]
+    timed = [f"callbacks={{SpeedMonitor: {{window_size: {TIMED}}}}}"]
+    timed += [f"trainer.max_duration={10 + TIMED}ba"]
     steps = {}
     with training_processes(1) as executor:
         for method, command in methods.items():

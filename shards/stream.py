@@ -57,9 +57,9 @@ class DeterministicStream(StreamingDataset):
 
     Args:
         transform: called with a stored sample and its generator. The sample has further entries
-            `stream`, the index of its stream, and `of_images`. A ValueError declares the sample
-            unreadable; the next sample of the data then takes its place.
-        of_images: for each stream, whether it holds images.
+            `stream`, the index of its stream, and `of_images`, whether this stream holds images and
+            gives batches of its own. A ValueError declares the sample unreadable; the next sample
+            of the data then takes its place.
         patch_size, unreadable, max_unreadable: see TrainingData, load and record_unreadable.
         repeats: times that each sample is transformed after it has been read once.
         settings: of StreamingDataset. Its batch_size counts samples before they are repeated.
@@ -68,7 +68,6 @@ class DeterministicStream(StreamingDataset):
     def __init__(
         self,
         transform: Transform,
-        of_images: list[bool],
         patch_size: int,
         unreadable: Path,
         max_unreadable: float,
@@ -77,7 +76,11 @@ class DeterministicStream(StreamingDataset):
     ):
         super().__init__(shuffle=True, **settings)
         self.transform = transform
-        self.of_images = of_images
+        self.one_stream_per_batch = self.batching_method == "per_stream"
+        self.of_images = [
+            self.one_stream_per_batch and stored_frames(stream.remote or stream.local) == 1
+            for stream in self.streams
+        ]
         self.patch_size = patch_size
         self.unreadable = unreadable
         self.max_unreadable = max_unreadable
@@ -93,19 +96,16 @@ class DeterministicStream(StreamingDataset):
             ValueError: an epoch is shorter than a batch, or a stream if batches are not mixed.
         """
         read = global_batch_size // self.repeats
-        one_stream_per_batch = self.batching_method == "per_stream"
-        samples = (
-            [stream.choose for stream in self.streams]
-            if one_stream_per_batch
-            else [self.epoch_size]
-        )
+        samples = [self.epoch_size]
+        if self.one_stream_per_batch:
+            samples = [stream.choose for stream in self.streams]
         if min(samples) < read:
             batch = f"data.global_train_batch_size={global_batch_size}"
-            of = "a stream in an epoch" if one_stream_per_batch else "an epoch"
+            of = "a stream in an epoch" if self.one_stream_per_batch else "an epoch"
             fewest = min(samples) * self.repeats
             raise ValueError(f"{batch}: must be at most the {fewest} samples of {of}")
         samples = [number - number % read for number in samples]
-        if one_stream_per_batch:
+        if self.one_stream_per_batch:
             for stream, number in zip(self.streams, samples, strict=True):
                 stream.choose = number
         self.epoch_size = sum(samples)
@@ -368,15 +368,9 @@ class TrainingData:
         loaded = batch // ranks if self.one_stream_per_batch else share
         downloads = Download(**self.download or {})
         opened = open_streams(self.streams, run, patch_size, downloads, self.epoch_size)
-        # Only such batches may have images of fewer frames than clips.
-        images = [
-            self.one_stream_per_batch and stored_frames(stream["path"]) == 1
-            for stream in self.streams
-        ]
         with one_job_at_a_time():
             dataset = DeterministicStream(
                 transform,
-                images,
                 patch_size,
                 run / "unreadable.jsonl",
                 self.max_unreadable,

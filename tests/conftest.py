@@ -3,6 +3,7 @@ files of a test; stages on the command line; processes that join into ranks; a b
 """
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import uuid
@@ -239,6 +241,28 @@ def start_ranks(folder: Path, ranks: int, function, *arguments, backend: str = "
 def on_ranks(tmp_path) -> Callable:
     """on_ranks(n, function, *arguments), see start_ranks."""
     return partial(start_ranks, tmp_path)
+
+
+def be_rank(rank: int, ranks: int, port: int, stage: str, *arguments) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    for name, value in {"RANK": rank, "WORLD_SIZE": ranks}.items():
+        os.environ |= {name: str(value), f"LOCAL_{name}": str(value)}
+    torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # of data workers, as in a program that was launched
+    run_stage(importlib.import_module(stage), *arguments)
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # see join
+
+
+def run_stage_on_ranks(stage, arguments: list[str], folder: Path, ranks: int) -> None:
+    """Do what Composer's launcher does, in processes that have loaded the libraries already."""
+    multiprocessing.set_forkserver_preload(["composer", "streaming", "timm"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = (ranks, port, stage.__name__, arguments, folder)
+    mp.start_processes(be_rank, settings, nprocs=ranks, start_method="forkserver")
 
 
 def small(demo: Path) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from multiprocessing import get_context
 from pathlib import Path
@@ -49,6 +50,13 @@ class ThisProcess(Executor):
 def main_replaced(main) -> dict[str, tuple]:
     """Return compare.STAGES with another main function."""
     return {name: (main, config) for name, (_, config) in compare.STAGES.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_timing() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "TIMED", 2)
+        yield
 
 
 @pytest.fixture

@@ -632,13 +632,12 @@ def test_classifier_of_images_equals_timms_vit():
 
 
 @pytest.mark.parametrize("size", ["small", "base", "large"])
-def test_classifier_with_timms_weights_has_timms_logits_at_every_size(size):
-    name = f"vit_{size}_patch16_224"
-    theirs = timm.create_model(name, num_classes=10, global_pool="avg", fc_norm=False).eval()
+def test_classifier_with_timms_weights_has_timms_logits_at_every_width(size):
+    settings = {"depth": 4, "num_classes": 10, "global_pool": "avg", "fc_norm": False}
+    theirs = timm.create_model(f"vit_{size}_patch16_224", **settings).eval()
     nn.init.normal_(theirs.head.weight, std=0.1)
     heads = theirs.blocks[0].attn.num_heads
-    sizes = {"embed_dim": theirs.embed_dim, "depth": len(theirs.blocks), "num_heads": heads}
-    ours = Classifier(10, **sizes).eval()
+    ours = Classifier(10, embed_dim=theirs.embed_dim, depth=4, num_heads=heads).eval()
     load_pretrained(ours, theirs.state_dict())
     images = torch.randn(1, 3, 224, 224)
     for kind, official in (("mean", "avg"), ("cls", "token")):

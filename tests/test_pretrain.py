@@ -17,6 +17,7 @@ from conftest import (
     read_metrics,
     read_result,
     run_stage,
+    run_stage_on_ranks,
     small,
 )
 
@@ -43,8 +44,7 @@ def test_command_line_pretrains_measures_and_draws(demo, tmp_path):
 def test_two_ranks_log_what_one_rank_logs(demo, tmp_path):
     arguments = [*small(demo), "trainer.max_duration=4ba"]
     run_stage(pretrain, [*arguments, "run_name=one"], tmp_path)
-    result = launch(tmp_path, "pretrain.py", *arguments, "run_name=two", ranks=2)
-    assert result.returncode == 0, result.stderr
+    run_stage_on_ranks(pretrain, [*arguments, "run_name=two"], tmp_path, 2)
     one, two = read_result(tmp_path, "one"), read_result(tmp_path, "two")
     for key in ("loss/train/total", "loss/train/reconstruction", "loss/train/contrastive"):
         assert two[key] == pytest.approx(one[key], rel=1e-4)
@@ -148,8 +148,7 @@ SHRUNK = [  # yamls/vitl.yaml's keys, with values for 2 CPU ranks
 def test_recipe_of_vitl_shrunk_by_overrides_trains_two_steps_with_fsdp_on_two_ranks(demo, tmp_path):
     streams = f"data.streams=[{{path: {demo}/train_images}}, {{path: {demo}/train_videos}}]"
     arguments = [str(ROOT / "yamls" / "vitl.yaml"), *SHRUNK, streams]
-    result = launch(tmp_path, "pretrain.py", *arguments, ranks=2)
-    assert result.returncode == 0, result.stderr
+    run_stage_on_ranks(pretrain, arguments, tmp_path, 2)
     assert len(losses(tmp_path, "vitl")) == 2
     assert read_metrics(tmp_path, "vitl")[0]["flops_per_sample"] > 0
     newest = (tmp_path / "runs" / "vitl" / "checkpoints" / LATEST).resolve()
