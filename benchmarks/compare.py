@@ -378,11 +378,7 @@ def compare(
     jobs: PositiveInt = 1,
     prefix: RunName = "compare",
 ) -> None:
-    """Train methods for the same time on this machine, and compare their encoders.
-
-    Writes a table and a picture.
-
-    Every run has no callbacks, one checkpoint at its end, and a warm-up of 7 % of its steps.
+    """Train methods for the same time on this machine; write a table and a picture of the results.
 
     Args:
         to: file of the table; the picture has its name, with .png.

@@ -31,20 +31,18 @@ def state_of(model: nn.Module, precision: Precision) -> SimpleNamespace:
 LOGGER = SimpleNamespace(log_metrics=lambda metrics: None)
 
 
-def test_files_of_callbacks_and_loggers_are_in_the_run_directory_unless_placed(monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def test_files_of_callbacks_and_loggers_are_in_the_run_directory_unless_placed():
     classes = {known.__name__: known for known in CALLBACKS.classes + LOGGERS.classes}
     placed = place_files({name: {} for name in classes}, Path("runs/x"))
     arguments = {name: found for name, found in placed.items() if found}
-    assert len(arguments) == 6 and placed.keys() == classes.keys()
+    assert len(arguments) == 3 and placed.keys() == classes.keys()
     for name, found in arguments.items():
         assert found.keys() <= inspect.signature(classes[name]).parameters.keys()
         assert "runs/x" in str(found)
     given = {"WandBLogger": {"project": "p", "init_kwargs": {"notes": "n"}}, "mine.Own": {"a": 1}}
     expected = {"project": "p", "init_kwargs": {"dir": "runs/x", "notes": "n"}}
     assert place_files(given, Path("runs/x")) == given | {"WandBLogger": expected}
-    given = {"TensorboardLogger": {"log_dir": "mine"}, "MLFlowLogger": {}}
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost")
+    given = {"TensorboardLogger": {"log_dir": "mine"}}
     assert place_files(given, Path("runs/x")) == given
 
 
