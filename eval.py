@@ -221,8 +221,9 @@ def load_model(config: EvalConfig) -> ViCMAE | Classifier:
     if config.reconstructions and getattr(net, "decoder", None) is None:
         raise ValueError(f"reconstructions: {type(net).__name__} has no decoder")
     if config.checkpoint and not config.random_weights:
-        # A decoder of another kind, as of earlier versions, matters to reconstructions alone.
-        report = load_pretrained(net, config.checkpoint, ("decoder",))
+        # Only reconstructions need the decoder; earlier versions of ST-MAE have it in another size.
+        unneeded = () if config.reconstructions else ("decoder",)
+        report = load_pretrained(net, config.checkpoint, unneeded)
         needed = ("head.", "neck.") if isinstance(net, Classifier) else ()
         if config.reconstructions:
             needed = ("decoder.",)

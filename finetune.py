@@ -84,7 +84,7 @@ class FinetuneConfig(RunConfig):
         pretrained: a checkpoint of pretrain.py, an official file or the name of timm's weights;
             null for none. The sizes of the encoder come from it, unless `model` gives them.
         random_weights: take only the sizes of `pretrained`, for the baseline of random weights.
-        method: classifier, linear_probe, omnivore or tubevit.
+        method: a method of methods.CLASSIFIERS.
         optimizer, lars: one of the two. LARS is for linear probes, with a head for each of its
             learning rates.
     """
@@ -112,7 +112,7 @@ class FinetuneConfig(RunConfig):
 
 
 def check_config(config: FinetuneConfig) -> None:
-    """Check that the blocks of a config go together, whatever the model; see also check_blocks.
+    """Check that the blocks of a config go together; check_blocks checks them with the model.
 
     Raises:
         ValueError: they do not.
@@ -209,8 +209,8 @@ def finetune(config: FinetuneConfig) -> Trainer:
         print_once(f"weights of {config.pretrained}:\n{table}")
     size, frames = net.encoder.img_size, net.encoder.num_frames
     patch_size, as_stored = net.encoder.patch_size, getattr(net, "images_as_stored", False)
-    stored = (classes.training, as_stored)
-    views = FinetuningViews(size, frames, net.num_classes, *stored, **config.augment)
+    of_data = (net.num_classes, classes.training, as_stored)
+    views = FinetuningViews(size, frames, *of_data, **config.augment)
     with say_if_slow("opening the data sets"):
         data = TrainingData(**config.data)
         loader, micro_size = data.load(views.draw, views.apply, config.seed, patch_size, run)

@@ -57,7 +57,7 @@ STAGES = {
     "finetune.py": (run_finetune, FinetuneConfig),
 }
 LOCK = "runs/comparison.lock"
-TIMED = 70  # steps that give the speed of a method, after 10
+WARM_UP, TIMED = 10, 70  # steps from whose speed the number of steps is computed
 # Every run has no callbacks, one checkpoint at its end, and a warm-up of 7 % of its steps.
 OVERRIDES = ["callbacks=null", "checkpoints.interval=1000000ba", "schedule.t_warmup=0.07dur"]
 
@@ -332,7 +332,7 @@ def result_of(task: Future) -> dict[str, float]:
 def steps_of(methods: dict[str, list[str]], seconds: float, prefix: str) -> dict[str, int]:
     """Return how many steps each method makes in a time, alone on this machine."""
     timed = [f"callbacks={{SpeedMonitor: {{window_size: {TIMED}}}}}"]
-    timed += [f"trainer.max_duration={10 + TIMED}ba"]
+    timed += [f"trainer.max_duration={WARM_UP + TIMED}ba"]
     steps = {}
     with training_processes(1) as executor:
         for method, command in methods.items():

@@ -19,7 +19,7 @@ from shards.views import DataSets, EvalViews, PositiveFraction, check_frames
 def label_numbers(net: Classifier, paths: list[str], owner: str) -> list[list[int]]:
     """Return for each data set the numbers of its labels among the classifier's classes, by name.
 
-    A classifier without class names has the classes of a data set by number.
+    Without class names, label i of a data set is class i of the classifier, or of its head.
 
     Args:
         owner: the classifier, for error messages.
@@ -47,7 +47,10 @@ def label_numbers(net: Classifier, paths: list[str], owner: str) -> list[list[in
 
 
 def class_labels(net: Classifier, path: str) -> list[str]:
-    """Return the name of each class of a classifier: by a data set, or a number, without names."""
+    """Return a name for each class of a classifier; without names, of the data set at `path`.
+
+    If the numbers of classes differ, the names are numbers.
+    """
     names = net.class_names or read_classes(path)
     if names and isinstance(names[0], list):
         names = [f"{name} ({number})" for number, head in enumerate(names) for name in head]

@@ -4,7 +4,9 @@ A method is a subclass of ViCMAE or Classifier. It may have more attributes:
 
     supports_fsdp             False if FSDP must not shard it
     algorithms()              Composer algorithms of its own
-    check_augment(augment)    raises ValueError if the block augment does not suit it
+    takes_image_frames        images may have fewer frames than clips, see augment.image_frames
+    check_augment(augment)    raises ValueError if the block `augment` does not suit it; called by
+                              check_blocks
     needs_labels              a pre-training's data sets must be labelled
     images_as_stored          a classifier of clips sees an image as one frame, with its depth map
     head_per_data_set         a classifier is built with the number of classes of each data set; it
@@ -45,12 +47,12 @@ CLASSIFIERS = {
 def check_blocks(net: ViCMAE | Classifier, data: dict[str, Any], augment: dict[str, Any]) -> None:
     """Raise ValueError if the blocks `data` and `augment` of a training do not suit its method."""
     image_frames = augment.get("image_frames")
-    if image_frames and not isinstance(net, OmniMAE):
+    if image_frames and not getattr(net, "takes_image_frames", False):
         raise ValueError(f"augment.image_frames={image_frames}: works with method=omnimae only")
     if hasattr(net, "check_augment"):
         net.check_augment(augment)
-    images_differ = image_frames or getattr(net, "images_as_stored", False)
-    if images_differ and not data.get("one_stream_per_batch"):
+    shapes_differ = bool(image_frames) or getattr(net, "images_as_stored", False)
+    if shapes_differ and not data.get("one_stream_per_batch"):
         key = "augment.image_frames" if image_frames else "model.depth_maps"
         reason = "since images and clips have different shapes"
         raise ValueError(f"data.one_stream_per_batch=false: must be true with {key}, {reason}")

@@ -111,6 +111,8 @@ class OmniMAE(ChannelTargets):
         ValueError: image_mask_ratio keeps or removes no patch of an image; or see ViCMAE.
     """
 
+    takes_image_frames = True
+
     def __init__(self, *, image_mask_ratio: ProperFraction = 0.9, **clip_mae):
         super().__init__(**clip_mae)
         self.image_mask_ratio = image_mask_ratio
@@ -120,7 +122,7 @@ class OmniMAE(ChannelTargets):
             raise ValueError(f"image_mask_ratio={image_mask_ratio}: {of_image}")
 
     def check_augment(self, augment: dict[str, Any]) -> None:
-        """Raise ValueError if images of augment.image_frames frames are no part of a clip."""
+        """Raise ValueError unless augment.image_frames are whole tubelets, at most a clip."""
         frames = augment.get("image_frames") or 0
         if frames % self.tubelet_size or frames > self.num_frames:
             count = f"a multiple of model.tubelet_size={self.tubelet_size}"

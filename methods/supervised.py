@@ -102,7 +102,7 @@ class MultiHead(Classifier):
         return heads
 
     def classes_of(self, data_set: int) -> tuple[int, range]:
-        """Return the head that evaluates a data set, and the numbers of its classes, if any."""
+        """Return the head of a data set, and its classes: an empty range if it has none."""
         head = data_set if self.data_set is None else self.data_set
         numbers = (self.head.owner == head).nonzero()[:, 0].tolist()
         return head, range(numbers[0], numbers[-1] + 1) if numbers else range(0)

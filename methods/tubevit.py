@@ -240,7 +240,10 @@ class TubeViT(MultiHead):
         self.neck = AttentionPoolLatent(width, num_heads=heads, norm_layer=LayerNorm, drop=dropout)
 
     def check_augment(self, augment: dict[str, Any]) -> None:
-        """Raise ValueError for random erasing, after which the frames of an image differ."""
+        """Raise ValueError for random erasing, which makes the frames of a still clip differ.
+
+        Clips of equal frames count as images.
+        """
         erasing = augment.get("erasing", FinetuningViews.erasing)
         if erasing:
             reason = "must be 0 with method=tubevit, which takes equal frames for an image"

@@ -57,9 +57,9 @@ class DeterministicStream(StreamingDataset):
 
     Args:
         transform: called with a stored sample and its generator. The sample has further entries
-            `stream`, the index of its stream, and `of_images`, whether this stream holds images and
-            gives batches of its own. A ValueError declares the sample unreadable; the next sample
-            of the data then takes its place.
+            `stream`, the index of its stream, and `of_images`. A ValueError declares the sample
+            unreadable; the next sample of the data then takes its place.
+        of_images: for each stream, whether its samples are images.
         patch_size, unreadable, max_unreadable: see TrainingData, load and record_unreadable.
         repeats: times that each sample is transformed after it has been read once.
         settings: of StreamingDataset. Its batch_size counts samples before they are repeated.
@@ -68,6 +68,7 @@ class DeterministicStream(StreamingDataset):
     def __init__(
         self,
         transform: Transform,
+        of_images: list[bool],
         patch_size: int,
         unreadable: Path,
         max_unreadable: float,
@@ -76,11 +77,8 @@ class DeterministicStream(StreamingDataset):
     ):
         super().__init__(shuffle=True, **settings)
         self.transform = transform
+        self.of_images = of_images
         self.one_stream_per_batch = self.batching_method == "per_stream"
-        self.of_images = [
-            self.one_stream_per_batch and stored_frames(stream.remote or stream.local) == 1
-            for stream in self.streams
-        ]
         self.patch_size = patch_size
         self.unreadable = unreadable
         self.max_unreadable = max_unreadable
@@ -368,9 +366,11 @@ class TrainingData:
         loaded = batch // ranks if self.one_stream_per_batch else share
         downloads = Download(**self.download or {})
         opened = open_streams(self.streams, run, patch_size, downloads, self.epoch_size)
+        of_images = [stored_frames(stream["path"]) == 1 for stream in self.streams]
         with one_job_at_a_time():
             dataset = DeterministicStream(
                 transform,
+                of_images,
                 patch_size,
                 run / "unreadable.jsonl",
                 self.max_unreadable,

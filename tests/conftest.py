@@ -243,7 +243,10 @@ def on_ranks(tmp_path) -> Callable:
     return partial(start_ranks, tmp_path)
 
 
-def be_rank(rank: int, ranks: int, port: int, stage: str, *arguments) -> None:
+def run_rank_of_stage(
+    rank: int, ranks: int, port: int, environment: dict[str, str], stage: str, *arguments
+) -> None:
+    os.environ |= environment  # see join
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     for name, value in {"RANK": rank, "WORLD_SIZE": ranks}.items():
         os.environ |= {name: str(value), f"LOCAL_{name}": str(value)}
@@ -252,6 +255,7 @@ def be_rank(rank: int, ranks: int, port: int, stage: str, *arguments) -> None:
     run_stage(importlib.import_module(stage), *arguments)
     torch.distributed.barrier()
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)  # see join
 
 
@@ -261,8 +265,8 @@ def run_stage_on_ranks(stage, arguments: list[str], folder: Path, ranks: int) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = (ranks, port, stage.__name__, arguments, folder)
-    mp.start_processes(be_rank, settings, nprocs=ranks, start_method="forkserver")
+    settings = (ranks, port, dict(os.environ), stage.__name__, arguments, folder)
+    mp.start_processes(run_rank_of_stage, settings, nprocs=ranks, start_method="forkserver")
 
 
 def small(demo: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Fine-tuning and linear probes: labelled views, mixing, LARS, and runs as a whole."""
+"""Fine-tuning and linear probes: LARS, held-out samples, and runs as a whole."""
 
 import json
 import os

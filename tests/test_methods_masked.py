@@ -114,7 +114,7 @@ def test_stmae_of_earlier_versions_which_predicts_all_frames_is_evaluated(tmp_pa
     sizes = {"model": TINY | CLIPS, "method": "st_mae", "checkpoint": str(tmp_path / "old.pt")}
     encoder = evaluation.load_model(evaluation.EvalConfig(**sizes)).encoder
     assert torch.equal(encoder.blocks[1].mlp.fc1.weight, net.encoder.blocks[1].mlp.fc1.weight)
-    with pytest.raises(ValueError, match=r"lacks decoder\."):
+    with pytest.raises(ValueError, match=r"decoder\.pred\.weight is \(384, 24\)"):
         evaluation.load_model(evaluation.EvalConfig(**sizes, reconstructions=["x"]))
 
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import eval as evaluation
 import finetune
+from evaluation.accuracy import label_numbers
 from methods.linear_probe import LinearProbe
 from methods.supervised import DepthEmbedding, Omnivore
 from model import Classifier
-from shards.format import Clips
+from shards.format import Clips, read_classes
 from training.checkpoints import Checkpoints
 from training.weights import LATEST, load_pretrained
 
@@ -64,6 +65,19 @@ def test_classes_are_numbered_over_all_data_sets():
     ]
     chosen = Omnivore([4, 3, 5], **ENCODER, data_set=1)
     assert chosen.classes_of(0) == (1, range(4, 7))
+
+
+def test_labels_of_a_data_set_are_classes_of_its_head_by_name_or_else_by_number(demo):
+    paths = [str(demo / "test_videos"), str(demo / "test_images")]
+    names = read_classes(paths[0])
+    net = Omnivore([10, 10], **ENCODER)
+    assert label_numbers(net, paths, "x") == [[*range(10)], [*range(10, 20)]]
+    net.class_names = [names, names[::-1]]
+    assert label_numbers(net, paths, "x") == [[*range(10)], [*range(19, 9, -1)]]
+    with pytest.raises(ValueError, match="x: has heads for 2 data sets, not for "):
+        label_numbers(net, [*paths, paths[0]], "x")
+    chosen = Omnivore([10, 10], **ENCODER, data_set=1)
+    assert label_numbers(chosen, paths, "x") == [[*range(10, 20)]] * 2
 
 
 def test_data_set_without_a_head_is_an_error():

@@ -25,8 +25,8 @@ import pretrain
 from training.weights import LATEST, read_checkpoint
 
 
-def test_command_line_pretrains_measures_and_draws(demo, tmp_path):
-    result = launch(tmp_path, "pretrain.py", *small(demo))
+def test_command_line_pretrains_measures_and_draws_on_two_ranks(demo, tmp_path):
+    result = launch(tmp_path, "pretrain.py", *small(demo), ranks=2)
     assert result.returncode == 0, result.stderr
     assert "k-NN accuracy" in result.stdout
     run = tmp_path / "runs" / "demo"

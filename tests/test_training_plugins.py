@@ -9,6 +9,7 @@ import pytest
 import torch
 from composer.algorithms.low_precision_layernorm import LowPrecisionLayerNorm
 from composer.algorithms.low_precision_layernorm.low_precision_layernorm import LPLayerNorm
+from composer.callbacks import EarlyStopper
 from composer.core import Event, Precision
 from conftest import ROOT, losses, run_stage, small
 from tiny_models import TINY, random_batch
@@ -44,6 +45,12 @@ def test_files_of_callbacks_and_loggers_are_in_the_run_directory_unless_placed()
     assert place_files(given, Path("runs/x")) == given | {"WandBLogger": expected}
     given = {"TensorboardLogger": {"log_dir": "mine"}}
     assert place_files(given, Path("runs/x")) == given
+
+
+def test_class_of_composer_that_is_not_listed_is_named_with_its_module():
+    assert CALLBACKS.find("composer.callbacks.EarlyStopper") is EarlyStopper
+    with pytest.raises(ValueError, match=r"other classes need their module, such as composer\."):
+        CALLBACKS.find("EarlyStopper")
 
 
 def test_null_switches_off_one_class_of_a_block():

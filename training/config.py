@@ -26,6 +26,7 @@ from composer.core import Time, TimeUnit, ensure_time
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from training.sources import (
+    OTHER_CLASSES,
     QUOTED,
     ConfigError,
     check_names,
@@ -103,7 +104,8 @@ class Named:
         module_name, _, class_name = name.rpartition(".")
         if not module_name:
             if name not in listed:
-                raise ValueError("is not a key of this block" + did_you_mean(name, listed))
+                nearest = did_you_mean(name, listed)
+                raise ValueError(f"is not a key of this block{nearest}{OTHER_CLASSES}")
             return listed[name]
         try:
             module = importlib.import_module(module_name)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.sources import (
+    OTHER_CLASSES,
     ConfigError,
     check_names,
     is_source,
@@ -138,7 +139,7 @@ def check(value: Any, hint: Code, path: list, config: dict[str, Any], omitted: t
         case ast.Call(func=ast.Name(id="Named"), args=[classes, _]) if isinstance(value, dict):
             known = [node.id for node in ast.walk(classes) if isinstance(node, ast.Name)]
             short = {name: block for name, block in value.items() if "." not in str(name)}
-            check_names(short, known, path)
+            check_names(short, known, path, OTHER_CLASSES)
             for name, block in short.items():
                 check(block, hint.find(name), [*path, name], config)
         case ast.FunctionDef() | ast.ClassDef() if isinstance(value, dict):

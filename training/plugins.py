@@ -1,7 +1,7 @@
 """Algorithms, callbacks and loggers that a YAML file can name.
 
-The lists hold Composer's classes that the YAML files and docs/ use. Any other class is named with
-its module: `composer.callbacks.EarlyStopper`, or `my_module.MyCallback` (docs/code.md).
+The lists hold our classes, and Composer's that YAML files and docs/ use. Any other class is named
+with its module: `composer.callbacks.EarlyStopper`, or `my_module.MyCallback` (docs/code.md).
 """
 
 import time

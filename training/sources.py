@@ -57,11 +57,14 @@ def without(keywords: dict[str, Any], omitted: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def check_names(block: dict, names: Iterable[str], path: list) -> None:
+OTHER_CLASSES = "; other classes need their module, such as composer.callbacks.EarlyStopper"
+
+
+def check_names(block: dict, names: Iterable[str], path: list, remedy: str = "") -> None:
     """Raise ConfigError if a block at a path of keys has a key that is not in `names`."""
     for name in block:
         if name not in names:
-            complaint = f"is not a key of this block{did_you_mean(name, names)}"
+            complaint = f"is not a key of this block{did_you_mean(name, names)}{remedy}"
             if not path and name in OWN_KEYS:
                 complaint = f"is a key of {OWN_KEYS[name]}; run that with this file"
             raise ConfigError([*path, name], complaint)
