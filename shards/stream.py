@@ -59,7 +59,7 @@ class DeterministicStream(StreamingDataset):
         transform: called with a stored sample and its generator. The sample has further entries
             `stream`, the index of its stream, and `of_images`. A ValueError declares the sample
             unreadable; the next sample of the data then takes its place.
-        of_images: for each stream, whether its samples are images.
+        of_images: for each stream, whether its batches are of images alone.
         patch_size, unreadable, max_unreadable: see TrainingData, load and record_unreadable.
         repeats: times that each sample is transformed after it has been read once.
         settings: of StreamingDataset. Its batch_size counts samples before they are repeated.
@@ -366,7 +366,9 @@ class TrainingData:
         loaded = batch // ranks if self.one_stream_per_batch else share
         downloads = Download(**self.download or {})
         opened = open_streams(self.streams, run, patch_size, downloads, self.epoch_size)
-        of_images = [stored_frames(stream["path"]) == 1 for stream in self.streams]
+        of_images = [False] * len(opened)
+        if self.one_stream_per_batch:  # else all samples of a batch have the frames of a clip
+            of_images = [stored_frames(stream["path"]) == 1 for stream in self.streams]
         with one_job_at_a_time():
             dataset = DeterministicStream(
                 transform,
