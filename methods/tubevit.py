@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from methods.supervised import MultiHead
 from model import Batch, Encoder, LayerNorm, is_block, sincos
-from shards.finetuning_views import FinetuningViews
 
 Size = tuple[PositiveInt, PositiveInt, PositiveInt]  # frames, rows, columns
 TUBES = [  # of the publication, for clips of 32 frames of 224 x 224 pixels
@@ -244,10 +243,10 @@ class TubeViT(MultiHead):
 
         Clips of equal frames count as images.
         """
-        erasing = augment.get("erasing", FinetuningViews.erasing)
-        if erasing:
+        if augment.get("erasing") != 0:  # The default is not 0.
+            given = f"={augment['erasing']}" if "erasing" in augment else ""
             reason = "must be 0 with method=tubevit, which takes equal frames for an image"
-            raise ValueError(f"augment.erasing={erasing}: {reason}")
+            raise ValueError(f"augment.erasing{given}: {reason}")
 
     def forward(self, batch: Batch) -> Tensor:
         """Return log-probabilities (B, V, C), see DataSetHeads; for inputs, see Classifier."""

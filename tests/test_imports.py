@@ -13,7 +13,7 @@ STAGES = ("data_prep", "model", "pretrain", "finetune", "eval")
 ALLOWED = {
     "model": set(),
     "shards": {"shards"},
-    "methods": {"methods", "model", "shards"},
+    "methods": {"methods", "model"},
     "evaluation": {"evaluation", "model", "shards"},
     "training": {"training", "model", "shards", "evaluation"},
     "data_prep": {"shards"},

@@ -16,6 +16,7 @@ import eval as evaluation
 import finetune
 from methods.tubevit import TUBES, Tube, TubeViT
 from model import Encoder
+from shards.finetuning_views import FinetuningViews
 from training.optimizer import build_optimizer
 from training.weights import LATEST, load_pretrained
 
@@ -295,3 +296,11 @@ def test_two_ranks_train_as_one(arguments, uninterrupted, tmp_path, on_ranks):
 def test_mistake_in_the_tubes_is_named(arguments, tmp_path, change, message):
     assert message in error_of(finetune, [*arguments, change], tmp_path)
     assert not (tmp_path / "runs").exists()
+
+
+def test_erasing_must_be_given_since_its_default_is_not_zero():
+    assert FinetuningViews.erasing > 0
+    net = new_model()
+    with pytest.raises(ValueError, match=r"augment\.erasing: must be 0 with method=tubevit"):
+        net.check_augment({})
+    net.check_augment({"erasing": 0.0})
