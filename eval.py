@@ -264,7 +264,8 @@ def measure_accuracy(
     )
     forbid_tf32()
     begin = time.monotonic()
-    trainer.eval()
+    with autocast_of(config):  # on a CPU, where Composer has no precision but fp32
+        trainer.eval()
     seconds = time.monotonic() - begin
     metrics = trainer.state.eval_metrics["eval"]
     samples = len(evaluator.dataloader.dataloader.dataset)

@@ -126,6 +126,9 @@ def check_config(config: FinetuneConfig) -> None:
         raise ValueError(
             "augment.held_out=0: held-out samples choose one of lars.base_lrs; give 0.01, say"
         )
+    if config.augment.get("held_out") and not config.lars:
+        held_out = config.augment["held_out"]
+        raise ValueError(f"augment.held_out={held_out}: must be 0 without lars, which it serves")
     if config.random_weights and not config.pretrained:
         raise ValueError("random_weights: needs the checkpoint pretrained, whose sizes it takes")
     testing = config.eval_data["paths"]

@@ -296,10 +296,10 @@ def plan(config: PretrainConfig, machine: Machine) -> str:
     plans = training_plans(net, sample, config.given(), machine)
     data = TrainingData(**config.data)
     batch, workers = data.global_train_batch_size, data.num_workers
-    micro_batch = data.global_micro_batch_size or batch
-    ahead = prefetch(batch // micro_batch, workers, data.prefetch_factor) if workers else 0
+    loaded = data.loaded_at_a_time
+    ahead = prefetch(batch // loaded, workers, data.prefetch_factor) if workers else 0
     sample_bytes = sample["views"].numel()  # before they become floats
-    return training_report(plans, workers * ahead * micro_batch / machine.gpus * sample_bytes)
+    return training_report(plans, workers * ahead * loaded / machine.gpus * sample_bytes)
 
 
 def main() -> None:

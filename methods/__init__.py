@@ -1,4 +1,4 @@
-"""All methods that are not ViC-MAE; a YAML names a method of these tables by its key `method`.
+"""The tables of methods; a YAML names a method by its key `method`.
 
 A method is a subclass of ViCMAE or Classifier. It may have more attributes:
 

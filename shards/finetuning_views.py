@@ -34,8 +34,8 @@ class FinetuningViews:
     Args:
         labels: labels[s][i] is the class of the stored label i of stream s, see match_classes; ()
             for the labels as they are stored.
-        images_as_stored: whether an image is one frame, with its depth map if there is one, or T
-            equal frames.
+        images_as_stored: whether a sample of a data set of images is one frame, with its depth map
+            if there is one, or T equal frames.
         crop_scale, crop_ratio: of RandomResizedCrop.
         flip: probability; 0 if labels have a direction.
         frame_interval: seconds between two frames, for a part of the clip; None for a random frame

@@ -339,6 +339,13 @@ class TrainingData:
     max_unreadable: UnitInterval = 0.001
     download: Annotated[dict, Download] | None = None
 
+    @property
+    def loaded_at_a_time(self) -> int:
+        """Return the samples that a worker of each rank loads at a time, over all ranks."""
+        if self.one_stream_per_batch:  # Streaming orders whole batches of the streams.
+            return self.global_train_batch_size
+        return self.global_micro_batch_size or self.global_train_batch_size
+
     def load(
         self,
         transform: Transform,
@@ -362,8 +369,7 @@ class TrainingData:
         ranks = dist.get_world_size()
         check_batch(batch, micro, self.repeats, ranks)
         share = (micro or batch) // ranks
-        # Streaming puts the batches of the streams in order, and so must know whole batches.
-        loaded = batch // ranks if self.one_stream_per_batch else share
+        loaded = self.loaded_at_a_time // ranks
         downloads = Download(**self.download or {})
         opened = open_streams(self.streams, run, patch_size, downloads, self.epoch_size)
         of_images = [False] * len(opened)

@@ -377,7 +377,8 @@ class EvalViews(Dataset):
         labels: for each data set, the number that replaces each of its labels, see match_classes;
             () for the labels as they are stored.
         patch_size: pixels; a sample of smaller frames counts as unreadable.
-        images_as_stored: give depth and kind, for a model that sees an image as one frame.
+        images_as_stored: give depth and kind, for a model that sees an image as one frame. As in
+            training, a clip of one frame in a data set of clips counts as a clip.
         run: run directory, where UNREADABLE lists unreadable samples. They become black, with the
             target -1. If more than 0.1 % are unreadable, or run is None, ValueError is raised.
     """
@@ -396,6 +397,9 @@ class EvalViews(Dataset):
 
     def __post_init__(self):
         self.data = ConcatDataset([Clips(path) for path in self.paths])
+        self.of_images = [False] * len(self.paths)  # for each data set
+        if self.images_as_stored:
+            self.of_images = [stored_frames(path) == 1 for path in self.paths]
 
     def __len__(self) -> int:
         return len(self.data)
@@ -412,7 +416,8 @@ class EvalViews(Dataset):
         try:
             sample = self.data[number]
             check_size(sample, self.patch_size)
-            inputs, label = self.draw_inputs(sample), sample["label"]
+            inputs = self.draw_inputs(sample, self.of_images[data_set])
+            label = sample["label"]
         except (ValueError, IndexError, KeyError, TypeError) as error:  # corrupt frame or shard
             first_number = [0, *self.data.cumulative_sizes][data_set]
             name = f"{self.paths[data_set]}, sample {number - first_number}"
@@ -437,10 +442,10 @@ class EvalViews(Dataset):
             inputs |= {"depth": torch.zeros(num_views, 1, *shape[3:]), "kind": torch.tensor(0)}
         return inputs
 
-    def draw_inputs(self, sample: dict[str, Any]) -> dict[str, Tensor]:
+    def draw_inputs(self, sample: dict[str, Any], is_image: bool) -> dict[str, Tensor]:
         """Return the views of a sample, with depth and kind if images are as stored."""
         inputs = self.black() | {"inputs": self.crop_views(sample)}
-        if not self.images_as_stored or len(sample["ends"]) > 1:
+        if not is_image:
             return inputs
         if "depth" not in sample:
             return inputs | {"kind": torch.tensor(1)}

@@ -24,7 +24,7 @@ import finetune
 import pretrain
 from eval import EvalConfig, evaluate
 from finetune import LinearProbe
-from model import Classifier, ViCMAE
+from model import Classifier, Encoder, ViCMAE
 from shards.views import EvalViews
 from training import weights
 from training.export import export
@@ -85,7 +85,7 @@ def fraction_in_top(probabilities: torch.Tensor, labels: list[int], k: int) -> f
 
 
 def test_fine_tuned_run_is_evaluated_by_its_checkpoint_alone_as_its_validation_was(
-    demo, tmp_path, pretrained
+    demo, tmp_path, pretrained, monkeypatch
 ):
     arguments = [
         str(ROOT / "yamls" / "finetune_demo.yaml"),
@@ -107,6 +107,17 @@ def test_fine_tuned_run_is_evaluated_by_its_checkpoint_alone_as_its_validation_w
     expected = read_result(tmp_path, "finetune_demo")
     for name in ("top1", "top5"):
         assert found[name] == pytest.approx(expected[f"metrics/eval/{name}"])
+
+    types, forward = set(), Encoder.forward
+
+    def record(encoder, *inputs) -> torch.Tensor:
+        layer = encoder.blocks[0].mlp.fc1
+        types.add(layer(torch.zeros(1, layer.in_features)).dtype)
+        return forward(encoder, *inputs)
+
+    monkeypatch.setattr(Encoder, "forward", record)
+    run_stage(evaluation, [*arguments, "run_name=half", "precision=amp_bf16"], tmp_path)
+    assert types == {torch.bfloat16}
 
 
 # Probes and pictures

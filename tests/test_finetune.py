@@ -155,7 +155,7 @@ def test_random_weights_take_the_sizes_of_the_checkpoint_and_nothing_else(
         ("augment.mixup=many", "augment.mixup=many: "),
         ("lars={base_lrs: [1.0]}", "give either the block optimizer (AdamW) or lars"),
         ("optimizer=null", "give either the block optimizer (AdamW) or lars"),
-        ("augment.held_out=0.1", "augment.held_out=0.1: augment.mixup and augment.cutmix must be"),
+        ("augment.held_out=0.1", "augment.held_out=0.1: must be 0 without lars"),
         ("method=classifer", "method=classifer: must be one of classifier, omnivore, linear_probe"),
     ],
 )
@@ -172,6 +172,7 @@ def test_mistake_in_fine_tuning_is_named_before_training(
     [
         (["method=classifier"], "lars: works for a linear probe only"),
         (["augment.held_out=0"], "augment.held_out=0: "),
+        (["augment.mixup=0.8"], "augment.held_out=0.1: augment.mixup and augment.cutmix must be 0"),
         (["lars.base_lrs=[]"], "lars.base_lrs=[]: "),
         (["pretrained=null"], "model.img_size: missing, and pretrained=None has none"),
         (["pretrained=null", "random_weights=true"], "random_weights: needs the checkpoint"),

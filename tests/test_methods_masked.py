@@ -199,6 +199,14 @@ def images_and_clips(demo) -> list[str]:
     ]
 
 
+def test_plan_counts_the_whole_batches_that_workers_load(images_and_clips, tmp_path, capfd):
+    sizes = ["data.global_micro_batch_size=10", "data.num_workers=4"]
+    run_stage(pretrain, [*images_and_clips, *sizes, "--plan"], tmp_path)
+    # 4 workers with 2 batches each, of 30 views of 16 frames, on 8 GPUs
+    assert 4 * 2 * 30 * 16 * 32 * 32 * 3 / 8 == 1_474_560
+    assert "; 0.00147 GB of /dev/shm for each GPU" in capfd.readouterr().out
+
+
 def pretrain_rank(rank: int, folder: str, arguments: list[str]) -> None:
     run_stage(pretrain, arguments, Path(folder))
 

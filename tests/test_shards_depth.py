@@ -291,6 +291,9 @@ def test_evaluation_gives_each_sample_its_kind_and_depth(demo):
         assert torch.equal(sample["inputs"], expected["inputs"])
         assert sample["depth"].shape == (6, 1, 16, 16)
         assert (sample["depth"] > 0).any() == (kind == 2)
+    of_one_frame = views.draw_inputs(rgbd_sample(), is_image=False)  # in a data set of clips
+    assert of_one_frame["kind"] == 0 and not of_one_frame["depth"].any()
+    assert views.draw_inputs(rgbd_sample(), is_image=True)["kind"] == 2
     depth = views[120]["depth"]
     assert torch.equal(depth[:3], depth[3:])
     disparity = decode_disparity(Clips(paths[2])[0]["depth"])[10:30, 10:30, 0]
