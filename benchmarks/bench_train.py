@@ -377,7 +377,7 @@ def in_processes(function: Callable, *arguments: list, at_once: int) -> list:
         return list(pool.map(function, *arguments))
 
 
-def run_rank(rank: int, ranks: int, folder: str, steps: int) -> float:
+def run_rank(rank: int, ranks: int, folder: str, steps: int, batch: int) -> float:
     """Return the median time of a rank's steps on one global batch, in seconds."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
@@ -385,22 +385,23 @@ def run_rank(rank: int, ranks: int, folder: str, steps: int) -> float:
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
     always = ["checkpoints.interval=1000ba", "trainer.progress_bar=false"]
-    config = configure(f"trainer.max_duration={steps}ba", *always, batch=RANKS_BATCH)
-    batches = Batches(draw_batches(config, RANKS_BATCH // ranks), steps)
-    build_on(batches, config, Path(folder, "run"), RANKS_BATCH // ranks).fit()
+    config = configure(f"trainer.max_duration={steps}ba", *always, batch=batch)
+    batches = Batches(draw_batches(config, batch // ranks), steps)
+    build_on(batches, config, Path(folder, "run"), batch // ranks).fit()
     torch.distributed.destroy_process_group()
     return statistics.median(batches.seconds[2:])
 
 
-def compare_ranks(work: Path, turns: int = 3, steps: int = 8) -> None:
+def compare_ranks(work: Path, turns: int = 3, steps: int = 8, batch: int = RANKS_BATCH) -> None:
     """Compare two ranks with one rank on the same global batch."""
     seconds = {1: [], 2: []}
     for _, ranks in product(range(turns), seconds):
         with tempfile.TemporaryDirectory(dir=work) as folder:
-            rows = (range(ranks), [ranks] * ranks, [folder] * ranks, [steps] * ranks)
+            shared = [[value] * ranks for value in (ranks, folder, steps, batch)]
+            rows = (range(ranks), *shared)
             seconds[ranks].append(max(in_processes(run_rank, *rows, at_once=ranks)))
     median = round(statistics.median(seconds[1]), 3)
-    more = {"batch": RANKS_BATCH, "seconds": median, "cores": os.cpu_count()}
+    more = {"batch": batch, "seconds": median, "cores": os.cpu_count()}
     value = ratio(seconds[1], seconds[2])
     report("2 ranks, the same global batch", value, "1 rank", "samples a second", **more)
 

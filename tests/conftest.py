@@ -17,6 +17,8 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,6 +189,19 @@ def write(tmp_path, monkeypatch) -> Callable[[str, str], str]:
             del sys.modules[name]
 
 
+def fork_server() -> BaseContext:
+    """Return a context whose processes are forked from a server that has loaded all stages.
+
+    The server has no process group, which this process may have.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "finetune", "eval"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT}/tests")  # it does not take sys.path
+        forkserver.ensure_running()
+    return context
+
+
 def join(
     rank: int,
     ranks: int,
@@ -221,13 +236,10 @@ def join(
 def start_ranks(folder: Path, ranks: int, function, *arguments, backend: str = "gloo") -> None:
     """Call function(rank, *arguments) in the processes of one group.
 
-    They are forked from a server that has loaded the libraries but has no process group, which this
-    process may have.
-
     Args:
         folder: for the file through which the processes find each other.
     """
-    multiprocessing.set_forkserver_preload(["composer", "streaming", "timm"])
+    fork_server()
     store = folder / f"store-{uuid.uuid4()}"  # the file of an earlier group would mislead
     mp.start_processes(
         join,
@@ -260,8 +272,8 @@ def run_rank_of_stage(
 
 
 def run_stage_on_ranks(stage, arguments: list[str], folder: Path, ranks: int) -> None:
-    """Do what Composer's launcher does, in processes that have loaded the libraries already."""
-    multiprocessing.set_forkserver_preload(["composer", "streaming", "timm"])
+    """Do what Composer's launcher does, in processes that have loaded the stages already."""
+    fork_server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

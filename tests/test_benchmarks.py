@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from composer.utils import dist
-from conftest import ROOT, run_stage, small
+from conftest import ROOT, fork_server, run_stage, small
 from omegaconf import OmegaConf
 from torch.autograd import DeviceType
 
@@ -129,8 +129,7 @@ class WarmPopen:
     """
 
     def __init__(self, command: list[str], cwd, env, stdout, **settings):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["composer", "streaming", "timm"])
+        context = fork_server()
         ours, theirs = context.Pipe()
         changed = {key: value for key, value in env.items() if os.environ.get(key) != value}
         arguments = (command, str(cwd), changed, stdout.name, theirs)
@@ -164,14 +163,22 @@ def warm(monkeypatch) -> None:
 # bench_gpu.py
 
 
-def test_bench_gpu_measures_every_case_with_the_trainer(capfd, monkeypatch):
+def test_bench_gpu_has_every_way_to_run_a_step_and_begins_with_the_simplest():
+    ways = [(case.compiled, case.checkpointing, case.fsdp) for case in bench_gpu.cases_of("L", 128)]
+    assert len(set(ways)) == 8
+    assert ways[0] == (False, False, False)
+
+
+def test_bench_gpu_measures_the_cases_with_the_trainer(capfd, monkeypatch):
+    first, *_, last = bench_gpu.cases_of("tiny", 8)
+    monkeypatch.setattr(bench_gpu, "cases_of", lambda *_: [first, last])
     assert run_main(bench_gpu, monkeypatch, "--tiny") == 0
     machine, *lines = lines_of(capfd)
     assert machine["loop"] == "Trainer"
     assert not any("error" in line for line in lines)
     steps = [line for line in lines if line["what"] == "step"]
     ways = {(line["compiled"], line["checkpointing"], line["parallel"]) for line in steps}
-    assert len(steps) == len(ways) == 8
+    assert len(steps) == 2 and ways == {(False, False, "DDP"), (True, True, "FSDP2")}
     for line in steps:
         assert line["pairs_per_second"] > 0 and line["save_seconds"] > 0
         assert line["target"]["peak_over_plan"] == 0.1
@@ -211,6 +218,9 @@ def test_loop_of_torch_alone_runs_compiled_and_checkpointed_with_and_without_fsd
 
 
 def test_case_that_fails_has_a_line_and_does_not_end_the_others(monkeypatch):
+    first, *_, last = bench_gpu.cases_of("tiny", 8)  # the last with FSDP
+    monkeypatch.setattr(bench_gpu, "cases_of", lambda *_: [first, last])
+
     def fail(case, *arguments) -> dict:
         problem = torch.OutOfMemoryError if case.fsdp else ValueError
         raise problem("a reason\nand more")
@@ -322,7 +332,7 @@ def test_bench_train_measures_steps_waits_kills_ranks_and_memory(
             demo, None, what, count // 20 * 2
         ),
         "measure_kill": partial(bench_train.measure_kill, turns=1),
-        "compare_ranks": partial(bench_train.compare_ranks, turns=1, steps=4),
+        "compare_ranks": partial(bench_train.compare_ranks, turns=1, steps=4, batch=4),
         "models_of_memory": lambda: {"small": model},
         "measure_memory": partial(bench_train.measure_memory, few=2, many=4),
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_stage, small
+from conftest import ROOT, fork_server, run_stage, small
 from torch.utils.data import Dataset, get_worker_info
 
 import data_prep
@@ -69,8 +69,7 @@ def run_in_a_group(stage: str, arguments: list[str], folder: Path, place: str, n
 
 
 def exit_code(stage: str, arguments: list[str], folder: Path, place: str, *numbers: int) -> int:
-    multiprocessing.set_forkserver_preload(["composer", "streaming", "timm"])
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
     arguments = (stage, arguments, folder, place, numbers)
     process = context.Process(target=run_in_a_group, args=arguments)
     process.start()
@@ -204,7 +203,7 @@ def convert_in_a_group(source: Path, out: Path) -> None:
 
 
 def test_interrupted_conversion_says_how_to_continue(demo, tmp_path):
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
     arguments = (demo / "raw/test/images", tmp_path / "out")
     process = context.Process(target=convert_in_a_group, args=arguments)
     process.start()

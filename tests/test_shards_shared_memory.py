@@ -7,6 +7,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+from conftest import fork_server
 from streaming import MDSWriter, Stream, StreamingDataset
 
 import shards.shared_memory
@@ -47,7 +48,7 @@ def test_a_launch_after_a_kill_can_use_the_same_cache_and_leaves_nothing_behind(
     cache = str(tmp_path / "cache")
     ours, theirs = multiprocessing.Pipe()
     # Not forked from this process, whose threads may hold locks.
-    server = multiprocessing.get_context("forkserver")
+    server = fork_server()
     arguments = (remote, cache, str(tmp_path), dict(os.environ), theirs)
     process = server.Process(target=open_and_die, args=arguments)
     process.start()

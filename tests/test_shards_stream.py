@@ -1,7 +1,6 @@
 """The order of samples and their generators, on any number of workers and ranks."""
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from composer.utils import dist
-from conftest import corrupted_copy, losses, run_stage, small
+from conftest import corrupted_copy, fork_server, losses, run_stage, small
 from PIL import Image
 
 import data_prep
@@ -339,8 +338,7 @@ def open_often(barrier, demo: Path) -> None:
 
 
 def test_jobs_that_start_together_do_not_take_each_others_shared_memory(demo):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["composer", "streaming", "timm"])
+    context = fork_server()
     barrier = context.Barrier(2)
     jobs = [context.Process(target=open_often, args=(barrier, demo)) for _ in range(2)]
     for job in jobs:

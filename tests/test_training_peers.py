@@ -1,7 +1,6 @@
 """training/peers.py: what a rank does when another is killed, hangs, fails or leaves in order."""
 
 import atexit
-import multiprocessing
 import os
 import signal
 import socket
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import fork_server
 from torch.distributed import HashStore
 
 import training.peers
@@ -90,8 +90,7 @@ def exits_of(folder: Path, *behaviours: list) -> tuple[list[int], list[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["composer", "streaming", "timm"])
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
     outputs = [folder / f"stderr{rank}.txt" for rank in range(len(behaviours))]
     processes = [
         context.Process(

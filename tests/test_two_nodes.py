@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import losses, read_metrics, run_stage, small
+from conftest import fork_server, losses, read_metrics, run_stage, small
 
 import pretrain
 from benchmarks.nodes import can_unshare
@@ -80,8 +80,7 @@ def launch(nodes: list[Path], arguments: list[str], last_step: int | None = None
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    multiprocessing.set_forkserver_preload(["composer", "streaming", "timm"])
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
     processes = []
     for rank, node in enumerate(nodes):
         step = last_step if node is nodes[-1] else None
