@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import data_prep  # noqa: E402
 import pretrain  # noqa: E402
+import training.run  # noqa: E402
 from shards.decode import Recipe  # noqa: E402
 from shards.layouts import LAYOUTS  # noqa: E402
 from shards.storage import s3_client  # noqa: E402
@@ -49,6 +50,9 @@ prefix.SharedMemory = lambda name, create, size=0: SharedMemory(
 )
 # Seconds that a discarded loader waits for each of its workers.
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
+# Drawing loss.png takes a second, far more than most trainings of the tests. Runs that are launched
+# as a user launches them draw it.
+training.run.draw_curves = lambda lines, to: None
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
