@@ -246,10 +246,7 @@ def measure_accuracy(
     labels = label_numbers(net, config.accuracy["paths"], owner)
     if config.checkpoint and not net.class_names:
         print_once(f"{owner}: has no class names; classes are compared by number")
-    size, frames = net.encoder.img_size, net.encoder.num_frames
-    patch_size = net.encoder.patch_size
-    as_stored = getattr(net, "images_as_stored", False)
-    evaluator = load_eval(run, size, frames, patch_size, labels, as_stored, **config.accuracy)
+    evaluator = load_eval(run, net, labels, **config.accuracy)
     evaluator.metric_names.append("confusion")
     net.average = config.average
     device = get_device(config.device)

@@ -210,14 +210,14 @@ def finetune(config: FinetuneConfig) -> Trainer:
     if config.pretrained and not config.random_weights:
         table = describe(load_pretrained(net, config.pretrained))
         print_once(f"weights of {config.pretrained}:\n{table}")
-    size, frames = net.encoder.img_size, net.encoder.num_frames
-    patch_size, as_stored = net.encoder.patch_size, getattr(net, "images_as_stored", False)
+    encoder, as_stored = net.encoder, getattr(net, "images_as_stored", False)
     of_data = (net.num_classes, classes.training, as_stored)
-    views = FinetuningViews(size, frames, *of_data, **config.augment)
+    views = FinetuningViews(encoder.img_size, encoder.num_frames, *of_data, **config.augment)
     with say_if_slow("opening the data sets"):
         data = TrainingData(**config.data)
-        loader, micro_size = data.load(views.draw, views.apply, config.seed, patch_size, run)
-    check_frames(config.training_paths, frames, views.frame_interval)
+        transforms = (views.draw, views.apply)
+        loader, micro_size = data.load(*transforms, config.seed, encoder.patch_size, run)
+    check_frames(config.training_paths, encoder.num_frames, views.frame_interval)
     if views.mix and micro_size % 2:
         raise ValueError(
             f"data: a micro-batch of {micro_size} on each rank must be even for mixup and cutmix; "
@@ -227,9 +227,7 @@ def finetune(config: FinetuneConfig) -> Trainer:
         optimizer = build_lars(net, data.global_train_batch_size, **config.lars)
     else:
         optimizer = build_optimizer(net, data.global_train_batch_size, **config.optimizer)
-    validation = load_eval(
-        run, size, frames, patch_size, classes.testing, as_stored, **config.eval_data
-    )
+    validation = load_eval(run, net, classes.testing, **config.eval_data)
     return build_trainer(run, config, net, optimizer, loader, micro_size, validation, flops)
 
 

@@ -64,11 +64,8 @@ def normalise_views(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def load_eval(
     run: Path,
-    img_size: int,
-    num_frames: int,
-    patch_size: int,
-    labels: Sequence[list[int]] = (),
-    images_as_stored: bool = False,
+    net: Classifier,
+    labels: Sequence[list[int]],
     *,
     paths: DataSets,
     temporal_views: PositiveInt = 1,
@@ -78,30 +75,31 @@ def load_eval(
     batch_size: PositiveInt = 64,
     num_workers: NonNegativeInt = 0,
 ) -> Evaluator:
-    """Return Composer's evaluator of labelled data sets.
+    """Return Composer's evaluator of a classifier on labelled data sets.
 
     On several ranks, the sampler pads the data to equal shares, and Composer's evaluation loop
     removes the padding before it counts.
 
     Args:
-        patch_size, labels, images_as_stored: see EvalViews.
+        run, labels: see EvalViews.
         paths: labelled data sets.
         temporal_views, spatial_views, crop_pct, frame_interval: see EvalViews.
         batch_size: samples on each rank, with all their views.
         num_workers: data worker processes of each rank.
     """
-    check_frames(paths, num_frames, frame_interval, temporal_views)
+    encoder = net.encoder
+    check_frames(paths, encoder.num_frames, frame_interval, temporal_views)
     data = EvalViews(
         paths,
-        img_size,
-        num_frames,
+        encoder.img_size,
+        encoder.num_frames,
         temporal_views=temporal_views,
         spatial_views=spatial_views,
         crop_pct=crop_pct,
         frame_interval=frame_interval,
         labels=labels,
-        images_as_stored=images_as_stored,
-        patch_size=patch_size,
+        images_as_stored=getattr(net, "images_as_stored", False),
+        patch_size=encoder.patch_size,
         run=run,
     )
     sampler = dist.get_sampler(data, drop_last=False, shuffle=False)

@@ -93,20 +93,20 @@ class DeterministicStream(StreamingDataset):
         Raises:
             ValueError: an epoch is shorter than a batch, or a stream if batches are not mixed.
         """
-        read = global_batch_size // self.repeats
-        samples = [self.epoch_size]
+        step = global_batch_size // self.repeats
+        epochs = [self.epoch_size]  # stored samples of all streams, or of each
         if self.one_stream_per_batch:
-            samples = [stream.choose for stream in self.streams]
-        if min(samples) < read:
+            epochs = [stream.choose for stream in self.streams]
+        if min(epochs) < step:
             batch = f"data.global_train_batch_size={global_batch_size}"
             of = "a stream in an epoch" if self.one_stream_per_batch else "an epoch"
-            fewest = min(samples) * self.repeats
+            fewest = min(epochs) * self.repeats
             raise ValueError(f"{batch}: must be at most the {fewest} samples of {of}")
-        samples = [number - number % read for number in samples]
+        epochs = [samples - samples % step for samples in epochs]
         if self.one_stream_per_batch:
-            for stream, number in zip(self.streams, samples, strict=True):
-                stream.choose = number
-        self.epoch_size = sum(samples)
+            for stream, samples in zip(self.streams, epochs, strict=True):
+                stream.choose = samples
+        self.epoch_size = sum(epochs)
         self.length = self.epoch_size // dist.get_world_size()
 
     def __len__(self) -> int:
@@ -368,8 +368,8 @@ class TrainingData:
         batch, micro = self.global_train_batch_size, self.global_micro_batch_size
         ranks = dist.get_world_size()
         check_batch(batch, micro, self.repeats, ranks)
-        share = (micro or batch) // ranks
-        loaded = self.loaded_at_a_time // ranks
+        micro_size = (micro or batch) // ranks
+        loaded_size = self.loaded_at_a_time // ranks
         downloads = Download(**self.download or {})
         opened = open_streams(self.streams, run, patch_size, downloads, self.epoch_size)
         of_images = [False] * len(opened)
@@ -383,7 +383,7 @@ class TrainingData:
                 run / "unreadable.jsonl",
                 self.max_unreadable,
                 self.repeats,
-                batch_size=loaded // self.repeats,
+                batch_size=loaded_size // self.repeats,
                 streams=opened,
                 shuffle_seed=seed,
                 shuffle_block_size=self.shuffle_block_size,
@@ -394,13 +394,13 @@ class TrainingData:
             )
             dataset.owner = claim(dataset)
         dataset.drop_incomplete_batch(batch)
-        size = sample_bytes(dataset) if self.num_workers else 0
-        micro_batches = batch // (ranks * loaded)
-        workers, ahead = self.num_workers, self.prefetch_factor
+        bytes_each = sample_bytes(dataset) if self.num_workers else 0
+        micro_batches = batch // (ranks * loaded_size)
+        workers = (self.num_workers, self.prefetch_factor)
         spec = DataSpec(
-            StepLoader(dataset, loaded, size, micro_batches, workers, ahead),
+            StepLoader(dataset, loaded_size, bytes_each, micro_batches, *workers),
             microbatch_transforms=on_device,
             split_batch=split_step,
             get_num_samples_in_batch=samples_in,
         )
-        return spec, share
+        return spec, micro_size

@@ -21,7 +21,7 @@ import pretrain
 import shards.loader
 from evaluation.accuracy import load_eval
 from evaluation.probes import embed
-from model import Encoder
+from model import Classifier
 from shards.loader import Loader
 from shards.stream import DeterministicStream
 from shards.views import EvalViews
@@ -180,12 +180,13 @@ def test_evaluations_whose_batches_do_not_fit_into_shared_memory_are_refused(
     views = 2 * 2 * 60 * 2 * 32 * 32 * 3  # batches, samples, views, bytes
     match = f"4 batches need {views / 1e6:.0f} MB, but it has 0 MB free"
     settings = {"spatial_views": 2, "batch_size": 60}
+    net = Classifier(10, img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
     with pytest.raises(OSError, match=match):
-        load_eval(tmp_path, 32, 1, 8, paths=[path], num_workers=2, **settings)
-    load_eval(tmp_path, 32, 1, 8, paths=[path], **settings)
+        load_eval(tmp_path, net, (), paths=[path], num_workers=2, **settings)
+    load_eval(tmp_path, net, (), paths=[path], **settings)
     data = EvalViews([path], 32, spatial_views=2)
     with pytest.raises(OSError, match=match):
-        embed(Encoder(32, 8, 48, 2, 3), data, num_workers=2, batch_size=60)
+        embed(net.encoder, data, num_workers=2, batch_size=60)
 
 
 def convert_in_a_group(source: Path, out: Path) -> None:
