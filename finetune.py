@@ -191,7 +191,7 @@ def find_classes(config: FinetuneConfig) -> Classes:
 def say_shared_data(config: FinetuneConfig) -> None:
     """Print a line if the validation has samples that are trained on."""
     for path, count in shared_shards(config.eval_data["paths"], config.training_paths).items():
-        fault = "so the accuracy is not that on unseen data"
+        fault = "so the accuracy does not hold for unseen data"
         print_once(f"{path}: {count} of its shards are trained on too, {fault}")
 
 
@@ -210,9 +210,15 @@ def finetune(config: FinetuneConfig) -> Trainer:
     if config.pretrained and not config.random_weights:
         table = describe(load_pretrained(net, config.pretrained))
         print_once(f"weights of {config.pretrained}:\n{table}")
-    encoder, as_stored = net.encoder, getattr(net, "images_as_stored", False)
-    of_data = (net.num_classes, classes.training, as_stored)
-    views = FinetuningViews(encoder.img_size, encoder.num_frames, *of_data, **config.augment)
+    encoder = net.encoder
+    views = FinetuningViews(
+        encoder.img_size,
+        encoder.num_frames,
+        net.num_classes,
+        labels=classes.training,
+        images_as_stored=getattr(net, "images_as_stored", False),
+        **config.augment,
+    )
     with say_if_slow("opening the data sets"):
         data = TrainingData(**config.data)
         transforms = (views.draw, views.apply)

@@ -397,9 +397,9 @@ def compare_ranks(work: Path, turns: int = 3, steps: int = 8, batch: int = RANKS
     seconds = {1: [], 2: []}
     for _, ranks in product(range(turns), seconds):
         with tempfile.TemporaryDirectory(dir=work) as folder:
-            shared = [[value] * ranks for value in (ranks, folder, steps, batch)]
-            rows = (range(ranks), *shared)
-            seconds[ranks].append(max(in_processes(run_rank, *rows, at_once=ranks)))
+            columns = [[value] * ranks for value in (ranks, folder, steps, batch)]
+            times = in_processes(run_rank, range(ranks), *columns, at_once=ranks)
+            seconds[ranks].append(max(times))
     median = round(statistics.median(seconds[1]), 3)
     more = {"batch": batch, "seconds": median, "cores": os.cpu_count()}
     value = ratio(seconds[1], seconds[2])

@@ -93,20 +93,20 @@ class DeterministicStream(StreamingDataset):
         Raises:
             ValueError: an epoch is shorter than a batch, or a stream if batches are not mixed.
         """
-        step = global_batch_size // self.repeats
-        epochs = [self.epoch_size]  # stored samples of all streams, or of each
+        per_step = global_batch_size // self.repeats
+        epoch_sizes = [self.epoch_size]  # stored samples an epoch: of the mix, or of each stream
         if self.one_stream_per_batch:
-            epochs = [stream.choose for stream in self.streams]
-        if min(epochs) < step:
+            epoch_sizes = [stream.choose for stream in self.streams]
+        if min(epoch_sizes) < per_step:
             batch = f"data.global_train_batch_size={global_batch_size}"
             of = "a stream in an epoch" if self.one_stream_per_batch else "an epoch"
-            fewest = min(epochs) * self.repeats
+            fewest = min(epoch_sizes) * self.repeats
             raise ValueError(f"{batch}: must be at most the {fewest} samples of {of}")
-        epochs = [samples - samples % step for samples in epochs]
+        epoch_sizes = [size - size % per_step for size in epoch_sizes]
         if self.one_stream_per_batch:
-            for stream, samples in zip(self.streams, epochs, strict=True):
-                stream.choose = samples
-        self.epoch_size = sum(epochs)
+            for stream, size in zip(self.streams, epoch_sizes, strict=True):
+                stream.choose = size
+        self.epoch_size = sum(epoch_sizes)
         self.length = self.epoch_size // dist.get_world_size()
 
     def __len__(self) -> int:
@@ -396,9 +396,16 @@ class TrainingData:
         dataset.drop_incomplete_batch(batch)
         bytes_each = sample_bytes(dataset) if self.num_workers else 0
         micro_batches = batch // (ranks * loaded_size)
-        workers = (self.num_workers, self.prefetch_factor)
+        loader = StepLoader(
+            dataset,
+            loaded_size,
+            bytes_each,
+            micro_batches,
+            self.num_workers,
+            self.prefetch_factor,
+        )
         spec = DataSpec(
-            StepLoader(dataset, loaded_size, bytes_each, micro_batches, *workers),
+            loader,
             microbatch_transforms=on_device,
             split_batch=split_step,
             get_num_samples_in_batch=samples_in,

@@ -19,6 +19,7 @@ from conftest import (
 )
 
 import finetune
+from evaluation.pictures import draw_curves
 from finetune import LinearProbe, build_lars
 from training.checkpoints import STOPPED, Checkpoints
 from training.weights import LATEST, class_names_in, read_checkpoint
@@ -211,6 +212,13 @@ def uninterrupted(request, demo, pretrained, tmp_path_factory) -> tuple[str, lis
     folder = tmp_path_factory.mktemp("uninterrupted")
     run_stage(finetune, [*arguments, *RECIPES[request.param], "run_name=one"], folder)
     return request.param, arguments, folder
+
+
+def test_curves_of_a_fine_tuning_are_drawn(uninterrupted, capsys):
+    _, _, folder = uninterrupted
+    draw_curves(read_metrics(folder, "one"), folder / "loss.png")
+    assert (folder / "loss.png").stat().st_size > 0
+    assert not capsys.readouterr().out
 
 
 def model_state(folder: Path, run_name: str, step: str = "ep1-ba6") -> dict[str, torch.Tensor]:

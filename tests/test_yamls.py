@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -119,20 +119,17 @@ def test_sizes_of_the_encoder_are_left_to_the_run_that_a_file_names(path, monkey
     assert ENCODER_SIZES.isdisjoint(config.get("model") or {})
 
 
+def peak_of_class(peaks: dict[tuple, int], net: torch.nn.Module, *arguments: object) -> int:
+    """Return the memory of a step of the first model of each class: counting takes seconds."""
+    key = type(net), *arguments[2:]
+    if key not in peaks:
+        peaks[key] = peak_bytes(net, *arguments)
+    return peaks[key]
+
+
 @pytest.fixture(scope="module")
-def memory_counted_once() -> Iterator[None]:
-    """Count the memory of a step for one file of each class of models: no header states it."""
-    peaks = {}
-
-    def peak_of_class(net, sample, samples, half, checkpointing) -> int:
-        key = type(net), checkpointing
-        if key not in peaks:
-            peaks[key] = peak_bytes(net, sample, samples, half, checkpointing)
-        return peaks[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.plan.peak_bytes", peak_of_class)
-        yield
+def peaks() -> dict[tuple, int]:
+    return {}
 
 
 @pytest.mark.parametrize(
@@ -142,8 +139,12 @@ def memory_counted_once() -> Iterator[None]:
     ids=name_of,
 )
 def test_plan_needs_neither_data_nor_gpus_and_gives_the_cost_in_the_header(
-    path, memory_counted_once, tmp_path, monkeypatch, capsys
+    path, peaks, tmp_path, monkeypatch, capsys
 ):
+    header = "\n".join(header_of(path))
+    memory = re.search(r"8 GPUs with (\d+) GB each", header)
+    if not memory:
+        monkeypatch.setattr("training.plan.peak_bytes", partial(peak_of_class, peaks))
     monkeypatch.chdir(tmp_path)  # a folder without data and runs
     script, *arguments = commands_of(path)[0]
     arguments = [str(ROOT / word) if word.endswith(".yaml") else word for word in arguments]
@@ -152,7 +153,9 @@ def test_plan_needs_neither_data_nor_gpus_and_gives_the_cost_in_the_header(
     printed = capsys.readouterr().out
     for word in ("weights", "a sample", "samples", "memory", "cost"):
         assert re.search(rf"^{word} +[\d.]+", printed, re.MULTILINE), word
-    header = "\n".join(header_of(path))
+    if memory:
+        planned = re.search(r"memory +([\d.]+) GB on each", printed)[1]
+        assert round(float(planned)) == int(memory[1])
     stated = re.search(r"([\d,.]+) GPU-hours", header)
     if stated:
         assert stated[1] == re.search(r"cost +([\d,.]+) GPU-hours", printed)[1]
