@@ -178,13 +178,13 @@ def find_classes(config: FinetuneConfig) -> Classes:
     if not config.model_class.head_per_data_set:
         names, labels = common_classes(training + testing)
         return Classes(names, labels[: len(training)], labels[len(training) :])
-    classes, first = Classes([], [], []), 0
+    classes, first_class = Classes([], [], []), 0
     for path, test_path in zip(training, testing, strict=True):
         names = labelled_classes(path)
         classes.names.append(names)
-        classes.training.append(match_classes(path, names, path, first))
-        classes.testing.append(match_classes(test_path, names, path, first))
-        first += len(names)
+        classes.training.append(match_classes(path, names, path, first_class))
+        classes.testing.append(match_classes(test_path, names, path, first_class))
+        first_class += len(names)
     return classes
 
 

@@ -110,14 +110,14 @@ class Case:
 
     @property
     def model(self) -> dict:
-        """The arguments of ViCMAE."""
+        """Return the arguments of ViCMAE."""
         if self.size == "tiny":
             return TINY
         return yaml.safe_load(recipe_of(self.size).read_text())["model"]
 
     @property
     def backend(self) -> str:
-        """The backend of torch.compile. In the tiny size, tracing is tried without compiling."""
+        """Return the backend of torch.compile. In the tiny size, tracing is tried without compiling."""
         return "eager" if self.size == "tiny" else "inductor"
 
 

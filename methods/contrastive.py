@@ -88,8 +88,8 @@ def moco_info_nce(
     logits = torch.cat([positive, p @ at_least_fp32(queue).T], dim=1)  # (2B, 1 + Q)
     # A strict comparison: if all features are equal, no view finds its partner.
     matched = logits[:, 0] > logits[:, 1:].amax(dim=1)
-    first = torch.zeros(len(p), dtype=torch.long, device=p.device)
-    return F.cross_entropy(logits / temperature, first), matched.float().mean()
+    partner = torch.zeros(len(p), dtype=torch.long, device=p.device)  # the first column
+    return F.cross_entropy(logits / temperature, partner), matched.float().mean()
 
 
 class MomentumEncoder(nn.Module):

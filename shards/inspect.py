@@ -32,11 +32,11 @@ def check_sample(sample: dict, classes: int, short_side: int) -> None:
         raise ValueError("timestamps are not ascending")
     if not -1 <= sample["label"] < classes:
         raise ValueError(f"label {sample['label']}: must be in [-1, {classes - 1}]")
-    first = decode_frame(sample, 0).shape
+    expected = decode_frame(sample, 0).shape
     for index in range(len(ends)):
         height, width = decode_frame(sample, index).shape[:2]
-        if (height, width) != first[:2]:
-            of_first = f"{first[1]}x{first[0]}"
+        if (height, width) != expected[:2]:
+            of_first = f"{expected[1]}x{expected[0]}"
             raise ValueError(f"frame {index} is {width}x{height}, but frame 0 is {of_first}")
         if min(height, width) > short_side:
             size = f"{width}x{height}"

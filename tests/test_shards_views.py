@@ -1,4 +1,4 @@
-"""Which frames, crops and numbers are drawn for the views of a sample."""
+"""Frames, crops and numbers that are drawn for the views of a sample."""
 
 from pathlib import Path
 

@@ -120,7 +120,7 @@ def train_classifier(files: list[str], labels: torch.Tensor) -> Classifier:
 
 @dataclass
 class Exported:
-    """What other libraries found, and what this repository finds."""
+    """Outputs of other libraries, and the models and inputs that they are compared with."""
 
     nets: dict[str, ViCMAE | Classifier]
     inputs: dict[str, torch.Tensor]

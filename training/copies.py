@@ -88,11 +88,11 @@ class Copies:
 
     def copy(self, parts: list[str]) -> bool:
         """Copy files to the bucket; return whether all ranks could."""
-        last = [part for part in parts if Path(part).name == METADATA]
-        first = [part for part in parts if part not in last]
-        copied = self.on_all_ranks(self.succeeds(partial(self.upload, first)))
+        metadata = [part for part in parts if Path(part).name == METADATA]
+        others = [part for part in parts if part not in metadata]
+        copied = self.on_all_ranks(self.succeeds(partial(self.upload, others)))
         if copied:
-            copied = self.succeeds(partial(self.upload, last))
+            copied = self.succeeds(partial(self.upload, metadata))
             if dist.get_global_rank() == 0:
                 copied = copied and self.succeeds(self.prune_bucket)
             copied = self.on_all_ranks(copied)
