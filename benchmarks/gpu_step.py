@@ -117,7 +117,7 @@ class Case:
 
     @property
     def backend(self) -> str:
-        """Return the backend of torch.compile. In the tiny size, tracing is tried without compiling."""
+        """Return the backend of torch.compile: the tiny size is traced, but not compiled."""
         return "eager" if self.size == "tiny" else "inductor"
 
 

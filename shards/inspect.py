@@ -43,8 +43,9 @@ def check_sample(sample: dict, classes: int, short_side: int) -> None:
             raise ValueError(f"frame {index} is {size}: its short side must be <= {short_side}")
     if "depth" in sample:
         height, width = decode_depth(sample["depth"]).millimetres.shape
-        if (height, width) != first[:2]:
-            raise ValueError(f"depth map is {width}x{height}, but its image {first[1]}x{first[0]}")
+        if (height, width) != expected[:2]:
+            of_image = f"{expected[1]}x{expected[0]}"
+            raise ValueError(f"depth map is {width}x{height}, but its image {of_image}")
 
 
 def check_shard(storage: Storage, shard: dict, classes: int, short_side: int) -> list[str]:
