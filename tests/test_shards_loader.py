@@ -82,7 +82,6 @@ def exit_code(stage: str, arguments: list[str], folder: Path, place: str, *numbe
 @pytest.mark.parametrize(
     ("place", "number", "workers", "step"),
     [
-        ("start", signal.SIGTERM, 0, None),
         ("step", signal.SIGTERM, 0, 1),
         ("step", signal.SIGINT, 2, 1),
         ("step", signal.SIGUSR1, 2, 1),
@@ -113,15 +112,20 @@ def test_signal_to_the_group_of_a_pretraining_saves_a_checkpoint(
     output = (tmp_path / "output").read_text()
     assert "Traceback" not in output
     folder = tmp_path / "runs/demo/checkpoints"
-    if step is None:
-        assert f"stopped by {number.name}; run the same command again" in output
-        assert not list(folder.glob("ep*"))
-        return
     check_checkpoint(folder / LATEST)
     name = os.readlink(folder / LATEST)
     assert name.endswith(f"-ba{step}.pt")
     saved = f"saved in runs/demo/checkpoints/{name}; run the same command to resume"
     assert f"step {step}; {saved}" in output
+
+
+def test_signal_before_the_first_step_saves_nothing_and_says_how_to_go_on(demo, tmp_path):
+    arguments = [*small(demo), "callbacks=null", "data.num_workers=0"]
+    assert exit_code("pretrain", arguments, tmp_path, "start", signal.SIGTERM) == STOPPED
+    output = (tmp_path / "output").read_text()
+    assert "Traceback" not in output
+    assert "stopped by SIGTERM; run the same command again" in output
+    assert not list((tmp_path / "runs/demo/checkpoints").glob("ep*"))
 
 
 def test_second_interrupt_ends_a_run_at_once(demo, tmp_path):
