@@ -396,16 +396,9 @@ class TrainingData:
         dataset.drop_incomplete_batch(batch)
         bytes_each = sample_bytes(dataset) if self.num_workers else 0
         micro_batches = batch // (ranks * loaded_size)
-        loader = StepLoader(
-            dataset,
-            loaded_size,
-            bytes_each,
-            micro_batches,
-            self.num_workers,
-            self.prefetch_factor,
-        )
+        sizes = (loaded_size, bytes_each, micro_batches)
         spec = DataSpec(
-            loader,
+            StepLoader(dataset, *sizes, self.num_workers, self.prefetch_factor),
             microbatch_transforms=on_device,
             split_batch=split_step,
             get_num_samples_in_batch=samples_in,
