@@ -201,7 +201,7 @@ def fork_server() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conftest", "finetune", "eval"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}/tests", prepend=os.pathsep)  # it ignores sys.path
+        patch.setenv("PYTHONPATH", f"{ROOT}/tests", prepend=os.pathsep)  # the server ignores sys.path
         forkserver.ensure_running()
     return context
 
