@@ -200,8 +200,9 @@ def fork_server() -> BaseContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conftest", "finetune", "eval"])
+    # The server ignores sys.path.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}/tests", prepend=os.pathsep)  # the server ignores sys.path
+        patch.setenv("PYTHONPATH", f"{ROOT}/tests", prepend=os.pathsep)
         forkserver.ensure_running()
     return context
 
