@@ -221,8 +221,9 @@ def finetune(config: FinetuneConfig) -> Trainer:
     )
     with say_if_slow("opening the data sets"):
         data = TrainingData(**config.data)
-        transforms = (views.draw, views.apply)
-        loader, micro_size = data.load(*transforms, config.seed, encoder.patch_size, run)
+        loader, micro_size = data.load(
+            views.draw, views.apply, config.seed, encoder.patch_size, run
+        )
     check_frames(config.training_paths, encoder.num_frames, views.frame_interval)
     if views.mix and micro_size % 2:
         raise ValueError(

@@ -82,7 +82,7 @@ def load_eval(
 
     Args:
         run, labels: see EvalViews.
-        net: gives the sizes of the views, and images_as_stored.
+        net: its sizes are those of the views, and its images_as_stored is given to EvalViews.
         paths: labelled data sets.
         temporal_views, spatial_views, crop_pct, frame_interval: see EvalViews.
         batch_size: samples on each rank, with all their views.

@@ -565,12 +565,12 @@ def test_verify_finds_an_undecodable_frame_despite_its_correct_hash(data_set):
     check_sample(good, 3, 256)
 
 
-# ru_maxrss of a program that is started begins with the peak of its parent, VmHWM does not. The
-# workers are forked, not started.
+# A program that is started inherits ru_maxrss from its parent, but not VmHWM. The workers are
+# forked, not started.
 PRINT_PEAKS = """
 import re, resource, sys, data_prep
 data_prep.main(sys.argv[1:])
-peak = re.search(r"VmHWM: *(\\d+) kB", open("/proc/self/status").read().replace("\\t", " "))
+peak = re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())
 print(peak[1], resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
