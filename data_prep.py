@@ -100,7 +100,8 @@ def write_part(
                 with open_input() as file:
                     if kind == "videos":
                         clips = read_clips(file, job.recipe)
-                        joined += [name] * has_second_film(file)
+                        if has_second_film(file):
+                            joined.append(name)
                     else:
                         clips = [read_image(file, job.recipe)]
                 depth = read_depth(path) if read_depth else None
@@ -115,6 +116,9 @@ def write_part(
                 sides.append(min(simplejpeg.decode_jpeg_header(frames[0])[:2]))
                 short += len(set(timestamps)) < len(timestamps)
                 mds.write(encode_clip(frames, timestamps, label, name, depth))
+    index = out / "index.json"
+    shards = json.loads(index.read_text())["shards"]
+    index.unlink()  # merge writes the index of all parts
     return {
         "inputs": inputs,
         "samples": sum(converted.values()),
@@ -126,16 +130,8 @@ def write_part(
         "labels": sorted(converted.items()),
         "highest": max(converted, default=-1),
         "unlabelled": unlabelled,
-        "shards": take_shards(out),
+        "shards": shards,
     }
-
-
-def take_shards(part: Path) -> list[dict]:
-    """Return the shards that MDSWriter has listed in a folder, and delete its list."""
-    index = part / "index.json"
-    shards = json.loads(index.read_text())["shards"]
-    index.unlink()
-    return shards
 
 
 def convert_part(
@@ -404,7 +400,7 @@ COMMANDS = {  # {command other than a conversion: (function, description, its ar
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the command and the options that are given; raise ValueError for a wrong value."""
-    commands = {}
+    commands = {}  # {command: (description, its arguments)}
     for name in (*LAYOUTS, *EXTENSIONS):
         kind, list_inputs = LAYOUTS.get(name, (name, list_any))
         text = list_inputs.__doc__.split("\n")[0].replace("List", "Convert", 1)
@@ -473,9 +469,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(
-        errors="backslashreplace"
-    )  # A name may not suit the terminal's encoding.
+    # A name may not suit the terminal's encoding.
+    sys.stdout.reconfigure(errors="backslashreplace")
     exit_on_signals()
     try:
         main()

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data_prep
 from benchmarks.turns import ratio, report, take_turns
 from shards.augment import augment_batch
-from shards.decode import Recipe, read_video
+from shards.decode import Recipe, read_clips
 from shards.finetuning_views import FinetuningViews
 from shards.stream import TrainingData
 from shards.views import PretrainingViews
@@ -205,16 +205,16 @@ def find_ffmpeg() -> str | None:
 
 def extract(film: Path, recipe: Recipe) -> int:
     with film.open("rb") as file:
-        read_video(file, recipe)
+        read_clips(file, recipe)
     return 1
 
 
 def ffmpeg_command(ffmpeg: str, film: Path, recipe: Recipe, out: Path) -> list[str]:
-    """Return the command that extracts the frames of read_video, at the same size."""
+    """Return the command that extracts the frames of read_clips, at the same size."""
     with av.open(str(film)) as container:
         seconds = np.array([frame.time for frame in container.decode(video=0)])
     with film.open("rb") as file:
-        frames, times = read_video(file, recipe)
+        ((frames, times),) = read_clips(file, recipe)
     height, width = simplejpeg.decode_jpeg_header(frames[0])[:2]
     picked = "+".join(f"eq(n,{np.abs(seconds - time).argmin()})" for time in times)
     filters = f"select='{picked}',scale={width}:{height}:flags=bicubic"

@@ -28,7 +28,7 @@ from evaluation.pictures import draw_tiles, draws_safely, shortened
 from evaluation.probes import encode_views
 from model import Classifier, Encoder
 from shards.augment import normalise
-from shards.decode import MAX_PIXELS, Recipe, open_image, read_video, upright_rgb
+from shards.decode import MAX_PIXELS, Recipe, open_image, read_clips, upright_rgb
 from shards.format import check_sides, check_size, encode_clip
 from shards.inputs import describe_error, is_system_error
 from shards.layouts import EXTENSIONS
@@ -102,7 +102,7 @@ class FileViews(EvalViews):
 
     def views_of_video(self, file: BinaryIO, name: str) -> Tensor:
         """Return the views of a video -> (V, T, 3, H, W); a corrupt one raises nearly anything."""
-        sample = encode_clip(*read_video(file, self.recipe("videos")), -1, name)
+        sample = encode_clip(*read_clips(file, self.recipe("videos"))[0], -1, name)
         check_size(sample, self.patch_size)
         return self.crop_views(sample)
 

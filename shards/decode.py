@@ -7,7 +7,7 @@ frame is on screen at each wanted time. The second pass decodes only what these 
 import io
 import re
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from mmap import ACCESS_READ, mmap
@@ -33,7 +33,7 @@ LIMITS = {
     "max_clips": (1, 1e9),
     "scene_cuts": (0.01, 1),
 }
-TURNS = {  # {EXIF orientation: what a viewer does}; others are no orientations
+TURNS = {  # {EXIF orientation: what a viewer does}; 1 is upright, and there are no others
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -198,20 +198,13 @@ def check_length(
         raise ValueError(f"truncated: {len(times)} frames, {end:.2f} of {claimed:.2f} s")
 
 
-def read_video(file: BinaryIO, recipe: Recipe) -> tuple[list[bytes], list[float]]:
-    """Decode the wanted frames of a video file -> upright JPEG files, their timestamps in seconds.
-
-    Wanted are the middles of `recipe.frames` equal sections, or multiples of 1 / `recipe.fps`. A
-    video with fewer frames repeats some. A corrupt file raises ValueError or av.FFmpegError.
-    """
-    whole = replace(recipe, clip_seconds=None, stride=None, max_clips=None, scene_cuts=None)
-    return read_clips(file, whole)[0]
-
-
 def read_clips(file: BinaryIO, recipe: Recipe) -> list[tuple[list[bytes], list[float]]]:
-    """Cut a video file into clips, and decode the wanted frames of each, see read_video.
+    """Cut a video file into clips -> for each, upright JPEG files and their timestamps in seconds.
 
-    The timestamps are in the video's time. No clip has frames of two scenes.
+    Wanted are the middles of `recipe.frames` equal sections of a clip, or multiples of
+    1 / `recipe.fps`. A clip with fewer frames repeats some; no clip has frames of two scenes. The
+    timestamps are in the video's time. Without recipe.clip_seconds and recipe.scene_cuts, there is
+    one clip. A corrupt file raises ValueError or av.FFmpegError.
     """
     with open_video(file) as container:
         times, gap = scan_video(container)
@@ -222,8 +215,8 @@ def read_clips(file: BinaryIO, recipe: Recipe) -> list[tuple[list[bytes], list[f
     seconds = times * unit
     cuts = find_cuts(file, times, in_order, recipe.scene_cuts) if recipe.scene_cuts else []
     chosen = []
-    for first, end in pairwise([0, *cuts, len(times)]):
-        chosen += [first + clip for clip in place_clips(seconds[first:end], gap, recipe)]
+    for begin, end in pairwise([0, *cuts, len(times)]):
+        chosen += [begin + clip for clip in place_clips(seconds[begin:end], gap, recipe)]
     chosen = chosen[: recipe.max_clips]
     wanted = set(times[np.concatenate(chosen)].tolist())
     frames = decode_frames(file, times, wanted, in_order, recipe)

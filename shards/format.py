@@ -56,8 +56,8 @@ def decode_frame(sample: dict, index: int) -> np.ndarray:
 
 def check_size(sample: dict, smallest: int) -> None:
     """Raise ValueError if the frames of a sample have a side below `smallest` pixels."""
-    first = memoryview(sample["frames"])[: int(sample["ends"][0])]
-    check_sides(*simplejpeg.decode_jpeg_header(first)[:2], smallest)
+    first_frame = memoryview(sample["frames"])[: int(sample["ends"][0])]
+    check_sides(*simplejpeg.decode_jpeg_header(first_frame)[:2], smallest)
 
 
 def check_sides(height: int, width: int, smallest: int) -> None:
@@ -104,12 +104,12 @@ def labelled_classes(path: str) -> list[str]:
     return classes
 
 
-def match_classes(path: str, classes: list[str], owner: str, first: int = 0) -> list[int]:
-    """Return for each label of a data set its number by name, first + index into `classes`.
+def match_classes(path: str, classes: list[str], owner: str, offset: int = 0) -> list[int]:
+    """Return for each label of a data set its number by name, offset + index into `classes`.
 
     A data set without labels, or with classes that `owner` lacks, raises ValueError.
     """
-    numbers = {name: first + number for number, name in enumerate(classes)}
+    numbers = {name: offset + number for number, name in enumerate(classes)}
     names = labelled_classes(path)
     if unknown := [name for name in names if name not in numbers]:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
@@ -168,7 +168,8 @@ class Clips:
         if not shards:
             raise ValueError(f"{path} has no samples")
         self.names = [shard["raw_data"]["basename"] for shard in shards]
-        self.ends = np.cumsum([shard["samples"] for shard in shards])  # first number after a shard
+        # For each shard, the number of the sample after its last.
+        self.ends = np.cumsum([shard["samples"] for shard in shards])
         self.decode = reader_from_json("", None, shards[0]).decode_sample
 
     def __len__(self) -> int:

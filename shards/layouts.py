@@ -96,6 +96,7 @@ def first_existing(storage: Storage, names: tuple[str, ...]) -> str:
     """Return the first of these files or folders that exists; raise ValueError if none does."""
     name = next(filter(storage.has, names), None)
     if name is None:
+        # The name "" is SOURCE itself.
         fault = f"lacks {' or '.join(names)}" if names[0] else "does not exist"
         raise ValueError(f"SOURCE {storage.root} {fault}")
     return name

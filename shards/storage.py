@@ -125,7 +125,10 @@ class Storage:
             return s3_client(os.getpid()).list_objects_v2(Prefix=folder, **request)["KeyCount"] > 0
 
     def stream(self, name: str, begin: int = 0, size: int | None = None) -> BinaryIO:
-        """Return a file to be read in order from `begin` on; a bucket sends `size` bytes of it."""
+        """Return a file to be read in order from `begin` on.
+
+        A bucket sends only `size` bytes of it. A local file goes on to its end.
+        """
         if not self.remote:
             file = self.open(name)
             file.seek(begin)

@@ -149,13 +149,13 @@ def run_parts(work: Work, parts: list[str], workers: int, bar: tqdm) -> None:
                         reason = crash_reason(worker, bad_inputs[worker.part])
                         bad_inputs[worker.part][worker.number] = reason
                         waiting.append(worker.part)
-                        bar.update(-worker.number - 1)
+                        bar.update(-worker.number - 1)  # the inputs of the part begin again
                     continue
                 if isinstance(message, Exception):
                     raise message
                 worker.number = message
                 worker.since = monotonic()
-                bar.update(message is not None)
+                bar.update(0 if message is None else 1)
             for worker in running.values():
                 if worker.number is not None and monotonic() - worker.since > TIME_LIMIT:
                     worker.timed_out = True

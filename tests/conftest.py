@@ -3,6 +3,7 @@ files of a test; stages on the command line; processes that join into ranks; a b
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import multiprocessing
@@ -55,11 +56,17 @@ torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
 training.run.draw_curves = lambda lines, to: None
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+# Every full collection of garbage would search the libraries' objects, for half a second.
+gc.freeze()
 
 
 def pytest_addoption(parser) -> None:
     text = "run the tests marked gpu and gpus on CPUs, where they can be"
     parser.addoption("--gpu-tests-on-cpu", action="store_true", help=text)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the objects of the tests' modules, too
 
 
 def pytest_collection_modifyitems(config, items) -> None:
@@ -391,25 +398,23 @@ def pretrained(demo, tmp_path_factory) -> Path:
     return folder / "runs" / "demo" / "checkpoints" / "latest-rank0.pt"
 
 
-def serve(channel) -> None:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    channel.send(server.get_host_and_port()[1])
-    channel.recv()
+SIMULATED_S3 = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.fixture(scope="session")
-def endpoint():
-    """The address of a simulated S3, which runs in a process of its own."""
-    ours, theirs = multiprocessing.Pipe()
-    spawn = multiprocessing.get_context("spawn")
-    process = spawn.Process(target=serve, args=(theirs,), daemon=True)
-    process.start()
-    yield f"http://127.0.0.1:{ours.recv()}"
-    process.kill()
-    process.join()
+def endpoint() -> Iterator[str]:
+    """The address of a simulated S3 in a process of its own, which ends with its standard input."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", SIMULATED_S3], **pipes) as process:
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        process.kill()
 
 
 @pytest.fixture

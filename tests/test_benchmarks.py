@@ -322,7 +322,7 @@ def test_bench_train_measures_steps_waits_kills_ranks_and_memory(
     for name, value in (tiny | {"KILLED_AFTER": 3}).items():
         monkeypatch.setattr(bench_train, name, value)
     waiting, steps = bench_train.measure_waiting, bench_train.compare_steps
-    configure = partial(bench_train.configure, batch=4, model=None)
+    configure = partial(bench_train.configure, batch=4, model={"depth": 1, "decoder_depth": 1})
     model = {"embed_dim": 96, "depth": 2, "num_heads": 3}
     model |= {"decoder_embed_dim": 48, "decoder_depth": 1, "decoder_num_heads": 3}
     replacements = {

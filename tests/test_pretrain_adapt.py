@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from conftest import error_of, losses, run_stage, small
+from conftest import error_of, losses, run_stage, small, write_run
 from tiny_models import TINY
 
 import pretrain
 from model import ViCMAE
+from pretrain import PretrainConfig
+from training.config import load_config
 from training.optimizer import build_optimizer
 from training.weights import LATEST, load_pretrained, read_checkpoint
 
@@ -85,3 +87,13 @@ def test_layer_decay_slows_the_first_layers_of_the_encoder_and_no_head():
     for number, block in enumerate(net.encoder.blocks):
         assert rates[id(block.mlp.fc1.weight)] == 0.5 ** (depth - number)
     assert rates[id(net.encoder.cls_token)] == 0.5 ** (depth + 1)
+
+
+def test_sizes_that_the_settings_of_a_run_leave_out_are_the_defaults(demo, tmp_path, monkeypatch):
+    write_run(tmp_path / "runs" / "first", "model: {depth: 3}")
+    monkeypatch.chdir(tmp_path)
+    arguments = [*small(demo), "pretrained=runs/first"]
+    config = PretrainConfig(**load_config(arguments, PretrainConfig))
+    model = pretrain.take_sizes(config).model
+    sizes = {"patch_size": 16, "embed_dim": 768, "depth": 3, "num_heads": 12}
+    assert {name: model[name] for name in sizes} == sizes

@@ -30,7 +30,7 @@ from test_data_prep import BIKES
 import data_prep
 from data_prep import convert
 from shards import workers
-from shards.decode import Recipe, read_image, read_video
+from shards.decode import Recipe, read_clips, read_image
 from shards.format import decode_frame
 from shards.inspect import verify
 
@@ -435,7 +435,7 @@ def test_grey_video_keeps_its_luma_in_three_channels(videos):
 )
 def test_video_of_variable_rate_gives_the_frame_on_screen_at_each_wanted_time(videos, name, recipe):
     with (videos.source / name).open("rb") as file:
-        frames, times = read_video(file, recipe)
+        ((frames, times),) = read_clips(file, recipe)
     last = float(np.median(np.diff(VARIABLE)))  # assumed duration of the last frame
     length = (VARIABLE[-1] + last) / 1000
     wanted = np.arange(int(10 * length)) / 10 if recipe.fps else (np.arange(12) + 0.5) * length / 12
@@ -488,7 +488,7 @@ def test_real_clip_gives_the_frames_and_times_of_a_full_decode(tmp_path, path):
 def read(path: Path, **settings) -> tuple[list[np.ndarray], list[float]]:
     """Return the stored frames of a video as pixels, and their times."""
     with path.open("rb") as file:
-        frames, times = read_video(file, Recipe("videos", **settings))
+        ((frames, times),) = read_clips(file, Recipe("videos", **settings))
     return [simplejpeg.decode_jpeg(frame) for frame in frames], times
 
 

@@ -116,7 +116,7 @@ def labelled(tmp_path):
 def test_labels_of_data_sets_are_those_of_the_same_names_in_the_first(labelled):
     first, turned, few = labelled("1", *"abc"), labelled("2", *"cba"), labelled("3", "b")
     assert common_classes([first, turned, few]) == (list("abc"), [[0, 1, 2], [2, 1, 0], [1]])
-    assert match_classes(few, ["a", "b"], "the checkpoint", first=10) == [11]
+    assert match_classes(few, ["a", "b"], "the checkpoint", offset=10) == [11]
     assert same_classes([first, first], "method=triplet") == list("abc")
     for other in (turned, few):
         with pytest.raises(ValueError, match="method=triplet needs the same classes in the same"):

@@ -25,12 +25,12 @@ def test_sizes_of_our_models_are_read_from_their_weights():
 
 
 @pytest.mark.parametrize(("more", "stage"), [("", "pretrain"), ("eval_data: {}\n", "finetune")])
-def test_known_sizes_of_a_run_are_the_model_block_of_its_configuration(tmp_path, more, stage):
+def test_known_sizes_of_a_run_are_its_model_block_with_the_default_sizes_of_an_encoder(tmp_path, more, stage):
     model = {"depth": 3, "num_heads": 4, "mask": "none", "contrast": "simsiam"}
     config = f"{more}method: simsiam\nmodel: {json.dumps(model)}\n"
     newest = write_run(tmp_path / "runs" / "one", config)
-    expected = {"method": "simsiam", "stage": stage, "model": model}
-    expected["views"] = {}
+    defaults = {"img_size": 224, "patch_size": 16, "embed_dim": 768}
+    expected = {"method": "simsiam", "stage": stage, "model": defaults | model, "views": {}}
     assert known_model(newest) == known_model(str(tmp_path / "runs" / "one")) == expected
 
 
@@ -60,7 +60,8 @@ def test_sizes_of_a_planned_run_come_from_its_yaml_and_the_runs_before_it(tmp_pa
     second = "pretrained: runs/big/checkpoints/latest-rank0.pt\nmodel: {img_size: 64, pool: cls}\n"
     (tmp_path / "tuned.yaml").write_text(f"eval_data: {{}}\n{second}")
     monkeypatch.chdir(tmp_path)
-    expected = {"depth": 3, "img_size": 64, "pool": "cls"}
+    expected = {"img_size": 64, "patch_size": 16, "embed_dim": 768, "depth": 3, "num_heads": 12}
+    expected["pool"] = "cls"
     found = known_model("runs/tuned/checkpoints/latest-rank0.pt", planned=True)
     assert found == {"method": None, "stage": "finetune", "model": expected, "views": {}}
     with pytest.raises(ValueError, match=r"runs/other does not exist, nor does .*other.yaml"):

@@ -2,13 +2,14 @@
 
 import itertools
 import re
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 from omegaconf import OmegaConf
+from torch import Tensor
 
 import eval as evaluation
 import finetune
@@ -17,7 +18,7 @@ from benchmarks import compare
 from pretrain import PretrainConfig
 from shards.views import PretrainingViews
 from training.config import load_config
-from training.cost import peak_bytes
+from training.cost import flops_per_sample, peak_bytes
 from training.keys import check_keys
 
 FILES = sorted((ROOT / "yamls").rglob("*.yaml"))
@@ -119,16 +120,36 @@ def test_sizes_of_the_encoder_are_left_to_the_run_that_a_file_names(path, monkey
     assert ENCODER_SIZES.isdisjoint(config.get("model") or {})
 
 
-def peak_of_class(peaks: dict[tuple, int], net: torch.nn.Module, *arguments: object) -> int:
-    """Return the memory of a step of the first model of each class: counting takes seconds."""
-    key = type(net), *arguments[2:]
-    if key not in peaks:
-        peaks[key] = peak_bytes(net, *arguments)
-    return peaks[key]
+def plain_attributes(module: torch.nn.Module) -> str:
+    plain = {key: value for key, value in vars(module).items() if isinstance(value, int | float)}
+    return f"{type(module).__name__} {plain}"
+
+
+def counted_once(count: Callable, counts: dict[str, float], only_class: bool) -> Callable:
+    """Return a function that counts operations or memory, or looks up what it has counted before.
+
+    Args:
+        counts: the earlier results; counting takes seconds.
+        only_class: whether models and batches of any size count as equal if their class is.
+    """
+
+    def look_up(net: torch.nn.Module, sample: dict[str, Tensor], *arguments: object) -> float:
+        parts = [type(net), *arguments[1:]]
+        if not only_class:
+            parts += [plain_attributes(module) for module in net.modules()]
+            parts += [(weight.shape, weight.requires_grad) for weight in net.parameters()]
+            parts += [tensor.shape for tensor in sample.values()]
+            parts += arguments
+        key = f"{count.__name__} {parts}"
+        if key not in counts:
+            counts[key] = count(net, sample, *arguments)
+        return counts[key]
+
+    return look_up
 
 
 @pytest.fixture(scope="module")
-def peaks() -> dict[tuple, int]:
+def counts() -> dict[str, float]:
     return {}
 
 
@@ -139,12 +160,14 @@ def peaks() -> dict[tuple, int]:
     ids=name_of,
 )
 def test_plan_needs_neither_data_nor_gpus_and_gives_the_cost_in_the_header(
-    path, peaks, tmp_path, monkeypatch, capsys
+    path, counts, tmp_path, monkeypatch, capsys
 ):
     header = "\n".join(header_of(path))
     memory = re.search(r"8 GPUs with (\d+) GB each", header)
-    if not memory:
-        monkeypatch.setattr("training.plan.peak_bytes", partial(peak_of_class, peaks))
+    for count in (flops_per_sample, peak_bytes):
+        only_class = count is peak_bytes and not memory
+        once = counted_once(count, counts, only_class)
+        monkeypatch.setattr(f"training.plan.{count.__name__}", once)
     monkeypatch.chdir(tmp_path)  # a folder without data and runs
     script, *arguments = commands_of(path)[0]
     arguments = [str(ROOT / word) if word.endswith(".yaml") else word for word in arguments]

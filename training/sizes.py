@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from model import Classifier, ViCMAE
+from training.config import keywords_of
 from training.huggingface import read_num_heads
 from training.sources import read_settings
 from training.weights import find_file, read_checkpoint, square_side
@@ -70,8 +72,9 @@ def known_model(checkpoint: str, planned: bool = False) -> dict[str, Any]:
 
     Returns:
         `method`: of the run's configuration, None if not given there. `stage`: "pretrain", or
-        "finetune" for a classifier. `model`: the `model` block, or vit_sizes of the weights.
-        `views`: the crops of the run's evaluation, as arguments of EvalViews.
+        "finetune" for a classifier. `model`: the `model` block, with the default sizes of an
+        encoder; or vit_sizes of the weights. `views`: the crops of the run's evaluation, as
+        arguments of EvalViews.
 
     Raises:
         ValueError: the checkpoint, or the configuration of its run, cannot be read.
@@ -94,11 +97,14 @@ def known_model(checkpoint: str, planned: bool = False) -> dict[str, Any]:
     model = config.get("model") or {}
     evaluation = config.get("eval_data") or {}
     views = {name: evaluation[name] for name in VIEWS if name in evaluation}
+    stage = "finetune" if "eval_data" in config else "pretrain"
+    keywords = keywords_of(Classifier if stage == "finetune" else ViCMAE)
+    encoder = {name: keywords[name][1] for name in ENCODER_SIZES}  # the defaults
     if is_future and config.get("pretrained") and find_run(config["pretrained"]):
         start = known_model(config["pretrained"], planned)["model"]
-        model = {key: value for key, value in start.items() if key in ENCODER_SIZES} | model
-    stage = "finetune" if "eval_data" in config else "pretrain"
-    return {"method": config.get("method"), "stage": stage, "model": model, "views": views}
+        encoder = {name: start[name] for name in ENCODER_SIZES}
+    known = {"method": config.get("method"), "stage": stage, "model": encoder | model}
+    return known | {"views": views}
 
 
 def find_run(checkpoint: str) -> Path | None:
