@@ -116,9 +116,6 @@ def write_part(
                 sides.append(min(simplejpeg.decode_jpeg_header(frames[0])[:2]))
                 short += len(set(timestamps)) < len(timestamps)
                 mds.write(encode_clip(frames, timestamps, label, name, depth))
-    index = out / "index.json"
-    shards = json.loads(index.read_text())["shards"]
-    index.unlink()  # merge writes the index of all parts
     return {
         "inputs": inputs,
         "samples": sum(converted.values()),
@@ -130,8 +127,16 @@ def write_part(
         "labels": sorted(converted.items()),
         "highest": max(converted, default=-1),
         "unlabelled": unlabelled,
-        "shards": shards,
+        "shards": take_shards(out),
     }
+
+
+def take_shards(part: Path) -> list[dict]:
+    """Return the shards that MDSWriter has listed in a folder, and delete its list."""
+    index = part / "index.json"
+    shards = json.loads(index.read_text())["shards"]
+    index.unlink()  # merge writes the index of all parts
+    return shards
 
 
 def convert_part(

@@ -26,6 +26,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +42,7 @@ from evaluation.accuracy import class_labels, label_numbers, load_eval
 from evaluation.files import FileViews, embed_files, find_media, predict_files
 from evaluation.pictures import draw_attention, draw_confusion, draw_reconstructions
 from evaluation.probes import encode_views, measure_probe
+from evaluation.ranks import on_rank_0
 from methods import CLASSIFIERS, PRETRAINING, method_of
 from model import Classifier, Encoder, ViCMAE
 from shards.format import labelled_classes, read_classes
@@ -51,7 +53,6 @@ from training.export import check_export, check_exportable, export
 from training.help import stage_help
 from training.plan import Machine, forward_plan, size_of, split_plan_flags
 from training.precision import forbid_tf32
-from training.processor import name_processor_without_processes
 from training.report_page import write_report
 from training.run import check_data_sets
 from training.sizes import find_run, known_model
@@ -233,14 +234,11 @@ def load_model(config: EvalConfig) -> ViCMAE | Classifier:
     return net.eval()
 
 
-def measure_accuracy(
-    net: Classifier, run: Path, config: EvalConfig
-) -> tuple[dict[str, float], Tensor]:
-    """Measure the accuracy of a classifier, its probabilities averaged over all views of a sample.
+def measure_accuracy(net: Classifier, run: Path, config: EvalConfig) -> dict[str, Any]:
+    """Measure a classifier's accuracy, write per_class.json and draw confusion.png.
 
-    Returns:
-        top1, top5, average and samples_per_second; the confusion matrix, (C, C) counts with true
-        classes as rows.
+    The probabilities are averaged over all views of a sample. The result has top1, top5, average
+    and samples_per_second.
     """
     owner = f"checkpoint={config.checkpoint}"
     labels = label_numbers(net, config.accuracy["paths"], owner)
@@ -251,7 +249,6 @@ def measure_accuracy(
     net.average = config.average
     device = get_device(config.device)
     precision = config.precision if device.name == "gpu" else "fp32"
-    name_processor_without_processes()
     trainer = Trainer(
         model=net,
         eval_dataloader=evaluator,
@@ -265,15 +262,9 @@ def measure_accuracy(
         trainer.eval()
     seconds = time.monotonic() - begin
     metrics = trainer.state.eval_metrics["eval"]
+    confusion = metrics["confusion"].compute().cpu()  # (C, C), true classes as rows
     samples = len(evaluator.dataloader.dataloader.dataset)
     result = {name: float(metrics[name].compute()) for name in ("top1", "top5")}
-    result |= {"average": config.average, "samples_per_second": samples / seconds}
-    return result, metrics["confusion"].compute().cpu()
-
-
-def report_accuracy(net: Classifier, run: Path, config: EvalConfig) -> dict[str, float]:
-    """Measure the accuracy, write per_class.json and draw confusion.png."""
-    result, confusion = measure_accuracy(net, run, config)
     if dist.get_global_rank() == 0:
         classes = class_labels(net, config.accuracy["paths"][0])
         right, counts = confusion.diag().tolist(), confusion.sum(dim=1).tolist()
@@ -281,7 +272,7 @@ def report_accuracy(net: Classifier, run: Path, config: EvalConfig) -> dict[str,
         accuracy = {name: hits / count if count else None for name, hits, count in by_class}
         Storage(str(run)).write_json("per_class.json", accuracy)
         draw_confusion(confusion, classes, run / "confusion.png")
-    return result
+    return result | {"average": config.average, "samples_per_second": samples / seconds}
 
 
 def read_files(
@@ -324,20 +315,15 @@ def load_encoder(checkpoint: str) -> Encoder:
     return load_model(EvalConfig(checkpoint=checkpoint)).encoder
 
 
-def probe(net: nn.Module, run: Path, config: EvalConfig) -> dict[str, float]:
-    """Return k-NN and linear accuracy of the encoder, see measure_probe."""
-    with autocast_of(config):
-        return measure_probe(net.encoder, config.seed, run, **config.probe)
-
-
 def measurements(
     net: ViCMAE | Classifier, run: Path, config: EvalConfig
 ) -> Iterator[dict[str, Any]]:
     """Carry out the measurements that a config asks for, and yield the result of each."""
     if config.probe:
-        yield probe(net, run, config)
+        with autocast_of(config):
+            yield measure_probe(net.encoder, config.seed, run, **config.probe)
     if config.accuracy:
-        yield report_accuracy(net, run, config)
+        yield measure_accuracy(net, run, config)
     if dist.get_global_rank() == 0:
         yield from read_files(net, run, config)
     yield {}  # nothing is measured for pictures alone
@@ -351,7 +337,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     forbid_tf32()
     reproducibility.seed_all(config.seed)
     run = Path("runs", config.run_name)
-    data_sets = check_data_sets(run, config.data_sets)
+    data_sets = on_rank_0(partial(check_data_sets, run, config.data_sets))
     if dist.get_global_rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         Storage(str(run)).write_json("data_sets.json", data_sets)

@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import normalize
 from torchvision.utils import make_grid
 
 from model import Encoder, ViCMAE
-from shards.augment import MEAN, STD, normalise
+from shards.augment import MEAN, STD, constants, normalise
 from shards.storage import write_picture
 from shards.views import EvalViews
 
@@ -138,14 +138,9 @@ def draw_tiles(
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Return the mean of the finite values (n,) around each, NaN where there are none."""
-    known = np.isfinite(values)
-    sums = np.cumsum([0.0, *np.where(known, values, 0.0)])
-    counts = np.cumsum([0, *known])
-    first = np.arange(len(values)) - window // 2
-    begin, end = np.clip(first, 0, None), np.clip(first + window, None, len(values))
-    with np.errstate(invalid="ignore"):
-        return (sums[end] - sums[begin]) / (counts[end] - counts[begin])
+    """Return the mean of the values (n,) around each."""
+    ones = np.ones(window)
+    return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
 
 
 def series(lines: list[dict], *names: str) -> tuple[np.ndarray, np.ndarray]:
@@ -244,17 +239,12 @@ def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int =
     rows = torch.cat([target, masked, pred, inpainted])
     frame = encoder.patch_size**2 * 3  # numbers of the first frame of a tubelet
     images = unpatchify(rows[:, : encoder.grid**2, :frame], encoder.patch_size)
-    images = denormalise(images).clamp(0, 1)
+    mean, std, *_ = constants(images.device)
+    images = (images * std + mean).clamp(0, 1)
     if dist.get_global_rank() == 0:
         title = f"reconstructions, {mask.mean():.0%} of the patches masked"
         labels = ["original", "masked", "reconstruction", "pasted"]
         draw_tiles(images, to, title, count, labels)
-
-
-def denormalise(images: Tensor) -> Tensor:
-    """Invert shards.augment.normalise, to values in [0, 1]."""
-    offset = [-mean / std for mean, std in zip(MEAN, STD, strict=True)]
-    return normalize(images, offset, [1 / std for std in STD])
 
 
 def first_frames(views: Dataset, numbers: Tensor) -> Tensor:

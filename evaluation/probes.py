@@ -11,7 +11,6 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from evaluation.pictures import draw_neighbours
+from evaluation.ranks import interleave_on_rank_0, on_rank_0
 from model import Encoder, pool_tokens
 from shards.augment import normalise
 from shards.format import common_classes, shared_shards
@@ -85,23 +85,6 @@ def embed(
     encoder.train(training)
     features = interleave_on_rank_0(torch.cat(features))
     return features[: len(data)], interleave_on_rank_0(torch.cat(labels))[: len(data)]
-
-
-def interleave_on_rank_0(share: Tensor) -> Tensor:
-    """Return the rows of all ranks' shares (n, ...) in turn on rank 0, and no rows on others."""
-    rank, ranks = dist.get_global_rank(), dist.get_world_size()
-    if ranks == 1:
-        return share
-    shares = [torch.empty_like(share) for _ in range(ranks)] if rank == 0 else None
-    torch.distributed.gather(share, shares)
-    return torch.stack(shares, dim=1).flatten(0, 1) if rank == 0 else share[:0]
-
-
-def on_rank_0(measure: Callable[[], Any]) -> Any:
-    """Call a function on rank 0 alone, and return its result on all ranks."""
-    result = [measure() if dist.get_global_rank() == 0 else None]
-    dist.broadcast_object_list(result)
-    return result[0]
 
 
 def labelled(features: Tensor, labels: Tensor) -> Labelled:

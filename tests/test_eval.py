@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import cpuinfo
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -368,3 +369,10 @@ def test_data_sets_of_an_evaluation_are_recorded_and_compared(demo, tmp_path):
     (data / "classes.json").write_text((demo / "test_images/classes.json").read_text()[:-3] + 'x"]')
     with pytest.raises(ValueError, match=r"queries has other classes \(\w+x instead of \w+\)"):
         evaluate_file(tmp_path, probe=probe)
+
+
+def test_no_process_is_started_to_name_the_processor(demo, tmp_path, monkeypatch):
+    """Composer's own way to find the name takes a second in each Trainer and checkpoint."""
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", None)
+    save_classifier(tmp_path / "classifier.pt")
+    assert evaluate_file(tmp_path, accuracy={"paths": [str(demo / "test_images")]})

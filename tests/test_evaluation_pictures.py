@@ -14,7 +14,6 @@ from torchvision.io import ImageReadMode, decode_image
 
 from evaluation import pictures
 from evaluation.pictures import (
-    denormalise,
     draw_attention,
     draw_confusion,
     draw_curves,
@@ -167,13 +166,6 @@ def test_unpatchify_puts_every_patch_at_its_row_and_column():
             cut = images[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
             patches[:, 2 * row + column] = cut.permute(0, 2, 3, 1).reshape(2, 48)
     assert torch.equal(unpatchify(patches, 4), images)
-
-
-def test_denormalise_gives_the_colours_back():
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(2, 3, 4, 4, generator=generator)
-    normalised = (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    torch.testing.assert_close(denormalise(normalised), images)
 
 
 def mean_of_patches(frame: torch.Tensor) -> torch.Tensor:

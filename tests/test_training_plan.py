@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, error_of
 from torch import Tensor, nn
 
 import pretrain
@@ -184,9 +184,13 @@ def test_plan_flags_with_other_values_are_refused(flags, complaint):
         split_plan_flags(["a.yaml", *flags])
 
 
-def test_plan_of_unknown_data_is_refused_in_one_line(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    arguments = ["pretrain.py", "yamls/vits.yaml", "data.streams=[{path: x/y}]", "--plan"]
-    monkeypatch.setattr("sys.argv", arguments)
-    with pytest.raises(SystemExit, match="x/y"):
-        pretrain.main()
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("data.streams=[{path: x/y}]", "x/y"),
+        ("trainer.max_duration=null", "trainer.max_duration: missing; give a duration such as"),
+        ("trainer.max_duration=0ep", "trainer.max_duration: missing; give a duration such as"),
+    ],
+)
+def test_plan_of_a_run_without_data_or_duration_is_refused(override, complaint):
+    assert complaint in error_of(pretrain, ["yamls/vits.yaml", override, "--plan"], ROOT)

@@ -25,7 +25,9 @@ def test_sizes_of_our_models_are_read_from_their_weights():
 
 
 @pytest.mark.parametrize(("more", "stage"), [("", "pretrain"), ("eval_data: {}\n", "finetune")])
-def test_known_sizes_of_a_run_are_its_model_block_with_the_default_sizes_of_an_encoder(tmp_path, more, stage):
+def test_known_sizes_of_a_run_are_its_model_block_with_the_default_sizes_of_an_encoder(
+    tmp_path, more, stage
+):
     model = {"depth": 3, "num_heads": 4, "mask": "none", "contrast": "simsiam"}
     config = f"{more}method: simsiam\nmodel: {json.dumps(model)}\n"
     newest = write_run(tmp_path / "runs" / "one", config)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from composer import Callback, Event, Trainer
 from composer.core import DataSpec
-from conftest import losses, read_metrics, run_stage, signal_at, small
+from conftest import error_of, losses, read_metrics, run_stage, signal_at, small
 from tiny_models import ENCODER, TINY
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
@@ -72,9 +72,11 @@ def test_weight_of_the_contrastive_term_rises_over_the_duration(demo, tmp_path, 
         assert line["loss/train/total"] == pytest.approx(total, rel=1e-5)
 
 
-def test_duration_of_the_ramp_is_in_epochs_or_steps():
-    with pytest.raises(ValueError, match=r"duration=0\.1dur: must be in epochs \(ep\) or steps"):
-        ContrastRamp("0.1dur")
+@pytest.mark.parametrize("name", ["ContrastRamp", "FreezeEncoder"])
+def test_fraction_of_the_training_is_refused_as_the_duration_of_an_algorithm(demo, tmp_path, name):
+    algorithm = f"algorithms={{{name}: {{duration: 0.1dur}}}}"
+    complaint = error_of(pretrain, [*small(demo), algorithm], tmp_path)
+    assert f"algorithms.{name}.duration=0.1dur: give a whole number of epochs or steps" in complaint
 
 
 # Growing views

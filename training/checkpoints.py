@@ -22,12 +22,12 @@ from composer.utils import create_interval_scheduler, dist
 from pydantic import NonNegativeFloat, PositiveInt
 from torch.distributed.checkpoint import BytesStorageMetadata
 
+from evaluation.ranks import on_rank_0
 from shards.workers import STOPPED, exit_on_signals, ignore_stop_signals, kill_workers
 from training.announce import print_once, say_if_slow
-from training.config import Duration
+from training.config import Interval
 from training.copies import METADATA, Copies, CopyingUnfinished
 from training.peers import new_group
-from training.processor import name_processor_without_processes
 from training.safe_load import PlainReader, check_zip, load_plain
 from training.weights import LATEST
 from training.writing import Writer, checksum, point_latest_to
@@ -124,7 +124,7 @@ class Checkpoints(Callback):
         self,
         run: Path,
         *,
-        interval: Duration = "1ep",
+        interval: Interval = "1ep",
         keep: PositiveInt = 2,
         milestone: PositiveInt | None = None,
         bucket: str | None = None,
@@ -148,7 +148,6 @@ class Checkpoints(Callback):
         exit_on_signals(self.signals)
         self.stop_reason = None  # of the first request to stop, such as the name of a signal
         self.saved_step = -1
-        name_processor_without_processes()
 
     # Finding a checkpoint to resume from
 
@@ -166,9 +165,7 @@ class Checkpoints(Callback):
         """
         if self.bucket or not on_several_machines():
             return
-        name = [f".shared-{uuid.uuid4().hex}"]
-        dist.broadcast_object_list(name, group=self.group)
-        mark = self.folder / name[0]
+        mark = self.folder / on_rank_0(lambda: f".shared-{uuid.uuid4().hex}", self.group)
         if dist.get_global_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             mark.touch()
@@ -195,16 +192,7 @@ class Checkpoints(Callback):
             ValueError: there are checkpoints, but none is intact, or this machine lacks rank 0's.
             OSError: the bucket cannot be reached.
         """
-        outcome = [None]
-        if dist.get_global_rank() == 0:
-            try:
-                outcome = [self.find_newest()]
-            except (ValueError, OSError) as error:
-                outcome = [error]  # for all ranks, which wait for the answer
-        dist.broadcast_object_list(outcome, group=self.group)
-        name = outcome[0]
-        if isinstance(name, Exception):
-            raise name
+        name = on_rank_0(self.find_newest, self.group)
         if name is None:
             return None
         if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:

@@ -38,8 +38,13 @@ from training.sources import (
 )
 
 
-def check_time(value: Any, positive: bool = True) -> Any:
-    """Return a duration such as 800ep or 500ba unchanged; a plain number counts epochs."""
+def check_time(value: Any, positive: bool = True, fraction: bool = True) -> Any:
+    """Return a duration such as 800ep or 500ba unchanged; a plain number counts epochs.
+
+    Args:
+        positive: refuse 0.
+        fraction: take a fraction of the training too, such as 0.1dur.
+    """
     if not isinstance(value, int | str):
         return value
     expected = "give a whole number of epochs or steps, such as 800ep or 500ba"
@@ -47,14 +52,16 @@ def check_time(value: Any, positive: bool = True) -> Any:
         time = ensure_time(value, "ep")
     except (ValueError, TypeError) as error:
         raise ValueError(expected) from error
-    if time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.DURATION):
+    is_fraction = fraction and time.unit == TimeUnit.DURATION
+    if not is_fraction and time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH):
         raise ValueError(expected)
     if time.value < 0 or (positive and time.value == 0):
         raise ValueError("must be positive" if positive else "must be 0 or more")
     return value
 
 
-Duration = Annotated[str, AfterValidator(check_time)]
+Interval = Annotated[str, AfterValidator(check_time)]
+Duration = Annotated[str, AfterValidator(functools.partial(check_time, fraction=False))]
 RunName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # the name of a folder in runs/
 
 

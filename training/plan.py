@@ -329,8 +329,6 @@ def training_samples(data: dict[str, Any], max_duration: str) -> int:
         limit = f"at most {epoch}, the samples of an epoch"
         raise ValueError(f"data.global_train_batch_size={batch}: must be {limit}")
     duration = ensure_time(max_duration, "ep")
-    if duration.value <= 0:
-        raise ValueError(f"trainer.max_duration={max_duration}: must be positive")
     if duration.unit.value == "ep":
         return batch * steps * duration.value
     if duration.unit.value == "ba":

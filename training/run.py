@@ -11,11 +11,13 @@ Everything of a run is in its run directory, runs/{run_name}/.
 import errno
 import json
 import os
+import platform
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,13 +29,14 @@ from composer.core import DataSpec, TimeUnit, ensure_time
 from composer.loggers import LoggerDestination
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.trainer.trainer import get_device
-from composer.utils import dist, reproducibility
+from composer.utils import collect_env, dist, reproducibility
 from omegaconf import OmegaConf
 from torch import nn
 
 from evaluation.online import OnlineProbe
 from evaluation.pictures import draw_curves
 from evaluation.probes import KNN
+from evaluation.ranks import on_rank_0
 from shards.format import TooManyUnreadable, fingerprint
 from shards.loader import samples_in
 from shards.storage import Storage
@@ -86,6 +89,11 @@ class RunConfig:
     callbacks: Annotated[dict, CALLBACKS] | None = None
     loggers: Annotated[dict, LOGGERS] | None = None
 
+    def __post_init__(self):
+        max_duration = self.trainer.get("max_duration")
+        if not max_duration or ensure_time(max_duration, "ep").value == 0:
+            raise ValueError("trainer.max_duration: missing; give a duration such as 800ep")
+
     @property
     def logs_speed(self) -> bool:
         """Return whether SpeedMonitor logs utilisation, which needs a count of operations."""
@@ -106,6 +114,10 @@ class RunConfig:
         """Return the blocks that are not null, as they are stored in config.yaml."""
         return {name: block for name, block in asdict(self).items() if block is not None}
 
+
+# Composer names the processor in each Trainer and checkpoint. py-cpuinfo, which finds the name,
+# starts processes and takes a second or more each time, and there is no option against it.
+collect_env.get_cpu_model = platform.processor
 
 # Blocks and keys that may change when a run resumes.
 FREE = ("trainer", "callbacks", "loggers", "checkpoints", "make_demo")
@@ -191,26 +203,29 @@ def start_run(config: RunConfig) -> Path:
     peer_watch().report_errors()
     reproducibility.seed_all(config.seed)  # the same initial weights on every rank
     run = Path("runs", config.run_name)
-    changed, finished = [], False
-    if dist.get_global_rank() == 0:
-        before = read_config(run)
-        changed = changed_settings(before, config.given())
-        duration = before.get("trainer", {}).get("max_duration")
-        finished = not changed and is_finished(run, duration, config.trainer.get("max_duration"))
-    of_rank_0 = [changed, finished]  # other machines may have other run directories
-    dist.broadcast_object_list(of_rank_0)
-    changed, finished = of_rank_0
-    if changed:
-        raise ValueError(
-            f"{run} was started with other values of {', '.join(changed)}; "
-            "choose another run_name, or delete the run directory"
-        )
-    if finished:
+    # Other machines may have other run directories.
+    if on_rank_0(partial(compare_with_run, run, config)):
         remedy = "raise trainer.max_duration to continue, or choose another run_name"
         print_once(f"{run} is finished, see {run}/result.json; {remedy}")
         peer_watch().leave()
         sys.exit(0)
     return run
+
+
+def compare_with_run(run: Path, config: RunConfig) -> bool:
+    """Return whether a run is finished.
+
+    Raises:
+        ValueError: it was started with other settings.
+    """
+    before = read_config(run)
+    if changed := changed_settings(before, config.given()):
+        raise ValueError(
+            f"{run} was started with other values of {', '.join(changed)}; "
+            "choose another run_name, or delete the run directory"
+        )
+    duration = before.get("trainer", {}).get("max_duration")
+    return is_finished(run, duration, config.trainer.get("max_duration"))
 
 
 @say_if_slow("waiting for all ranks to start")
@@ -240,29 +255,26 @@ def join_ranks(device: str | None, timeout: float) -> None:
 
 @say_if_slow("comparing the data sets with the run's")
 def check_data_sets(run: Path, paths: list[str]) -> dict[str, dict]:
-    """Compare data sets with the run's data_sets.json, and return its new content on rank 0.
+    """Compare data sets with the run's data_sets.json, and return its new content.
 
     Raises:
         ValueError: other samples or classes are at a path than when the run was started.
     """
-    problem, before, now = [None], {}, {}
-    if dist.get_global_rank() == 0:
-        record = run / "data_sets.json"
-        before = json.loads(record.read_text()) if record.exists() else {}
-        now = {path: fingerprint(path) for path in paths}
-        changed = [path for path in paths if now[path] != before.get(path, now[path])]
-        if changed:
-            path, kind = changed[0], "samples"
-            names = [listed[path]["classes"] for listed in (now, before)]
-            if names[0] != names[1]:
-                pairs = [pair for pair in zip_longest(*names, fillvalue="none") if len({*pair}) > 1]
-                new, old = (", ".join(listed[:5]) for listed in zip(*pairs, strict=True))
-                kind = f"classes ({new} instead of {old})"
-            remedy = "restore it, or choose another run_name"
-            problem = [f"{path} has other {kind} than when {run} was started; {remedy}"]
-    dist.broadcast_object_list(problem)
-    if problem[0]:
-        raise ValueError(problem[0])
+    record = run / "data_sets.json"
+    before = json.loads(record.read_text()) if record.exists() else {}
+    now = {path: fingerprint(path) for path in paths}
+    for path in paths:
+        new, old = now[path], before.get(path, now[path])
+        if new == old:
+            continue
+        kind = "samples"
+        if new["classes"] != old["classes"]:
+            pairs = zip_longest(new["classes"], old["classes"], fillvalue="none")
+            differing = [pair for pair in pairs if pair[0] != pair[1]][:5]
+            names, earlier = (", ".join(classes) for classes in zip(*differing, strict=True))
+            kind = f"classes ({names} instead of {earlier})"
+        remedy = "restore it, or choose another run_name"
+        raise ValueError(f"{path} has other {kind} than when {run} was started; {remedy}")
     return before | now
 
 
@@ -270,12 +282,9 @@ def trainer_settings(config: RunConfig, model: nn.Module) -> tuple[dict[str, Any
     """Return the block `trainer` for Composer, and the callbacks that it needs.
 
     Raises:
-        ValueError: no max_duration, or FSDP settings that are refused.
+        ValueError: FSDP settings that are refused.
     """
     settings, callbacks = dict(config.trainer), []
-    max_duration = settings.get("max_duration")
-    if not max_duration or ensure_time(max_duration, "ep").value == 0:
-        raise ValueError("trainer.max_duration: missing; give a duration such as 800ep")
     if fsdp := fsdp_config(config.trainer, config.algorithms or {}, model):
         settings["parallelism_config"] = {"fsdp": fsdp}
         callbacks.append(OneReduction())
@@ -346,7 +355,7 @@ def build_trainer(
     Raises:
         ValueError: no intact checkpoint although there are some; settings that are refused.
     """
-    data_sets = check_data_sets(run, config.data_sets)
+    data_sets = on_rank_0(partial(check_data_sets, run, config.data_sets))
     settings, callbacks = trainer_settings(config, model)
     checkpoints = Checkpoints(run, **config.checkpoints or {})
     fsdp = (settings.get("parallelism_config") or {}).get("fsdp")
@@ -425,23 +434,11 @@ def exit_if_disk_full() -> Iterator[None]:
         sys.exit(f"{error.filename or 'a disk'}: {error.strerror}; {remedy}")
 
 
-@contextmanager
-def written_checkpoints(state: State) -> Iterator[None]:
-    """Complete a checkpoint that is being written, also if the block ends with an error."""
-    try:
-        yield
-    finally:
-        for callback in state.callbacks:
-            if isinstance(callback, Checkpoints):
-                callback.writer.wait()
-
-
 @exit_if_disk_full()
 def fit(trainer: Trainer) -> None:
     """Train, then leave the other ranks; exit with one line if too many samples are unreadable."""
     try:
-        with written_checkpoints(trainer.state):
-            train(trainer)
+        train(trainer)
         dist.barrier()
     except SystemExit as end:
         if end.code == STOPPED:
@@ -456,14 +453,22 @@ def fit(trainer: Trainer) -> None:
 
 
 def train(trainer: Trainer) -> None:
-    """Train. If only the final evaluation was interrupted, run just that."""
-    if trainer.state.timestamp < trainer.state.max_duration:
-        trainer.fit()
-        return
-    trainer.engine.run_event(Event.FIT_START)
-    if trainer.state.evaluators:
-        trainer.eval()
-    trainer.engine.run_event(Event.FIT_END)
+    """Train, or run just the final evaluation if only that was interrupted.
+
+    A checkpoint that is being written is completed, also if the training ends with an error.
+    """
+    try:
+        if trainer.state.timestamp < trainer.state.max_duration:
+            trainer.fit()
+            return
+        trainer.engine.run_event(Event.FIT_START)
+        if trainer.state.evaluators:
+            trainer.eval()
+        trainer.engine.run_event(Event.FIT_END)
+    finally:
+        for callback in trainer.state.callbacks:
+            if isinstance(callback, Checkpoints):
+                callback.writer.wait()
 
 
 @exit_if_disk_full()

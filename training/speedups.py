@@ -69,10 +69,6 @@ class ContrastRamp(Algorithm):
 
     def __init__(self, duration: Duration):
         self.duration = ensure_time(duration, "ep")
-        if self.duration.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH):
-            raise ValueError(
-                f"algorithms.ContrastRamp.duration={duration}: must be in epochs (ep) or steps (ba)"
-            )
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.INIT, Event.BATCH_START)
