@@ -371,7 +371,7 @@ def test_bench_knn_classifies_all_queries_and_measures_memory(capfd, monkeypatch
 
 
 def test_stress_resume_interrupts_runs_that_end_as_they_must(small_demo, warm, capfd, monkeypatch):
-    code = run_main(stress_resume, monkeypatch, *["--kills", "3", "--epochs", "3", "--seed", "0"])
+    code = run_main(stress_resume, monkeypatch, *["--kills", "2", "--epochs", "3", "--seed", "0"])
     lines = lines_of(capfd)
     assert code == 0, "\n".join(map(str, lines))
     assert {"whole1", "whole2", "run0"} <= {line["run"] for line in lines if "run" in line}

@@ -5,14 +5,13 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 from composer.utils import dist
-from conftest import ROOT, run_stage, small
+from conftest import ROOT, fork_server, run_stage, small
 from test_training_safe_load import Malicious, train_sharded, whole_weights
 
 import pretrain
@@ -288,6 +287,12 @@ def terminate_before(step: int):
     return batch_start
 
 
+def run_with_errors(errors: Connection, environment: dict, arguments: list, folder: Path) -> None:
+    os.dup2(errors.fileno(), 2)
+    os.environ |= environment
+    run_stage(pretrain, arguments, folder)
+
+
 def test_sigterm_ends_a_rank_that_waits_for_another_that_never_comes(arguments, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -301,15 +306,21 @@ def test_sigterm_ends_a_rank_that_waits_for_another_that_never_comes(arguments, 
         "MASTER_ADDR": address[0],
         "MASTER_PORT": str(address[1]),
     }
-    command = [sys.executable, str(ROOT / "pretrain.py"), *arguments]
-    settings = {"cwd": tmp_path, "env": os.environ | environment, "text": True}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, **settings) as process:
-        waits = any("waiting for all ranks to start" in line for line in process.stderr)
-        process.terminate()
-        try:
-            assert waits and process.wait(60) == -signal.SIGTERM
-        finally:
-            process.kill()
+    context = fork_server()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(
+        target=run_with_errors, args=(theirs, environment, arguments, tmp_path)
+    )
+    process.start()
+    theirs.close()
+    with open(ours.fileno(), closefd=False) as printed:
+        waits = any("waiting for all ranks to start" in line for line in printed)
+    process.terminate()
+    try:
+        process.join(60)
+        assert waits and process.exitcode == -signal.SIGTERM
+    finally:
+        process.kill()
 
 
 def test_sigterm_writes_a_checkpoint_at_the_end_of_the_step_and_has_its_own_exit_code(
