@@ -321,12 +321,12 @@ def measurements(
     """Carry out the measurements that a config asks for, and yield the result of each."""
     if config.probe:
         with autocast_of(config):
-            yield measure_probe(net.encoder, config.seed, run, **config.probe)
+            probe = measure_probe(net.encoder, config.seed, run, **config.probe)
+        yield probe
     if config.accuracy:
         yield measure_accuracy(net, run, config)
     if dist.get_global_rank() == 0:
         yield from read_files(net, run, config)
-    yield {}  # nothing is measured for pictures alone
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -358,9 +358,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         export(net, config.export, crops_of(config).get("crop_pct", 0.875))
     for measured in measurements(net, run, config):
         result |= measured
-        if is_rank_zero:
+        if is_rank_zero:  # what is measured must not be lost if a later measurement fails
             Storage(str(run)).write_json("eval.json", result)
     if is_rank_zero:
+        Storage(str(run)).write_json("eval.json", result)  # also if there are pictures alone
         if config.reconstructions:
             draw_reconstructions(net, config.reconstructions, run / "reconstructions.png")
         if config.attention:

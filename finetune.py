@@ -104,9 +104,9 @@ class FinetuneConfig(RunConfig):
 
     def new_model(self, classes: int | list[int]) -> Classifier:
         heads = len(self.lars["base_lrs"]) if self.lars else 1
-        several = (heads,) if heads > 1 else ()
+        counts = (classes, heads) if heads > 1 else (classes,)  # only LinearProbe takes `heads`
         with errors_of("model"):
-            net = self.model_class(classes, *several, **self.model)
+            net = self.model_class(*counts, **self.model)
         check_blocks(net, self.data, self.augment)
         return net
 

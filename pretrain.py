@@ -172,7 +172,7 @@ def convert_raw(sources: list[str], recipe: dict[str, Any], folder: Path) -> lis
         if len({os.path.realpath(source) for source in sources}) < len(sources):
             raise ValueError(f"raw: {', '.join(sources)} has the same folder twice; give each once")
         folder.mkdir(parents=True, exist_ok=True)
-        if dist.get_local_rank() != 0:
+        if dist.get_local_rank() != 0:  # wait for the first rank, which converts
             appears(record, RANK_ZERO_FIRST)
         with FileLock(folder / "raw.lock"):
             if not record.exists():

@@ -328,7 +328,7 @@ def measure_probe(
             np.savez(buffer, **arrays)
             write_file(features, buffer.getvalue())
         if neighbours:
-            kept = [(labels >= 0).nonzero()[:, 0].tolist() for _, labels in embedded]
+            kept = [(numbers >= 0).nonzero()[:, 0].tolist() for _, numbers in embedded]
             subsets = [Subset(data, numbers) for data, numbers in zip(views, kept, strict=True)]
             draw_neighbours(learn, test, subsets, classes, run / "neighbours.png")
         limits = label_limits(learn[1], labels_per_class, fractions)

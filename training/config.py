@@ -34,7 +34,7 @@ from training.sources import (
     located,
     merge_sources,
     one_line,
-    without,
+    without_matching,
 )
 
 
@@ -171,7 +171,7 @@ def convert_block(
         config: the merged configuration, in which Choice looks up its key.
         omitted: parameters that the program supplies, or patterns of their names.
     """
-    keywords = without(keywords_of(target), omitted)
+    keywords = without_matching(keywords_of(target), omitted)
     check_names(block, keywords, path)  # first of all: a mistyped key explains a missing one
     converted = {}
     for name, value in block.items():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 from training.config import Choice, Named, keywords_of
-from training.sources import without
+from training.sources import without_matching
 
 COLUMN = 45  # at which the texts begin
 # `name, other (type, optional): text`, and the indented lines that follow
@@ -25,7 +25,7 @@ def stage_help(usage: str, config: Callable) -> str:
 def key_lines(target: Callable, indent: str = "  ", omitted: tuple[str, ...] = ()) -> Iterator[str]:
     """Yield a paragraph for each keyword argument of a callable, and of the blocks in it."""
     texts = argument_texts(target)
-    for name, (hint, default) in without(keywords_of(target), omitted).items():
+    for name, (hint, default) in without_matching(keywords_of(target), omitted).items():
         block = block_of(hint)
         if block is None:
             value = "" if default is inspect.Parameter.empty else f" = {shown(default)}"

@@ -20,7 +20,7 @@ from training.sources import (
     located,
     merge_sources,
     one_line_errors,
-    without,
+    without_matching,
 )
 
 UNREADABLE = (AttributeError, LookupError, OSError, SyntaxError)  # of code that is too unusual
@@ -143,7 +143,7 @@ def check(value: Any, hint: Code, path: list, config: dict[str, Any], omitted: t
             for name, block in short.items():
                 check(block, hint.find(name), [*path, name], config)
         case ast.FunctionDef() | ast.ClassDef() if isinstance(value, dict):
-            keywords = without(keywords_in(hint), omitted)
+            keywords = without_matching(keywords_in(hint), omitted)
             check_names(value, keywords, path)
             for name in value:
                 with suppress(*UNREADABLE):  # an unusual hint of one key hides no other key

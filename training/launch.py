@@ -18,8 +18,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False
     )
-    text = "seconds from SIGTERM to SIGKILL, a few less than the cloud grants"
-    parser.add_argument("--grace", type=float, default=30.0, help=text)
+    grace_help = "seconds from SIGTERM to SIGKILL, a few less than the cloud grants"
+    parser.add_argument("--grace", type=float, default=30.0, help=grace_help)
     options, arguments = parser.parse_known_args(sys.argv[1:])
     if not 0 < options.grace < 86400:
         parser.error(f"--grace {options.grace}: must be seconds, above 0 and below 86400")

@@ -13,6 +13,12 @@ from tqdm import tqdm
 from training.announce import announce_later
 
 LINE_STEPS = 20  # steps from line to line in a log file
+LOSSES = {  # {metric: short name}
+    "loss/train/total": "loss",
+    "loss/train/reconstruction": "recon",
+    "loss/train/contrastive": "contr",
+}
+ACCURACIES = {"knn/trained": "k-NN", "metrics/eval/top1": "top-1"}
 BAR = "{percentage:3.0f}%|{bar:8}| {n}/{total}, {remaining} left{postfix}"
 
 
@@ -22,14 +28,6 @@ def total_steps(state: State) -> int:
     if duration.unit == TimeUnit.EPOCH:
         return duration.value * int(state.dataloader_len)
     return duration.value
-
-
-def describe_time(seconds: float) -> str:
-    """Return a duration such as 3 h 05 min, 12 min or 40 s."""
-    minutes = round(seconds / 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02} min"
-    return f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
 class Progress(LoggerDestination):
@@ -46,8 +44,7 @@ class Progress(LoggerDestination):
         self.begin, self.begin_step = 0.0, 0  # when this launch began to train
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        shown = ("loss/train/", "knn/trained", "metrics/eval/top1")
-        self.metrics |= {key: value for key, value in metrics.items() if key.startswith(shown)}
+        self.metrics |= metrics
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Announce the first step, or the repeated evaluation, if it takes long."""
@@ -73,27 +70,22 @@ class Progress(LoggerDestination):
             self.bar.update(step - self.bar.n)
         elif step % LINE_STEPS == 0 or step == total_steps(state):
             seconds = (time.monotonic() - self.begin) / (step - self.begin_step)
-            left = describe_time(seconds * (total_steps(state) - step))
+            left = tqdm.format_interval(seconds * (total_steps(state) - step))
             place = f"step {step}/{total_steps(state)}, epoch {state.timestamp.epoch.value + 1}"
             print(f"{place}: {self.describe(state)}, {left} left", file=self.stream, flush=True)
 
     def describe(self, state: State) -> str:
         """Return the newest numbers: total loss, its parts, learning rate, speed, k-NN or top-1."""
-        losses = {}
-        for key, value in self.metrics.items():
-            if key.startswith("loss/train/"):
-                losses[key.removeprefix("loss/train/")] = f"{float(value):.3f}"
-        parts = [f"loss {losses.pop('total', '-')}"]
-        names = {"reconstruction": "recon", "contrastive": "contr"}
-        parts += [f"{names[name]} {losses[name]}" for name in names if name in losses]
-        parts.append(f"lr {state.optimizers[0].param_groups[0]['lr']:.1e}")
+        rate = f"lr {state.optimizers[0].param_groups[0]['lr']:.1e}"
         done = state.timestamp.batch.value - self.begin_step
         samples = done * state.timestamp.sample.value / max(1, state.timestamp.batch.value)
-        parts.append(f"{samples / (time.monotonic() - self.begin):.0f}/s")
-        for key, name in {"knn/trained": "k-NN", "metrics/eval/top1": "top-1"}.items():
-            if key in self.metrics:
-                parts.append(f"{name} {float(self.metrics[key]):.3f}")
-        return ", ".join(parts)
+        speed = f"{samples / (time.monotonic() - self.begin):.0f}/s"
+        return ", ".join([*self.newest(LOSSES), rate, speed, *self.newest(ACCURACIES)])
+
+    def newest(self, names: dict[str, str]) -> list[str]:
+        """Return the newest value of each metric that was logged, after its short name."""
+        logged = [key for key in names if key in self.metrics]
+        return [f"{names[key]} {float(self.metrics[key]):.3f}" for key in logged]
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self.waiting.cancel()

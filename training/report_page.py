@@ -39,7 +39,7 @@ RESULTS = {  # in this order; an accuracy is a fraction
 }
 FEWER_LABELS = ("linear_", "knn_")  # names of the accuracies of heads with fewer labels
 BOOKKEEPING = ("time/", "trainer/")  # names of values that are no results
-MINE = {
+EXAMPLE_DATA = {
     "bank": ["data/mine/train"],
     "queries": ["data/mine/test"],
 }  # if a run names no labelled data
@@ -128,7 +128,7 @@ def table(rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([*lines, "</table>"])
 
 
-def folded(title: str, content: str) -> str:
+def details(title: str, content: str) -> str:
     """Return HTML that a reader can unfold."""
     return f"<details><summary>{escape(title)}</summary>\n{content}\n</details>"
 
@@ -191,11 +191,11 @@ def tables(run: Path) -> Iterator[str]:
     """Yield tables of the accuracy of each class, and of the first predictions."""
     if classes := read_json(run / "per_class.json"):
         rows = [(name, "" if share is None else f"{share:.1%}") for name, share in classes.items()]
-        yield folded(f"Accuracy of each of {len(rows)} classes", table(rows))
+        yield details(f"Accuracy of each of {len(rows)} classes", table(rows))
     file = run / "predictions.csv"
     if file.exists():
         rows = list(csv.reader(io.StringIO(file.read_text(), newline="")))
-        yield folded(f"The first of {len(rows) - 1} predictions", table(rows[: PREDICTIONS + 1]))
+        yield details(f"The first of {len(rows) - 1} predictions", table(rows[: PREDICTIONS + 1]))
 
 
 def flow(value: Any) -> str:
@@ -225,7 +225,7 @@ def after_pretraining(
     run: Path, config: dict[str, Any], measure: list[str], frames: int, device: str
 ) -> dict[str, list[str]]:
     """Return the commands that measure and use the encoder of a pre-training, by their purpose."""
-    knn = (config.get("callbacks") or {}).get("KNN") or MINE
+    knn = (config.get("callbacks") or {}).get("KNN") or EXAMPLE_DATA
     probe = {key: knn[key] for key in ("bank", "queries", "crop_pct") if key in knn}
     probed = [*measure, f"probe={flow(probe | {'neighbours': True})}"]
     recipe = ["composer", "finetune.py", "yamls/finetune_demo.yaml"]
@@ -288,7 +288,7 @@ def write_report(run: Path, to: Path) -> None:
     sections.append("<h2>Settings</h2>")
     for name in ("config.yaml", "eval.yaml", "data_sets.json"):
         if (run / name).exists():
-            sections.append(folded(name, f"<pre>{escape((run / name).read_text())}</pre>"))
+            sections.append(details(name, f"<pre>{escape((run / name).read_text())}</pre>"))
     kind = describe(config, settings, result)
     page = PAGE.substitute(name=escape(run.name), kind=escape(kind), body="\n".join(sections))
     write_file(str(to), page.encode("utf-8", "backslashreplace"))

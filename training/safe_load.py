@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
 
 SAFE_CLASSES = [  # plain values that files may hold beside tensors
-    argparse.Namespace,  # in the official files; the others are in Composer's
+    argparse.Namespace,  # in the official files; Composer's checkpoints have the others
     datetime.timedelta,
     torch.torch_version.TorchVersion,
     np._core.multiarray._reconstruct,

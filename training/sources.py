@@ -48,7 +48,7 @@ def did_you_mean(name: Any, names: Iterable[str]) -> str:
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
-def without(keywords: dict[str, Any], omitted: Iterable[str]) -> dict[str, Any]:
+def without_matching(keywords: dict[str, Any], omitted: Iterable[str]) -> dict[str, Any]:
     """Return keyword arguments without names that `omitted` has, or patterns such as save_*."""
     return {
         name: value
@@ -147,7 +147,7 @@ def check_bases(origin: str, text: TextIO) -> None:
 def located(error: ConfigError, sources: list[tuple[str, Any]]) -> str:
     """Return the text of an error, preceded by the file or argument, the key and the value."""
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.path)[1:]
-    holders = [name for name, source in sources if sets(source, error.path)]
+    holders = [name for name, source in sources if has_key(source, error.path)]
     if not holders:  # the key is missing
         files = [name for name, _ in sources if "=" not in name]
         return f"{' '.join(files)}: {key} {error}"
@@ -160,8 +160,8 @@ def located(error: ConfigError, sources: list[tuple[str, Any]]) -> str:
     return f"{source}: {key}={value}: {error}"
 
 
-def sets(source: Any, path: list) -> bool:
-    """Return whether a source sets a key. OmegaConf merges dictionaries, but replaces lists."""
+def has_key(source: Any, path: list) -> bool:
+    """Return whether a source has_key a key. OmegaConf merges dictionaries, but replaces lists."""
     place = OmegaConf.to_container(source)
     for part in path:
         if isinstance(part, int):
