@@ -56,9 +56,10 @@ from training.precision import forbid_tf32
 from training.report_page import write_report
 from training.run import check_data_sets
 from training.sizes import find_run, known_model
-from training.sources import ConfigError, errors_of, one_line_errors
+from training.sources import ConfigError, errors_of, one_line_errors, read_settings
 from training.weights import class_names_in, load_pretrained, read_checkpoint
 
+CROPS = ("temporal_views", "spatial_views", "crop_pct", "frame_interval")  # of EvalViews
 MODELS = PRETRAINING | CLASSIFIERS
 DTYPES = {"amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}
 
@@ -295,8 +296,10 @@ def read_files(
 def crops_of(config: EvalConfig) -> dict[str, Any]:
     """Return the crops of the evaluation in the checkpoint's run; empty if it has none."""
     run = find_run(config.checkpoint) if config.checkpoint else None
-    is_ours = run is not None and (run / "config.yaml").exists()
-    return known_model(config.checkpoint)["views"] if is_ours else {}
+    if run is None or not (run / "config.yaml").exists():
+        return {}
+    settings = read_settings(run / "config.yaml").get("eval_data") or {}
+    return {name: settings[name] for name in CROPS if name in settings}
 
 
 def autocast_of(config: EvalConfig) -> contextlib.AbstractContextManager:

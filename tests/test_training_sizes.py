@@ -32,7 +32,7 @@ def test_known_sizes_of_a_run_are_its_model_block_with_the_default_sizes_of_an_e
     config = f"{more}method: simsiam\nmodel: {json.dumps(model)}\n"
     newest = write_run(tmp_path / "runs" / "one", config)
     defaults = {"img_size": 224, "patch_size": 16, "embed_dim": 768}
-    expected = {"method": "simsiam", "stage": stage, "model": defaults | model, "views": {}}
+    expected = {"method": "simsiam", "stage": stage, "model": defaults | model}
     assert known_model(newest) == known_model(str(tmp_path / "runs" / "one")) == expected
 
 
@@ -45,7 +45,6 @@ def test_known_sizes_of_a_bare_file_are_those_of_its_weights(tmp_path):
         "method": None,
         "stage": "pretrain",
         "model": vit_sizes(pretrained.state_dict()),
-        "views": {},
     }
     assert known_model(str(tmp_path / "classifier.pth"))["stage"] == "finetune"
 
@@ -65,7 +64,7 @@ def test_sizes_of_a_planned_run_come_from_its_yaml_and_the_runs_before_it(tmp_pa
     expected = {"img_size": 64, "patch_size": 16, "embed_dim": 768, "depth": 3, "num_heads": 12}
     expected["pool"] = "cls"
     found = known_model("runs/tuned/checkpoints/latest-rank0.pt", planned=True)
-    assert found == {"method": None, "stage": "finetune", "model": expected, "views": {}}
+    assert found == {"method": None, "stage": "finetune", "model": expected}
     with pytest.raises(ValueError, match=r"runs/other does not exist, nor does .*other.yaml"):
         known_model("runs/other", planned=True)
     with pytest.raises(ValueError, match=r"runs/tuned/.* does not exist"):

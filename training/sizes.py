@@ -19,7 +19,6 @@ DECODER_NUM_HEADS = {256: 8, 512: 16}
 ENCODER_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
 DECODER_SIZES = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 HEAD_SIZES = (*DECODER_SIZES, "projector_hidden_dim", "projector_out_dim")
-VIEWS = ("temporal_views", "spatial_views", "crop_pct", "frame_interval")
 WIDTHS = {  # ViCMAE's arguments that are the first dimension of a weight
     "embed_dim": "encoder.patch_embed.proj.weight",
     "decoder_embed_dim": "decoder.embed.weight",
@@ -73,8 +72,7 @@ def known_model(checkpoint: str, planned: bool = False) -> dict[str, Any]:
     Returns:
         `method`: of the run's configuration, None if not given there. `stage`: "pretrain", or
         "finetune" for a classifier. `model`: the `model` block, with the default sizes of an
-        encoder; or vit_sizes of the weights. `views`: the crops of the run's evaluation, as
-        arguments of EvalViews.
+        encoder; or vit_sizes of the weights.
 
     Raises:
         ValueError: the checkpoint, or the configuration of its run, cannot be read.
@@ -92,19 +90,16 @@ def known_model(checkpoint: str, planned: bool = False) -> dict[str, Any]:
         is_classifier = any(name.startswith("head.") for name in weights)
         stage = "finetune" if is_classifier else "pretrain"
         sizes = vit_sizes(weights) | ({"num_heads": heads} if heads else {})
-        return {"method": None, "stage": stage, "model": sizes, "views": {}}
+        return {"method": None, "stage": stage, "model": sizes}
     config = read_settings(file)
     model = config.get("model") or {}
-    evaluation = config.get("eval_data") or {}
-    views = {name: evaluation[name] for name in VIEWS if name in evaluation}
     stage = "finetune" if "eval_data" in config else "pretrain"
     keywords = keywords_of(Classifier if stage == "finetune" else ViCMAE)
     encoder = {name: keywords[name][1] for name in ENCODER_SIZES}  # the defaults
     if is_future and config.get("pretrained") and find_run(config["pretrained"]):
         start = known_model(config["pretrained"], planned)["model"]
         encoder = {name: start[name] for name in ENCODER_SIZES}
-    known = {"method": config.get("method"), "stage": stage, "model": encoder | model}
-    return known | {"views": views}
+    return {"method": config.get("method"), "stage": stage, "model": encoder | model}
 
 
 def find_run(checkpoint: str) -> Path | None:
