@@ -188,8 +188,8 @@ def test_plan_flags_with_other_values_are_refused(flags, complaint):
     ("override", "complaint"),
     [
         ("data.streams=[{path: x/y}]", "x/y"),
-        ("trainer.max_duration=null", "trainer.max_duration: missing; give a duration such as"),
-        ("trainer.max_duration=0ep", "trainer.max_duration: missing; give a duration such as"),
+        ("trainer.max_duration=null", "trainer.max_duration: give a positive duration such as"),
+        ("trainer.max_duration=0ep", "trainer.max_duration: give a positive duration such as"),
     ],
 )
 def test_plan_of_a_run_without_data_or_duration_is_refused(override, complaint):

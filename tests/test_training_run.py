@@ -114,7 +114,7 @@ def test_settings_that_do_not_decide_the_result_may_change(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        (["trainer.max_duration=0ep"], "trainer.max_duration: missing; give a duration"),
+        (["trainer.max_duration=0ep"], "trainer.max_duration: give a positive duration"),
         (["trainer.max_duration=null"], "trainer.max_duration"),
         (["trainer.parallelism_config={fspd: {}}"], "trainer.parallelism_config.fspd: unknown key"),
         (["trainer.parallelism_config={fsdp: {stage: 3}}"], "parallelism_config.fsdp: "),

@@ -92,7 +92,7 @@ class RunConfig:
     def __post_init__(self):
         max_duration = self.trainer.get("max_duration")
         if not max_duration or ensure_time(max_duration, "ep").value == 0:
-            raise ValueError("trainer.max_duration: missing; give a duration such as 800ep")
+            raise ValueError("trainer.max_duration: give a positive duration such as 800ep")
 
     @property
     def logs_speed(self) -> bool:
