@@ -98,7 +98,7 @@ def known_model(checkpoint: str, planned: bool = False) -> dict[str, Any]:
     encoder = {name: keywords[name][1] for name in ENCODER_SIZES}  # the defaults
     if is_future and config.get("pretrained") and find_run(config["pretrained"]):
         start = known_model(config["pretrained"], planned)["model"]
-        encoder = {name: start[name] for name in ENCODER_SIZES}
+        encoder |= {name: start[name] for name in ENCODER_SIZES if name in start}
     return {"method": config.get("method"), "stage": stage, "model": encoder | model}
 
 
