@@ -14,8 +14,9 @@ difference from the official code, https://github.com/jeffhernandez1995/ViC-MAE.
 Shapes, here and in every other file:
     B samples   V views of a sample   T frames of a clip   N patches of a view   K patches kept
     D width     P numbers of a patch (patch_size * patch_size * 3)   C classes   H, W pixels
-A tensor named `mask` is 1 where a patch is removed. B is the number of samples of this rank's
-micro-batch, or of all ranks, where a line says so. Functions on patches take each view as a sample.
+A tensor named `mask` is 1 where a patch is removed; `scored`, where it is decoded too. B is the
+number of samples of this rank's micro-batch, or of all ranks, where a line says so. Functions on
+patches take each view as a sample.
 """
 
 import json
@@ -226,26 +227,25 @@ class Decoder(nn.Module):
 
     fsdp_wrap_fn = activation_checkpointing_fn = is_block
 
-    def forward(self, tokens: Tensor, ids_restore: Tensor, decoded: int | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, ids_restore: Tensor, num_decoded: int) -> Tensor:
         """Predict the patches (B, N, P) from the tokens (B, 1 + K, D) of the encoder.
 
         The blocks see the patches in the order of their noise, each with its own position. Only
-        the first `decoded` are decoded, None for all; the predictions of the others are 0.
+        the first `num_decoded` of N are decoded; the predictions of the others are 0.
         """
         x = self.embed(tokens)
         B, K, D = len(x), x.shape[1] - 1, x.shape[2]
         N = ids_restore.shape[1]
-        decoded = decoded or N
-        mask_tokens = self.mask_token.expand(B, decoded - K, D).to(x.dtype)
-        ids = ids_restore.argsort(dim=1)[:, :decoded]  # (B, decoded), visible first
+        mask_tokens = self.mask_token.expand(B, num_decoded - K, D).to(x.dtype)
+        ids = ids_restore.argsort(dim=1)[:, :num_decoded]  # (B, num_decoded), sorted by noise
         grid = math.isqrt(N // self.steps)
         pos_embed = positions_for(self.pos_embed, grid, self.temporal_embed).expand(B, -1, -1)
         positions = torch.cat([pos_embed[:, :1], take(pos_embed[:, 1:], ids)], dim=1)
-        x = torch.cat([x, mask_tokens], dim=1) + positions  # (B, 1 + decoded, D)
+        x = torch.cat([x, mask_tokens], dim=1) + positions  # (B, 1 + num_decoded, D)
         for block in self.blocks:
             x = block(x)
-        pred = self.pred(self.norm(x)[:, 1:])  # (B, decoded, P)
-        return take(F.pad(pred, (0, 0, 0, N - decoded)), ids_restore)  # (B, N, P)
+        pred = self.pred(self.norm(x)[:, 1:])  # (B, num_decoded, P)
+        return take(F.pad(pred, (0, 0, 0, N - num_decoded)), ids_restore)  # (B, N, P)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -253,10 +253,10 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def reconstruction_loss(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean squared error of pred and target (B, N, P) where mask (B, N) is 1."""
+def reconstruction_loss(pred: Tensor, target: Tensor, scored: Tensor) -> Tensor:
+    """Return the mean squared error of pred and target (B, N, P) where scored (B, N) is 1."""
     error = (at_least_fp32(pred) - at_least_fp32(target)).square().mean(dim=-1)  # (B, N)
-    return (error * mask).sum() / mask.sum()
+    return (error * scored).sum() / scored.sum()
 
 
 # Section 3.2: pooling, projector, InfoNCE
@@ -283,7 +283,7 @@ def pool_tokens(tokens: Tensor, kind: PoolKind) -> Tensor:
 class Head(nn.Sequential):
     """Linear layers from each of `widths` to the next, with BatchNorm and ReLU between them.
 
-    The projector is D - hidden - hidden - out. BatchNorm sees one view at a time.
+    The projector is D - hidden - hidden - out. BatchNorm sees one view of all samples at a time.
     """
 
     def __init__(self, *widths: int):
@@ -303,8 +303,8 @@ def all_gather(x: Tensor) -> Tensor:
     """Concatenate x of all ranks along dimension 0, with gradient. Return x itself on one rank.
 
     All ranks then compute the same InfoNCE. The backward pass sums the gradients of all ranks, and
-    DDP divides by their number: the gradient equals that of one rank with all samples. Each rank
-    has its own reconstruction loss, over equally many patches; DDP averages its gradients.
+    DDP and FSDP divide by their number: the gradient equals that of one rank with all samples. Each
+    rank has a reconstruction loss of equally many patches, whose gradients are averaged too.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x
@@ -328,9 +328,9 @@ def info_nce(predictions: Tensor, targets: Tensor, temperature: float) -> tuple[
     assert predictions.shape[1] == 2, "InfoNCE pairs the two views of a sample"
     p, t = unit_rows(predictions), unit_rows(targets)  # (2B, out)
     partner = torch.arange(len(p), device=p.device).roll(len(p) // 2)
-    logits = (p @ t.T).fill_diagonal_(float("-inf"))  # (2B, 2B)
-    matched = logits.argmax(dim=1) == partner
-    return F.cross_entropy(logits / temperature, partner), matched.float().mean()
+    cosines = (p @ t.T).fill_diagonal_(float("-inf"))  # (2B, 2B)
+    matched = cosines.argmax(dim=1) == partner
+    return F.cross_entropy(cosines / temperature, partner), matched.float().mean()
 
 
 def feature_std(features: Tensor) -> Tensor:
@@ -430,17 +430,17 @@ class ViCMAE(ComposerModel):
     def reconstruct(self, views: Tensor, noise: Tensor) -> Tensors:
         """Encode and decode views (B, [T,] 3, H, W) under the masks that noise (B, N) gives.
 
-        Returns features (B, D), pred (B, N, P), mask and scored (B, N; 1 = removed and decoded).
+        Returns features (B, D), pred (B, N, P), mask and scored (B, N).
         """
         ids_keep, ids_restore, mask = self.masking(noise)
         K, N = ids_keep.shape[1], noise.shape[1]
-        decoded = K + math.ceil((N - K) * self.decode_ratio) if self.training else N
+        num_decoded = K + math.ceil((N - K) * self.decode_ratio) if self.training else N
         tokens = self.encoder(views, ids_keep)  # (B, 1 + K, D)
         return {
             "features": pool_tokens(tokens, self.pool),
-            "pred": self.decoder(tokens, ids_restore, decoded),
+            "pred": self.decoder(tokens, ids_restore, num_decoded),
             "mask": mask,
-            "scored": mask * (ids_restore < decoded),
+            "scored": mask * (ids_restore < num_decoded),
         }
 
     def reconstruct_in_chunks(self, views: Tensor, noise: Tensor, size: int) -> Tensors:
@@ -476,7 +476,7 @@ class ViCMAE(ComposerModel):
         return outputs | self.project(outputs["features"], batch)
 
     def target_patches(self, views: Tensor) -> Tensor:
-        """Return the patches (B, N, P) of the augmented views (B, 3, H, W) themselves."""
+        """Return what is predicted: the patches (B, N, P) of views (B, [T,] 3, H, W)."""
         return patchify(views, self.encoder.patch_size, self.tubelet_size)
 
     def patch_statistics(self, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -565,7 +565,7 @@ class Classifier(ComposerModel):
         self.class_names: list = []  # in the order of the logits; empty if unknown
         self.average = "softmax"  # of the views in evaluation: of their "softmax" or "logits"
 
-    def _load_from_state_dict(self, state: Batch, prefix: str, *arguments: object) -> None:
+    def _load_from_state_dict(self, state: Tensors, prefix: str, *arguments: object) -> None:
         # Checkpoints of earlier versions lack class names.
         state.setdefault(f"{prefix}_extra_state", self.get_extra_state())
         super()._load_from_state_dict(state, prefix, *arguments)

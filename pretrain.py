@@ -59,12 +59,12 @@ from training.optimizer import build_optimizer
 from training.plan import Machine, split_plan_flags, training_plans, training_report
 from training.report_page import write_report
 from training.run import RunConfig, build_trainer, finish_run, fit, start_run
-from training.sizes import ENCODER_SIZES, HEAD_SIZES, known_model
+from training.sizes import ENCODER_SIZES, PART_SIZES, known_model
 from training.sources import errors_of, one_line_errors
 from training.speedups import unwrapped
 from training.weights import describe, load_pretrained
 
-HEADS = ("decoder", "projector", "predictor")  # parts that may start from random weights
+NEW_PARTS = ("decoder", "projector", "predictor")  # parts that may start from random weights
 RANK_ZERO_FIRST = 60.0  # seconds before the other ranks of a machine try to convert `raw`
 RAW = "raw.json"  # in runs/NAME/data/: the folders that were converted, and the data sets
 
@@ -114,7 +114,7 @@ def take_sizes(config: PretrainConfig, planned: bool = False) -> PretrainConfig:
     if not config.pretrained:
         return config
     known = known_model(config.pretrained, planned)["model"]
-    names = {*ENCODER_SIZES, *HEAD_SIZES} & keywords_of(config.model_class).keys() - {"img_size"}
+    names = {*ENCODER_SIZES, *PART_SIZES} & keywords_of(config.model_class).keys() - {"img_size"}
     sizes = {name: known[name] for name in names if name in known}
     if "num_heads" not in sizes and config.model.get("embed_dim") != sizes["embed_dim"]:
         raise ValueError("model.num_heads: give it with model.embed_dim; weights do not show it")
@@ -230,12 +230,15 @@ def train_on_raw(config: PretrainConfig) -> PretrainConfig:
 def check_data(net: ViCMAE, config: PretrainConfig, views: int, micro_batch: int) -> None:
     """Check that the data suit the method.
 
+    Args:
+        micro_batch: samples over all ranks.
+
     Raises:
         ValueError: too few views or samples for a contrastive term, or labels that are missing.
     """
     if getattr(net, "needs_labels", False):
         same_classes(config.training_paths, f"method={config.method}")
-    if net.projector is None:
+    if net.projector is None:  # no contrastive term
         return
     name = type(net).__name__
     if views < 2:
@@ -256,7 +259,7 @@ def pretrain(config: PretrainConfig) -> Trainer:
     with say_if_slow("building the model"):
         net = config.new_model()
     if config.pretrained:
-        table = describe(load_pretrained(net, config.pretrained, HEADS))
+        table = describe(load_pretrained(net, config.pretrained, NEW_PARTS))
         print_once(f"weights of {config.pretrained}:\n{table}")
     sizes = (net.encoder.img_size, net.encoder.num_patches, net.encoder.num_frames)
     transform = PretrainingViews(*sizes, **config.augment)

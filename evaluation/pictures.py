@@ -229,7 +229,7 @@ def draw_reconstructions(model: ViCMAE, paths: list[str], to: Path, count: int =
     noise = torch.rand(count, encoder.num_patches, generator=torch.Generator().manual_seed(0))
     ids_keep, ids_restore, mask = model.masking(noise.to(device))
     tokens = encoder(views if encoder.num_frames > 1 else views[:, 0], ids_keep)
-    pred = model.decoder(tokens, ids_restore).float()  # (count, N, P)
+    pred = model.decoder(tokens, ids_restore, encoder.num_patches).float()  # (count, N, P)
     target = model.target_patches(views)
     if model.norm_pix_loss:
         mean, std = model.patch_statistics(target)

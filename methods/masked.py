@@ -138,16 +138,16 @@ class OmniMAE(ChannelTargets):
         n = N * views.shape[1] // self.num_frames  # patches of an image
         ids_keep, ids_restore, mask = random_masking(noise[:, :n], self.image_mask_ratio)
         K = ids_keep.shape[1]
-        decoded = K + math.ceil((n - K) * self.decode_ratio) if self.training else n
+        num_decoded = K + math.ceil((n - K) * self.decode_ratio) if self.training else n
         clips = F.pad(views, (0, 0, 0, 0, 0, 0, 0, missing))
         tokens = self.encoder(clips, ids_keep)  # (B, 1 + K, D)
         later = torch.arange(n, N, device=noise.device).expand(B, -1)
-        pred = self.decoder(tokens, torch.cat([ids_restore, later], dim=1), decoded)
+        pred = self.decoder(tokens, torch.cat([ids_restore, later], dim=1), num_decoded)
         return {
             "features": pool_tokens(tokens, self.pool),
             "pred": pred[:, :n],
             "mask": mask,
-            "scored": mask * (ids_restore < decoded),
+            "scored": mask * (ids_restore < num_decoded),
         }
 
 

@@ -73,7 +73,6 @@ def claim(dataset: StreamingDataset) -> IO[str] | None:
     path.unlink(missing_ok=True)
     file = path.open("w")
     fcntl.flock(file, fcntl.LOCK_EX)
-    os.register_at_fork(
-        after_in_child=file.close
-    )  # A data worker can outlive a killed rank by 5 s.
+    # A data worker, which can outlive a killed rank by 5 s, must not hold the lock.
+    os.register_at_fork(after_in_child=file.close)
     return file

@@ -341,7 +341,7 @@ class TrainingData:
 
     @property
     def loaded_at_a_time(self) -> int:
-        """Return the samples that a worker of each rank loads at a time, over all ranks."""
+        """Return the size of the batches that workers load, summed over the ranks."""
         if self.one_stream_per_batch:  # Streaming orders whole batches of the streams.
             return self.global_train_batch_size
         return self.global_micro_batch_size or self.global_train_batch_size
@@ -357,7 +357,8 @@ class TrainingData:
         """Return this rank's loader, and the number of its samples in a micro-batch.
 
         Args:
-            transform, on_device: called in the workers on each sample, and on each micro-batch.
+            transform: called in the workers on each sample.
+            on_device: called in the training process on each micro-batch, on its device.
             seed: of the order of samples and of their generators.
             patch_size: pixels; samples with smaller frames are not trained on.
             run: run directory, for the list unreadable.jsonl.

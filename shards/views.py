@@ -304,6 +304,7 @@ class PretrainingViews:
             `views` uint8 (V, [T,] H, W, 3); `augment` float32 (V, A), see PARAMETERS; `noise`
             float32 (V, N), uniform in [0, 1), which decides what is masked; `target`, the label.
         """
+        # By the sample: a clip of one frame in a data set of clips has the crops of an image.
         recipe = self.video if len(sample["ends"]) > 1 else self.image
         picked = self.draw_frames(sample, rng)
         # The frames are kept in the sample, since `repeats` draws views of a sample again.

@@ -1,4 +1,5 @@
-"""Processes that convert one part each, so that an input that crashes the decoder is only skipped.
+"""Processes that convert one part each, so that an input that crashes the decoder is only skipped;
+and the signals that stop any program of this project.
 
 def work(part, bad_inputs, progress):
     for number, path in enumerate(inputs_of(part)):

@@ -227,7 +227,7 @@ def test_perfect_predictions_of_clips_are_drawn_as_the_originals(
 
     monkeypatch.setattr(pictures, "normalise", recorded)
 
-    def predict(tokens, ids_restore):
+    def predict(tokens, ids_restore, num_decoded):
         """Normalise by patch (ST-MAE, the first frame) or by channel (VideoMAE, both frames)."""
         first = clips[0][:, ::2] if method is STMAE else clips[0]  # (B, T, 3, H, W)
         tubelets = first.unflatten(1, (2, -1)).unflatten(4, (4, 8)).unflatten(6, (4, 8))

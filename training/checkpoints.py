@@ -198,10 +198,10 @@ class Checkpoints(Callback):
         if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:
             try:
                 check_checkpoint(self.folder / name)
-            except ValueError as error:  # it is on the machine of rank 0 alone
+            except ValueError as error:
                 if not self.bucket:
-                    remedy = "give the machines a shared folder, or checkpoints.bucket"
-                    raise ValueError(f"{error}; {remedy}") from error
+                    remedy = "copy it from the machine of rank 0, or give checkpoints.bucket"
+                    raise ValueError(f"on another machine, {error}; {remedy}") from error
                 self.copies.fetch(name)
             point_latest_to(self.folder, name)
         dist.barrier(self.group)
@@ -217,7 +217,7 @@ class Checkpoints(Callback):
         for name in sorted(local | remote, key=checkpoint_step, reverse=True):
             if self.obtain(name, name in local, name in remote, problems):
                 if self.bucket and name not in remote and on_several_machines():
-                    self.copies.send(name)  # A kill has cut off the copying.
+                    self.copies.send(name)  # for the other machines; a kill has cut off the copying
                 point_latest_to(self.folder, name)
                 print("; ".join([*problems, f"resuming from {self.folder / name}"]), flush=True)
                 return name
@@ -246,7 +246,7 @@ class Checkpoints(Callback):
                 check_checkpoint(path)
                 return True
             except ValueError as error:
-                # A folder may lack the shards of other machines, which are in the bucket alone.
+                # A folder that lacks the shards of other machines is fetched next.
                 if name.endswith(".pt") or in_bucket or not remote:
                     problems.append(str(error))
                     if path.exists():  # so that no launch tries it again

@@ -23,7 +23,7 @@ from training.sources import (
     without_matching,
 )
 
-UNREADABLE = (AttributeError, LookupError, OSError, SyntaxError)  # of code that is too unusual
+UNUSUAL_CODE = (AttributeError, LookupError, OSError, SyntaxError)  # raised by it
 
 
 @cache
@@ -146,7 +146,7 @@ def check(value: Any, hint: Code, path: list, config: dict[str, Any], omitted: t
             keywords = without_matching(keywords_in(hint), omitted)
             check_names(value, keywords, path)
             for name in value:
-                with suppress(*UNREADABLE):  # an unusual hint of one key hides no other key
+                with suppress(*UNUSUAL_CODE):  # an unusual hint of one key hides no other key
                     check(value[name], keywords[name], [*path, name], config)
 
 
@@ -164,7 +164,7 @@ def check_keys(file: str, config: str, arguments: list[str]) -> None:
     with one_line_errors():
         merged, sources = merge_sources(given)
         try:
-            with suppress(*UNREADABLE):
+            with suppress(*UNUSUAL_CODE):
                 stage = Code(Path(file).stem, None)
                 check(merged, stage.find(config), [], merged)
         except ConfigError as error:

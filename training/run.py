@@ -199,7 +199,7 @@ def start_run(config: RunConfig) -> Path:
     exit_on_signals(signal.Signals[name] for name in stop_signals)
     peer_watch().start()
     join_ranks(config.trainer.get("device"), config.trainer.get("dist_timeout", 300.0))
-    exit_on_signals()
+    exit_on_signals()  # again, since join_ranks has restored the defaults
     peer_watch().report_errors()
     reproducibility.seed_all(config.seed)  # the same initial weights on every rank
     run = Path("runs", config.run_name)

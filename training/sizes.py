@@ -18,7 +18,7 @@ NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}  # by embed_dim; shapes do not
 DECODER_NUM_HEADS = {256: 8, 512: 16}
 ENCODER_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
 DECODER_SIZES = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
-HEAD_SIZES = (*DECODER_SIZES, "projector_hidden_dim", "projector_out_dim")
+PART_SIZES = (*DECODER_SIZES, "projector_hidden_dim", "projector_out_dim")
 WIDTHS = {  # ViCMAE's arguments that are the first dimension of a weight
     "embed_dim": "encoder.patch_embed.proj.weight",
     "decoder_embed_dim": "decoder.embed.weight",

@@ -23,7 +23,7 @@ from yaml import YAMLError
 from shards.workers import ignore_stop_signals
 
 OWN_KEYS = {  # top-level keys that only one stage has
-    **dict.fromkeys(("make_demo", "raw"), "pretrain.py"),
+    **dict.fromkeys(("make_demo", "raw", "recipe"), "pretrain.py"),
     **dict.fromkeys(("eval_data", "lars"), "finetune.py"),
     **dict.fromkeys(("accuracy", "probe", "reconstructions", "attention"), "eval.py"),
     **dict.fromkeys(("predict", "embed", "export"), "eval.py"),
@@ -161,7 +161,7 @@ def located(error: ConfigError, sources: list[tuple[str, Any]]) -> str:
 
 
 def has_key(source: Any, path: list) -> bool:
-    """Return whether a source has_key a key. OmegaConf merges dictionaries, but replaces lists."""
+    """Return whether a source has the key at a path. Lists count as a whole: they do not merge."""
     place = OmegaConf.to_container(source)
     for part in path:
         if isinstance(part, int):
