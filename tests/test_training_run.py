@@ -27,7 +27,7 @@ from shards.augment import normalise
 from shards.views import EvalViews
 from shards.workers import exit_at_once
 from training.checkpoints import Checkpoints
-from training.run import changed_settings, is_finished, read_config
+from training.run import changed_settings, check_data_sets, is_finished, read_config
 from training.weights import LATEST, read_checkpoint
 
 
@@ -88,6 +88,16 @@ def test_finished_run_trains_on_if_its_duration_is_raised(
     with pytest.raises(SystemExit) as end:
         run_stage(pretrain, longer, tmp_path)
     assert end.value.code == 0
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_corrupt_record_of_a_run_is_named(tmp_path, content):
+    for name in ("data_sets.json", "result.json"):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=r"/data_sets\.json: corrupt .* delete it"):
+        check_data_sets(tmp_path, [])
+    with pytest.raises(ValueError, match=r"/result\.json: corrupt .* delete it"):
+        is_finished(tmp_path, "2ep", "20ba")
 
 
 def test_settings_that_do_not_decide_the_result_may_change(tmp_path):

@@ -69,3 +69,15 @@ def test_sizes_of_a_planned_run_come_from_its_yaml_and_the_runs_before_it(tmp_pa
         known_model("runs/other", planned=True)
     with pytest.raises(ValueError, match=r"runs/tuned/.* does not exist"):
         known_model("runs/tuned/checkpoints/latest-rank0.pt")
+
+
+def test_sizes_that_foreign_weights_would_give_to_a_planned_run_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(sizes, "YAMLS", tmp_path)
+    (tmp_path / "tuned.yaml").write_text("eval_data: {}\npretrained: mae.pth\nmodel: {pool: cls}\n")
+    (tmp_path / "more.yaml").write_text("pretrained: runs/one/checkpoints/latest-rank0.pt\n")
+    monkeypatch.chdir(tmp_path)
+    assert known_model("runs/tuned", planned=True)["model"] == {"pool": "cls"}
+    bare = write_run(tmp_path / "runs" / "one", "", Classifier(4, **ENCODER).state_dict())
+    (tmp_path / "runs" / "one" / "config.yaml").unlink()  # the number of heads is unknown
+    shown = {name: ENCODER[name] for name in ENCODER if name != "num_heads"}
+    assert known_model(bare)["model"] == known_model("runs/more", planned=True)["model"] == shown

@@ -91,8 +91,11 @@ class RunConfig:
 
     def __post_init__(self):
         max_duration = self.trainer.get("max_duration")
-        if not max_duration or ensure_time(max_duration, "ep").value == 0:
+        if not max_duration or ensure_time(max_duration, "ep").value <= 0:
             raise ValueError("trainer.max_duration: give a positive duration such as 800ep")
+        if ensure_time(max_duration, "ep").unit not in (TimeUnit.EPOCH, TimeUnit.BATCH):
+            expected = "must be in epochs (ep) or steps (ba)"
+            raise ValueError(f"trainer.max_duration={max_duration}: {expected}")
 
     @property
     def logs_speed(self) -> bool:
@@ -152,6 +155,20 @@ def read_config(run: Path) -> dict[str, Any]:
     return read_settings(path) if path.exists() else {}
 
 
+def read_record(file: Path) -> dict[str, Any]:
+    """Return the content of a run's result.json or data_sets.json, empty if there is none.
+
+    Raises:
+        ValueError: the file is corrupt.
+    """
+    if not file.exists():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: corrupt ({one_line(error)}); restore it or delete it") from error
+
+
 def changed_settings(before: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """Return "key (old -> new)" for each fixed setting that differs from an earlier config."""
     if not before:
@@ -181,7 +198,7 @@ def is_finished(run: Path, before: str | None, now: str | None) -> bool:
     old, new = ensure_time(before or now, "ep"), ensure_time(now, "ep")
     if old.unit == new.unit:
         return new <= old
-    done = json.loads(result.read_text())
+    done = read_record(result)
     key = {TimeUnit.EPOCH: "epoch", TimeUnit.BATCH: "step"}.get(new.unit)
     return key in done and new.value <= done[key]
 
@@ -224,7 +241,7 @@ def compare_with_run(run: Path, config: RunConfig) -> bool:
             f"{run} was started with other values of {', '.join(changed)}; "
             "choose another run_name, or delete the run directory"
         )
-    duration = before.get("trainer", {}).get("max_duration")
+    duration = (before.get("trainer") or {}).get("max_duration")
     return is_finished(run, duration, config.trainer.get("max_duration"))
 
 
@@ -260,16 +277,15 @@ def check_data_sets(run: Path, paths: list[str]) -> dict[str, dict]:
     Raises:
         ValueError: other samples or classes are at a path than when the run was started.
     """
-    record = run / "data_sets.json"
-    before = json.loads(record.read_text()) if record.exists() else {}
+    before = read_record(run / "data_sets.json")
     now = {path: fingerprint(path) for path in paths}
     for path in paths:
         new, old = now[path], before.get(path, now[path])
         if new == old:
             continue
         kind = "samples"
-        if new["classes"] != old["classes"]:
-            pairs = zip_longest(new["classes"], old["classes"], fillvalue="none")
+        if new["classes"] != old.get("classes"):
+            pairs = zip_longest(new["classes"], old.get("classes", []), fillvalue="none")
             differing = [pair for pair in pairs if pair[0] != pair[1]][:5]
             names, earlier = (", ".join(classes) for classes in zip(*differing, strict=True))
             kind = f"classes ({names} instead of {earlier})"

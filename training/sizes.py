@@ -72,7 +72,7 @@ def known_model(checkpoint: str, planned: bool = False) -> dict[str, Any]:
     Returns:
         `method`: of the run's configuration, None if not given there. `stage`: "pretrain", or
         "finetune" for a classifier. `model`: the `model` block, with the default sizes of an
-        encoder; or vit_sizes of the weights.
+        encoder if it did not begin with other weights; or vit_sizes of the weights.
 
     Raises:
         ValueError: the checkpoint, or the configuration of its run, cannot be read.
@@ -94,11 +94,13 @@ def known_model(checkpoint: str, planned: bool = False) -> dict[str, Any]:
     config = read_settings(file)
     model = config.get("model") or {}
     stage = "finetune" if "eval_data" in config else "pretrain"
-    keywords = keywords_of(Classifier if stage == "finetune" else ViCMAE)
-    encoder = {name: keywords[name][1] for name in ENCODER_SIZES}  # the defaults
-    if is_future and config.get("pretrained") and find_run(config["pretrained"]):
-        start = known_model(config["pretrained"], planned)["model"]
-        encoder |= {name: start[name] for name in ENCODER_SIZES if name in start}
+    known, pretrained = {}, config.get("pretrained")
+    if not pretrained:
+        keywords = keywords_of(Classifier if stage == "finetune" else ViCMAE)
+        known = {name: keywords[name][1] for name in ENCODER_SIZES}  # the defaults
+    elif is_future and find_run(pretrained):
+        known = known_model(pretrained, planned)["model"]
+    encoder = {name: known[name] for name in ENCODER_SIZES if name in known}
     return {"method": config.get("method"), "stage": stage, "model": encoder | model}
 
 
