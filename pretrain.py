@@ -116,7 +116,8 @@ def take_sizes(config: PretrainConfig, planned: bool = False) -> PretrainConfig:
     known = known_model(config.pretrained, planned)["model"]
     names = {*ENCODER_SIZES, *PART_SIZES} & keywords_of(config.model_class).keys() - {"img_size"}
     sizes = {name: known[name] for name in names if name in known}
-    if "num_heads" not in sizes and config.model.get("embed_dim") != sizes["embed_dim"]:
+    width = sizes.get("embed_dim")  # a planned run does not know the weights that it begins with
+    if width and "num_heads" not in sizes and config.model.get("embed_dim") != width:
         raise ValueError("model.num_heads: give it with model.embed_dim; weights do not show it")
     changed = [name for name in sorted(sizes) if config.model.get(name, sizes[name]) != sizes[name]]
     if changed:
