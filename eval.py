@@ -54,7 +54,7 @@ from training.help import stage_help
 from training.plan import Machine, forward_plan, size_of, split_plan_flags
 from training.precision import forbid_tf32
 from training.report_page import write_report
-from training.run import check_data_sets
+from training.resume import check_data_sets
 from training.sizes import find_run, known_model
 from training.sources import ConfigError, errors_of, one_line_errors, read_settings
 from training.weights import class_names_in, load_pretrained, read_checkpoint

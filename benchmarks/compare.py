@@ -47,7 +47,8 @@ from shards.format import read_json
 from shards.storage import Storage, write_file, write_picture
 from shards.workers import STOPPED
 from training.config import RunName, load_config
-from training.run import RunConfig, changed_settings, read_config
+from training.resume import changed_settings, read_config
+from training.run import RunConfig
 from training.sizes import ENCODER_SIZES
 from training.sources import one_line_errors
 from training.weights import LATEST, load_pretrained
