@@ -572,6 +572,26 @@ def test_shards_on_machines_without_a_shared_folder_or_bucket_are_an_error_on_ev
     on_ranks(2, look_without_a_bucket, str(tmp_path))
 
 
+def look_for_a_file_of_rank_0(rank: int, folder: str) -> None:
+    become_a_machine(rank, Path(folder, f"machine{rank}"))
+    checkpoints = Checkpoints(Path("runs", "run"))
+    path = checkpoints.folder / "ep0-ba1.pt"
+    if rank == 0:
+        path.parent.mkdir(parents=True)
+        torch.save({"state": {}}, path)
+        assert checkpoints.newest() == path
+        return
+    with pytest.raises(ValueError, match=r"on another machine, .*/ep0-ba1\.pt is missing; copy it"):
+        checkpoints.newest()
+    dist.barrier(checkpoints.group)  # for which rank 0 waits
+
+
+def test_resume_is_refused_on_a_machine_that_cannot_get_the_checkpoint(tmp_path, on_ranks):
+    for rank in (0, 1):
+        (tmp_path / f"machine{rank}").mkdir()
+    on_ranks(2, look_for_a_file_of_rank_0, str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("argument", "complaint"),
     [

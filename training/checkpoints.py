@@ -46,8 +46,10 @@ def check_checkpoint(path: Path) -> None:
     Composer loads with weights_only=False, so unsafe pickles are rejected first.
 
     Raises:
-        ValueError: it is corrupt, or holds more than tensors and plain values.
+        ValueError: it is missing or corrupt, or holds more than tensors and plain values.
     """
+    if not path.exists():
+        raise ValueError(f"{path} is missing")
     try:
         if path.is_dir():
             check_shards(path)
