@@ -560,19 +560,3 @@ def test_names_that_resemble_another_kind_of_vit_do_no_harm():
         "europe.weight",
         "aux.gamma",
     ]
-
-
-@pytest.mark.parametrize("folder", ["saved", "saved/global_step3"])
-def test_folder_of_deepspeed_is_read_if_it_has_all_weights_in_a_file(tmp_path, folder):
-    state = ViCMAE(**TINY).state_dict()
-    for step in (2, 3):
-        (tmp_path / f"saved/global_step{step}").mkdir(parents=True)
-        file = tmp_path / f"saved/global_step{step}/mp_rank_00_model_states.pt"
-        torch.save({"module": {key: value + step for key, value in state.items()}}, file)
-    (tmp_path / "saved/latest").write_text("global_step3\n")
-    found = read_checkpoint(str(tmp_path / folder))
-    assert all(torch.equal(found[key], state[key] + 3) for key in state)
-    file.rename(file.parent / "zero_pp_rank_0_mp_rank_00_model_states.pt")
-    (file.parent / "zero_pp_rank_1_mp_rank_00_model_states.pt").touch()
-    with pytest.raises(ValueError, match=r"2 files \*model_states.pt; join .* zero_to_fp32.py"):
-        read_checkpoint(str(tmp_path / folder))

@@ -14,8 +14,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from glob import escape as glob_escape
-from glob import glob
 from typing import Any
 from zipfile import BadZipFile
 
@@ -67,28 +65,10 @@ def find_file(path: str) -> str:
         return find_in_cache(path)
     if not os.path.isdir(path) or os.path.exists(os.path.join(path, ".metadata")):
         return path
-    if file := find_in_folder(path) or find_deepspeed_file(path):
+    if file := find_in_folder(path):
         return file
     expected = f"checkpoints/{LATEST} of a run, .metadata of a sharded checkpoint"
     raise ValueError(f"{path}: holds neither {expected}, nor {' or '.join(FILES)}")
-
-
-def find_deepspeed_file(path: str) -> str | None:
-    """Return the file of weights in a folder that DeepSpeed has saved; None for other folders.
-
-    Raises:
-        ValueError: DeepSpeed has divided the weights among several files.
-    """
-    folders = [path, *(entry.path for entry in os.scandir(path) if entry.is_dir())]
-    latest = os.path.join(path, "latest")
-    if os.path.isfile(latest):
-        with open(latest) as file:
-            folders = [os.path.join(path, file.read().strip())]
-    files = [name for folder in folders for name in glob(f"{glob_escape(folder)}/*model_states.pt")]
-    if len(files) > 1:
-        remedy = "join them with DeepSpeed's zero_to_fp32.py, and give the file that it writes"
-        raise ValueError(f"{path}: holds {len(files)} files *model_states.pt; {remedy}")
-    return files[0] if files else None
 
 
 def read_checkpoint(path: str) -> dict[str, Tensor]:
